@@ -1,0 +1,57 @@
+# `make help` lists the targets. Set-up happens by itself, once: each step leaves a stamp in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+PYTEST_FLAGS ?= -n 2
+
+NATIVE_SOURCES := $(shell find csrc build_support -name '*.cpp' -o -name '*.h' -o -name '*.py')
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMPS)/native ## make .venv, install pinned dependencies, build the kernels
+
+demo: setup ## the main job: check the kernels, time them, train small models, write a report
+	@$(VENV)/bin/resformer-kernels demo $(ARGS)
+
+test: setup lint ## lint, types, formatting and every test
+	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+bench: setup ## time every registered case against its peers
+	@$(VENV)/bin/resformer-kernels bench $(ARGS)
+
+lint: setup ## ruff, mypy, clang-format; changes nothing
+	@echo "ruff" && $(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check . || { echo "run: make format"; exit 1; }
+	@echo "mypy" && $(PY) -m mypy --no-error-summary $(MYPY_PATHS)
+	@echo "clang-format" && $(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: setup ## rewrite the sources in the house style
+	@$(PY) -m ruff check --quiet --fix . || true
+	@$(PY) -m ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+clean: ## remove everything that was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info resformer_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv: requirements-dev.txt scripts/preflight.sh scripts/venv.sh
+	@scripts/preflight.sh $(PYTHON)
+	@scripts/venv.sh $(PYTHON) $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py
+	@echo "[4/4] installing resformer_kernels and building its kernels"
+	@$(PY) -m pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/native: $(STAMPS)/package $(NATIVE_SOURCES)
+	@$(PY) -m build_support.native
+	@touch $@

@@ -1,0 +1,289 @@
+"""Build the native libraries with ninja.
+
+Kept apart from setup.py so that `python -m build_support.native` rebuilds after an edit of the C++
+sources without going through pip. torch is located, never imported: its headers and libraries are
+all that is needed, and importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import filecmp
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "resformer_kernels"
+CPU_LIBRARY = "libresformer_cpu.so"
+MINIMUM_TORCH = (2, 10)
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_X86_64_ISAS: dict[str, tuple[str, ...]] = {
+    "portable": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+}
+_PORTABLE_ONLY: dict[str, tuple[str, ...]] = {"portable": ()}
+
+_COMPILE_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+
+_RULES = """\
+rule compile
+  command = $cxx $flags $variant -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in $label
+rule link
+  command = $cxx -shared -o $out $in $link_flags
+  description = link $out
+"""
+
+
+class BuildError(RuntimeError):
+    """The native library cannot be built; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The programs and the torch that a build uses."""
+
+    cxx: str
+    ninja: str
+    torch: Path
+    extra_compile_flags: str = ""
+    extra_link_flags: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One object file: a source, compiled with the flags of one variant."""
+
+    source: str
+    object: str
+    flags: tuple[str, ...]
+    label: str
+
+
+def skip_reason(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why the package is to be installed without its native library; None where it is built."""
+    requested = environ.get("RESFORMER_SKIP_NATIVE", "")
+    if requested not in ("", "0", "1"):
+        raise BuildError(f"RESFORMER_SKIP_NATIVE must be 0 or 1, got {requested!r}")
+    if requested == "1":
+        return "RESFORMER_SKIP_NATIVE=1"
+    if find_compiler(environ) is None:
+        wanted = f"CXX={environ['CXX']}" if environ.get("CXX") else "c++, g++ or clang++"
+        return f"no C++ compiler was found (looked for {wanted} on PATH; Debian package: g++)"
+    return None
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The C++ compiler's command line: $CXX if it is set, else the first one on PATH."""
+    path = environ.get("PATH")
+    requested = environ.get("CXX", "")
+    if requested:
+        return requested if shutil.which(shlex.split(requested)[0], path=path) else None
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name, path=path):
+            return name
+    return None
+
+
+def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
+    """Locate compiler, ninja and torch. Raises BuildError naming the first that is missing."""
+    cxx = find_compiler(environ)
+    if cxx is None:
+        raise BuildError(skip_reason(environ) or "no C++ compiler was found")
+    return Toolchain(
+        cxx=cxx,
+        ninja=_find_ninja(environ),
+        torch=_find_torch(),
+        extra_compile_flags=environ.get("CXXFLAGS", ""),
+        extra_link_flags=environ.get("LDFLAGS", ""),
+    )
+
+
+def _find_ninja(environ: Mapping[str, str]) -> str:
+    beside_python = Path(sys.executable).parent / "ninja"
+    if beside_python.exists():
+        return str(beside_python)
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        in_package = Path(ninja.BIN_DIR) / "ninja"
+        if in_package.exists():
+            return str(in_package)
+    on_path = shutil.which("ninja", path=environ.get("PATH"))
+    if on_path is None:
+        raise BuildError("ninja was not found: `pip install ninja`, then build again")
+    return on_path
+
+
+def _find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(
+            "torch is not installed in the environment that builds. Install it first (for a CPU:"
+            " `pip install torch --index-url https://download.pytorch.org/whl/cpu`), then run"
+            " `pip install --no-build-isolation .`: without that option pip builds in an empty"
+            " environment. RESFORMER_SKIP_NATIVE=1 installs the pure PyTorch reference alone."
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        needed = ".".join(str(part) for part in MINIMUM_TORCH)
+        raise BuildError(f"torch >= {needed} is needed to build, found {version}")
+    return Path(spec.origin).parent
+
+
+def isas(machine: str) -> dict[str, tuple[str, ...]]:
+    """The instruction sets built on `machine`, lowest first, and the compiler flags of each."""
+    return _X86_64_ISAS if machine.lower() in ("x86_64", "amd64") else _PORTABLE_ONLY
+
+
+def cpu_units(root: Path, machine: str) -> list[Unit]:
+    """Every object of the CPU library, in link order.
+
+    The linker keeps the first copy of an inline function that several objects hold. Objects are
+    therefore ordered from the lowest instruction set to the highest: a copy compiled for AVX-512
+    must never serve a processor without it.
+    """
+    variants = isas(machine)
+    have = tuple(f"-DRESFORMER_HAVE_{name.upper()}=1" for name in variants)
+    baseline = sorted((root / "csrc").glob("*/*_cpu.cpp"))
+    per_isa = sorted((root / "csrc").glob("*/*_cpu_isa.cpp"))
+    if not baseline:
+        raise BuildError(f"no csrc/*/*_cpu.cpp under {root}: the C++ sources are not there")
+    units = [_unit(root, source, "", have) for source in baseline]
+    for name, isa_flags in variants.items():
+        flags = (f"-DRESFORMER_ISA={name}", f"-DRESFORMER_ISA_{name.upper()}=1", *isa_flags)
+        units += [_unit(root, source, name, flags) for source in per_isa]
+    return units
+
+
+def _unit(root: Path, source: Path, variant: str, flags: tuple[str, ...]) -> Unit:
+    relative = source.relative_to(root)
+    suffix = f".{variant}.o" if variant else ".o"
+    label = f"[{variant}]" if variant else ""
+    return Unit(relative.as_posix(), relative.with_suffix(suffix).as_posix(), flags, label)
+
+
+def ninja_file(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
+    """The text of build.ninja; paths of sources are relative to the repository's root."""
+    include = toolchain.torch / "include"
+    library_dir = toolchain.torch / "lib"
+    # System includes: torch's own warnings stay silent, and -MD still tracks its headers.
+    flags = [*_COMPILE_FLAGS, "-Icsrc", "-isystem", str(include)]
+    link_flags = [
+        *("-Wl,--as-needed", "-Wl,-z,defs", f"-L{library_dir}", f"-Wl,-rpath-link,{library_dir}"),
+        *("-ltorch_cpu", "-ltorch", "-lc10"),
+    ]
+    lines = [
+        f"builddir = {_escape(output_dir)}",
+        f"cxx = {toolchain.cxx}",
+        f"flags = {_command(flags)} {toolchain.extra_compile_flags}".rstrip(),
+        f"link_flags = {_command(link_flags)} {toolchain.extra_link_flags}".rstrip(),
+        _RULES,
+    ]
+    objects = []
+    for unit in units:
+        target = _escape(f"{output_dir}/{unit.object}")
+        objects.append(target)
+        lines += [
+            f"build {target}: compile {_escape(unit.source)}",
+            f"  variant = {_command(unit.flags)}",
+            f"  label = {unit.label}",
+        ]
+    lines.append(f"build {_escape(f'{output_dir}/{CPU_LIBRARY}')}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _command(arguments: list[str] | tuple[str, ...]) -> str:
+    return " ".join(shlex.quote(argument).replace("$", "$$") for argument in arguments)
+
+
+def _escape(path: str) -> str:
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path:
+    """Bring the CPU library up to date and return where it is. Raises BuildError."""
+    toolchain = find_toolchain(environ)
+    machine = platform.machine()
+    output_dir = f"build/native-{machine}"
+    ninja_path = root / output_dir / "build.ninja"
+    ninja_path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(ninja_path.with_name("lock")):
+        ninja_path.write_text(ninja_file(cpu_units(root, machine), toolchain, output_dir))
+        command = [toolchain.ninja, "-f", str(ninja_path.relative_to(root)), *_jobs(environ)]
+        result = subprocess.run(command, cwd=root, env=dict(environ), check=False)
+    if result.returncode != 0:
+        raise BuildError(
+            "compiling the native library failed (the compiler's messages stand above)."
+            " RESFORMER_SKIP_NATIVE=1 installs the pure PyTorch reference alone."
+        )
+    return root / output_dir / CPU_LIBRARY
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _jobs(environ: Mapping[str, str]) -> list[str]:
+    requested = environ.get("MAX_JOBS", "")
+    if requested and not (requested.isdigit() and int(requested) > 0):
+        raise BuildError(f"MAX_JOBS must be a positive integer, got {requested!r}")
+    return ["-j", requested] if requested else []
+
+
+def install(library: Path, target: Path) -> None:
+    """Put `library` at `target`, atomically: a running process may hold the old one mapped."""
+    if target.exists() and filecmp.cmp(library, target, shallow=False):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(library, temporary)
+    temporary.replace(target)
+
+
+def main() -> int:
+    """Build, and place the library inside the package in the source tree."""
+    try:
+        reason = skip_reason()
+        if reason is not None:
+            print(f"not building the native library: {reason}", file=sys.stderr)
+            return 0
+        install(build(), ROOT / PACKAGE / CPU_LIBRARY)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Usage: venv.sh PYTHON VENV
+# Makes VENV if it is missing and installs torch and the pinned development requirements into it.
+# With a CUDA device whose torch the given Python already has, that torch is kept; else the pinned
+# CPU build is installed. TORCH_VERSION and TORCH_INDEX override the pin and where it comes from.
+set -eu
+python=$1
+venv=$2
+torch_version=${TORCH_VERSION:-2.13.0}
+torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+
+usable_cuda_torch='
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit(1)
+recent = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+if torch.cuda.is_available() and not recent:
+    print(f"the torch on this machine is {torch.__version__}, older than 2.10", file=sys.stderr)
+sys.exit(not (torch.cuda.is_available() and recent))
+'
+has_gpu() {
+  command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+  if has_gpu && "$python" -c "$usable_cuda_torch"; then
+    echo "[1/4] making $venv on top of the CUDA torch that is already here"
+    "$python" -m venv --system-site-packages "$venv"
+    # Where $python is itself a virtual environment, its packages are not the system's.
+    "$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+      >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/outer.pth"
+  else
+    echo "[1/4] making $venv"
+    "$python" -m venv "$venv"
+  fi
+else
+  echo "[1/4] using the $venv that is here"
+fi
+
+pip="$venv/bin/python -m pip --disable-pip-version-check --no-input -qq"
+if has_gpu && "$venv/bin/python" -c "$usable_cuda_torch"; then
+  echo "[2/4] keeping torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
+elif "$venv/bin/python" -c "
+import importlib.metadata as m, sys
+sys.exit(m.version('torch').split('+')[0] != '$torch_version')" 2>/dev/null; then
+  echo "[2/4] torch $torch_version is here"
+else
+  echo "[2/4] installing torch $torch_version, CPU build (about 200 MB; takes a minute)"
+  $pip install "torch==$torch_version" --extra-index-url "$torch_index"
+fi
+echo "[3/4] installing the pinned tools and test packages"
+$pip install -r requirements-dev.txt
