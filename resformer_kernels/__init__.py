@@ -1,0 +1,15 @@
+"""Kernels for value-residual attention (Zhou et al., arXiv 2410.17897)."""
+
+from resformer_kernels._select import explain
+from resformer_kernels.attention.api import (
+    value_residual_attention,
+    value_residual_attention_varlen,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "explain",
+    "value_residual_attention",
+    "value_residual_attention_varlen",
+]

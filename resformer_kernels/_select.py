@@ -1,0 +1,148 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend is a module (or any object) with NAME, `unsupported_reason(call)` and `run(call)`. An
+op lists its backends in order of preference; the last is "reference", which serves every call and
+has `is_large(call)`: whether it is slow enough there for `auto` to say that it fell back. A backend
+may have `notes(call) -> list[str]`: what it does beside the kernel, for `explain` to tell.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Backend(Protocol):
+    """What an op's backend module offers. `call` is the op's own normalised argument record."""
+
+    NAME: str
+
+    def unsupported_reason(self, call: Any, /) -> str | None:
+        """Why this backend cannot serve the call, from metadata alone; None when it can."""
+
+    def run(self, call: Any, /) -> Any:
+        """Serve the call."""
+
+
+class Request(NamedTuple):
+    """A public call, validated and normalised, before a backend is chosen for it."""
+
+    op: str
+    backend: str
+    backends: Sequence[Any]
+    call: Any
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: `backend` serves `op` (None: nothing does)."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+    """Why each backend that cannot serve the call cannot."""
+    notes: list[str] = field(default_factory=list)
+    """What the chosen backend does beside the kernel itself, such as copying an argument."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend serves this call'}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def select(op: str, backend: str, backends: Sequence[Any], call: Any) -> Any:
+    """The backend that serves `call`.
+
+    "auto" takes the first that can; a name never falls back. Raises ValueError for an unknown
+    name and RuntimeError, with every reason, where nothing can serve the call.
+    """
+    if backend == "auto":
+        reasons: list[str] = []
+        for candidate in backends:
+            reason = candidate.unsupported_reason(call)
+            if reason is None:
+                if reasons and candidate.NAME == "reference" and candidate.is_large(call):
+                    _announce_fallback(op, "; ".join(reasons))
+                return candidate
+            reasons.append(f"{candidate.NAME}: {reason}")
+        raise RuntimeError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
+    for candidate in backends:
+        if backend == candidate.NAME:
+            reason = candidate.unsupported_reason(call)
+            if reason is not None:
+                raise RuntimeError(f"{op}: backend={backend!r} cannot serve this call: {reason}")
+            return candidate
+    names = ", ".join(repr(candidate.NAME) for candidate in backends)
+    raise ValueError(f"{op}: backend must be 'auto' or one of {names}, got {backend!r}")
+
+
+def _announce_fallback(op: str, reasons: str) -> None:
+    if (op, reasons) in _announced:
+        return
+    _announced.add((op, reasons))
+    warnings.warn(
+        f"{op} runs on the slow reference for a large input ({reasons}); this is said once",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+# torch.compile may run this at trace time or skip it, but must not break the graph over it.
+_announce_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explained_by(prepare: Callable[..., Request]) -> Callable[[F], F]:
+    """Let `explain` understand a public function: `prepare` takes its arguments, runs nothing."""
+
+    def mark(function: F) -> F:
+        function.__resformer_prepare__ = prepare  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend would serve `function(*args, **kwargs)` and why each other would not.
+
+    Nothing is computed. The arguments are validated, so a bad one raises what the call raises.
+    TypeError where `function` is not a public op of this package.
+
+    >>> print(explain(value_residual_attention, q, k, v, v_first, causal=True))  # doctest: +SKIP
+    value_residual_attention: native
+    """
+    prepare = getattr(function, "__resformer_prepare__", None)
+    if prepare is None:
+        raise TypeError(
+            "explain: function must be a public op of resformer_kernels, such as "
+            f"value_residual_attention, got {function!r}"
+        )
+    with torch.no_grad():
+        request: Request = prepare(*args, **kwargs)
+    chosen = None
+    reasons: dict[str, str] = {}
+    for candidate in request.backends:
+        reason = candidate.unsupported_reason(request.call)
+        if reason is not None:
+            reasons[candidate.NAME] = reason
+        elif request.backend not in ("auto", candidate.NAME):
+            reasons[candidate.NAME] = f"backend={request.backend!r} was asked for"
+        elif chosen is None:
+            chosen = candidate
+        else:
+            reasons[candidate.NAME] = f"{chosen.NAME} is preferred"
+    names = ["auto", *(candidate.NAME for candidate in request.backends)]
+    if request.backend not in names:
+        raise ValueError(f"{request.op}: backend must be one of {names}, got {request.backend!r}")
+    describe = getattr(chosen, "notes", None)
+    notes = describe(request.call) if describe is not None else []
+    return Explanation(request.op, chosen.NAME if chosen else None, reasons, notes)

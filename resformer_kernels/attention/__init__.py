@@ -1,0 +1,1 @@
+"""Value-residual attention: the public functions, their schemas and their backends."""

@@ -1,0 +1,153 @@
+"""The gradient of value-residual attention, around the ops of `ops.py`.
+
+Saved for backward: the inputs, out and lse. V' is never saved: backward mixes it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.attention.ops import VMAP_ERROR
+
+
+class Options(NamedTuple):
+    """The arguments of the ops that are no tensors, in the schema's order."""
+
+    lambda_v_value: float
+    lambda_first_value: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    return_lse: bool
+    return_mixed_value: bool
+
+
+def _shared_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    v_first: Tensor | None,
+    lambda_v: Tensor | None,
+    lambda_first: Tensor | None,
+    sinks: Tensor | None,
+    attn_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    options: Options,
+) -> tuple[Any, ...]:
+    return (
+        q,
+        k,
+        v,
+        v_first,
+        lambda_v,
+        lambda_first,
+        options.lambda_v_value,
+        options.lambda_first_value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
+        options.window_left,
+        options.window_right,
+        options.scale,
+        options.softcap,
+        sinks,
+        attn_bias,
+    )
+
+
+def forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op, on the arguments that `ValueResidualAttention.apply` takes."""
+    options: Options = arguments[-1]
+    result: tuple[Tensor, Tensor, Tensor] = (
+        torch.ops.resformer.value_residual_attention_forward.default(
+            *_shared_arguments(*arguments), options.return_lse, options.return_mixed_value
+        )
+    )
+    return result
+
+
+class ValueResidualAttention(torch.autograd.Function):
+    """apply(q, k, v, v_first, lambda_v, lambda_first, sinks, attn_bias, cu_seqlens_q,
+    cu_seqlens_k, options) -> (out, lse, mixed). The mixed value is empty where not asked for."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Backward needs the LSE whether the caller does or not.
+        options: Options = arguments[-1]._replace(return_lse=True)
+        return forward_op(*arguments[:-1], options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, options = inputs
+        out, lse, mixed = output
+        ctx.options = options
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        unwanted = []
+        if not options.return_lse:
+            unwanted.append(lse)
+        if not options.return_mixed_value:
+            unwanted.append(mixed)
+        ctx.mark_non_differentiable(*unwanted)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mixed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:8]
+        mask = sum(1 << bit for bit, needed in enumerate(wanted) if needed)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        arguments = (grad_out, grad_lse, grad_mixed, *tensors, out, lse, ctx.options, mask)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: let the gradients be used, and say no when they are differentiated.
+            gradients = _Once.apply(*arguments)
+        else:
+            gradients = _backward_op(*arguments)
+        found = [g if needed else None for g, needed in zip(gradients, wanted, strict=True)]
+        return (*found, None, None, None)
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(VMAP_ERROR)
+
+
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    gradients, inputs = arguments[:3], arguments[3:-4]
+    out, lse, options, mask = arguments[-4:]
+    result: tuple[Tensor, ...] = torch.ops.resformer.value_residual_attention_backward.default(
+        *gradients, *_shared_arguments(*inputs, options), out, lse, mask
+    )
+    return result
+
+
+class _Once(torch.autograd.Function):
+    """The backward op, whose own gradient is an error."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(_ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        del inputs, output
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Any) -> NoReturn:
+        raise RuntimeError(
+            "value_residual_attention does not support double backward: its gradient cannot be "
+            "differentiated again (backend='reference' can)"
+        )
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(VMAP_ERROR)

@@ -1,0 +1,177 @@
+"""Value-residual attention in plain PyTorch: slow, obvious, and the definition of correct.
+
+    V' = lambda_v * v + lambda_first * v_first                     (arXiv 2410.17897, ResFormer)
+    S  = softcap(scale * q k^T) + bias, and -inf where attention may not go
+    LSE = log(exp(sink) + sum_j exp(S_j)),   out = exp(S - LSE) V'
+
+It computes in float64 for float64 inputs and in float32 for all others, and rounds V' once to v's
+dtype. It is differentiable by autograd as it stands and materialises (B, Hq, Tq, Tk) scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.attention.call import AttentionCall
+
+NAME = "reference"
+
+_LARGE = 2**24
+
+
+def unsupported_reason(_call: AttentionCall) -> str | None:
+    """None: the reference serves everything."""
+    return None
+
+
+def is_large(call: AttentionCall) -> bool:
+    """Whether the scores that it materialises are many enough to be worth a warning."""
+    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+    return batch * call.q.shape[-2] * call.max_seqlen_q * call.max_seqlen_k >= _LARGE
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, mixed value or None), as `AttentionCall` asks."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        if call.cu_seqlens_q is None:
+            return _run_fixed(call)
+        return _run_packed(call)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _run_fixed(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    mixed = mix(call, call.v, call.v_first)
+    allowed = allowed_positions(call, call.max_seqlen_q, call.max_seqlen_k, call.q.device)
+    out, lse = attend(call, call.q, call.k, mixed, allowed)
+    returned = mixed.clone(memory_format=torch.contiguous_format)
+    return out, lse if call.return_lse else None, returned if call.return_mixed_value else None
+
+
+def _run_packed(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    cu_q, cu_k = call.cu_seqlens_q, call.cu_seqlens_k
+    assert cu_q is not None
+    assert cu_k is not None
+    # Tokens after the last sequence may hold anything, NaN included: they become zeros before
+    # any arithmetic, for a gradient of zero times NaN is NaN.
+    inside = torch.arange(call.k.shape[0], device=cu_k.device) < cu_k[-1]
+    inside = inside[:, None, None]
+    values = [x if x is None else x.masked_fill(~inside, 0) for x in (call.v, call.v_first)]
+    mixed = mix(call, values[0], values[1]).masked_fill(~inside, 0)
+
+    rows_k = _rows(cu_k, call.max_seqlen_k, call.k.shape[0])
+    out, lse = attend(
+        call,
+        _take(call.q, _rows(cu_q, call.max_seqlen_q, call.q.shape[0])),
+        _take(call.k, rows_k),
+        _take(mixed, rows_k),
+        allowed_positions(
+            call, cu_q.diff()[:, None, None, None], cu_k.diff()[:, None, None, None], cu_q.device
+        ),
+    )
+    back = _rows_back(cu_q, call.max_seqlen_q, call.q.shape[0])
+    out = _take(out.flatten(0, 1), back)
+    lse = _take(lse.transpose(1, 2).flatten(0, 1), back, fill=-torch.inf).transpose(0, 1)
+    return (
+        out,
+        lse.contiguous() if call.return_lse else None,
+        mixed if call.return_mixed_value else None,
+    )
+
+
+def _rows(cu_seqlens: Tensor, longest: int, total: int) -> Tensor:
+    """(batch, longest): the packed row of each token; `total` where a sequence is shorter."""
+    steps = torch.arange(longest, device=cu_seqlens.device)
+    rows = cu_seqlens[:-1, None] + steps
+    return torch.where(rows < cu_seqlens[1:, None], rows, total)
+
+
+def _rows_back(cu_seqlens: Tensor, longest: int, total: int) -> Tensor:
+    """(total,): where each packed row lies in (batch * longest); that product for rows outside."""
+    rows = torch.arange(total, device=cu_seqlens.device)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    batch = cu_seqlens.shape[0] - 1
+    return torch.where(
+        rows < cu_seqlens[-1], owner * longest + rows - cu_seqlens[owner], batch * longest
+    )
+
+
+def _take(x: Tensor, rows: Tensor, fill: float = 0.0) -> Tensor:
+    """x[rows], where the row after the last one holds `fill`."""
+    return torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])[rows]
+
+
+def mix(call: AttentionCall, v: Tensor | None, v_first: Tensor | None) -> Tensor:
+    """V' = lambda_v * v + lambda_first * v_first, in v's dtype."""
+    if v is None or v_first is None:
+        value = v if v is not None else v_first
+        assert value is not None
+        return value
+    compute = _compute_dtype(v.dtype)
+    own = call.lambda_v_value if call.lambda_v is None else call.lambda_v.to(compute)
+    first = call.lambda_first_value if call.lambda_first is None else call.lambda_first.to(compute)
+    return (own * v.to(compute) + first * v_first.to(compute)).to(v.dtype)
+
+
+def allowed_positions(
+    call: AttentionCall, q_len: int | Tensor, k_len: int | Tensor, device: torch.device
+) -> Tensor:
+    """Which keys each query may see by length and window, broadcastable to (B, Hq, Tq, Tk).
+
+    Aligned bottom-right: query i sits at key i + k_len - q_len.
+    """
+    i = torch.arange(call.max_seqlen_q, device=device)[:, None]
+    j = torch.arange(call.max_seqlen_k, device=device)[None, :]
+    at = i + k_len - q_len
+    allowed = (i < q_len) & (j < k_len)
+    if call.window_left >= 0:
+        allowed = allowed & (j >= at - call.window_left)
+    if call.window_right >= 0:
+        allowed = allowed & (j <= at + call.window_right)
+    return allowed
+
+
+def scores(call: AttentionCall, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+    """S (B, Hq, Tq, Tk): scale, softcap, bias and mask, in that order; -inf where masked."""
+    compute = _compute_dtype(q.dtype)
+    group = q.shape[2] // k.shape[2]
+    queries = q.to(compute).transpose(1, 2)
+    keys = k.to(compute).transpose(1, 2).repeat_interleave(group, dim=1)
+    s = call.scale * (queries @ keys.transpose(-1, -2))
+    if call.softcap > 0:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    if call.attn_bias is not None:
+        if call.attn_bias.dtype is torch.bool:
+            allowed = allowed & call.attn_bias
+        else:
+            s = s + call.attn_bias.to(compute)
+    return s.masked_fill(~allowed, -torch.inf)
+
+
+def attend(
+    call: AttentionCall, q: Tensor, k: Tensor, value: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out (B, Tq, Hq, Dv) in q's dtype, lse (B, Hq, Tq)) of (B, T, H, D) arguments."""
+    s = scores(call, q, k, allowed)
+    # A row without keys has no maximum: -inf stands in, and 0 stands in for that.
+    peak = torch.cat([s, s.new_full((*s.shape[:-1], 1), -torch.inf)], dim=-1).amax(-1)
+    sink = None
+    if call.sinks is not None:
+        sink = call.sinks.to(s.dtype)[:, None]
+        peak = torch.maximum(peak, sink)
+    peak = peak.detach()
+    peak = peak.masked_fill(peak == -torch.inf, 0)
+    weights = torch.exp(s - peak[..., None])
+    total = weights.sum(-1)
+    if sink is not None:
+        total = total + torch.exp(sink - peak)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    group = q.shape[2] // k.shape[2]
+    values = value.to(s.dtype).transpose(1, 2).repeat_interleave(group, dim=1)
+    out = (weights / total[..., None]) @ values
+    lse = (peak + total.log()).masked_fill(empty, -torch.inf)
+    return out.transpose(1, 2).contiguous().to(q.dtype), lse
