@@ -16,7 +16,7 @@ MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks exampl
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-setup: $(STAMPS)/native ## make .venv, install pinned dependencies, build the kernels
+setup: $(STAMPS)/native $(STAMPS)/package ## make .venv, install pinned dependencies, build the kernels
 
 demo: setup ## the main job: check the kernels, time them, train small models, write a report
 	@$(VENV)/bin/resformer-kernels demo $(ARGS)
@@ -47,11 +47,12 @@ $(STAMPS)/venv: requirements-dev.txt scripts/preflight.sh scripts/venv.sh
 	@scripts/venv.sh $(PYTHON) $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py
-	@echo "[4/4] installing resformer_kernels and building its kernels"
-	@$(PY) -m pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
+# Before pip, whose quiet run would hide the compiler's progress.
+$(STAMPS)/native: $(STAMPS)/venv $(NATIVE_SOURCES)
+	@echo "[4/4] building the kernels and installing resformer_kernels"
+	@$(PY) -m build_support.native
 	@touch $@
 
-$(STAMPS)/native: $(STAMPS)/package $(NATIVE_SOURCES)
-	@$(PY) -m build_support.native
+$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py | $(STAMPS)/native
+	@$(PY) -m pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	@touch $@

@@ -20,6 +20,13 @@ if torch.cuda.is_available() and not recent:
     print(f"the torch on this machine is {torch.__version__}, older than 2.10", file=sys.stderr)
 sys.exit(not (torch.cuda.is_available() and recent))
 '
+reachable='
+import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=10).close()
+except OSError:
+    sys.exit(1)
+'
 has_gpu() {
   command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1
 }
@@ -48,7 +55,13 @@ sys.exit(m.version('torch').split('+')[0] != '$torch_version')" 2>/dev/null; the
   echo "[2/4] torch $torch_version is here"
 else
   echo "[2/4] installing torch $torch_version, CPU build (about 200 MB; takes a minute)"
-  $pip install "torch==$torch_version" --extra-index-url "$torch_index"
+  if "$venv/bin/python" -c "$reachable" "$torch_index/torch/"; then
+    # --no-deps: every dependency that is looked up there too costs a round trip more.
+    $pip install --no-deps "torch==$torch_version" --extra-index-url "$torch_index"
+  else
+    echo "      $torch_index is out of reach: taking what pip's own index has"
+  fi
+  $pip install "torch==$torch_version"
 fi
 echo "[3/4] installing the pinned tools and test packages"
 $pip install -r requirements-dev.txt
