@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._checks import autocast_dtype, check_flag, check_tensor
 from resformer_kernels._select import Request, explained_by, select
 from resformer_kernels.attention import call as checks
 from resformer_kernels.attention import native, ops, reference
@@ -25,15 +26,15 @@ def _tensors(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Check and autocast the four large arguments; the fifth returned is a value that is there."""
     rank, axes_q, axes_k = (3, _PACKED_Q, _PACKED_K) if packed else (4, _FIXED_Q, _FIXED_K)
-    checks.check_tensor("q", q, rank, axes_q)
-    checks.check_tensor("k", k, rank, axes_k)
+    check_tensor("q", q, rank, axes_q)
+    check_tensor("k", k, rank, axes_k)
     for name, tensor in (("v", v), ("v_first", v_first)):
         if tensor is not None:
-            checks.check_tensor(name, tensor, rank, f"{axes_k} or None")
+            check_tensor(name, tensor, rank, f"{axes_k} or None")
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(q):
         raise RuntimeError(ops.VMAP_ERROR)
     q, k, v, v_first = (
-        x if x is None else x.to(checks.autocast_dtype(x.device, x.dtype))
+        x if x is None else x.to(autocast_dtype(x.device, x.dtype))
         for x in (q, k, v, v_first)
     )
     return q, k, v, v_first, checks.check_values(q, k, v, v_first)
@@ -77,8 +78,8 @@ def _prepare(
         batch = cu_q.shape[0] - 1
     left, right = checks.check_window(window, causal)
     checks.check_sinks(sinks, q)
-    checks.check_flag("return_lse", return_lse)
-    checks.check_flag("return_mixed_value", return_mixed_value)
+    check_flag("return_lse", return_lse)
+    check_flag("return_mixed_value", return_mixed_value)
     call = AttentionCall(
         q=q,
         k=k,

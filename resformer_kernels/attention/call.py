@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from resformer_kernels._checks import DTYPES, check_flag, check_real, check_tensor, describe
+from resformer_kernels._coefficients import check_coefficient
+
 _INT = (int, torch.SymInt)
-_REAL = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class AttentionCall(NamedTuple):
@@ -47,41 +48,6 @@ class AttentionCall(NamedTuple):
     attn_bias: Tensor | None
     return_lse: bool
     return_mixed_value: bool
-
-
-def describe(value: object) -> str:
-    """A short account of what an argument was, for error messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
-
-
-def check_tensor(name: str, value: object, rank: int, axes: str) -> None:
-    """TypeError unless `value` is a dense tensor; ValueError unless it has `rank` axes."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {describe(value)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor {axes}, got layout {value.layout}")
-    if value.dim() != rank:
-        raise ValueError(f"{name} must be {axes}, got {describe(value)}")
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {describe(value)}")
-
-
-def check_real(name: str, value: object) -> None:
-    if not isinstance(value, _REAL) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-
-
-def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which autocast wants an argument of `dtype`; float64 is left alone by it."""
-    kind = device.type
-    if dtype is torch.float64 or not dtype.is_floating_point:
-        return dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def check_values(q: Tensor, k: Tensor, v: Tensor | None, v_first: Tensor | None) -> Tensor:
@@ -142,50 +108,9 @@ def coefficients(
                 )
             check_real(name, value)
         return None, None, 1.0, 1.0
-    first, first_value = _coefficient("lambda_first", lambda_first, v, heads)
-    own, own_value = _coefficient("lambda_v", lambda_v, v, heads)
+    first, first_value = check_coefficient("lambda_first", lambda_first, v, query_heads=heads)
+    own, own_value = check_coefficient("lambda_v", lambda_v, v, query_heads=heads)
     return own, first, own_value, first_value
-
-
-def _coefficient(name: str, value: Any, v: Tensor, heads: int) -> tuple[Tensor | None, float]:
-    if not isinstance(value, Tensor):
-        check_real(name, value)
-        if not torch.compiler.is_compiling():
-            return None, float(value)
-        # A float argument of an op is a constant of the compiled graph: one compile per value.
-        dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
-        value = v.new_ones((), dtype=dtype) * value
-    if value.dtype != v.dtype and value.dtype is not torch.float32:
-        raise TypeError(f"{name} must be float32 or v's dtype {v.dtype}, got {value.dtype}")
-    if value.device != v.device:
-        raise ValueError(f"{name} must be on v's device {v.device}, got {value.device}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-    missing = v.dim() - value.dim()
-    fits = missing >= 0
-    if fits:
-        for size, target in zip(value.shape, v.shape[missing:], strict=True):
-            fits = fits and (size == 1 or size == target)
-    if not fits:
-        raise ValueError(
-            f"{name} must be a float or a tensor that broadcasts to v's shape {tuple(v.shape)} "
-            f"without enlarging it, got shape {tuple(value.shape)}{_hint(value, v, heads)}"
-        )
-    return value[(None,) * missing] if missing else value, 1.0
-
-
-def _hint(value: Tensor, v: Tensor, heads: int) -> str:
-    kv_heads = v.shape[-2]
-    if value.dim() == 1 and value.shape[0] in (kv_heads, heads):
-        if value.shape[0] == kv_heads:
-            return f"; one coefficient per KV head has shape ({kv_heads}, 1)"
-        return f"; coefficients are per KV head, of which there are {kv_heads}: ({kv_heads}, 1)"
-    if value.dim() >= 2 and value.shape[-2] == heads != kv_heads:
-        return (
-            f"; it looks sized to the {heads} query heads, but coefficients are per KV head, "
-            f"of which there are {kv_heads}"
-        )
-    return ""
 
 
 def check_window(window: object, causal: object) -> tuple[int, int]:
@@ -206,14 +131,14 @@ def check_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return float(head_dim**-0.5)
     check_real("scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
 
 def check_softcap(softcap: Any) -> float:
     check_real("softcap", softcap)
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
     return float(softcap)
 

@@ -1,0 +1,44 @@
+"""Checks of arguments that every op shares. They read metadata alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REAL = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def describe(value: object) -> str:
+    """A short account of what an argument was, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object, rank: int, axes: str) -> None:
+    """TypeError unless `value` is a dense tensor; ValueError unless it has `rank` axes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {axes}, got {describe(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor {axes}, got layout {value.layout}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {axes}, got {describe(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_real(name: str, value: object) -> None:
+    if not isinstance(value, _REAL) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+
+
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which autocast wants an argument of `dtype`; float64 is left alone by it."""
+    kind = device.type
+    if dtype is torch.float64 or not dtype.is_floating_point:
+        return dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
