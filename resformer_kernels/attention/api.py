@@ -34,8 +34,7 @@ def _tensors(
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(q):
         raise RuntimeError(ops.VMAP_ERROR)
     q, k, v, v_first = (
-        x if x is None else x.to(autocast_dtype(x.device, x.dtype))
-        for x in (q, k, v, v_first)
+        x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)
     )
     return q, k, v, v_first, checks.check_values(q, k, v, v_first)
 
