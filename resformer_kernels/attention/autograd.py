@@ -107,7 +107,12 @@ class ValueResidualAttention(torch.autograd.Function):
         mask = sum(1 << bit for bit, needed in enumerate(wanted) if needed)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        arguments = (grad_out, grad_lse, grad_mixed, *tensors, out, lse, ctx.options, mask)
+        # torch.compile materialises the gradients of outputs that were marked not differentiable.
+        if not ctx.options.return_lse:
+            grad_lse = None
+        if not ctx.options.return_mixed_value:
+            grad_mixed = None
+        arguments = (grad_out, grad_lse, grad_mixed, *tensors, ctx.options, out, lse, mask)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: let the gradients be used, and say no when they are differentiated.
             gradients = _Once.apply(*arguments)
@@ -122,10 +127,9 @@ class ValueResidualAttention(torch.autograd.Function):
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    gradients, inputs = arguments[:3], arguments[3:-4]
-    out, lse, options, mask = arguments[-4:]
+    gradients, shared, kept = arguments[:3], arguments[3:-3], arguments[-3:]
     result: tuple[Tensor, ...] = torch.ops.resformer.value_residual_attention_backward.default(
-        *gradients, *_shared_arguments(*inputs, options), out, lse, mask
+        *gradients, *_shared_arguments(*shared), *kept
     )
     return result
 
