@@ -1,0 +1,184 @@
+"""Error budgets: float64 decides, the reference in the same precision sets the scale.
+
+    error <= 2 * error(reference in the same precision) + u(dtype) * S
+
+in Frobenius norms, with u the unit roundoff of the inputs' dtype. A gradient that is a cancelling
+sum cannot be more exact than its terms allow, so S is the norm of the terms before their reduction
+(coefficients, sinks), of the gradient with the softmax normaliser frozen (q, k), and else the norm
+of the float64 tensor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.testing.inputs import AttentionCase, attention_inputs
+from resformer_kernels.testing.poison import poisoned
+
+_GRADIENTS = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of a call held against float64. Norms are Frobenius norms."""
+
+    name: str
+    """An output ("out", "lse", "mixed") or a gradient ("dq", "dlambda_v", ...)."""
+    error: float
+    budget: float
+    norm: float
+    """Of the float64 tensor."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the budget."""
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "TOO LARGE"
+        return (
+            f"{self.name}: error {self.error:.3e}, budget {self.budget:.3e}, "
+            f"norm {self.norm:.3e}: {verdict}"
+        )
+
+
+def compare_case(case: AttentionCase, *, backend: str, device: str = "cpu") -> list[Comparison]:
+    """`compare` on the inputs that `case` describes."""
+    inputs = attention_inputs(case, device)
+    return compare(inputs.function, inputs.tensors, inputs.options, inputs.grads, backend=backend)
+
+
+def compare(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: tuple[Tensor, ...],
+    *,
+    backend: str,
+) -> list[Comparison]:
+    """Forward and backward of `function(**tensors, **options, backend=backend)` against float64.
+
+    Args:
+        function: `value_residual_attention` or `value_residual_attention_varlen`.
+        tensors: its tensor arguments by name. Every floating one is differentiated.
+        options: its other arguments by name, backend apart.
+        grads: gradients for the outputs, in their order and of their shapes.
+        backend: whose errors are measured. Its uninitialised memory is poisoned with NaN.
+
+    Returns:
+        A `Comparison` for every output and every gradient. NaN and infinities must lie where
+        float64 has them, else the error is infinite.
+    """
+    dtype = tensors["q"].dtype
+    with poisoned():
+        outputs, gradients = _run(function, tensors, options, grads, backend)
+    near, near_gradients = _run(function, tensors, options, grads, "reference")
+    wide = {name: _wide(x) for name, x in tensors.items()}
+    wide_grads = tuple(_wide(g) for g in grads)
+    exact, exact_gradients = _run(function, wide, options, wide_grads, "reference")
+    sizes = _summed_terms(function, wide, options, wide_grads, set(exact_gradients))
+
+    names = ["out"]
+    names += ["lse"] if options.get("return_lse") else []
+    names += ["mixed"] if options.get("return_mixed_value") else []
+    rows: list[tuple[str, Tensor, Tensor, Tensor, float | None]] = [
+        (name, got, same, true, None)
+        for name, got, same, true in zip(names, outputs, near, exact, strict=True)
+    ]
+    rows += [
+        (f"d{name}", gradients[name], near_gradients[name], exact_gradients[name], sizes.get(name))
+        for name in exact_gradients
+    ]
+    unit = torch.finfo(dtype).eps / 2
+    found = []
+    for name, got, same, true, size in rows:
+        norm = _norm(true)
+        budget = 2 * _error(same, true) + unit * (norm if size is None else size)
+        found.append(Comparison(name, _error(got, true), budget, norm))
+    return found
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().double() if x.is_floating_point() else x
+
+
+def _run(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: tuple[Tensor, ...],
+    backend: str,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """(outputs, gradients by argument name)."""
+    leaves = {
+        name: tensors[name].detach().requires_grad_()
+        for name in _GRADIENTS
+        if name in tensors and tensors[name].is_floating_point()
+    }
+    outputs = function(**{**tensors, **leaves}, **options, backend=backend)
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return tuple(x.detach() for x in outputs), dict(zip(leaves, gradients, strict=True))
+
+
+def _summed_terms(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: tuple[Tensor, ...],
+    wanted: set[str],
+) -> dict[str, float]:
+    """S for q, k, the coefficients and the sinks, from float64 arguments."""
+    mixed = bool(options.get("return_mixed_value"))
+    grad_out = grads[0]
+    everything = {**options, "return_lse": True}
+    # A coefficient in V's full shape has the terms of the reduced one's gradient as its gradient.
+    value = next(tensors[name] for name in ("v", "v_first") if name in tensors)
+    unreduced = dict(tensors)
+    for name in ("lambda_v", "lambda_first"):
+        if name in wanted:
+            unreduced[name] = tensors[name].expand(value.shape).contiguous()
+
+    with torch.no_grad():
+        out, lse, *_ = function(**tensors, **everything, backend="reference")
+    weighted = (grad_out * out).sum(-1).movedim(-1, -2)
+    grad_lse = grads[1] if options.get("return_lse") else torch.zeros_like(lse)
+    rest = (grads[-1],) if mixed else ()
+
+    # d scores = P (dP - sum(dO O) + dLSE): this dLSE leaves P dP, the normaliser frozen.
+    frozen = (grad_out, weighted, *rest)
+    _, by_frozen = _run(function, unreduced, everything, frozen, "reference")
+    only_lse = (torch.zeros_like(out), grad_lse, *(torch.zeros_like(g) for g in rest))
+    _, by_lse = _run(function, tensors, everything, only_lse, "reference")
+    sizes = {name: _norm(by_frozen[name]) + _norm(by_lse[name]) for name in ("q", "k")}
+    for name in ("lambda_v", "lambda_first"):
+        if name in wanted:
+            sizes[name] = _norm(by_frozen[name])
+    if "sinks" in wanted:
+        share = torch.exp(tensors["sinks"][:, None] - lse)
+        terms = share * (grad_lse - weighted)
+        # Rows after the last packed sequence hold NaN gradients and belong to no sum.
+        sizes["sinks"] = _norm(terms.where(lse > -torch.inf, 0))
+    return sizes
+
+
+def _norm(x: Tensor) -> float:
+    x = x.double()
+    return float(x[x.isfinite()].norm())
+
+
+def _error(got: Tensor, true: Tensor) -> float:
+    if got.shape != true.shape:
+        return float("inf")
+    got = got.double()
+    finite = true.isfinite()
+    if not torch.equal(got[~finite].nan_to_num(nan=0.5), true[~finite].nan_to_num(nan=0.5)):
+        return float("inf")
+    error = float((got[finite] - true[finite]).norm())
+    return error if error == error else float("inf")

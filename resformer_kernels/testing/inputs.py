@@ -1,0 +1,287 @@
+"""Inputs for the attention ops, made from a record of what they should be like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.attention.api import (
+    value_residual_attention,
+    value_residual_attention_varlen,
+)
+
+COEFFICIENT_FORMS = (
+    "float",
+    "scalar",
+    "head",
+    "channel",
+    "last",
+    "token",
+    "token_head",
+    "full",
+    "expanded",
+)
+"""A coefficient's form: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
+(B, Tk, Hkv, Dv), and () expanded to the latter with strides of 0."""
+
+BIAS_KINDS = (
+    "none",
+    "mask",
+    "padding",
+    "empty_rows",
+    "additive",
+    "per_head",
+    "per_key",
+    "infinite",
+)
+"""attn_bias: none; a bool (B, Hq, Tq, Tk), (B, 1, 1, Tk), or (Tq, 1) mask, the latter with rows
+that attend to nothing; an additive (B, Hq, Tq, Tk), (Hq, 1, Tk), (Tk,); a (1, 1, Tq, Tk) that
+holds -inf."""
+
+LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
+"""In memory: contiguous; (B, H, T, D) seen as (B, T, H, D); a window of a larger tensor of NaN;
+every other element of the last axis; one head seen as many (stride 0)."""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What an attention input should be like. Lengths are in tokens."""
+
+    batch: int = 2
+    q_len: int = 33
+    k_len: int = 33
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    sources: str = "both"
+    """The values given: "both", "v" or "v_first"."""
+    lambda_v: str = "float"
+    lambda_first: str = "float"
+    coefficient_dtype: str = "float32"
+    """Of tensor coefficients, sinks and additive biases: "float32" or "same"."""
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    bias: str = "none"
+    return_lse: bool = False
+    return_mixed_value: bool = False
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    lengths: tuple[tuple[int, int], ...] | None = None
+    """(query length, key length) of each packed sequence; None: not packed."""
+    tail: int = 0
+    """Packed rows of NaN after the last sequence."""
+    slack: int = 0
+    """By how much max_seqlen exceeds the longest packed sequence."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call: `function(**tensors, **options)`. `grads` are for its outputs, in their order."""
+
+    function: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    grads: tuple[Tensor, ...] = ()
+
+
+class _Source:
+    """Random tensors of one case: same seed, same numbers, on any device."""
+
+    def __init__(self, case: AttentionCase, device: torch.device | str) -> None:
+        self.case = case
+        self.device = device
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def laid_out(self, x: Tensor, layout: str) -> Tensor:
+        x = x.to(self.device)
+        if layout == "heads_first":
+            return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+        if layout == "sliced":
+            base = x.new_full([size + 3 for size in x.shape], torch.nan)
+            return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
+        if layout == "strided":
+            base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+            return base[..., ::2].copy_(x)
+        if layout == "expanded":
+            return x[..., :1, :].contiguous().expand(x.shape)
+        return x
+
+
+def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") -> Inputs:
+    """Tensors, options and output gradients for `case`, with rows beyond its sequences NaN."""
+    source = _Source(case, device)
+    if case.lengths is None:
+        q_rows: tuple[int, ...] = (case.batch, case.q_len)
+        k_rows: tuple[int, ...] = (case.batch, case.k_len)
+    else:
+        q_rows = (sum(q for q, _ in case.lengths) + case.tail,)
+        k_rows = (sum(k for _, k in case.lengths) + case.tail,)
+    v_shape = (*k_rows, case.kv_heads, case.value_dim)
+    shapes = {
+        "q": (*q_rows, case.heads, case.head_dim),
+        "k": (*k_rows, case.kv_heads, case.head_dim),
+        "v": v_shape,
+        "v_first": v_shape,
+    }
+    absent = {"v": "v_first", "v_first": "v"}.get(case.sources)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name != absent:
+            x = _poison_tail(case, source.normal(shape, case.dtype))
+            tensors[name] = source.laid_out(x, case.layout)
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window": case.window,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "return_lse": case.return_lse,
+        "return_mixed_value": case.return_mixed_value,
+    }
+    if absent:
+        options[absent] = None
+    _add_coefficients(source, v_shape, tensors, options)
+    _add_packing(source, tensors, options)
+    _add_scores(source, tensors)
+    out_shape = (*q_rows, case.heads, case.value_dim)
+    lse_shape = (*q_rows[:-1], case.heads, q_rows[-1])
+    grads = [
+        source.laid_out(_poison_tail(case, source.normal(out_shape, case.dtype)), case.grad_layout)
+    ]
+    if case.return_lse:
+        wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+        grads.append(source.normal(lse_shape, wide).to(device))
+    if case.return_mixed_value:
+        grads.append(
+            source.laid_out(
+                _poison_tail(case, source.normal(v_shape, case.dtype)), case.grad_layout
+            )
+        )
+    packed = case.lengths is not None
+    function = value_residual_attention_varlen if packed else value_residual_attention
+    return Inputs(function, tensors, options, tuple(grads))
+
+
+def _poison_tail(case: AttentionCase, x: Tensor) -> Tensor:
+    if case.lengths is not None and case.tail:
+        x[-case.tail :] = torch.nan
+    return x
+
+
+def _coefficient_dtype(case: AttentionCase) -> torch.dtype:
+    return torch.float32 if case.coefficient_dtype == "float32" else case.dtype
+
+
+def _add_coefficients(
+    source: _Source, v_shape: tuple[int, ...], tensors: dict[str, Tensor], options: dict[str, Any]
+) -> None:
+    case = source.case
+    rows, (heads, dim) = v_shape[:-2], v_shape[-2:]
+    forms: dict[str, tuple[int, ...]] = {
+        "scalar": (),
+        "expanded": (),
+        "head": (heads, 1),
+        "channel": (heads, dim),
+        "last": (dim,),
+        "token": (*rows, 1, 1),
+        "token_head": (*rows, heads, 1),
+        "full": v_shape,
+    }
+    for name, form, value in (
+        ("lambda_v", case.lambda_v, 0.7),
+        ("lambda_first", case.lambda_first, -1.3),
+    ):
+        if form == "float" or case.sources != "both":
+            options[name] = value
+            continue
+        x = source.normal(forms[form], _coefficient_dtype(case))
+        if form in ("token", "token_head", "full"):
+            x = _poison_tail(case, x)
+        x = x.to(source.device)
+        tensors[name] = x.expand(v_shape) if form == "expanded" else x
+
+
+def _add_packing(source: _Source, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    lengths = source.case.lengths
+    if lengths is None:
+        return
+    for which, name in enumerate("qk"):
+        sizes = [pair[which] for pair in lengths]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        tensors[f"cu_seqlens_{name}"] = torch.tensor(
+            offsets, dtype=torch.int32, device=source.device
+        )
+        options[f"max_seqlen_{name}"] = max(sizes, default=0) + source.case.slack
+
+
+def _add_scores(source: _Source, tensors: dict[str, Tensor]) -> None:
+    """Sinks and attn_bias."""
+    case = source.case
+    dtype = _coefficient_dtype(case)
+    if case.sinks:
+        tensors["sinks"] = source.normal((case.heads,), dtype).to(source.device)
+    if case.bias == "none":
+        return
+    batch, q_len, k_len = case.batch, case.q_len, case.k_len
+    if case.lengths is not None:
+        batch = len(case.lengths)
+        q_len = max((q for q, _ in case.lengths), default=0) + case.slack
+        k_len = max((k for _, k in case.lengths), default=0) + case.slack
+    full = (batch, case.heads, q_len, k_len)
+    if case.bias == "mask":
+        bias = source.normal(full, torch.float32) > -0.3
+    elif case.bias == "padding":
+        bias = source.normal((batch, 1, 1, k_len), torch.float32) > -0.3
+    elif case.bias == "empty_rows":
+        bias = source.normal((q_len, 1), torch.float32) > 0
+    elif case.bias == "additive":
+        # Its axes lie in memory in another order, and its last one is not contiguous.
+        bias = source.normal((k_len, batch, q_len, case.heads), dtype).permute(1, 3, 2, 0)
+    elif case.bias == "infinite":
+        bias = source.normal((1, 1, q_len, k_len), dtype)
+        bias = bias.masked_fill(bias < -0.5, -torch.inf)
+    else:
+        shape = (case.heads, 1, k_len) if case.bias == "per_head" else (k_len,)
+        bias = source.normal(shape, dtype)
+    tensors["attn_bias"] = bias.to(source.device)
+
+
+REPRESENTATIVE: tuple[AttentionCase, ...] = tuple(
+    case
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for case in (
+        AttentionCase(dtype=dtype),
+        AttentionCase(dtype=dtype, q_len=257, k_len=257, causal=True, head_dim=64, value_dim=64),
+        AttentionCase(dtype=dtype, sources="v", kv_heads=4, head_dim=128, value_dim=128),
+        AttentionCase(dtype=dtype, sources="v_first", causal=True, return_lse=True),
+        AttentionCase(dtype=dtype, lambda_v="scalar", lambda_first="scalar", causal=True),
+        AttentionCase(dtype=dtype, lambda_v="token_head", lambda_first="head", window=(20, 0)),
+        AttentionCase(dtype=dtype, lambda_v="full", lambda_first="channel", softcap=8.0),
+        AttentionCase(dtype=dtype, sinks=True, return_lse=True, q_len=17, k_len=70, causal=True),
+        AttentionCase(dtype=dtype, bias="additive", return_mixed_value=True, layout="heads_first"),
+        AttentionCase(dtype=dtype, bias="empty_rows", q_len=70, k_len=17, causal=True),
+        AttentionCase(
+            dtype=dtype,
+            lengths=((5, 5), (0, 3), (40, 40), (1, 70)),
+            tail=3,
+            causal=True,
+            lambda_v="token",
+            lambda_first="scalar",
+            sinks=True,
+            return_lse=True,
+        ),
+    )
+)
+"""Cases that between them touch every argument, quick enough to run on a user's machine."""
