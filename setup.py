@@ -20,7 +20,7 @@ SKIP_REASON = native.skip_reason()
 
 
 class WarnWithoutNative(build_py):
-    """Says once that the package goes without its kernels, in a wheel and in an editable install."""
+    """Says, once, that the package goes without its kernels."""
 
     def run(self) -> None:
         if SKIP_REASON is not None:

@@ -1,0 +1,66 @@
+"""The command line, `resformer-kernels`.
+
+Each subcommand is a module of this package with `add_parser(subparsers)`, which declares its
+arguments, and `run(args) -> int`, which returns the exit code. Only the module of the command that
+was asked for is imported: `info` must work where the packages that `demo` needs are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, cast
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+COMMANDS: dict[str, str] = {
+    "info": "what this installation can run, and why",
+}
+"""Each subcommand, which is also its module's name, and its line in `--help`."""
+
+INTERRUPTED = 130
+"""The shell's exit code for a command that Ctrl-C ended."""
+
+
+class Command(Protocol):
+    """What a subcommand's module offers."""
+
+    def add_parser(self, subparsers: Subparsers) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Carry the command out; 0 is success, 1 a failed check, 2 a usage error."""
+
+
+def _load(name: str) -> Command:
+    return cast(Command, importlib.import_module(f"{__name__}.{name}"))
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="resformer-kernels",
+        description="Kernels for value-residual attention: inspect, check and time them.",
+    )
+    version = importlib.metadata.version("resformer-kernels")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        if name == chosen:
+            _load(name).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    args = _parser(chosen).parse_args(arguments)
+    try:
+        return _load(args.command).run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
