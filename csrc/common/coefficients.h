@@ -1,4 +1,5 @@
-// A mixing coefficient as a kernel sees it: one number, or a tensor read through strides that are 0 where it broadcasts.
+// A mixing coefficient as a kernel sees it: one number, or a tensor read through strides that are 0 where it
+// broadcasts.
 #pragma once
 
 #include "common/scalar.h"
@@ -6,8 +7,8 @@
 namespace resformer {
 
 struct Coefficient {
-  const void* data;   // null: the number `value` serves
-  DType dtype;        // of data
+  const void* data;  // null: the number `value` serves
+  DType dtype;       // of data
   float value;
   int64_t stride[4];  // elements, over V's axes (batch, time, head, dim); packed V has batch 1
 

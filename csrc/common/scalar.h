@@ -1,7 +1,8 @@
 // Element types and scalar conversions shared by every kernel.
 //
-// Translation units are compiled once per instruction set, so nothing here may have external linkage: the linker would
-// keep one copy, and the portable path could then execute AVX-512 code. Hence `static` functions only.
+// Translation units are compiled once per instruction set, so nothing here may have external linkage: the
+// linker would keep one copy, and the portable path could then execute AVX-512 code. Hence `static` functions
+// only.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +38,16 @@ static RESFORMER_INLINE uint32_t bits_from_float(float value) {
   return bits;
 }
 
-static RESFORMER_INLINE float to_float(float value) { return value; }
+static RESFORMER_INLINE float to_float(float value) {
+  return value;
+}
 
 static RESFORMER_INLINE float to_float(bf16 value) {
   return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// Subtracting 0.5 from (0.5 + mantissa * 2^-24) leaves a subnormal half exactly, without a loop over leading zeros.
+// Subtracting 0.5 from (0.5 + mantissa * 2^-24) leaves a subnormal half exactly, without a loop over leading
+// zeros.
 static RESFORMER_INLINE float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;

@@ -1,0 +1,230 @@
+// Forward: out = softmax(scale Q K^T ...) V', tiled as in FlashAttention, with V' = lambda_v V + lambda_first V1 mixed
+// while it is packed. See resformer_kernels/attention/README.md for the derivation and the tiling.
+#pragma once
+
+#include "attention/pack.h"
+#include "attention/scores.h"
+#include "attention/waves.h"
+
+namespace resformer::RESFORMER_ISA {
+
+// 192 keys: three panels of 64 or 32 blocks of 6; V's panel and a block of scores stay in L1.
+constexpr int64_t kRows = 96;
+constexpr int64_t kKeys = 192;
+
+template <class T, class Dot>
+class Forward {
+ public:
+  Forward(const Problem& p, const ForwardOutput& out) : p_(p), out_(out) {}
+
+  void run() {
+    const WavePlan plan(p_, kRows, kKeys, key_words(kKeys) / kKeys, 0);
+    for (int64_t head = 0; head < plan.heads();) {
+      const Wave wave = plan.wave(head);
+      head = wave.last;
+      Scratch packed(wave.key_tiles * key_words(kKeys));
+      packed_ = packed.get();
+      parallel_units(
+          wave.key_tiles, [&] { return PackScratch(p_); }, [&](int64_t unit, PackScratch& s) { pack(wave, unit, s); });
+      const int64_t splits = plan.splits(wave, wave.row_tiles);
+      Scratch partial(splits > 1 ? wave.row_tiles * splits * kRows * partial_row() : 1);
+      parallel_units(
+          wave.row_tiles * splits, [&] { return AttendScratch(p_); },
+          [&](int64_t unit, AttendScratch& s) { attend(wave, unit, splits, s, partial.get()); });
+      if (splits > 1) {
+        parallel_units(
+            wave.row_tiles, [&] { return AttendScratch(p_); },
+            [&](int64_t unit, AttendScratch& s) { merge(wave, unit, splits, s, partial.get()); });
+      }
+    }
+  }
+
+ private:
+  static constexpr Precision kPrecision = sizeof(T) == 4 ? Precision::full : Precision::half;
+
+  int64_t columns() const { return round_up(p_.dim_v, kLanes); }
+  int64_t key_words(int64_t keys) const {  // of K^T and V' for so many keys
+    return keys * row_words<Dot>(p_.dim_k) + (keys + Dot::kPack - 1) / Dot::kPack * columns();
+  }
+  int64_t partial_row() const { return columns() + 2; }
+  float* keys_of(int64_t tile) const { return packed_ + tile * key_words(kKeys); }
+  float* values_of(int64_t tile) const {
+    return keys_of(tile) + kKeys * row_words<Dot>(p_.dim_k);
+  }
+
+  struct PackScratch {
+    explicit PackScratch(const Problem& p)
+        : rows(kLanes * row_words<Dot>(p.dim_k)), values(2 * round_up(p.dim_v, kLanes)), mix(p) {}
+    Scratch rows, values;
+    ValueRow mix;
+  };
+
+  void pack(const Wave& wave, int64_t unit, PackScratch& s) {
+    const KeyTile tile = wave.key_tile(unit);
+    if (!tile.attended && !out_.mixed.data) return;
+    const Sequence& seq = p_.sequences[tile.sequence];
+    const int64_t keys = smaller(kKeys, seq.tk - tile.key), padded = lane_ceil(keys), words = row_words<Dot>(p_.dim_k);
+    if (tile.attended) {
+      for (int64_t r = 0; r < padded; r += kLanes) {
+        const int64_t count = smaller(kLanes, keys - r);
+        for (int64_t i = 0; i < count; ++i) {
+          pack_row<Dot>(
+              p_.k.row<const T>(seq.batch, seq.k_start + tile.key + r + i, tile.head), p_.dim_k, s.rows.get() + i * words);
+        }
+        pack_transposed(s.rows.get(), words, count, words, r, padded, keys_of(unit));
+      }
+    }
+    pack_values(seq, tile, keys, padded, values_of(unit), s);
+  }
+
+  void pack_values(const Sequence& seq, const KeyTile& tile, int64_t keys, int64_t padded, float* out, PackScratch& s) {
+    const int64_t width = columns();
+    T* buffers[2] = {reinterpret_cast<T*>(s.values.get()), reinterpret_cast<T*>(s.values.get() + width)};
+    for (int64_t n = 0; n < padded; n += Dot::kPack) {
+      const T* rows[2] = {nullptr, nullptr};
+      for (int64_t i = 0; i < Dot::kPack; ++i) {
+        if (n + i >= keys) {
+          memset(buffers[i], 0, p_.dim_v * sizeof(T));
+          rows[i] = buffers[i];
+          continue;
+        }
+        const int64_t t = seq.k_start + tile.key + n + i;
+        rows[i] = s.mix.get(seq.batch, t, tile.head, buffers[i]);
+        if (out_.mixed.data) memcpy(out_.mixed.row<T>(seq.batch, t, tile.head), rows[i], p_.dim_v * sizeof(T));
+      }
+      if (tile.attended) store_value_row(rows, n / Dot::kPack, padded / Dot::kPack, out);
+    }
+  }
+
+  // Row `n` (of words) of V' into its panels of columns.
+  void store_value_row(const T* const* rows, int64_t n, int64_t count, float* out) const {
+    const int64_t width = columns();
+    for (int64_t first = 0; first < width; first += kPanel) {
+      const int64_t panel = smaller(kPanel, width - first), dim = larger(smaller(panel, p_.dim_v - first), 0);
+      float* dst = out + first * count + n * panel;
+      if constexpr (Dot::kPack == 2) {
+        interleave_rows(rows[0] + first, rows[1] + first, dim, panel, dst);
+      } else {
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) store(dst + d, load(rows[0] + first + d));
+        for (; d < dim; ++d) dst[d] = to_float(rows[0][first + d]);
+        for (; d < panel; ++d) dst[d] = 0.0f;
+      }
+    }
+  }
+
+  struct AttendScratch {
+    explicit AttendScratch(const Problem& p)
+        : q(kRows * row_words<Dot>(p.dim_k)), scores(kRows * kKeys), acc(kRows * round_up(p.dim_v, kLanes)), bias(kKeys) {}
+    Scratch q, scores, acc, bias;
+    RowState state[kRows];
+    Span spans[(kRows + kTileRows - 1) / kTileRows];
+    Span words[(kRows + kTileRows - 1) / kTileRows];
+  };
+
+  void attend(const Wave& wave, int64_t unit, int64_t splits, AttendScratch& s, float* partial) {
+    const RowTile rows = wave.row_tile(unit / splits);
+    const int64_t q_words = row_words<Dot>(p_.dim_k);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const Sequence& seq = *rows.sequence;
+      pack_row<Dot>(p_.q.row<const T>(seq.batch, seq.q_start + rows.query(r), rows.head(r)), p_.dim_k, s.q.get() + r * q_words);
+      s.state[r].m = kMinusInf;
+      store(s.state[r].l, zero());
+    }
+    memset(s.acc.get(), 0, rows.count * columns() * sizeof(float));
+    const int64_t begin = rows.lo(0) / kKeys, end = (rows.hi(rows.count - 1) + kKeys - 1) / kKeys;
+    const int64_t tiles = larger(end - begin, 0), split = unit % splits;
+    for (int64_t j = begin + tiles * split / splits; j < begin + tiles * (split + 1) / splits; ++j) {
+      attend_tile(rows, j * kKeys, wave.packed_keys(rows) + j, s);
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const float l = reduce_add(load(s.state[r].l));
+      float* acc = s.acc.get() + r * columns();
+      if (splits == 1) {
+        finish(rows, r, s.state[r].m, l, acc);
+      } else {
+        float* row = partial + (unit * kRows + r) * partial_row();
+        memcpy(row, acc, columns() * sizeof(float));
+        row[columns()] = s.state[r].m;
+        row[columns() + 1] = l;
+      }
+    }
+  }
+
+  void attend_tile(const RowTile& rows, int64_t key, int64_t packed_tile, AttendScratch& s) {
+    const int64_t keys = smaller(kKeys, rows.sequence->tk - key), padded = lane_ceil(keys);
+    const int64_t q_words = row_words<Dot>(p_.dim_k);
+    block_spans(rows, key, keys, s.spans);
+    if (!tile_is_open(rows, key, keys, s.spans)) return;
+    gemm_scores<Dot>(
+        s.q.get(), q_words, packed_panels(keys_of(packed_tile), q_words, padded), (p_.dim_k + Dot::kPack - 1) / Dot::kPack,
+        rows.count, s.spans, score_alpha(p_), s.scores.get(), kKeys);
+    const bool transform = needs_transform(p_);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const Span span = s.spans[r / kTileRows];
+      const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
+      if (span.lo >= span.hi) continue;
+      float* scores = s.scores.get() + r * kKeys;
+      if (transform) transform_row(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
+      softmax_row<Dot, kPrecision>(
+          scores, from, to, rows.lo(r) - key, rows.hi(r) - key, s.state[r], s.acc.get() + r * columns(), columns());
+    }
+    for (int64_t b = 0; b * kTileRows < rows.count; ++b) {
+      s.words[b] = {s.spans[b].lo / Dot::kPack, (s.spans[b].hi + Dot::kPack - 1) / Dot::kPack};
+    }
+    gemm_accumulate<Dot>(
+        s.scores.get(), kKeys, 1, packed_panels(values_of(packed_tile), padded / Dot::kPack, columns()), rows.count,
+        s.words, s.acc.get(), columns());
+  }
+
+  // Joins the splits of a row tile: each is a softmax over its own keys, weighted by exp of its maximum.
+  void merge(const Wave& wave, int64_t unit, int64_t splits, AttendScratch& s, const float* partial) {
+    const RowTile rows = wave.row_tile(unit);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      float m = kMinusInf, l = 0.0f;
+      float* acc = s.acc.get();
+      for (int64_t i = 0; i < splits; ++i) {
+        const float* row = partial + ((unit * splits + i) * kRows + r) * partial_row();
+        m = row[columns()] > m ? row[columns()] : m;
+      }
+      memset(acc, 0, columns() * sizeof(float));
+      for (int64_t i = 0; i < splits; ++i) {
+        const float* row = partial + ((unit * splits + i) * kRows + r) * partial_row();
+        const float own = row[columns()];
+        const float weight = own == kMinusInf ? (row[columns() + 1] == 0.0f ? 0.0f : 1.0f) : exp2_scalar(own - m);
+        l += weight * row[columns() + 1];
+        for (int64_t d = 0; d < columns(); d += kLanes) store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
+      }
+      finish(rows, r, m, l, acc);
+    }
+  }
+
+  // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives zeros.
+  void finish(const RowTile& rows, int64_t r, float m, float l, const float* acc) {
+    const Sequence& seq = *rows.sequence;
+    const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
+    float weight = 1.0f;
+    if (p_.sinks) {
+      const float sink = p_.sinks[head] * kLog2e, top = sink > m ? sink : m;
+      weight = m == kMinusInf ? 1.0f : exp2_scalar(m - top);
+      l = l * weight + (sink == kMinusInf ? 0.0f : exp2_scalar(sink - top));
+      m = top;
+    }
+    const bool empty = l == 0.0f;
+    const float factor = empty ? 0.0f : weight / l;
+    T* out = out_.out.row<T>(seq.batch, t, head);
+    int64_t d = 0;
+    for (; d + kLanes <= p_.dim_v; d += kLanes) store(out + d, mul(load(acc + d), set1(factor)));
+    for (; d < p_.dim_v; ++d) out[d] = from_float<T>(acc[d] * factor);
+    if (out_.lse) {
+      float* lse = out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
+      *lse = empty ? kMinusInf : (m + __builtin_log2f(l)) * kLn2;
+    }
+  }
+
+  const Problem& p_;
+  const ForwardOutput& out_;
+  float* packed_ = nullptr;
+};
+
+}  // namespace resformer::RESFORMER_ISA

@@ -1,0 +1,162 @@
+// Everything between the two products of a tile: softcap, bias, mask and the online softmax.
+//
+// Order of the contract: scale * qk, softcap, bias, mask, sink. Scores are kept times log2(e), so that exp is exp2.
+#pragma once
+
+#include "attention/attention.h"
+#include "common/gemm.h"
+
+namespace resformer::RESFORMER_ISA {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kMinusInf = -__builtin_inff();
+
+// The running maximum moves only when a score exceeds it by this much (in log2): softmax does not depend on the shift,
+// float32 has room for 2^8, and most tiles then need neither a horizontal maximum nor a rescaled accumulator.
+constexpr float kSlack = 8.0f;
+
+static inline float exp2_scalar(float x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, exp2<Precision::full>(set1(x)));
+  return lanes[0];
+}
+
+// Rows [first, first + count) of one (sequence, KV head): row r is query r / group of head h * group + r % group, so
+// that the query heads of a KV head share its tiles.
+struct RowTile {
+  const Problem* problem;
+  const Sequence* sequence;
+  int64_t head_kv, first, count;
+
+  int64_t query(int64_t row) const { return (first + row) / problem->group; }
+  int64_t head(int64_t row) const { return head_kv * problem->group + (first + row) % problem->group; }
+  int64_t lo(int64_t row) const { return problem->key_lo(*sequence, query(row)); }
+  int64_t hi(int64_t row) const { return problem->key_hi(*sequence, query(row)); }
+};
+
+// The span of keys of every block of kTileRows rows inside the tile of keys [key, key + keys), relative to it.
+// Positions only grow with the row, so a block spans from its first row's start to its last row's end.
+static void block_spans(const RowTile& rows, int64_t key, int64_t keys, Span* spans) {
+  for (int64_t r = 0; r < rows.count; r += kTileRows) {
+    const int64_t last = smaller(r + kTileRows, rows.count) - 1;
+    const int64_t lo = smaller(larger(rows.lo(r) - key, 0), keys), hi = smaller(rows.hi(last) - key, keys);
+    spans[r / kTileRows] = {static_cast<int32_t>(lo), static_cast<int32_t>(larger(hi, lo))};
+  }
+}
+
+static inline int64_t lane_floor(int64_t column) { return column / kLanes * kLanes; }
+static inline int64_t lane_ceil(int64_t column) { return round_up(column, kLanes); }
+
+// One row of the bias, as float32 over columns [from, to) of the tile; what lies past `keys` is zero.
+static void bias_row(
+    const Bias& bias, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t keys, int64_t from, int64_t to,
+    float* out) {
+  const int64_t base = batch * bias.stride[0] + head * bias.stride[1] + query * bias.stride[2] + key * bias.stride[3];
+  const int64_t step = bias.stride[3], end = smaller(to, keys);
+  int64_t c = from;
+  if (bias.kind == Bias::Kind::boolean) {
+    const uint8_t* data = static_cast<const uint8_t*>(bias.data) + base;
+    for (; c < end; ++c) out[c] = data[c * step] ? 0.0f : kMinusInf;
+  } else if (bias.dtype == DType::float32) {
+    const float* data = static_cast<const float*>(bias.data) + base;
+    for (; c < end; ++c) out[c] = data[c * step];
+  } else if (bias.dtype == DType::bfloat16) {
+    const bf16* data = static_cast<const bf16*>(bias.data) + base;
+    for (; c < end; ++c) out[c] = to_float(data[c * step]);
+  } else {
+    const f16* data = static_cast<const f16*>(bias.data) + base;
+    for (; c < end; ++c) out[c] = to_float(data[c * step]);
+  }
+  for (; c < to; ++c) out[c] = 0.0f;
+}
+
+// Whether a boolean mask lets any row of the tile see any of its keys; other biases always may.
+static bool tile_is_open(const RowTile& rows, int64_t key, int64_t keys, const Span* spans) {
+  const Bias& bias = rows.problem->bias;
+  if (bias.kind != Bias::Kind::boolean) return true;
+  const bool one_head = bias.stride[1] == 0, one_query = bias.stride[2] == 0;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    if (r > 0 && one_query && (one_head || r >= rows.problem->group)) break;
+    if (one_head && r > 0 && rows.query(r) == rows.query(r - 1)) continue;
+    const Span span = one_query ? Span{0, static_cast<int32_t>(keys)} : spans[r / kTileRows];
+    const uint8_t* data = static_cast<const uint8_t*>(bias.data) + rows.sequence->batch * bias.stride[0] +
+                          rows.head(r) * bias.stride[1] + rows.query(r) * bias.stride[2] + key * bias.stride[3];
+    for (int64_t c = span.lo; c < span.hi; ++c) {
+      if (data[c * bias.stride[3]]) return true;
+    }
+  }
+  return false;
+}
+
+// scale * qk -> softcap -> bias, in place over columns [from, to); the result is times log2(e). Where `slope` is given it
+// receives the softcap's derivative 1 - tanh^2, which backward needs.
+static void transform_row(
+    const RowTile& rows, int64_t row, int64_t key, int64_t keys, int64_t from, int64_t to, float* bias_scratch, float* s,
+    float* slope) {
+  const Problem& p = *rows.problem;
+  const bool biased = p.bias.kind != Bias::Kind::none, boolean = p.bias.kind == Bias::Kind::boolean;
+  if (biased) {
+    bias_row(p.bias, rows.sequence->batch, rows.head(row), rows.query(row), key, keys, from, to, bias_scratch);
+  }
+  for (int64_t c = from; c < to; c += kLanes) {
+    Vec x = load(s + c);
+    if (p.softcap > 0.0f) {
+      const Vec t = tanh(mul(x, set1(1.0f / p.softcap)));
+      x = mul(t, set1(p.softcap));
+      if (slope) store(slope + c, sub(set1(1.0f), mul(t, t)));
+    }
+    if (biased) x = add(x, load(bias_scratch + c));
+    store(s + c, mul(x, set1(kLog2e)));
+  }
+  if (boolean) {  // not by the sum alone: NaN at a masked key must not survive
+    for (int64_t c = from; c < to; ++c) s[c] = bias_scratch[c] == kMinusInf ? kMinusInf : s[c];
+  }
+}
+
+static inline bool needs_transform(const Problem& p) { return p.softcap > 0.0f || p.bias.kind != Bias::Kind::none; }
+// What the score product is multiplied by: log2(e) at once where nothing comes between.
+static inline float score_alpha(const Problem& p) { return needs_transform(p) ? p.scale : p.scale * kLog2e; }
+
+static inline void fill_minus_inf(float* s, int64_t from, int64_t to) {
+  for (int64_t c = from; c < to; ++c) s[c] = kMinusInf;
+}
+
+// Running softmax state of one row: maximum (times log2 e) and lane-wise partial sums.
+struct RowState {
+  float m;
+  alignas(64) float l[kLanes];
+};
+
+// Turns scores s[from, to) into probabilities (in place, as words of Dot), with columns outside [lo, hi) masked.
+template <class Dot, Precision precision>
+static inline void softmax_row(
+    float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, RowState& state, float* acc, int64_t columns) {
+  if (lo > from) fill_minus_inf(s, from, smaller(lo, to));
+  if (hi < to) fill_minus_inf(s, larger(hi, from), to);
+  Vec top = load(s + from);
+  for (int64_t c = from + kLanes; c < to; c += kLanes) top = max(top, load(s + c));
+  if (any_greater(top, set1(state.m + kSlack))) {
+    const float m = reduce_max(top);
+    if (state.m != kMinusInf) {
+      const Vec shrink = set1(exp2_scalar(state.m - m));
+      store(state.l, mul(load(state.l), shrink));
+      for (int64_t d = 0; d < columns; d += kLanes) store(acc + d, mul(load(acc + d), shrink));
+    }
+    state.m = m;
+  }
+  const Vec base = set1(state.m == kMinusInf ? 0.0f : state.m);
+  Vec sum = load(state.l);
+  for (int64_t c = from; c < to; c += kLanes) {
+    const Vec p = exp2<precision>(sub(load(s + c), base));
+    sum = add(sum, p);
+    if constexpr (Dot::kPack == 2) {
+      store(reinterpret_cast<bf16*>(s) + c, p);
+    } else {
+      store(s + c, p);
+    }
+  }
+  store(state.l, sum);
+}
+
+}  // namespace resformer::RESFORMER_ISA
