@@ -1,0 +1,95 @@
+// out = sum_i c_i V_i over (batch, time, heads, dim): the plain data that the op boundary hands to a kernel.
+//
+// A source is a tensor of that shape, or rows of a table picked by (batch, time). Packed tensors have
+// batch 1. dim is contiguous in every source.
+#pragma once
+
+#include "common/coefficients.h"
+
+namespace resformer {
+
+struct MixShape {
+  int64_t batch, time, heads, dim;
+
+  RESFORMER_INLINE int64_t rows() const { return batch * time; }
+};
+
+struct MixSource {
+  const void* data =
+      nullptr;  // null: only its coefficient is known (backward without a coefficient gradient)
+  DType dtype = DType::float32;
+  int64_t stride[3] = {0, 0, 0};        // batch, time, head; of a table: row, unused, head
+  const int64_t* table_rows = nullptr;  // (batch * time) rows of the table `data`; null: data is no table
+  Coefficient coefficient{nullptr, DType::float32, 1.0f, {0, 0, 0, 0}};
+
+  // Where (b, t, h, 0) lies; row = b * time + t.
+  RESFORMER_INLINE int64_t offset(int64_t b, int64_t t, int64_t row, int64_t h) const {
+    const int64_t start = table_rows ? table_rows[row] * stride[0] : b * stride[0] + t * stride[1];
+    return start + h * stride[2];
+  }
+};
+
+struct MixForward {
+  DType dtype;  // of out
+  MixShape shape;
+  const MixSource* sources;
+  int64_t count;
+  void* out;  // contiguous
+};
+
+// How the sum over the axes that a coefficient broadcasts along is cut up. Each cut depends on shapes alone,
+// so the bits do not depend on the number of threads.
+enum class MixReduction : int32_t {
+  none,   // each row (b, t) owns its entries: written as they are found
+  batch,  // rows own float32 partial sums; the op boundary adds them over the batch
+  time,   // blocks of rows own float64 partial sums; the op boundary adds them in order
+};
+
+struct MixSourceGradient {
+  void* value = nullptr;        // dV_i = c_i * grad, contiguous; null: not wanted
+  void* coefficient = nullptr;  // (rows or blocks, heads kept, dims kept); null: not wanted
+  DType coefficient_dtype = DType::float32;
+  MixReduction reduction = MixReduction::none;
+  bool keeps_head = false, keeps_dim = false;
+  int64_t width = 0;        // heads kept * dims kept
+  int64_t accumulator = 0;  // where its float64 row sums start in a thread's scratch
+
+  RESFORMER_INLINE bool elementwise(const MixShape& shape) const {
+    return reduction != MixReduction::time && width == shape.heads * shape.dim;
+  }
+};
+
+struct MixBackward {
+  DType dtype;  // of grad and of every dV_i
+  MixShape shape;
+  MixSource grad;  // its coefficient is not read
+  const MixSource* sources;
+  const MixSourceGradient* gradients;
+  int64_t count;
+};
+
+// dTable[id] = sum of gate * grad over the positions that hold id.
+struct MixScatter {
+  DType dtype;  // of grad
+  MixShape shape;
+  MixSource grad;  // its coefficient is the gate
+  // Positions sorted by id and then by position; those of segment s are order[starts[s]] .. order[starts[s +
+  // 1] - 1].
+  const int64_t* order;
+  const int64_t* starts;
+  const int64_t* targets;  // the row of `out` that segment s fills
+  int64_t segments;
+  DType out_dtype;
+  void* out;  // (rows, heads, dim), contiguous
+};
+
+// A build of the kernels for one instruction set. Ranges are what parallel_for hands to one thread.
+struct MixKernels {
+  void (*forward)(const MixForward&, int64_t row_begin, int64_t row_end);
+  void (*backward)(const MixBackward&, int64_t row_begin, int64_t row_end, int64_t block,
+                   double* accumulators);
+  // Tasks are (head, segment): the heads split a token that fills the whole batch over several threads.
+  void (*scatter)(const MixScatter&, int64_t task_begin, int64_t task_end);
+};
+
+}  // namespace resformer

@@ -1,0 +1,191 @@
+// Gradients of the sources and coefficients of one mix, whichever op asked for them.
+#pragma once
+
+#include <optional>
+#include <utility>
+
+#include "mix/mix_host.h"
+
+namespace resformer::mix_host {
+
+constexpr int64_t kBlocks = 256;
+
+// A coefficient's gradient on its way: where the kernel puts it, and how that becomes the tensor asked for.
+struct CoefficientGradient {
+  Tensor out;
+  bool keeps_batch = false, keeps_time = false, keeps_head = false, keeps_dim = false;
+  int64_t width = 1;
+  std::vector<float> by_row;
+  std::vector<double> by_block;
+};
+
+inline CoefficientGradient gradient_like(const Tensor& coefficient) {
+  const int64_t rank = coefficient.dim();
+  CoefficientGradient g;
+  g.out = fresh(coefficient, sizes_of(coefficient));
+  g.keeps_batch = rank == 4 && coefficient.size(0) > 1;
+  g.keeps_time = coefficient.size(rank - 3) > 1;
+  g.keeps_head = coefficient.size(rank - 2) > 1;
+  g.keeps_dim = coefficient.size(rank - 1) > 1;
+  g.width = coefficient.size(rank - 2) * coefficient.size(rank - 1);
+  return g;
+}
+
+inline MixReduction reduction_of(const CoefficientGradient& g, const MixShape& shape) {
+  if (!g.keeps_time && shape.time > 1) return MixReduction::time;
+  if (g.keeps_batch || shape.batch == 1) return MixReduction::none;
+  return g.keeps_time ? MixReduction::batch : MixReduction::time;
+}
+
+inline void store_as(DType dtype, void* out, int64_t at, double value) {
+  const float rounded = static_cast<float>(value);
+  if (dtype == DType::float32) {
+    static_cast<float*>(out)[at] = rounded;
+  } else if (dtype == DType::bfloat16) {
+    static_cast<bf16*>(out)[at] = from_float<bf16>(rounded);
+  } else {
+    static_cast<f16*>(out)[at] = from_float<f16>(rounded);
+  }
+}
+
+// partials is (groups, parts, width), or (parts, groups, width) with `parts_first`: summed over parts, in
+// order.
+template <class Partial>
+void sum_parts(const Partial* partials, int64_t groups, int64_t parts, int64_t width, bool parts_first,
+               const Tensor& out) {
+  const DType dtype = dtype_of(out, "coefficients");
+  void* data = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, groups * width, kElementsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / width, j = i % width;
+      double sum = 0.0;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t slot = parts_first ? part * groups + group : group * parts + part;
+        sum += partials[slot * width + j];
+      }
+      store_as(dtype, data, i, sum);
+    }
+  });
+}
+
+// Blocks of rows, cut by the shape alone, each worth waking a thread for. `batches` is 1 where a block may
+// run over the end of a sequence.
+struct Blocks {
+  int64_t batches, rows, block, per_batch;
+
+  Blocks(const MixShape& shape, bool within_batch)
+      : batches(within_batch ? shape.batch : 1),
+        rows(shape.rows() / batches),
+        block(std::max(rows_per_thread(shape), (shape.rows() + kBlocks - 1) / kBlocks)),
+        per_batch((rows + block - 1) / block) {}
+
+  int64_t count() const { return batches * per_batch; }
+  int64_t begin(int64_t i) const { return i / per_batch * rows + i % per_batch * block; }
+  int64_t end(int64_t i) const { return std::min(begin(i) + block, (i / per_batch + 1) * rows); }
+};
+
+class BackwardRun {
+ public:
+  BackwardRun(const Tensor& grad, std::vector<MixSource> sources)
+      : shape_(shape_of(grad, "grad")),
+        dtype_(dtype_of(grad, "grad")),
+        grad_(rows_of(grad)),
+        sources_(std::move(sources)),
+        values_(sources_.size()),
+        wanted_(sources_.size()) {}
+
+  void want_value(size_t i, const Tensor& out) { values_[i] = out; }
+  void want_coefficient(size_t i, const Tensor& coefficient) { wanted_[i] = gradient_like(coefficient); }
+  Tensor coefficient_gradient(size_t i) const { return wanted_[i]->out; }
+
+  void run() {
+    if (shape_.rows() * shape_.heads * shape_.dim == 0) return zero_coefficients();
+    const bool within_batch = std::any_of(wanted_.begin(), wanted_.end(), [&](const auto& g) {
+      return g && g->keeps_batch && reduction_of(*g, shape_) == MixReduction::time;
+    });
+    const Blocks blocks(shape_, within_batch);
+    const MixShape shape = kernel_shape();
+    const std::vector<MixSourceGradient> gradients = prepare(blocks);
+    const MixBackward m{
+        dtype_, shape, grad_, sources_.data(), gradients.data(), static_cast<int64_t>(sources_.size())};
+    const MixKernels kernels = current_kernels();
+    std::vector<double> accumulators(blocks.count() * accumulators_);
+    torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+      double* own = accumulators.data() + begin * accumulators_;
+      for (int64_t i = begin; i < end; ++i) kernels.backward(m, blocks.begin(i), blocks.end(i), i, own);
+    });
+    for (auto& g : wanted_) {
+      if (g) finish(*g, blocks);
+    }
+  }
+
+ private:
+  void zero_coefficients() {
+    for (auto& g : wanted_) {
+      if (g && g->out.numel() > 0) {
+        std::memset(g->out.mutable_data_ptr(), 0, g->out.numel() * g->out.element_size());
+      }
+    }
+  }
+
+  MixShape kernel_shape() const {
+    MixShape shape = shape_;
+    std::vector<MixSource> operands = sources_;
+    operands.push_back(grad_);
+    const bool alike = std::all_of(wanted_.begin(), wanted_.end(),
+                                   [](const auto& g) { return !g || g->keeps_head == g->keeps_dim; });
+    if (alike && can_join_heads(shape, operands)) join_heads(&shape);
+    return shape;
+  }
+
+  std::vector<MixSourceGradient> prepare(const Blocks& blocks) {
+    std::vector<MixSourceGradient> gradients(sources_.size());
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      MixSourceGradient& to = gradients[i];
+      if (values_[i]) to.value = values_[i]->mutable_data_ptr();
+      if (!wanted_[i]) continue;
+      CoefficientGradient& g = *wanted_[i];
+      to.reduction = reduction_of(g, shape_);
+      to.keeps_head = g.keeps_head;
+      to.keeps_dim = g.keeps_dim;
+      to.width = g.width;
+      if (to.reduction == MixReduction::time) {
+        g.by_block = fresh_scratch<double>(blocks.count() * g.width);
+        to.coefficient = g.by_block.data();
+        continue;
+      }
+      if (!to.elementwise(shape_)) {
+        to.accumulator = accumulators_;
+        accumulators_ += g.width;
+      }
+      if (to.reduction == MixReduction::batch) {
+        g.by_row = fresh_scratch<float>(shape_.rows() * g.width);
+        to.coefficient = g.by_row.data();
+      } else {
+        to.coefficient = g.out.mutable_data_ptr();
+        to.coefficient_dtype = dtype_of(g.out, "coefficients");
+      }
+    }
+    return gradients;
+  }
+
+  void finish(const CoefficientGradient& g, const Blocks& blocks) const {
+    const MixReduction reduction = reduction_of(g, shape_);
+    if (reduction == MixReduction::batch) {
+      sum_parts(g.by_row.data(), shape_.time, shape_.batch, g.width, true, g.out);
+    } else if (reduction == MixReduction::time) {
+      const int64_t groups = g.keeps_batch ? shape_.batch : 1;
+      sum_parts(g.by_block.data(), groups, blocks.count() / groups, g.width, false, g.out);
+    }
+  }
+
+  MixShape shape_;
+  DType dtype_;
+  MixSource grad_;
+  std::vector<MixSource> sources_;
+  std::vector<std::optional<Tensor>> values_;
+  std::vector<std::optional<CoefficientGradient>> wanted_;
+  int64_t accumulators_ = 0;
+};
+
+}  // namespace resformer::mix_host
