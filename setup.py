@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
+from setuptools.command import bdist_wheel, build_ext, build_py
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
@@ -19,7 +17,7 @@ from build_support import native  # noqa: E402
 SKIP_REASON = native.skip_reason()
 
 
-class WarnWithoutNative(build_py):
+class BuildPython(build_py.build_py):
     """Says, once, that the package goes without its kernels."""
 
     def run(self) -> None:
@@ -31,7 +29,7 @@ class WarnWithoutNative(build_py):
         super().run()
 
 
-class NinjaBuild(build_ext):
+class BuildNative(build_ext.build_ext):
     """Builds the library with ninja in place of setuptools' compiler classes."""
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -46,7 +44,7 @@ class NinjaBuild(build_ext):
         native.install(library, Path(self.get_ext_fullpath(ext.name)))
 
 
-class AnyPythonWheel(bdist_wheel):
+class BuildWheel(bdist_wheel.bdist_wheel):
     """Tags the wheel py3-none-<platform>: the library needs no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -59,8 +57,8 @@ setup(
     if SKIP_REASON
     else [Extension(f"{native.PACKAGE}.{Path(native.CPU_LIBRARY).stem}", sources=[])],
     cmdclass={
-        "bdist_wheel": AnyPythonWheel,
-        "build_ext": NinjaBuild,
-        "build_py": WarnWithoutNative,
+        "bdist_wheel": BuildWheel,
+        "build_ext": BuildNative,
+        "build_py": BuildPython,
     },
 )
