@@ -6,13 +6,19 @@ Checks read metadata alone, except the few numbers in `cu_seqlens` where they li
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import DTYPES, check_flag, check_real, check_tensor, describe
+from resformer_kernels._checks import (
+    DTYPES,
+    check_flag,
+    check_real,
+    check_tensor,
+    describe,
+    readable,
+)
 from resformer_kernels._coefficients import check_coefficient
 
 _INT = (int, torch.SymInt)
@@ -203,17 +209,8 @@ def check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, q: Tensor, total:
         raise TypeError(f"{longest} must be an int, got {describe(max_seqlen)}")
     if max_seqlen < 0:
         raise ValueError(f"{longest} must be 0 or more, got {max_seqlen}")
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         _check_offsets(argument, cu_seqlens.tolist(), longest, max_seqlen, name, total)
-
-
-def _readable(cu_seqlens: Tensor) -> bool:
-    # Subclasses (fake, functional, distributed tensors) stand for values that are not there, and
-    # reading from a GPU would synchronise with it.
-    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
-        return False
-    kind = cu_seqlens.device.type
-    return kind == "cpu" or (kind != "meta" and os.environ.get("RESFORMER_CHECK") == "1")
 
 
 def _check_offsets(
