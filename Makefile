@@ -22,7 +22,7 @@ demo: setup ## the main job: check the kernels, time them, train small models, w
 	@$(VENV)/bin/resformer-kernels demo $(ARGS)
 
 test: setup lint ## lint, types, formatting and every test
-	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+	@RESFORMER_REQUIRE_NATIVE=1 $(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 bench: setup ## time every registered case against its peers
 	@$(VENV)/bin/resformer-kernels bench $(ARGS)

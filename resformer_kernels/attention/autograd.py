@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from resformer_kernels._launch import run_backward
 from resformer_kernels.attention.ops import VMAP_ERROR
 
 
@@ -113,11 +114,7 @@ class ValueResidualAttention(torch.autograd.Function):
         if not ctx.options.return_mixed_value:
             grad_mixed = None
         arguments = (grad_out, grad_lse, grad_mixed, *tensors, ctx.options, out, lse, mask)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # create_graph=True: let the gradients be used, and say no when they are differentiated.
-            gradients = _Once.apply(*arguments)
-        else:
-            gradients = _backward_op(*arguments)
+        gradients = run_backward("value_residual_attention", _backward_op, *arguments)
         found = [g if needed else None for g, needed in zip(gradients, wanted, strict=True)]
         return (*found, None, None, None)
 
@@ -132,26 +129,3 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
         *gradients, *_shared_arguments(*shared), *kept
     )
     return result
-
-
-class _Once(torch.autograd.Function):
-    """The backward op, whose own gradient is an error."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*arguments)
-
-    @staticmethod
-    def setup_context(_ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        del inputs, output
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: Any) -> NoReturn:
-        raise RuntimeError(
-            "value_residual_attention does not support double backward: its gradient cannot be "
-            "differentiated again (backend='reference' can)"
-        )
-
-    @staticmethod
-    def vmap(*_arguments: Any) -> NoReturn:
-        raise RuntimeError(VMAP_ERROR)

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from resformer_kernels._launch import vmap_error
+
 _SHARED = (
     "Tensor q, Tensor k, Tensor? v, Tensor? v_first, "
     "Tensor? lambda_v, Tensor? lambda_first, float lambda_v_value, float lambda_first_value, "
@@ -35,10 +37,7 @@ _lib.define(
     "Tensor dlambda_v, Tensor dlambda_first, Tensor dsinks, Tensor dattn_bias)"
 )
 
-VMAP_ERROR = (
-    "value_residual_attention does not support torch.func.vmap: it takes a batch axis of its own "
-    "(B, T, H, D); fold the mapped axis into B instead"
-)
+VMAP_ERROR = vmap_error("value_residual_attention")
 
 
 def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

@@ -4,8 +4,9 @@
 
 in Frobenius norms, with u the unit roundoff of the inputs' dtype. A gradient that is a cancelling
 sum cannot be more exact than its terms allow, so S is the norm of the terms before their reduction
-(coefficients, sinks), of the gradient with the softmax normaliser frozen (q, k), and else the norm
-of the float64 tensor itself.
+(coefficients, sinks), of the gradient with the softmax normaliser frozen (q, k, additive bias), and
+else the norm of the float64 tensor itself. What of those norms hangs on the luck of the signs of
+the output gradients is evened out: S is at least its root mean square over random signs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from resformer_kernels.testing.inputs import AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 
+_DRAWS = 3
 _GRADIENTS = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
 
 
@@ -134,8 +136,7 @@ def _summed_terms(
     grads: tuple[Tensor, ...],
     wanted: set[str],
 ) -> dict[str, float]:
-    """S for q, k, the coefficients and the sinks, from float64 arguments."""
-    mixed = bool(options.get("return_mixed_value"))
+    """S for q, k, the additive bias, the coefficients and the sinks, from float64 arguments."""
     grad_out = grads[0]
     everything = {**options, "return_lse": True}
     # A coefficient in V's full shape has the terms of the reduced one's gradient as its gradient.
@@ -147,25 +148,53 @@ def _summed_terms(
 
     with torch.no_grad():
         out, lse, *_ = function(**tensors, **everything, backend="reference")
-    weighted = (grad_out * out).sum(-1).movedim(-1, -2)
     grad_lse = grads[1] if options.get("return_lse") else torch.zeros_like(lse)
-    rest = (grads[-1],) if mixed else ()
+    mixed = grads[-1:] if options.get("return_mixed_value") else ()
 
-    # d scores = P (dP - sum(dO O) + dLSE): this dLSE leaves P dP, the normaliser frozen.
-    frozen = (grad_out, weighted, *rest)
-    _, by_frozen = _run(function, unreduced, everything, frozen, "reference")
-    only_lse = (torch.zeros_like(out), grad_lse, *(torch.zeros_like(g) for g in rest))
-    _, by_lse = _run(function, tensors, everything, only_lse, "reference")
-    sizes = {name: _norm(by_frozen[name]) + _norm(by_lse[name]) for name in ("q", "k")}
-    for name in ("lambda_v", "lambda_first"):
-        if name in wanted:
-            sizes[name] = _norm(by_frozen[name])
+    names = [name for name in _GRADIENTS if name in wanted and name not in ("v", "v_first")]
+    squares = dict.fromkeys(names, 0.0)
+    literal = dict.fromkeys(names, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for draw in range(_DRAWS + 1):
+        signed = [_signed(g, generator) if draw else g for g in (grad_out, grad_lse, *mixed)]
+        terms = _frozen_norms(function, unreduced, everything, signed, out)
+        for name in names:
+            if draw == 0:
+                literal[name] = terms[name]
+            else:
+                squares[name] += terms[name] ** 2 / _DRAWS
+    sizes = {name: max(literal[name], squares[name] ** 0.5) for name in names}
     if "sinks" in wanted:
+        # Its summands, one by one: P dO O over every channel, and P dLSE. Rows after the last
+        # packed sequence hold NaN gradients and belong to no sum.
         share = torch.exp(tensors["sinks"][:, None] - lse)
-        terms = share * (grad_lse - weighted)
-        # Rows after the last packed sequence hold NaN gradients and belong to no sum.
-        sizes["sinks"] = _norm(terms.where(lse > -torch.inf, 0))
+        every = torch.cat([(grad_out * out).movedim(-2, -3), grad_lse[..., None]], dim=-1)
+        every = share[..., None] * every
+        sizes["sinks"] = _norm(every.where(lse[..., None] > -torch.inf, 0))
     return sizes
+
+
+def _signed(gradient: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, gradient.shape, generator=generator) * 2 - 1
+    return gradient * signs.to(gradient.device)
+
+
+def _frozen_norms(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: list[Tensor],
+    out: Tensor,
+) -> dict[str, float]:
+    """Norms of the gradients with the softmax normaliser frozen, and of those through the LSE."""
+    grad_out, grad_lse, *mixed = grads
+    # d scores = P (dP - sum(dO O) + dLSE): the dLSE that leaves P dP alone.
+    cancel = (grad_out * out).sum(-1).movedim(-1, -2)
+    _, frozen = _run(function, tensors, options, (grad_out, cancel, *mixed), "reference")
+    nothing = [torch.zeros_like(g) for g in (grad_out, *mixed)]
+    only_lse = (nothing[0], grad_lse, *nothing[1:])
+    _, through_lse = _run(function, tensors, options, only_lse, "reference")
+    return {name: _norm(frozen[name]) + _norm(through_lse[name]) for name in frozen}
 
 
 def _norm(x: Tensor) -> float:

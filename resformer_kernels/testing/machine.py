@@ -1,0 +1,76 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from resformer_kernels import _extension
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def native_path() -> str:
+    """The CPU path of the native kernels, or why there is none."""
+    reason = _extension.unavailable_reason()
+    return _extension.cpu_path() if reason is None else f"none: {reason}"
+
+
+def describe() -> dict[str, str | int]:
+    """Machine, threads, versions and commit, for a record of results."""
+    return {
+        "processor": processor(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "native path": native_path(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resformer-kernels": importlib.metadata.version("resformer-kernels"),
+        "commit": commit(),
+    }
+
+
+def slug() -> str:
+    """A file name's stem for this machine: its processor, threads and CPU path."""
+    text = f"{processor()} {torch.get_num_threads()} threads {native_path().split(':')[0]}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("_", "")).strip("-")
+
+
+def commit() -> str:
+    """The commit of the checkout that the package runs from, "+" if changed; else "unknown"."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        name = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+" if changed else name
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,259 @@
+"""Things to time, as data: inputs, bytes, FLOPs, and how ours and each peer would do them.
+
+FLOPs: 2 · B · H · attended pairs · (Dk + Dv) forward, 2.5 times that backward. Mixing is not
+counted, and is always inside the timed region, ours and the peer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resformer_kernels.attention.api import value_residual_attention
+from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.testing.timing import OURS
+
+Call = Callable[[], object]
+
+_BACKWARD_FLOPS = 2.5
+HEADS_FIRST = "SDPA (B,H,T,D)"
+TIME_FIRST = "SDPA (B,T,H,D)"
+
+
+def attended_pairs(length: int, window: int | None) -> int:
+    """Query-key pairs of a causal self-attention; `window` is the keys a query sees at most."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def _timed(outputs: Callable[[], Tensor], leaves: Sequence[Tensor], direction: str) -> Call:
+    """A call that runs `outputs` forward, or the gradient of every leaf through it."""
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return outputs()
+
+        return forward
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = outputs()
+    grad = torch.randn_like(result)
+    return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+
+
+@dataclass(frozen=True)
+class AttentionBenchmark:
+    """Causal self-attention over V' = λ_v V + λ_first V₁, both λ learnable scalars.
+
+    The peer is `scaled_dot_product_attention` with the mix in front of it, in either layout;
+    with a window it is this package's own full causal attention.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+    dtype: torch.dtype
+    direction: str
+    """"forward" or "backward"."""
+    window: int | None = None
+    """Keys that a query sees at most; None: all before it."""
+
+    @property
+    def name(self) -> str:
+        """Shape, dtype and direction."""
+        heads = (
+            f"H{self.heads}"
+            if self.heads == self.kv_heads
+            else (f"Hq{self.heads} Hkv{self.kv_heads}")
+        )
+        window = "" if self.window is None else f" window {self.window}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"B{self.batch} {heads} T{self.length} D{self.head_dim}"
+        return f"attention {self.direction} {shape} causal{window} {dtype}"
+
+    @property
+    def group(self) -> str:
+        """ "attention" and the direction; windows stand apart."""
+        kind = "attention" if self.window is None else "window"
+        return f"{kind} {self.direction}"
+
+    @property
+    def flops(self) -> int:
+        """Of the attended pairs alone."""
+        pairs = attended_pairs(self.length, self.window)
+        forward = 4 * self.batch * self.heads * pairs * self.head_dim
+        return forward if self.direction == "forward" else int(_BACKWARD_FLOPS * forward)
+
+    @property
+    def bytes(self) -> int:
+        """Each tensor once: q, out, k, v, v_first; backward also grad_out and the gradients."""
+        per_head = self.batch * self.length * self.head_dim * self.dtype.itemsize
+        forward = per_head * (2 * self.heads + 3 * self.kv_heads)
+        if self.direction == "forward":
+            return forward
+        return forward + per_head * (2 * self.heads + 3 * self.kv_heads)
+
+    @property
+    def share_of_full(self) -> float:
+        """Attended pairs, as a share of those without the window."""
+        return attended_pairs(self.length, self.window) / attended_pairs(self.length, None)
+
+    def contestants(self) -> dict[str, Call]:
+        """Ours, and each peer, on tensors of its own layout."""
+        if self.window is not None:
+            return {OURS: self._ours(self.window), "ours, no window": self._ours(None)}
+        return {
+            OURS: self._ours(None),
+            HEADS_FIRST: self._sdpa(heads_first=True),
+            TIME_FIRST: self._sdpa(heads_first=False),
+        }
+
+    def _leaves(self, *, heads_first: bool) -> list[Tensor]:
+        """q, k, v, v_first, lambda_v, lambda_first."""
+        leaves = []
+        for heads in (self.heads, self.kv_heads, self.kv_heads, self.kv_heads):
+            shape = (self.batch, self.length, heads, self.head_dim)
+            if heads_first:
+                shape = (self.batch, heads, self.length, self.head_dim)
+            leaves.append(torch.randn(shape).to(self.dtype))
+        return [*leaves, torch.tensor(0.5), torch.tensor(0.5)]
+
+    def _ours(self, window: int | None) -> Call:
+        leaves = self._leaves(heads_first=False)
+        sides = (-1, -1) if window is None else (window - 1, 0)
+        return _timed(
+            lambda: value_residual_attention(*leaves, causal=True, window=sides),
+            leaves,
+            self.direction,
+        )
+
+    def _sdpa(self, *, heads_first: bool) -> Call:
+        leaves = self._leaves(heads_first=heads_first)
+        grouped = self.heads != self.kv_heads
+
+        def attend() -> Tensor:
+            q, k, v, v_first, lambda_v, lambda_first = leaves
+            mixed = lambda_v * v + lambda_first * v_first
+            if not heads_first:
+                q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
+            return F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=grouped)
+
+        return _timed(attend, leaves, self.direction)
+
+
+@dataclass(frozen=True)
+class MixBenchmark:
+    """`mix_values` of several sources with learnable scalars, against PyTorch expressions."""
+
+    sources: int
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    direction: str
+    group: str = "mix"
+    flops: int = 0
+
+    @property
+    def name(self) -> str:
+        """Sources, shape, dtype and direction."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
+        return f"mix_values {self.direction} of {self.sources} {shape} {dtype}"
+
+    @property
+    def bytes(self) -> int:
+        """Each tensor once; backward reads grad and the sources, and writes their gradients."""
+        tensors = self.sources + 1 if self.direction == "forward" else 2 * self.sources + 1
+        elements = self.batch * self.length * self.heads * self.head_dim
+        return tensors * elements * self.dtype.itemsize
+
+    def contestants(self) -> dict[str, Call]:
+        """Ours, a sum of products, and an einsum over the stack."""
+        return {
+            OURS: self._call(mix_values),
+            "sum of products": self._call(_sum_of_products),
+            "stack and einsum": self._call(_stack_and_einsum),
+        }
+
+    def _call(self, mix: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Call:
+        shape = (self.batch, self.length, self.heads, self.head_dim)
+        values = [torch.randn(shape).to(self.dtype) for _ in range(self.sources)]
+        coefficients = [torch.tensor(1.0 / self.sources) for _ in range(self.sources)]
+        return _timed(lambda: mix(values, coefficients), [*values, *coefficients], self.direction)
+
+
+def _sum_of_products(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
+    mixed = coefficients[0] * values[0]
+    for coefficient, value in zip(coefficients[1:], values[1:], strict=True):
+        mixed = mixed + coefficient * value
+    return mixed
+
+
+def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
+    stacked = torch.stack(values)
+    return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
+
+
+@dataclass(frozen=True)
+class EmbeddingBenchmark:
+    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions."""
+
+    vocab_size: int
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    direction: str
+    group: str = "mix"
+    flops: int = 0
+
+    @property
+    def name(self) -> str:
+        """Vocabulary, shape, dtype and direction."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
+        return f"mix_value_embedding {self.direction} of {self.vocab_size} {shape} {dtype}"
+
+    @property
+    def bytes(self) -> int:
+        """v, one row a token, the result; backward: grad, rows, and a gradient of the table."""
+        row = self.heads * self.head_dim * self.dtype.itemsize
+        tokens = self.batch * self.length
+        if self.direction == "forward":
+            return 3 * tokens * row
+        return 3 * tokens * row + self.vocab_size * row
+
+    def contestants(self) -> dict[str, Call]:
+        """Ours, an indexed table, and `F.embedding`."""
+        return {
+            OURS: self._call(mix_value_embedding),
+            "indexing": self._call(_by_indexing),
+            "F.embedding": self._call(_by_embedding),
+        }
+
+    def _call(self, mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Call:
+        rows = (self.batch, self.length)
+        v = torch.randn(*rows, self.heads, self.head_dim).to(self.dtype)
+        table = torch.randn(self.vocab_size, self.heads, self.head_dim).to(self.dtype)
+        token_ids = torch.randint(self.vocab_size, rows)
+        gate = torch.rand(*rows, self.heads, 1).to(self.dtype)
+        return _timed(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
+
+
+def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
+    return v + gate * table[token_ids]
+
+
+def _by_embedding(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
+    return v + gate * F.embedding(token_ids, table.flatten(1)).view_as(v)
