@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,8 +26,10 @@ Section = dict[str, str]
 _OPTIONAL_PACKAGES = ("triton", "flash-attn", "transformers", "matplotlib")
 _ENVIRONMENT = ("RESFORMER_CPU", "RESFORMER_CHECK", "RESFORMER_POISON")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SAMPLES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+_SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "value_residual_attention": lambda x: (x, x, x, x),
+    "mix_values": lambda x: ([x, x], [0.5, 0.5]),
+    "mix_value_embedding": lambda x: (x, x[0], x.new_zeros((1, 1), dtype=torch.int64), 0.5),
 }
 """Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
 # The flags that decide a CPU path, or that a reader of a benchmark asks about.
