@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from resformer_kernels import _extension
 
 # A first call loads the library, and CI machines stall: time per example says nothing here. CI
 # draws the same examples every time, so that a failure there can be repeated.
@@ -19,3 +22,39 @@ def pytest_configure() -> None:
     """Give each parallel worker one thread: two workers of two threads each only wait."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def _require_native() -> None:
+    reason = _extension.unavailable_reason()
+    if reason is None:
+        return
+    if os.environ.get("RESFORMER_REQUIRE_NATIVE") == "1" or os.environ.get("CI") in ("1", "true"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def native() -> str:
+    """The native backend's name; skips where it is not built, and fails where it has to be."""
+    _require_native()
+    return "native"
+
+
+@pytest.fixture(params=_extension.CPU_PATHS)
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each CPU path of the native library in turn, forced; skips those this machine lacks."""
+    _require_native()
+    path: str = request.param
+    if path not in _extension.available_cpu_paths():
+        pytest.skip(f"this machine or build has no {path} path")
+    monkeypatch.setenv("RESFORMER_CPU", path)
+    return path
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that runs on a CPU."""
+    name: str = request.param
+    if name == "native":
+        _require_native()
+    return name
