@@ -7,11 +7,8 @@ namespace resformer::RESFORMER_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;  // elements of a row whose coefficients are widened at a time
-constexpr int64_t kSumChunk = 256;
 
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 Vec load_some(const T* p, int64_t n) {
@@ -144,12 +141,41 @@ void forward_as(const MixForward& f, int64_t begin, int64_t end) {
   forward_rows<T, float>(f, begin, end);
 }
 
+typedef double VecDouble __attribute__((vector_size(sizeof(Vec))));
+typedef float VecHalf __attribute__((vector_size(sizeof(Vec) / 2)));
+constexpr int64_t kDoubles = kLanes / 2;
+
+VecDouble load_double(const float* p) {
+  VecHalf x;
+  memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(x, VecDouble);
+}
+
+// Products of float32 are exact in float64, and so is what a sum that cancels leaves of them.
+double dot(const float* grad, const float* x, int64_t n) {
+  VecDouble lanes[2] = {};
+  double sum = 0.0;
+  int64_t d = 0;
+  for (; d + 2 * kDoubles <= n; d += 2 * kDoubles) {
+    lanes[0] += load_double(grad + d) * load_double(x + d);
+    lanes[1] += load_double(grad + d + kDoubles) * load_double(x + d + kDoubles);
+  }
+  for (; d < n; ++d) sum += static_cast<double>(grad[d]) * x[d];
+  for (int64_t i = 0; i < kDoubles; ++i) sum += lanes[0][i] + lanes[1][i];
+  return sum;
+}
+
+// Products of 16-bit numbers are exact in float32, and a row's sum of them is far finer than their dtype.
 template <class T, class X>
 double dot(const T* grad, const X* x, int64_t n) {
   Vec lanes = zero();
   for_vectors(n, [&](int64_t d, auto get, auto)
                      __attribute__((always_inline)) { lanes = fma(get(grad + d), get(x + d), lanes); });
   return reduce_add(lanes);
+}
+
+void add_products(const float* grad, const float* x, int64_t n, double* sums) {
+  for (int64_t d = 0; d < n; ++d) sums[d] += static_cast<double>(grad[d]) * x[d];
 }
 
 template <class T, class X>
@@ -253,10 +279,18 @@ void backward_rows(const MixBackward& m, int64_t begin, int64_t end, int64_t blo
 
 template <class T>
 void add_scaled(const MixScatter& s, const Position& p, double* sums) {
-  float buffer[kSumChunk], products[kSumChunk];
+  float buffer[kChunk], wide[kChunk];
   const Span gate = coefficients_of(s.grad, p, buffer);
-  add_sources<T, T>(nullptr, gate, at<T>(s.grad, p), Span{}, nullptr, p.n, products);
-  for (int64_t d = 0; d < p.n; ++d) sums[d] += products[d];
+  const T* grad = at<T>(s.grad, p);
+  const float* x;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    x = grad;
+  } else {
+    widen(grad, p.n, wide);
+    x = wide;
+  }
+  if (gate.weights) return add_products(gate.weights, x, p.n, sums);
+  for (int64_t d = 0; d < p.n; ++d) sums[d] += static_cast<double>(gate.weight) * x[d];
 }
 
 template <class T, class E>
@@ -264,9 +298,9 @@ void scatter_tasks(const MixScatter& s, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t h = task / s.segments, segment = task % s.segments;
     E* out = static_cast<E*>(s.out) + (s.targets[segment] * s.shape.heads + h) * s.shape.dim;
-    for (int64_t d = 0; d < s.shape.dim; d += kSumChunk) {
-      const int64_t n = smaller(kSumChunk, s.shape.dim - d);
-      double sums[kSumChunk] = {};
+    for (int64_t d = 0; d < s.shape.dim; d += kChunk) {
+      const int64_t n = smaller(kChunk, s.shape.dim - d);
+      double sums[kChunk] = {};
       for (int64_t i = s.starts[segment]; i < s.starts[segment + 1]; ++i) {
         const int64_t row = s.order[i];
         add_scaled<T>(s, Position{row, row / s.shape.time, row % s.shape.time, h, d, n}, sums);
@@ -302,8 +336,6 @@ void scatter(const MixScatter& s, int64_t begin, int64_t end) {
 
 }  // namespace
 
-MixKernels mix_kernels() {
-  return {forward, backward, scatter};
-}
+MixKernels mix_kernels() { return {forward, backward, scatter}; }
 
 }  // namespace resformer::RESFORMER_ISA

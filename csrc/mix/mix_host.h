@@ -53,17 +53,13 @@ inline MixKernels current_kernels() {
 }
 
 // What stands for an absent tensor in a list: no value, coefficient or gradient has one dimension.
-inline bool absent(const Tensor& tensor) {
-  return tensor.dim() == 1 && tensor.numel() == 0;
-}
+inline bool absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.numel() == 0; }
 
 inline std::optional<Tensor> present(const Tensor& tensor) {
   return absent(tensor) ? std::nullopt : std::optional<Tensor>(tensor);
 }
 
-inline Tensor absent_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, {0});
-}
+inline Tensor absent_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
 // A fresh contiguous tensor; NaN-filled under RESFORMER_POISON, but for integers.
 inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -94,7 +90,7 @@ inline MixShape shape_of(const Tensor& tensor, const char* name) {
 inline void check_rows(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a CPU tensor");
-  STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name,
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, name,
                   " must be contiguous in its last dimension, got stride ", tensor.stride(last));
 }
 
