@@ -18,6 +18,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 COMMANDS: dict[str, str] = {
     "info": "what this installation can run, and why",
+    "verify": "hold every kernel against float64",
+    "bench": "time every registered case against its peers",
+    "demo": "verify, time, train small models on real text, write a report",
 }
 """Each subcommand, which is also its module's name, and its line in `--help`."""
 

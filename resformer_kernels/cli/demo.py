@@ -1,0 +1,114 @@
+"""`resformer-kernels demo`: verify, time, train small models on real text, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers
+
+_DEFAULT_MINUTES = 4.5
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return value
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare the arguments of `demo`."""
+    parser = subparsers.add_parser(
+        "demo",
+        help=COMMANDS["demo"],
+        description="Check the kernels against float64, time them beside torch's SDPA, train a "
+        "Transformer, a ResFormer and an SVFormer of equal size on real text, and write a report. "
+        "Ctrl-C ends it early with a report of what was measured by then.",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        default=_DEFAULT_MINUTES,
+        help="time for everything, about (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder to train on (default: the English text and Python source that "
+        "ship with the running interpreter)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the report (default: reports/demo-DATE-TIME)",
+    )
+    sizes = parser.add_argument_group("model size")
+    sizes.add_argument("--dim", type=_count, default=128, help="channels (default: %(default)s)")
+    sizes.add_argument("--layers", type=_count, default=4, help="default: %(default)s")
+    sizes.add_argument("--heads", type=_count, default=2, help="default: %(default)s")
+    sizes.add_argument(
+        "--seqlen", type=_count, default=256, help="bytes a window (default: %(default)s)"
+    )
+    sizes.add_argument(
+        "--batch", type=_count, default=4, help="windows a step (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo. 0; 1 where a kernel is over budget, 2 for bad arguments, 130 on Ctrl-C."""
+    console = Console(width=None if Console().is_terminal else 120)
+    if importlib.util.find_spec("matplotlib") is None:
+        return _refuse("matplotlib is missing: pip install 'resformer-kernels[bench]'")
+    from resformer_kernels.demo.corpus import load_corpus
+    from resformer_kernels.demo.pipeline import Demo
+    from resformer_kernels.demo.record import Record
+    from resformer_kernels.demo.report import summary
+    from resformer_kernels.demo.training import Plan, configs
+    from resformer_kernels.testing import machine
+
+    plan = Plan(
+        dim=args.dim,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        seqlen=args.seqlen,
+        batch=args.batch,
+    )
+    started = datetime.now()
+    folder = args.out or Path("reports") / f"demo-{started:%Y%m%d-%H%M%S}"
+    command = shlex.join(["resformer-kernels", *sys.argv[1:]])
+    try:
+        configs(plan)
+        corpus = load_corpus(args.corpus)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    record = Record(machine.describe(), args.minutes, plan, started, command, corpus)
+    path = Demo(record, folder, console).run()
+    for line in summary(record):
+        console.print(line.replace("**", ""))
+    console.print(f"\nReport: [bold]{path}[/]", soft_wrap=True)
+    if record.interrupted_in is not None:
+        console.print(f"Interrupted during {record.interrupted_in}: the report is partial.")
+        return INTERRUPTED
+    return 1 if record.failed else 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"resformer-kernels demo: error: {reason}", file=sys.stderr)
+    return 2

@@ -1,0 +1,64 @@
+"""Tables that more than one command prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from resformer_kernels.testing.timing import Result
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * scale >= 1.0 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError("unreachable: µs takes everything")
+
+
+def speed_table(
+    results: Sequence[Result], gemm: Mapping[str, float], copy_bandwidth: float | None = None
+) -> Table:
+    """Ours beside the fastest peer of each case, and our share of the ceiling measured beside.
+
+    Args:
+        results: what was timed.
+        gemm: FLOP/s of a matrix product, by dtype.
+        copy_bandwidth: bytes a second, the ceiling of cases without FLOPs.
+    """
+    table = Table(header_style="bold")
+    table.add_column("case", overflow="fold")
+    for heading in ("ours", "peer", "ratio", "ours, rate", "ceiling"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fastest peer", no_wrap=True)
+    group = ""
+    for result in results:
+        if group and result.group != group:
+            table.add_section()
+        group = result.group
+        rate, share = rate_and_share(result, gemm, copy_bandwidth)
+        colour = "green" if result.ratio >= 1 else "yellow"
+        table.add_row(
+            result.name,
+            duration(result.ours.median),
+            duration(result.timings[result.peer].median),
+            f"[{colour}]{result.ratio:.2f}x",
+            rate,
+            share,
+            result.peer,
+        )
+    return table
+
+
+def rate_and_share(
+    result: Result, gemm: Mapping[str, float], copy_bandwidth: float | None
+) -> tuple[str, str]:
+    """Our rate with its unit, and its share of the ceiling with the ceiling's name."""
+    if result.flops:
+        rate = result.flops / result.ours.median
+        ceiling = gemm.get(result.dtype)
+        return f"{rate / 1e9:.0f} GFLOP/s", f"{rate / ceiling:.0%} of GEMM" if ceiling else ""
+    rate = result.bytes / result.ours.median
+    share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""
+    return f"{rate / 1e9:.1f} GB/s", share

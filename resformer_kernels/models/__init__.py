@@ -1,0 +1,16 @@
+"""Small complete models built from `resformer_kernels.nn`."""
+
+from resformer_kernels.models.config import VARIANTS, LanguageModelConfig
+from resformer_kernels.models.language_model import (
+    LanguageModel,
+    parameter_count,
+    with_parameter_budget,
+)
+
+__all__ = [
+    "VARIANTS",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "parameter_count",
+    "with_parameter_budget",
+]

@@ -1,0 +1,138 @@
+"""The configuration of the language model: its size, its windows and its way with values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VARIANTS = (
+    "transformer",
+    "identity",
+    "constant",
+    "learnable",
+    "learnable-plus",
+    "sparse",
+    "dense",
+    "svformer",
+    "value-embedding",
+)
+"""What a layer n > 1 attends over; the first layer attends over its own values in each.
+
+transformer      Vₙ
+identity         0.5 V₁ + 0.5 Vₙ
+constant         2 V₁ + Vₙ
+learnable        λ₁ V₁ + λ₂ Vₙ, two learned scalars a layer, from 0.5
+learnable-plus   the same with a pair a KV head. The paper gives this name and its loss but no
+                 formula; a pair a head contains Learnable, starts where it starts, needs no state
+                 that layers share, and costs the kernel nothing.
+sparse           5 V₁ + Vₙ in the last layers, Vₙ in the others
+dense            Σᵢ λₙᵢ Vᵢ over all layers up to n, learned, from 1/n
+svformer         V₁; no value projection after the first layer
+value-embedding  Vₙ + 3σ(W x) · E[token] on alternate layers, the last one included (nanochat;
+                 the first layer too where the count makes it so)
+
+Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, but for the last.
+"""
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """A small decoder. Raises ValueError where a field is out of range.
+
+    Attributes:
+        variant: one of `VARIANTS`.
+        vocab_size: distinct tokens.
+        max_seqlen: the longest input, in tokens.
+        dim: channels of the residual stream.
+        num_layers: blocks of attention and MLP.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
+        head_dim: channels a head; None: dim / num_heads.
+        mlp_hidden: hidden channels of the SwiGLU MLP; None: 8/3 dim, rounded up to 16.
+        window_pattern: a letter a layer, repeated as needed: S attends to `short_window` keys, L
+            to all. The last layer is always L, as in nanochat.
+        short_window: keys that an S layer sees, the query's own included; None: max_seqlen / 2.
+        qk_norm: RMS-normalise queries and keys.
+        rope_base: the base of the rotary wavelengths.
+        sparse_layers: how many layers, from the last, mix in `sparse`; None: three eighths of
+            them (the paper's best at 8 layers is 6 to 8).
+        gate_channels: input channels that the gate of `value-embedding` reads.
+        checkpointing: recompute each block in backward (non-reentrant).
+        backend: passed to the kernels.
+    """
+
+    variant: str = "learnable"
+    vocab_size: int = 256
+    max_seqlen: int = 512
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_hidden: int | None = None
+    window_pattern: str = "L"
+    short_window: int | None = None
+    qk_norm: bool = False
+    rope_base: float = 10_000.0
+    sparse_layers: int | None = None
+    gate_channels: int = 32
+    checkpointing: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        positive = ("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "gate_channels")
+        optional = ("num_kv_heads", "head_dim", "mlp_hidden", "short_window", "sparse_layers")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            raise ValueError(
+                f"window_pattern must be letters S and L, such as 'SSSL', got "
+                f"{self.window_pattern!r}"
+            )
+        if self.sparse_layers is not None and self.sparse_layers > self.num_layers - 1:
+            raise ValueError(
+                f"sparse_layers must be at most num_layers - 1 = {self.num_layers - 1}, got "
+                f"{self.sparse_layers}"
+            )
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim must be a multiple of num_heads {self.num_heads} where head_dim is None, "
+                f"got {self.dim}"
+            )
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Channels a head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def resolved_mlp_hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
+        return -(-8 * self.dim // 3) + 15 & ~15
+
+    @property
+    def resolved_sparse_layers(self) -> int:
+        """How many of the last layers mix in `sparse`."""
+        if self.sparse_layers is not None:
+            return self.sparse_layers
+        return min(self.num_layers - 1, max(1, round(3 * self.num_layers / 8)))
+
+    def window(self, layer: int) -> tuple[int, int]:
+        """The window of layer `layer`, counted from 0, as `value_residual_attention` takes it."""
+        last = layer == self.num_layers - 1
+        if last or self.window_pattern[layer % len(self.window_pattern)] == "L":
+            return (-1, -1)
+        short = self.short_window or max(1, self.max_seqlen // 2)
+        return (short - 1, 0)

@@ -1,0 +1,181 @@
+"""A small decoder with every variant of value residual: RoPE, RMSNorm, SwiGLU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from resformer_kernels.models.config import LanguageModelConfig
+from resformer_kernels.nn import (
+    DenseMix,
+    EmbeddingMix,
+    FirstValues,
+    FixedMix,
+    LearnedMix,
+    OwnValues,
+    RotaryEmbedding,
+    ValueMix,
+    ValueResidualAttention,
+)
+
+
+def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
+    """The mix of layer `layer`, counted from 0."""
+    if config.variant == "value-embedding":
+        if layer % 2 != (config.num_layers - 1) % 2:
+            return OwnValues()
+        return EmbeddingMix(
+            config.vocab_size,
+            config.resolved_kv_heads,
+            config.resolved_head_dim,
+            gate_channels=min(config.gate_channels, config.dim),
+        )
+    if layer == 0 or config.variant == "transformer":
+        return OwnValues()
+    if config.variant == "sparse":
+        mixes = layer >= config.num_layers - config.resolved_sparse_layers
+        return FixedMix(lambda_v=1.0, lambda_first=5.0) if mixes else OwnValues()
+    if config.variant == "identity":
+        return FixedMix(lambda_v=0.5, lambda_first=0.5)
+    if config.variant == "constant":
+        return FixedMix(lambda_v=1.0, lambda_first=2.0)
+    if config.variant == "learnable":
+        return LearnedMix()
+    if config.variant == "learnable-plus":
+        return LearnedMix(config.resolved_kv_heads)
+    if config.variant == "dense":
+        return DenseMix(layer + 1)
+    return FirstValues()
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). x and the result: (..., dim)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after an RMSNorm and added to the stream."""
+
+    def __init__(self, config: LanguageModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention = ValueResidualAttention(
+            config.dim,
+            config.num_heads,
+            config.num_kv_heads,
+            head_dim=config.head_dim,
+            v_mix=build_value_mix(config, layer),
+            window=config.window(layer),
+            qk_norm=config.qk_norm,
+            backend=config.backend,
+        )
+        self.mlp_norm = nn.RMSNorm(config.dim)
+        self.mlp = SwiGLU(config.dim, config.resolved_mlp_hidden)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, token_ids: Tensor, *earlier_values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after this block, (B, T, dim), and this layer's values (B, T, Hkv, D)."""
+        attended, values = self.attention(
+            self.attention_norm(x), *earlier_values, rotary=(cos, sin), token_ids=token_ids
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), values
+
+
+class LanguageModel(nn.Module):
+    """A decoder over `config.vocab_size` tokens."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.rotary = RotaryEmbedding(
+            config.resolved_head_dim, config.max_seqlen, base=config.rope_base
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight; the projections back into the stream are scaled down by depth."""
+        nn.init.normal_(self.embedding.weight)
+        depth_scale = (2 * self.config.num_layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and ".v_mix." not in name:
+                std = module.in_features**-0.5
+                into_stream = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=std * depth_scale if into_stream else std)
+            elif isinstance(module, (nn.RMSNorm, LearnedMix, DenseMix, EmbeddingMix)):
+                module.reset_parameters()
+        # Small logits: training starts from the uniform distribution.
+        nn.init.normal_(self.head.weight, std=0.1 * self.config.dim**-0.5)
+
+    def forward(self, token_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss where targets are given.
+
+        Args:
+            token_ids: (B, T) integers below vocab_size, T at most max_seqlen.
+            targets: (B, T) integers, the next token of each position; -100 is left out.
+
+        Returns:
+            Logits (B, T, vocab_size); with targets the mean cross-entropy in nats, float32, ().
+
+        Raises:
+            ValueError: token_ids is not (B, T), or longer than max_seqlen.
+        """
+        if token_ids.dim() != 2:
+            raise ValueError(f"token_ids must be (B, T), got shape {tuple(token_ids.shape)}")
+        cos, sin = self.rotary(token_ids.shape[1])
+        x = self.embedding(token_ids)
+        earlier: tuple[Tensor, ...] = ()
+        for layer, block in enumerate(self.blocks):
+            arguments = (x, cos, sin, token_ids, *earlier)
+            if self.config.checkpointing and torch.is_grad_enabled():
+                x, values = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, values = block(*arguments)
+            if layer == 0 or self.config.variant == "dense":
+                earlier = (*earlier, values)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def parameter_count(config: LanguageModelConfig) -> int:
+    """Trainable parameters of the model, without allocating any."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> LanguageModelConfig:
+    """The config with `mlp_hidden` chosen so that the model has as near as can be `parameters`.
+
+    SVFormer's saved value projections then go into a wider MLP, and a value embedding's table
+    makes the MLP narrower, so that variants are compared at equal size. Exact to within half of
+    3 · dim · num_layers. ValueError where even mlp_hidden = 1 is too many.
+    """
+    slope = 3 * config.dim * config.num_layers
+    fixed = parameter_count(replace(config, mlp_hidden=1)) - slope
+    hidden = round((parameters - fixed) / slope)
+    if hidden < 1:
+        raise ValueError(
+            f"parameters must be at least {fixed + slope} for this config, got {parameters}"
+        )
+    return replace(config, mlp_hidden=hidden)

@@ -1,0 +1,26 @@
+"""Modules built on the kernels: the attention layer, the ways its values are mixed, rotary."""
+
+from resformer_kernels.nn.attention import ValueResidualAttention
+from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
+from resformer_kernels.nn.value_mix import (
+    DenseMix,
+    EmbeddingMix,
+    FirstValues,
+    FixedMix,
+    LearnedMix,
+    OwnValues,
+    ValueMix,
+)
+
+__all__ = [
+    "DenseMix",
+    "EmbeddingMix",
+    "FirstValues",
+    "FixedMix",
+    "LearnedMix",
+    "OwnValues",
+    "RotaryEmbedding",
+    "ValueMix",
+    "ValueResidualAttention",
+    "apply_rotary",
+]

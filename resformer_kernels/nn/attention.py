@@ -1,0 +1,108 @@
+"""The attention layer of every model in `resformer_kernels.models`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resformer_kernels.attention.api import value_residual_attention
+from resformer_kernels.nn.rotary import apply_rotary
+from resformer_kernels.nn.value_mix import LearnedMix, ValueMix, ValueSources
+
+
+class ValueResidualAttention(nn.Module):
+    """Multi-head self-attention over mixed values (Zhou et al., arXiv 2410.17897).
+
+    The first layer's values travel as a plain tensor: forward returns this layer's values beside
+    the output, and the caller passes the first layer's to the later ones. Nothing is kept on the
+    module, so checkpointing, torch.compile and FSDP2 see every use of them.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
+        head_dim: channels a head; None: dim / num_heads.
+        v_mix: how values are mixed; None: two learned scalars (Learnable ResFormer). A mix that
+            needs no values of this layer (`FirstValues`) leaves the layer without `v_proj`.
+        causal: query i attends to keys up to i.
+        window: (left, right) keys around each query, inclusive; -1 is unbounded.
+        qk_norm: RMS-normalise each query and key head before the rotation.
+        backend: passed to `value_residual_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        v_mix: ValueMix | None = None,
+        causal: bool = True,
+        window: tuple[int, int] = (-1, -1),
+        qk_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads {kv_heads}, got {num_heads}"
+            )
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(
+                    f"dim must be a multiple of num_heads {num_heads} where head_dim "
+                    f"is None, got {dim}"
+                )
+            head_dim = dim // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
+        self.causal, self.window, self.qk_norm, self.backend = causal, window, qk_norm, backend
+        self.v_mix = LearnedMix() if v_mix is None else v_mix
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        if self.v_mix.projects_values:
+            self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None = None,
+        *later_values: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (B, T, dim).
+            v_first: the first layer's values, (B, T, Hkv, head_dim); None in the first layer.
+            later_values: for `DenseMix`, the values of layers 2 to n - 1, in order.
+            rotary: cos and sin, each (T, head_dim / 2); None: no rotation.
+            token_ids: (B, T) integers, for `EmbeddingMix`.
+
+        Returns:
+            The output (B, T, dim), and this layer's values (B, T, Hkv, head_dim), before any
+            mixing. A layer without `v_proj` hands v_first on.
+
+        Raises:
+            ValueError: the mix needs values or token_ids that are missing.
+        """
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        own: Tensor | None = None
+        if self.v_mix.projects_values:
+            own = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        earlier = () if v_first is None else (v_first, *later_values)
+        mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
+        out = value_residual_attention(
+            q, k, *mixed, causal=self.causal, window=self.window, backend=self.backend
+        )
+        values = own if own is not None else earlier[0]
+        return self.o_proj(out.flatten(2)), values

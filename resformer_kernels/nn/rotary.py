@@ -1,0 +1,49 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout of Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosines and sines of every position up to `max_seqlen`.
+
+    Args:
+        head_dim: even; the size of a query or key head.
+        max_seqlen: positions that can be asked for.
+        base: wavelengths run from 2π to 2π · base positions.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_seqlen: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
+        if max_seqlen < 1:
+            raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
+        self.max_seqlen = max_seqlen
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        angles = torch.outer(torch.arange(max_seqlen, dtype=torch.float32), base**-exponents)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions start to start + length, each (length, head_dim / 2).
+
+        Raises ValueError beyond `max_seqlen`.
+        """
+        if start < 0 or start + length > self.max_seqlen:
+            raise ValueError(
+                f"positions {start} to {start + length} are not within max_seqlen {self.max_seqlen}"
+            )
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, T, H, D) by the angles of cos and sin (T, D / 2); x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,216 @@
+"""What a layer attends over: its own values, the first layer's, or a mix.
+
+Each form is a module of its own, held by the attention layer as `v_mix`, so that optimisers, PEFT
+and initialisers find λ under a name and the value projection stays an ordinary Linear. Given the
+values of this layer and of earlier ones, a mix returns the arguments for
+`value_residual_attention`; where the kernel can fuse the mix, nothing is computed here.
+
+`lambda_v` multiplies this layer's values and `lambda_first` the first layer's. The names of the
+forms are those of Zhou et al., "Value Residual Learning", arXiv 2410.17897.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resformer_kernels.mix import mix_value_embedding, mix_values
+
+
+class ValueSources(NamedTuple):
+    """What a mix can draw on. Values are (B, T, Hkv, Dv)."""
+
+    own: Tensor | None
+    """This layer's values; None where the layer projects none."""
+    earlier: tuple[Tensor, ...]
+    """The values of earlier layers, the first layer's first; empty in the first layer."""
+    x: Tensor
+    """The layer's input, (B, T, dim), for gates."""
+    token_ids: Tensor | None
+    """(B, T), for value embeddings."""
+
+
+class MixedValues(NamedTuple):
+    """Arguments of `value_residual_attention`, under its names."""
+
+    v: Tensor | None
+    v_first: Tensor | None = None
+    lambda_v: float | Tensor = 1.0
+    lambda_first: float | Tensor = 1.0
+
+
+def _own(sources: ValueSources, mix: nn.Module) -> Tensor:
+    if sources.own is None:
+        raise ValueError(f"{type(mix).__name__} needs this layer's values, got None")
+    return sources.own
+
+
+def _first(sources: ValueSources, mix: nn.Module) -> Tensor:
+    if not sources.earlier:
+        raise ValueError(
+            f"{type(mix).__name__} needs v_first, the first layer's values (B, T, Hkv, Dv), got "
+            "none; the first layer itself takes OwnValues"
+        )
+    return sources.earlier[0]
+
+
+class ValueMix(nn.Module):
+    """The base of every mix."""
+
+    projects_values = True
+    """Whether the layer has a value projection of its own."""
+    reads_all_layers = False
+    """Whether the mix takes the values of every earlier layer rather than the first's alone."""
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """The arguments for `value_residual_attention`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+
+class OwnValues(ValueMix):
+    """This layer's values alone: a plain Transformer, and the first layer of every variant."""
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """V' = V."""
+        return MixedValues(_own(sources, self))
+
+
+class FirstValues(ValueMix):
+    """The first layer's values alone: SVFormer. The layer has no value projection."""
+
+    projects_values = False
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """V' = V₁."""
+        return MixedValues(None, _first(sources, self))
+
+
+class FixedMix(ValueMix):
+    """V' = lambda_v · V + lambda_first · V₁ with two constants: Identity, Constant, Sparse."""
+
+    def __init__(self, lambda_v: float, lambda_first: float) -> None:
+        super().__init__()
+        self.lambda_v = float(lambda_v)
+        self.lambda_first = float(lambda_first)
+
+    def extra_repr(self) -> str:
+        """The constants."""
+        return f"lambda_v={self.lambda_v}, lambda_first={self.lambda_first}"
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """The mix is left to the kernel."""
+        return MixedValues(
+            _own(sources, self), _first(sources, self), self.lambda_v, self.lambda_first
+        )
+
+
+class LearnedMix(ValueMix):
+    """V' = lambda_v · V + lambda_first · V₁ with learned coefficients, float32.
+
+    Args:
+        num_kv_heads: None for one pair of scalars a layer (the paper's Learnable); a number for
+            one pair a KV head, shape (Hkv, 1) (this package's Learnable-Plus).
+        lambda_v: initial value.
+        lambda_first: initial value.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int | None = None,
+        *,
+        lambda_v: float = 0.5,
+        lambda_first: float = 0.5,
+    ) -> None:
+        super().__init__()
+        shape = () if num_kv_heads is None else (num_kv_heads, 1)
+        self.initial = (float(lambda_v), float(lambda_first))
+        self.lambda_v = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.lambda_first = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set both coefficients to their initial values."""
+        nn.init.constant_(self.lambda_v, self.initial[0])
+        nn.init.constant_(self.lambda_first, self.initial[1])
+
+    def extra_repr(self) -> str:
+        """The coefficients' shape."""
+        return f"shape={tuple(self.lambda_v.shape)}"
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """The mix is left to the kernel, which returns the coefficients' gradients."""
+        return MixedValues(
+            _own(sources, self), _first(sources, self), self.lambda_v, self.lambda_first
+        )
+
+
+class DenseMix(ValueMix):
+    """V'ₙ = Σᵢ λₙᵢ Vᵢ over this layer and every earlier one, λ learned: Dense-ResFormer.
+
+    Args:
+        num_sources: n, this layer included. λ starts at 1/n each, which is Learnable's 0.5 at
+            n = 2.
+    """
+
+    reads_all_layers = True
+
+    def __init__(self, num_sources: int) -> None:
+        super().__init__()
+        if num_sources < 2:
+            raise ValueError(f"num_sources must be at least 2, got {num_sources}")
+        self.lambda_layers = nn.Parameter(torch.empty(num_sources, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give every layer the same weight."""
+        nn.init.constant_(self.lambda_layers, 1.0 / self.lambda_layers.numel())
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """One fused pass over all sources, in layer order, this layer's values last."""
+        values = (*sources.earlier, _own(sources, self))
+        if len(values) != self.lambda_layers.numel():
+            raise ValueError(
+                f"DenseMix needs the values of {self.lambda_layers.numel() - 1} earlier layers, "
+                f"got {len(sources.earlier)}"
+            )
+        return MixedValues(mix_values(values, self.lambda_layers.unbind()))
+
+
+class EmbeddingMix(ValueMix):
+    """V' = V + 3σ(W x) · E[token]: nanochat's gated value embedding, one gate a KV head.
+
+    The gate reads the first `gate_channels` channels of the layer's input. W starts at zero, so
+    every gate at 1.5.
+
+    Args:
+        vocab_size: rows of the table E, (vocab_size, Hkv, Dv).
+        num_kv_heads: Hkv.
+        head_dim: Dv.
+        gate_channels: input channels that the gate reads.
+    """
+
+    def __init__(
+        self, vocab_size: int, num_kv_heads: int, head_dim: int, *, gate_channels: int
+    ) -> None:
+        super().__init__()
+        self.gate_channels = gate_channels
+        self.table = nn.Parameter(torch.empty(vocab_size, num_kv_heads, head_dim))
+        self.gate_proj = nn.Linear(gate_channels, num_kv_heads, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table, at the scale of values; open every gate by half."""
+        nn.init.normal_(self.table, std=0.5)
+        nn.init.zeros_(self.gate_proj.weight)
+
+    def forward(self, sources: ValueSources) -> MixedValues:
+        """The gathered rows are never materialised."""
+        if sources.token_ids is None:
+            raise ValueError("EmbeddingMix needs token_ids, (B, T) integers, got None")
+        v = _own(sources, self)
+        gate = 3.0 * torch.sigmoid(self.gate_proj(sources.x[..., : self.gate_channels]))
+        return MixedValues(
+            mix_value_embedding(v, self.table, sources.token_ids, gate.unsqueeze(-1))
+        )

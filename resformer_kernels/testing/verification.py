@@ -1,0 +1,200 @@
+"""Hold every public op against float64 on a table of cases: for a user's own machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from resformer_kernels import explain
+from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.testing.budgets import Comparison, compare_case
+from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
+from resformer_kernels.testing.poison import poisoned
+
+Run = Callable[[str], list[Comparison]]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OFTEN = ("batch", "heads", "kv_heads", "seed", "dtype", "tail", "slack", "coefficient_dtype")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case of the table: `run(backend)` compares every tensor of it."""
+
+    op: str
+    case: str
+    dtype: str
+    serves: Callable[[], str | None]
+    """The backend that "auto" takes for this case."""
+    run: Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One tensor of one case, held against float64."""
+
+    op: str
+    case: str
+    dtype: str
+    tensor: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the budget."""
+        return self.error <= self.budget
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the budget."""
+        if self.budget > 0:
+            return self.error / self.budget
+        return 0.0 if self.error == 0 else float("inf")
+
+
+def checks(dtypes: Sequence[torch.dtype] = _DTYPES) -> list[Check]:
+    """The table: attention of every form, both mixes, in each dtype."""
+    table = [_attention_check(case) for case in REPRESENTATIVE if case.dtype in dtypes]
+    for dtype in dtypes:
+        table += [_mix_check(sources, dtype) for sources in (2, 5)]
+        table.append(_embedding_check(dtype))
+    return table
+
+
+def verify(table: Sequence[Check], backend: str = "auto") -> Iterator[list[Verdict]]:
+    """The verdicts of each check in turn."""
+    for check in table:
+        yield [
+            Verdict(check.op, check.case, check.dtype, found.name, found.error, found.budget)
+            for found in check.run(backend)
+        ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _attention_check(case: AttentionCase) -> Check:
+    def serves() -> str | None:
+        inputs = attention_inputs(case)
+        return explain(inputs.function, **inputs.tensors, **inputs.options).backend
+
+    packed = case.lengths is not None
+    op = "value_residual_attention_varlen" if packed else "value_residual_attention"
+    return Check(
+        op,
+        _describe(case),
+        _name(case.dtype),
+        serves,
+        lambda backend: compare_case(case, backend=backend),
+    )
+
+
+def _describe(case: AttentionCase) -> str:
+    parts = []
+    for field in fields(case):
+        value = getattr(case, field.name)
+        if value == field.default or field.name in _OFTEN:
+            continue
+        if field.name == "lengths":
+            value = f"{len(value)} sequences"
+        parts.append(field.name if value is True else f"{field.name}={value}")
+    return ", ".join(parts) or "two sources, constants"
+
+
+def _mix_check(sources: int, dtype: torch.dtype) -> Check:
+    generator = torch.Generator().manual_seed(sources)
+    shape = (2, 33, 3, 24)
+    values = [torch.randn(shape, generator=generator).to(dtype) for _ in range(sources)]
+    forms = [(), (3, 1), (2, 33, 1, 1), (3, 24), (2, 33, 3, 1)][:sources]
+    coefficients = [torch.randn(form, generator=generator) for form in forms]
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    names = [f"dv[{i}]" for i in range(sources)] + [f"dcoefficient[{i}]" for i in range(sources)]
+
+    def mix(leaves: list[Tensor], backend: str) -> Tensor:
+        return mix_values(leaves[:sources], leaves[sources:], backend=backend)
+
+    return Check(
+        "mix_values",
+        f"{sources} sources",
+        _name(dtype),
+        lambda: explain(mix_values, values, coefficients).backend,
+        lambda backend: _compare(
+            mix,
+            [*values, *coefficients],
+            [x.expand(shape) for x in (*values, *coefficients)],
+            grad,
+            names,
+            backend,
+        ),
+    )
+
+
+def _embedding_check(dtype: torch.dtype) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 65, 3, 24)
+    v = torch.randn(shape, generator=generator).to(dtype)
+    table = torch.randn((11, 3, 24), generator=generator)
+    token_ids = torch.randint(11, shape[:2], generator=generator)
+    gate = torch.rand((*shape[:3], 1), generator=generator)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    # A table with one row a token has, as its gradient, the terms that the table's sums up.
+    every_row = torch.arange(token_ids.numel()).view(token_ids.shape)
+
+    def mix(leaves: list[Tensor], backend: str) -> Tensor:
+        ids = token_ids if leaves[1].shape == table.shape else every_row
+        return mix_value_embedding(leaves[0], leaves[1], ids, leaves[2], backend=backend)
+
+    return Check(
+        "mix_value_embedding",
+        "gate by token and head",
+        _name(dtype),
+        lambda: explain(mix_value_embedding, v, table, token_ids, gate).backend,
+        lambda backend: _compare(
+            mix,
+            [v, table, gate],
+            [v, table[token_ids].flatten(0, 1), gate.expand(shape)],
+            grad,
+            ["dv", "dtable", "dgate"],
+            backend,
+        ),
+    )
+
+
+def _compare(
+    mix: Callable[[list[Tensor], str], Tensor],
+    leaves: list[Tensor],
+    unreduced: list[Tensor],
+    grad: Tensor,
+    names: list[str],
+    backend: str,
+) -> list[Comparison]:
+    """`unreduced`: the leaves so expanded that no gradient of theirs is a sum."""
+    with poisoned():
+        got = _outcome(mix, leaves, grad, backend)
+    near = _outcome(mix, leaves, grad, "reference")
+    exact = _outcome(mix, [x.double() for x in leaves], grad.double(), "reference")
+    terms = _outcome(mix, [x.double() for x in unreduced], grad.double(), "reference")
+    unit = torch.finfo(grad.dtype).eps / 2
+    found = []
+    for name, mine, same, true, parts in zip(["out", *names], got, near, exact, terms, strict=True):
+        budget = 2 * _distance(same, true) + unit * float(parts.norm())
+        found.append(Comparison(name, _distance(mine, true), budget, float(true.norm())))
+    return found
+
+
+def _outcome(
+    mix: Callable[[list[Tensor], str], Tensor], leaves: list[Tensor], grad: Tensor, backend: str
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = mix(leaves, backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def _distance(got: Tensor, true: Tensor) -> float:
+    error = float((got.double() - true).norm())
+    return error if error == error else float("inf")
