@@ -99,7 +99,7 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
             )
     values = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in values)
     checked = [
-        check_coefficient(f"coefficients[{i}]", c, values[0], of="the values")
+        check_coefficient(f"coefficients[{i}]", c, values[0], of="values[0]")
         for i, c in enumerate(coefficients)
     ]
     return MixCall(values, tuple(c for c, _ in checked), tuple(x for _, x in checked))

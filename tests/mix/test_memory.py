@@ -1,0 +1,82 @@
+"""What is saved for backward, and that the rows of a table never exist as a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from resformer_kernels import mix_value_embedding, mix_values
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def saved_bytes(function: Any) -> int:
+    """Bytes of distinct storage that autograd keeps of function()."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function()
+    return sum(kept.values())
+
+
+def largest_allocation(function: Any) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    sizes = [event.cpu_memory_usage for event in profiler.events() or []]
+    return max(sizes)
+
+
+def test_values_with_float_coefficients_save_nothing() -> None:
+    values = [torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(3)]
+    assert saved_bytes(lambda: mix_values(values, [0.5, 0.25, 0.25])) == 0
+
+
+def test_only_values_with_a_learned_coefficient_are_saved() -> None:
+    values = [torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(3)]
+    learned = torch.tensor(0.5, requires_grad=True)
+    one = values[1].untyped_storage().nbytes()
+    kept = saved_bytes(lambda: mix_values(values, [0.5, learned, torch.tensor(2.0)]))
+    assert one <= kept <= one + 64
+
+
+def test_an_embedding_saves_no_rows() -> None:
+    v = torch.randn(4, 512, 2, 64, requires_grad=True)
+    table = torch.randn(32, 2, 64, requires_grad=True)
+    gate = torch.randn(4, 512, 2, 1, requires_grad=True)
+    ids = torch.randint(32, (4, 512))
+    sources = [x.untyped_storage().nbytes() for x in (table, gate, ids)]
+    assert saved_bytes(lambda: mix_value_embedding(v, table, ids, gate)) <= sum(sources)
+
+
+def test_an_embedding_never_makes_the_rows() -> None:
+    # Rows of 2048 tokens are 64 times the table: whatever held them would stand out.
+    v = torch.randn(4, 512, 2, 64, requires_grad=True)
+    table = torch.randn(32, 2, 64, requires_grad=True)
+    gate = torch.randn(4, 512, 2, 1, requires_grad=True)
+    ids = torch.randint(32, (4, 512))
+    out = mix_value_embedding(v, table, ids, gate)
+    grad = torch.randn_like(out)
+    rows = out.untyped_storage().nbytes()
+
+    def backward() -> None:
+        torch.autograd.grad(out, (v, table, gate), grad)
+
+    assert largest_allocation(backward) < rows / 8
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return mix_value_embedding(v, table, ids, gate)
+
+    # The result itself is as large as the rows, and is all there is.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        forward()
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events() or [])
+    assert rows <= taken < rows * 9 / 8

@@ -1,0 +1,192 @@
+"""The ops under PyTorch's machinery: opcheck, compile, autocast, checkpointing, transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from resformer_kernels import mix_value_embedding, mix_values
+
+pytestmark = [
+    pytest.mark.usefixtures("native"),
+    # Raised inside torch while it compiles and while it loads its forward-mode rules.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+def values_of(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (torch.randn(2, rows, 2, 4, requires_grad=True) for _ in range(2))
+    return a, b, torch.randn(2, 1, requires_grad=True)
+
+
+def embedding_of(rows: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = torch.randn(2, rows, 2, 4, requires_grad=True)
+    table = torch.randn(9, 2, 4, requires_grad=True)
+    gate = torch.randn(2, rows, 2, 1, requires_grad=True)
+    return v, table, torch.randint(9, (2, rows)), gate
+
+
+def mix(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
+    return mix_values([a, b, a], [head, 0.5, 2.0])
+
+
+def embed(v: Tensor, table: Tensor, ids: Tensor, gate: Tensor) -> Tensor:
+    return mix_value_embedding(v, table, ids, gate)
+
+
+CALLS: list[Any] = [(mix, values_of), (embed, embedding_of)]
+by_call = pytest.mark.parametrize(("function", "make"), CALLS, ids=["values", "embedding"])
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    leaves = [x for x in inputs if x.requires_grad]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck() -> None:
+    ops = torch.ops.resformer
+    a, b = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
+    head, none = torch.randn(1, 1, 2, 1), torch.empty(0)
+    table, ids, gate = torch.randn(7, 2, 4), torch.randint(7, (2, 5)), torch.randn(2, 5, 1, 1)
+    calls = [
+        (ops.mix_values_forward, ([a, b], [head, none], [1.0, 0.5])),
+        (ops.mix_values_backward, (a, [b, none], [head, none], [1.0, 0.5], [1, 0, 1, 0])),
+        (ops.mix_value_embedding_forward, (a, table, ids, gate, 1.0)),
+        (ops.mix_value_embedding_forward, (a, table, ids, None, 0.5)),
+        (ops.mix_value_embedding_backward, (a, table, ids, gate, 1.0, 3)),
+        (ops.mix_value_embedding_backward, (a, table, ids, None, 0.5, 1)),
+        (ops.mix_value_embedding_backward_sparse, (a, table, ids, gate, 1.0)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments)
+
+
+@by_call
+def test_compiles_whole_with_dynamic_length(function: Any, make: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (6, 9, 17):
+        inputs = make(rows)
+        same(gradients(compiled, inputs), gradients(function, inputs))
+
+
+def test_a_float_coefficient_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(
+        lambda a, b, c: mix_values([a, b], [c, 0.5]), fullgraph=True, backend=counter
+    )
+    a, b, _ = values_of()
+    for c in (0.1, 0.2, 0.3, 0.4):
+        torch.testing.assert_close(compiled(a, b, c), mix_values([a, b], [c, 0.5]))
+    assert counter.frame_count <= 2
+
+
+@by_call
+def test_autocast_casts_values_alone(function: Any, make: Any) -> None:
+    inputs = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(*inputs)
+    assert out.dtype is torch.bfloat16
+    leaves = [x for x in inputs if x.requires_grad]
+    found = torch.autograd.grad(out.float().sum(), leaves)
+    assert all(g.dtype is torch.float32 for g in found)
+
+
+@by_call
+def test_checkpointing(function: Any, make: Any) -> None:
+    inputs = make()
+
+    def checkpointed(*leaves: Tensor) -> Tensor:
+        out: Tensor = checkpoint(function, *leaves, use_reentrant=False)
+        return out
+
+    same(gradients(checkpointed, inputs), gradients(function, inputs))
+
+
+@by_call
+def test_gradients_are_not_differentiable_again(function: Any, make: Any) -> None:
+    inputs = make()
+    leaves = [x for x in inputs if x.requires_grad]
+    found = torch.autograd.grad(function(*inputs).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not support double backward"):
+        found[-1].sum().backward()
+
+
+@by_call
+def test_vmap_says_no(function: Any, make: Any) -> None:
+    inputs = tuple(x.detach()[None] for x in make())
+    with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
+        torch.func.vmap(function)(*inputs)
+
+
+@by_call
+def test_forward_mode_says_no(function: Any, make: Any) -> None:
+    first, *rest = (x.detach() for x in make())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(first, torch.ones_like(first))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            function(dual, *rest)
+
+
+def test_sparse_gradient_says_no_to_a_whole_graph() -> None:
+    torch._dynamo.reset()
+    v, table, ids, gate = embedding_of()
+    compiled = torch.compile(
+        lambda *x: mix_value_embedding(*x, sparse_grad=True), backend="eager", fullgraph=True
+    )
+    with pytest.raises(RuntimeError, match="sparse_grad"):
+        compiled(v, table, ids, gate)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_the_op_itself_checks_ids(bad: int) -> None:
+    v, table, ids, gate = (x.detach() for x in embedding_of())
+    ids[1, 2] = bad
+    for call in (
+        lambda: torch.ops.resformer.mix_value_embedding_forward(v, table, ids, gate, 1.0),
+        lambda: torch.ops.resformer.mix_value_embedding_backward(v, table, ids, gate, 1.0, 3),
+        lambda: torch.ops.resformer.mix_value_embedding_backward_sparse(v, table, ids, gate, 1.0),
+    ):
+        with pytest.raises(RuntimeError, match=f"token_ids holds {bad}"):
+            call()
+
+
+def test_the_op_itself_checks_shapes() -> None:
+    v, table, ids, gate = (x.detach() for x in embedding_of())
+    ops, none = torch.ops.resformer, torch.empty(0)
+    wrong: list[Callable[[], Any]] = [
+        lambda: ops.mix_values_forward([], [], []),
+        lambda: ops.mix_values_forward([v], [], [1.0]),
+        lambda: ops.mix_values_forward([v, v[:, :3]], [none, none], [1.0, 1.0]),
+        lambda: ops.mix_values_forward([v, v.bfloat16()], [none, none], [1.0, 1.0]),
+        lambda: ops.mix_values_forward([v[..., ::2]], [none], [1.0]),
+        lambda: ops.mix_values_forward([v.double()], [none], [1.0]),
+        lambda: ops.mix_values_forward([v[0, 0]], [none], [1.0]),
+        lambda: ops.mix_values_forward([v], [gate[:, :3]], [1.0]),
+        lambda: ops.mix_values_forward([v], [gate[0]], [1.0]),
+        lambda: ops.mix_values_forward([v], [gate.half()], [1.0]),
+        lambda: ops.mix_values_backward(v, [v], [gate], [1.0], [1]),
+        lambda: ops.mix_values_backward(v, [none], [gate], [1.0], [1, 1]),
+        lambda: ops.mix_values_backward(v, [v], [none], [1.0], [1, 1]),
+        lambda: ops.mix_value_embedding_forward(v, table[:, :1], ids, gate, 1.0),
+        lambda: ops.mix_value_embedding_forward(v, table.half(), ids, gate, 1.0),
+        lambda: ops.mix_value_embedding_forward(v, table, ids[:, :3], gate, 1.0),
+        lambda: ops.mix_value_embedding_forward(v, table, ids.short(), gate, 1.0),
+        lambda: ops.mix_value_embedding_backward(v, table, ids, None, 1.0, 2),
+    ]
+    for call in wrong:
+        with pytest.raises(RuntimeError):
+            call()
