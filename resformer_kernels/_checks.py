@@ -39,9 +39,12 @@ def check_real(name: str, value: object) -> None:
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which autocast wants an argument of `dtype`; float64 is left alone by it."""
+    """The dtype in which autocast wants an argument of `dtype`; float64 is left alone by it.
+
+    The meta device has no autocast, and asking about it raises.
+    """
     kind = device.type
-    if dtype is torch.float64 or not dtype.is_floating_point:
+    if dtype is torch.float64 or not dtype.is_floating_point or kind == "meta":
         return dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 

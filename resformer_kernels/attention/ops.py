@@ -78,8 +78,9 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     sinks, attn_bias, _out, _lse, grad_mask = rest[-5:]
     leaves = (q, k, v, v_first, lambda_v, lambda_first, sinks, attn_bias)
+    # An absent leaf's gradient has q's dtype where the leaf is one of q, k, v, v_first.
     return tuple(
-        _fresh(q, (0,))
+        _fresh(q, (0,), q.dtype if bit < 4 else torch.float32)
         if leaf is None
         else _fresh(leaf, leaf.shape if grad_mask >> bit & 1 else (0,))
         for bit, leaf in enumerate(leaves)

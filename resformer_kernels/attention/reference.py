@@ -10,12 +10,17 @@ dtype. It is differentiable by autograd as it stands and materialises (B, Hq, Tq
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from resformer_kernels.attention.call import AttentionCall
 
 NAME = "reference"
+
+Attend = Callable[[AttentionCall, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _LARGE = 2**24
 
@@ -33,17 +38,23 @@ def is_large(call: AttentionCall) -> bool:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, mixed value or None), as `AttentionCall` asks."""
-    with torch.autocast(call.q.device.type, enabled=False):
+    return run_with(attend, call)
+
+
+def run_with(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`run`, with another way to attend over (B, T, H, D) tensors than `attend`."""
+    kind = call.q.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         if call.cu_seqlens_q is None:
-            return _run_fixed(call)
-        return _run_packed(call)
+            return _run_fixed(attend, call)
+        return _run_packed(attend, call)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _run_fixed(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run_fixed(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mixed = mix(call, call.v, call.v_first)
     allowed = allowed_positions(call, call.max_seqlen_q, call.max_seqlen_k, call.q.device)
     out, lse = attend(call, call.q, call.k, mixed, allowed)
@@ -51,7 +62,7 @@ def _run_fixed(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | Non
     return out, lse if call.return_lse else None, returned if call.return_mixed_value else None
 
 
-def _run_packed(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run_packed(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     cu_q, cu_k = call.cu_seqlens_q, call.cu_seqlens_k
     assert cu_q is not None
     assert cu_k is not None
@@ -175,3 +186,27 @@ def attend(
     out = (weights / total[..., None]) @ values
     lse = (peak + total.log()).masked_fill(empty, -torch.inf)
     return out.transpose(1, 2).contiguous().to(q.dtype), lse
+
+
+def attend_by_lse(
+    call: AttentionCall, q: Tensor, k: Tensor, value: Tensor, allowed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`attend`, whose gradient sees only out and the LSE, as that of a memory-linear kernel does.
+
+    Weights are exp(S - LSE) with the rounded LSE, and the normaliser's gradient is sum(dO O). The
+    same function, with the rounding errors that such kernels cannot avoid: see `testing`.
+    """
+    with torch.no_grad():
+        _, lse = attend(call, q, k, value, allowed)
+    s = scores(call, q, k, allowed)
+    base = lse.masked_fill(lse == -torch.inf, 0)
+    weights = torch.exp(s - base[..., None])
+    total = weights.sum(-1)
+    if call.sinks is not None:
+        total = total + torch.exp(call.sinks.to(s.dtype)[:, None] - base)
+    # Zero in value; its gradient is that of the LSE, for d LSE / d S = exp(S - LSE).
+    drift = total - total.detach()
+    group = q.shape[2] // k.shape[2]
+    values = value.to(s.dtype).transpose(1, 2).repeat_interleave(group, dim=1)
+    out = (weights @ values) * torch.exp(-drift)[..., None]
+    return out.transpose(1, 2).contiguous().to(q.dtype), lse + drift

@@ -55,7 +55,7 @@ def attention_cases(
 
 
 TABLE: dict[str, AttentionCase] = {
-    "one token": AttentionCase(q_len=1, k_len=1, batch=1, heads=1, kv_heads=1),
+    "one token": AttentionCase(q_len=1, k_len=1),
     "one query": AttentionCase(q_len=1, k_len=300, causal=True),
     "no queries": AttentionCase(q_len=0, return_lse=True),
     "no keys": AttentionCase(k_len=0, return_lse=True, sinks=True),

@@ -1,0 +1,101 @@
+"""The ops under the public functions: opcheck, fakes, and what the gradient keeps in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resformer_kernels import value_residual_attention
+from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.testing import AttentionCase, attention_inputs
+
+CASES = {
+    "everything": AttentionCase(
+        lambda_v="token_head", lambda_first="head", sinks=True, bias="additive", causal=True,
+        softcap=5.0, return_lse=True, return_mixed_value=True, layout="heads_first",
+    ),
+    "bare": AttentionCase(sources="v", k_len=20, dtype=torch.bfloat16),
+    "packed": AttentionCase(lengths=((5, 7), (0, 2), (9, 9)), tail=2, lambda_v="scalar", slack=1),
+}  # fmt: skip
+
+
+def op_arguments(case: AttentionCase) -> tuple[AttentionCall, tuple[Any, ...]]:
+    inputs = attention_inputs(case)
+    prepare = inputs.function.__resformer_prepare__  # type: ignore[attr-defined]
+    call: AttentionCall = prepare(**inputs.tensors, **inputs.options).call
+    return call, tuple(call)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_forward(native: str, name: str) -> None:
+    del native
+    _, arguments = op_arguments(CASES[name])
+    op = torch.ops.resformer.value_residual_attention_forward.default
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mask", [0b11111111, 0b100])
+def test_opcheck_backward(native: str, name: str, mask: int) -> None:
+    del native
+    case = dataclasses.replace(CASES[name], return_lse=True)
+    call, arguments = op_arguments(case)
+    forward = torch.ops.resformer.value_residual_attention_forward.default
+    out, lse, _ = forward(*arguments)
+    leaves = (
+        call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first, call.sinks,
+        call.attn_bias,
+    )  # fmt: skip
+    mask &= sum(1 << i for i, leaf in enumerate(leaves) if leaf is not None)
+    op = torch.ops.resformer.value_residual_attention_backward.default
+    rest = (torch.ones_like(out), None, None, *arguments[:-2], out, lse, mask)
+    torch.library.opcheck(op, rest)
+    for bit, (leaf, got) in enumerate(zip(leaves, op(*rest), strict=True)):
+        assert got.shape == (leaf.shape if leaf is not None and mask >> bit & 1 else (0,))
+
+
+def saved_elements(*inputs: Tensor, **options: Any) -> tuple[int, Tensor]:
+    """Elements in distinct storages that autograd keeps, inputs apart."""
+    seen: dict[int, int] = {}
+    known = {x.untyped_storage().data_ptr() for x in inputs}
+
+    def pack(x: Tensor) -> Tensor:
+        pointer = x.untyped_storage().data_ptr()
+        if pointer not in known:
+            seen[pointer] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out: Tensor = value_residual_attention(*inputs, **options)
+    return sum(seen.values()), out
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1), (2, 64, 2, 1), (2, 64, 2, 16)])
+def test_mixing_saves_nothing_more_than_plain_attention(
+    native: str, shape: tuple[int, ...]
+) -> None:
+    q, k, v, v_first = (torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(4))
+    plain, out = saved_elements(q, k, v, backend=native)
+    assert plain == out.numel() + 2 * 64 * 2
+    own, first = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    mixed, _ = saved_elements(q, k, v, v_first, own, first, backend=native)
+    assert mixed == plain
+
+
+def test_saved_tensors_are_read_once(native: str) -> None:
+    """Non-reentrant checkpointing recomputes at the first read and refuses a second."""
+    leaves = [torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(4)]
+    reads: list[int] = []
+
+    def unpack(x: Tensor) -> Tensor:
+        reads.append(id(x))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = value_residual_attention(*leaves, backend=native)
+    out.sum().backward()
+    assert len(reads) == len(set(reads)) == 6
