@@ -1,0 +1,1 @@
+"""What is timed (`registry`), how (`runner`), and how it is told (`report`)."""
