@@ -88,8 +88,9 @@ struct MixKernels {
   void (*forward)(const MixForward&, int64_t row_begin, int64_t row_end);
   void (*backward)(const MixBackward&, int64_t row_begin, int64_t row_end, int64_t block,
                    double* accumulators);
-  // Tasks are (head, segment): the heads split a token that fills the whole batch over several threads.
-  void (*scatter)(const MixScatter&, int64_t task_begin, int64_t task_end);
+  // Segments and heads of one task.
+  void (*scatter)(const MixScatter&, int64_t segment_begin, int64_t segment_end, int64_t head_begin,
+                  int64_t head_end);
 };
 
 }  // namespace resformer

@@ -294,26 +294,42 @@ void add_scaled(const MixScatter& s, const Position& p, double* sums) {
 }
 
 template <class T, class E>
-void scatter_tasks(const MixScatter& s, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t h = task / s.segments, segment = task % s.segments;
-    E* out = static_cast<E*>(s.out) + (s.targets[segment] * s.shape.heads + h) * s.shape.dim;
-    for (int64_t d = 0; d < s.shape.dim; d += kChunk) {
-      const int64_t n = smaller(kChunk, s.shape.dim - d);
-      double sums[kChunk] = {};
-      for (int64_t i = s.starts[segment]; i < s.starts[segment + 1]; ++i) {
-        const int64_t row = s.order[i];
-        add_scaled<T>(s, Position{row, row / s.shape.time, row % s.shape.time, h, d, n}, sums);
-      }
-      for (int64_t i = 0; i < n; ++i) out[d + i] = from_float<E>(static_cast<float>(sums[i]));
+void scatter_row(const MixScatter& s, int64_t segment, int64_t h, E* out) {
+  const int64_t begin = s.starts[segment], end = s.starts[segment + 1];
+  for (int64_t d = 0; d < s.shape.dim; d += kChunk) {
+    const int64_t n = smaller(kChunk, s.shape.dim - d);
+    const auto position = [&](int64_t i) {
+      const int64_t row = s.order[i];
+      return Position{row, row / s.shape.time, row % s.shape.time, h, d, n};
+    };
+    if (end - begin == 1) {
+      float buffer[kChunk];
+      const Position p = position(begin);
+      const Span gate = coefficients_of(s.grad, p, buffer);
+      add_sources<T, T>(nullptr, gate, at<T>(s.grad, p), Span{}, nullptr, n, out + d);
+      continue;
     }
+    double sums[kChunk];
+    float total[kChunk];
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0.0;
+    for (int64_t i = begin; i < end; ++i) add_scaled<T>(s, position(i), sums);
+    for (int64_t i = 0; i < n; ++i) total[i] = static_cast<float>(sums[i]);
+    for_vectors(n, [&](int64_t i, auto get, auto put) { put(out + d + i, get(total + i)); });
+  }
+}
+
+template <class T, class E>
+void scatter_segments(const MixScatter& s, int64_t begin, int64_t end, int64_t head_begin, int64_t head_end) {
+  for (int64_t segment = begin; segment < end; ++segment) {
+    E* out = static_cast<E*>(s.out) + s.targets[segment] * s.shape.heads * s.shape.dim;
+    for (int64_t h = head_begin; h < head_end; ++h) scatter_row<T>(s, segment, h, out + h * s.shape.dim);
   }
 }
 
 template <class T>
-void scatter_as(const MixScatter& s, int64_t begin, int64_t end) {
-  if (s.out_dtype == s.dtype) return scatter_tasks<T, T>(s, begin, end);
-  scatter_tasks<T, float>(s, begin, end);
+void scatter_as(const MixScatter& s, int64_t begin, int64_t end, int64_t head_begin, int64_t head_end) {
+  if (s.out_dtype == s.dtype) return scatter_segments<T, T>(s, begin, end, head_begin, head_end);
+  scatter_segments<T, float>(s, begin, end, head_begin, head_end);
 }
 
 void forward(const MixForward& f, int64_t begin, int64_t end) {
@@ -328,10 +344,10 @@ void backward(const MixBackward& m, int64_t begin, int64_t end, int64_t block, d
   backward_rows<f16>(m, begin, end, block, accumulators);
 }
 
-void scatter(const MixScatter& s, int64_t begin, int64_t end) {
-  if (s.dtype == DType::float32) return scatter_as<float>(s, begin, end);
-  if (s.dtype == DType::bfloat16) return scatter_as<bf16>(s, begin, end);
-  scatter_as<f16>(s, begin, end);
+void scatter(const MixScatter& s, int64_t begin, int64_t end, int64_t head_begin, int64_t head_end) {
+  if (s.dtype == DType::float32) return scatter_as<float>(s, begin, end, head_begin, head_end);
+  if (s.dtype == DType::bfloat16) return scatter_as<bf16>(s, begin, end, head_begin, head_end);
+  scatter_as<f16>(s, begin, end, head_begin, head_end);
 }
 
 }  // namespace

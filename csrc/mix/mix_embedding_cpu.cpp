@@ -80,6 +80,33 @@ struct Segments {
   int64_t count() const { return static_cast<int64_t>(ids.size()); }
 };
 
+// Segments cut into tasks of about as many positions each. A token so frequent that it would keep one thread
+// busy alone is shared out by head.
+struct Parts {
+  int64_t cuts, heads_each, head_parts, positions;
+  const std::vector<int64_t>& starts;
+
+  Parts(const Segments& segments, const MixShape& shape)
+      : cuts(std::clamp<int64_t>(shape.rows() / rows_per_thread(shape), 1, 64)),
+        heads_each(shape.heads),
+        head_parts(1),
+        positions(shape.rows()),
+        starts(segments.starts) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < segments.count(); ++i) longest = std::max(longest, starts[i + 1] - starts[i]);
+    if (cuts > 1 && longest > positions / torch::stable::get_num_threads()) {
+      heads_each = 1;
+      head_parts = shape.heads;
+    }
+  }
+
+  int64_t count() const { return cuts * head_parts; }
+  int64_t segment(int64_t cut) const {
+    const int64_t position = positions * cut / cuts;
+    return std::lower_bound(starts.begin(), starts.end(), position) - starts.begin();
+  }
+};
+
 struct EmbeddingBackward {
   EmbeddingBackward(const Tensor& grad, const Tensor& table, const Tensor& token_ids,
                     const std::optional<Tensor>& gate, double gate_value) {
@@ -100,9 +127,14 @@ struct EmbeddingBackward {
                        segments.starts.data(), targets, segments.count(), dtype_of(out, "table"),
                        out.mutable_data_ptr()};
     const MixKernels kernels = current_kernels();
-    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / shape.dim);
-    torch::stable::parallel_for(0, shape.heads * s.segments, grain,
-                                [&](int64_t begin, int64_t end) { kernels.scatter(s, begin, end); });
+    const Parts parts(segments, shape);
+    torch::stable::parallel_for(0, parts.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i % parts.cuts, head = i / parts.cuts;
+        kernels.scatter(s, parts.segment(part), parts.segment(part + 1), head * parts.heads_each,
+                        (head + 1) * parts.heads_each);
+      }
+    });
   }
 
   std::vector<int64_t> rows;

@@ -11,7 +11,7 @@ from tests.mix.cases import DTYPES, Case, cases, check_budget, embedding_call, v
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 sweep = settings(
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
