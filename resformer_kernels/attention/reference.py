@@ -193,7 +193,7 @@ def attend_by_lse(
 ) -> tuple[Tensor, Tensor]:
     """`attend`, whose gradient sees only out and the LSE, as that of a memory-linear kernel does.
 
-    Weights are exp(S - LSE) with the rounded LSE, and the normaliser's gradient is sum(dO O). The
+    Weights are exp(S - LSE), the normaliser's gradient is sum(dO O), both with what was rounded. The
     same function, with the rounding errors that such kernels cannot avoid: see `testing`.
     """
     with torch.no_grad():
@@ -208,5 +208,6 @@ def attend_by_lse(
     drift = total - total.detach()
     group = q.shape[2] // k.shape[2]
     values = value.to(s.dtype).transpose(1, 2).repeat_interleave(group, dim=1)
-    out = (weights @ values) * torch.exp(-drift)[..., None]
+    kept = (weights @ values).to(q.dtype).to(s.dtype)
+    out = kept * torch.exp(-drift)[..., None]
     return out.transpose(1, 2).contiguous().to(q.dtype), lse + drift

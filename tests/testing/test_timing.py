@@ -1,0 +1,76 @@
+"""The timing engine: alternation, medians, the choice of the peer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from resformer_kernels.testing.timing import Result, Timing, alternate, measure
+
+
+def test_contestants_alternate_and_each_starts_in_turn() -> None:
+    calls: list[str] = []
+
+    def named(name: str) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            time.sleep(0.002)
+
+        return call
+
+    timings = alternate({"ours": named("a"), "peer": named("b")}, samples=3, min_sample_s=0.001)
+    assert calls[:6] == ["a", "a", "a", "b", "b", "b"], "a warm-up and two probes each"
+    assert "".join(calls[6:]) == "abbaab"
+    assert len(timings["ours"].samples) == 3
+    assert timings["ours"].median >= 0.002
+
+
+def test_short_calls_are_repeated() -> None:
+    count = 0
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+
+    alternate({"ours": call}, samples=2, min_sample_s=0.002)
+    assert count > 20
+
+
+def test_too_few_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples must be at least 2, got 1"):
+        alternate({}, samples=1)
+
+
+def test_the_peer_is_the_fastest_and_the_ratio_is_of_medians() -> None:
+    timings = {
+        "ours": Timing((1.0, 2.0, 9.0)),
+        "slow": Timing((8.0, 8.0, 8.0)),
+        "fast": Timing((1.0, 5.0, 6.0)),
+    }
+    result = Result("case", "group", "float32", 10, 20, timings)
+    assert result.peer == "fast"
+    assert result.ratio == 2.5
+    assert result.ours.spread == 2.0
+
+
+@dataclass(frozen=True)
+class Sleep:
+    name: str = "sleep"
+    group: str = "naps"
+    dtype: torch.dtype = torch.bfloat16
+    flops: int = 7
+    bytes: int = 9
+
+    def contestants(self) -> Mapping[str, Callable[[], object]]:
+        return {"ours": lambda: None, "peer": lambda: time.sleep(0.001)}
+
+
+def test_measure_keeps_the_benchmarks_data() -> None:
+    result = measure(Sleep(), samples=2, min_sample_s=0.001)
+    assert (result.name, result.group, result.dtype) == ("sleep", "naps", "bfloat16")
+    assert (result.flops, result.bytes) == (7, 9)
+    assert result.ratio > 1

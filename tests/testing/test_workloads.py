@@ -1,0 +1,99 @@
+"""The cases' arithmetic, and that every contestant of a case computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from resformer_kernels.testing import workloads
+from resformer_kernels.testing.workloads import (
+    AttentionBenchmark,
+    EmbeddingBenchmark,
+    MixBenchmark,
+    attended_pairs,
+)
+
+FORWARD = AttentionBenchmark(2, 4, 2, 16, 8, torch.float32, "forward")
+
+
+@pytest.mark.parametrize(("length", "window"), [(5, None), (5, 2), (5, 5), (5, 9), (7, 1)])
+def test_attended_pairs_counts_the_mask(length: int, window: int | None) -> None:
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    assert attended_pairs(length, window) == int(mask.sum())
+
+
+def test_flops_and_bytes_follow_the_definitions() -> None:
+    pairs = 16 * 17 // 2
+    assert FORWARD.flops == 2 * 2 * 4 * pairs * (8 + 8)
+    assert replace(FORWARD, direction="backward").flops == int(2.5 * FORWARD.flops)
+    q, kv = 2 * 4 * 16 * 8 * 4, 2 * 2 * 16 * 8 * 4
+    assert FORWARD.bytes == 2 * q + 3 * kv
+    window = replace(FORWARD, window=4)
+    assert window.share_of_full == (4 * 5 // 2 + 12 * 4) / pairs
+    assert window.flops == int(FORWARD.flops * window.share_of_full)
+
+
+def test_names_tell_cases_apart() -> None:
+    assert FORWARD.name == "attention forward B2 Hq4 Hkv2 T16 D8 causal float32"
+    window = replace(FORWARD, kv_heads=4, window=4, dtype=torch.bfloat16)
+    assert window.name == "attention forward B2 H4 T16 D8 causal window 4 bfloat16"
+
+
+def outcomes(
+    case: AttentionBenchmark | MixBenchmark | EmbeddingBenchmark, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[Tensor]]:
+    """What each contestant returns, from the same random numbers; heads-first ones turned."""
+    found = {}
+    reseeded = workloads._timed
+
+    def seeded(outputs: object, leaves: list[Tensor], direction: str) -> object:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for leaf in leaves:
+                if leaf.dim() == 4 and leaf.shape[1] != 16:
+                    turned = leaf.transpose(1, 2)
+                    turned.copy_(torch.randn(turned.shape, generator=generator))
+                else:
+                    leaf.copy_(torch.randn(leaf.shape, generator=generator))
+        return reseeded(outputs, leaves, direction)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workloads, "_timed", seeded)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(
+        torch, "randint", lambda high, shape: torch.arange(shape[0] * shape[1]).view(shape) % high
+    )
+    for name, call in case.contestants().items():
+        result = call()
+        tensors = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+        found[name] = [
+            x.transpose(1, 2) if x.dim() == 4 and x.shape[1] != 16 else x for x in tensors
+        ]
+    return found
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        FORWARD,
+        replace(FORWARD, kv_heads=4),
+        MixBenchmark(3, 2, 16, 4, 8, torch.float32, "forward"),
+        EmbeddingBenchmark(5, 2, 16, 4, 8, torch.float32, "forward"),
+    ],
+)
+def test_contestants_agree(
+    case: AttentionBenchmark | MixBenchmark | EmbeddingBenchmark,
+    direction: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = outcomes(replace(case, direction=direction), monkeypatch)
+    for name, tensors in found.items():
+        assert len(tensors) == len(found["ours"])
+        for got, expected in zip(tensors, found["ours"], strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=name)
