@@ -193,7 +193,7 @@ def attend_by_lse(
 ) -> tuple[Tensor, Tensor]:
     """`attend`, whose gradient sees only out and the LSE, as that of a memory-linear kernel does.
 
-    Weights are exp(S - LSE), the normaliser's gradient is sum(dO O), both with what was rounded. The
+    Weights are exp(S - LSE), the normaliser's gradient is sum(dO O), of rounded LSE and out. The
     same function, with the rounding errors that such kernels cannot avoid: see `testing`.
     """
     with torch.no_grad():
