@@ -1,0 +1,55 @@
+"""The registry's cases, and the figures its report derives."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from benchmarks import registry, report
+from benchmarks.runner import MemoryPoint, Run
+from resformer_kernels.testing import machine
+from resformer_kernels.testing.timing import Result, Timing
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_names_are_unique_and_every_case_has_its_data(quick: bool) -> None:
+    cases = registry.cases(quick=quick)
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        assert case.bytes > 0
+        assert case.flops > 0 or case.group == "mix"
+
+
+def test_the_shapes_that_speed_is_promised_for_are_there() -> None:
+    names = {case.name for case in registry.cases()}
+    for shape in (
+        "B1 H16 T4096 D64",
+        "B1 H8 T2048 D128",
+        "B1 Hq16 Hkv4 T4096 D64",
+        "B8 H8 T256 D64",
+    ):
+        for direction in ("forward", "backward"):
+            for dtype in ("float32", "bfloat16"):
+                assert f"attention {direction} {shape} causal {dtype}" in names
+    assert "attention forward B1 H4 T16384 D64 causal window 512 bfloat16" in names
+    assert max(registry.memory_lengths()) == 32768
+
+
+def test_exponent_of_memory() -> None:
+    small = MemoryPoint(1024, "float32", 1, 64, 100)
+    assert report.exponent(small, MemoryPoint(4096, "float32", 1, 64, 400)) == pytest.approx(1.0)
+    assert report.exponent(small, MemoryPoint(2048, "float32", 1, 64, 400)) == pytest.approx(2.0)
+
+
+def test_a_windows_cost_is_told_beside_its_pairs() -> None:
+    name = "attention forward window"
+    run = Run(machine.describe(), "now")
+    timings = {"ours": Timing((1.0, 1.0)), "ours, no window": Timing((10.0, 10.0))}
+    run.results = [Result(name, "window forward", "float32", 1, 1, timings)]
+    run.window_shares = {name: 0.08}
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(report.window_table(run))
+    printed = captured.get()
+    for expected in ("8.0%", "10.0%", "1.25"):
+        assert expected in printed

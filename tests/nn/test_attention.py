@@ -1,0 +1,128 @@
+"""The attention layer against SDPA, and the ways its values travel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from resformer_kernels.nn import (
+    DenseMix,
+    FirstValues,
+    OwnValues,
+    RotaryEmbedding,
+    ValueMix,
+    ValueResidualAttention,
+    apply_rotary,
+)
+
+DIM, HEADS, KV_HEADS, LENGTH = 32, 4, 2, 9
+
+
+def layer(v_mix: ValueMix | None = None, **options: object) -> ValueResidualAttention:
+    torch.manual_seed(0)
+    return ValueResidualAttention(DIM, HEADS, KV_HEADS, v_mix=v_mix, **options)  # type: ignore[arg-type]
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, LENGTH, DIM, generator=generator)
+    return x, torch.randn(2, LENGTH, KV_HEADS, DIM // HEADS, generator=generator)
+
+
+def by_sdpa(
+    module: ValueResidualAttention,
+    x: Tensor,
+    mixed: Tensor,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    q = module.q_proj(x).unflatten(-1, (HEADS, -1))
+    k = module.k_proj(x).unflatten(-1, (KV_HEADS, -1))
+    if module.qk_norm:
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+    if rotary is not None:
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    q, k, mixed = (t.transpose(1, 2) for t in (q, k, mixed))
+    out = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=True)
+    return module.o_proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_learnable_layer_equals_sdpa_over_the_mix(qk_norm: bool) -> None:
+    module = layer(qk_norm=qk_norm)
+    x, v_first = inputs()
+    rotary = RotaryEmbedding(DIM // HEADS, LENGTH)(LENGTH)
+    out, own = module(x, v_first, rotary=rotary)
+    expected = by_sdpa(module, x, 0.5 * own + 0.5 * v_first, rotary)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(own, module.v_proj(x).unflatten(-1, (KV_HEADS, -1)))
+
+
+def test_first_layer_is_plain_attention_and_returns_its_values() -> None:
+    module = layer(OwnValues())
+    x, _ = inputs()
+    out, own = module(x)
+    torch.testing.assert_close(out, by_sdpa(module, x, own), atol=1e-5, rtol=1e-4)
+    assert type(own) is Tensor
+    assert own.shape == (2, LENGTH, KV_HEADS, DIM // HEADS)
+
+
+def test_svformer_layer_has_no_value_projection() -> None:
+    module = layer(FirstValues())
+    assert not hasattr(module, "v_proj")
+    assert not [name for name, _ in module.named_parameters() if "v_" in name]
+    x, v_first = inputs()
+    out, handed_on = module(x, v_first)
+    assert handed_on is v_first
+    torch.testing.assert_close(out, by_sdpa(module, x, v_first), atol=1e-5, rtol=1e-4)
+
+
+def test_dense_layer_takes_later_values_as_tensors() -> None:
+    module = layer(DenseMix(3))
+    x, v_first = inputs()
+    out, own = module(x, v_first, 2 * v_first)
+    expected = by_sdpa(module, x, (v_first + 2 * v_first + own) / 3)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_window_hides_far_keys() -> None:
+    module = layer(OwnValues(), window=(1, 0))
+    x, _ = inputs()
+    moved = x.clone()
+    moved[:, 0] += 1.0
+    before, after = module(x)[0], module(moved)[0]
+    assert not torch.equal(before[:, :2], after[:, :2])
+    torch.testing.assert_close(before[:, 2:], after[:, 2:])
+
+
+def test_every_parameter_and_the_first_value_get_a_gradient() -> None:
+    module = layer()
+    x, v_first = inputs()
+    v_first.requires_grad_()
+    module(x, v_first)[0].square().sum().backward()
+    assert v_first.grad is not None
+    assert v_first.grad.abs().sum() > 0
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    module = layer()
+    x, v_first = inputs()
+    v_first.requires_grad_()
+    leaves = [v_first, *module.parameters()]
+    plain = torch.autograd.grad(module(x, v_first)[0].square().sum(), leaves)
+    out, _ = checkpoint(module, x, v_first, use_reentrant=False)
+    recomputed = torch.autograd.grad(out.square().sum(), leaves)
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bad_head_counts_are_named() -> None:
+    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads 3, got 4"):
+        ValueResidualAttention(DIM, 4, 3)
+    with pytest.raises(ValueError, match=r"dim must be a multiple of num_heads 5.*got 32"):
+        ValueResidualAttention(DIM, 5)
