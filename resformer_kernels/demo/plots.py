@@ -174,7 +174,8 @@ def plot_learning(runs: Sequence[ModelRun], plan: Plan, path: Path) -> None:
         # The fall from 8 bits, alike for all, would flatten everything that follows.
         late = [bits for run in runs for step, bits in run.curve[1:] if step >= _EARLY * run.steps]
         if len(late) > len(runs):
-            axes.set_ylim(top=max(late) + 0.5)
+            late += [run.final_bits for run in runs if run.final_bits is not None]
+            axes.set_ylim(min(late) - 0.15, max(late) + 0.4)
         axes.set_xlabel("text seen by each model (MB)")
         axes.set_ylabel("bits per byte")
         axes.set_title("Held-out bits per byte (faint: training loss, smoothed)")

@@ -9,6 +9,7 @@ from resformer_kernels.cli.tables import duration, rate_and_share
 from resformer_kernels.cli.verify import worst
 from resformer_kernels.demo import plots
 from resformer_kernels.demo.record import FILE, Record
+from resformer_kernels.testing.verification import Verdict
 
 REPORT = "report.md"
 RANKS_NOTHING = (
@@ -38,10 +39,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 def _head(record: Record) -> list[str]:
     machine = record.machine
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     lines = [
         "# Value-residual attention on this machine",
         "",
-        f"{record.started:%d %B %Y, %H:%M}. {machine['processor']}, {machine['threads']} threads, "
+        f"{record.started:%d %B %Y, %H:%M}. {machine['processor']}, {threads}, "
         f"kernels on the `{machine['native path']}` path, torch {machine['torch']}, Python "
         f"{machine['python']}, resformer-kernels {machine['resformer-kernels']} (commit "
         f"{machine['commit']}). {record.elapsed / 60:.1f} of {record.minutes:g} minutes.",
@@ -98,25 +100,25 @@ def _verification(record: Record, folder: Path) -> list[str]:
         "",
         "![Errors as a share of their budgets](errors.png)",
         "",
-        *markdown_table(
-            ("op, tensor", "dtype", "error", "budget", "share", "within"),
-            [
-                (
-                    f"`{v.op}` {v.tensor.split('[')[0]}",
-                    v.dtype,
-                    f"{v.error:.2e}",
-                    f"{v.budget:.2e}",
-                    f"{v.share:.0%}",
-                    "yes" if v.ok else "**NO**",
-                )
-                for v in sorted(worst(record.verdicts), key=lambda v: (v.op, v.tensor))
-            ],
-        ),
+        *_verdict_rows(record.verdicts),
         "",
-        "Each row is the worst case of its tensor.",
+        "Error / budget of the worst case of each tensor.",
         "",
     ]
     return lines
+
+
+def _verdict_rows(verdicts: Sequence[Verdict]) -> list[str]:
+    dtypes = list(dict.fromkeys(v.dtype for v in verdicts))
+    rows: dict[str, dict[str, str]] = {}
+    for v in worst(verdicts):
+        share = f"{v.share:.0%}" if v.ok else f"**{v.share:.0%}, OVER**"
+        cell = f"{v.error:.1e} / {v.budget:.1e}, {share}"
+        rows.setdefault(f"`{v.op}` {v.tensor.split('[')[0]}", {})[v.dtype] = cell
+    return markdown_table(
+        ("op, tensor", *dtypes),
+        [(name, *(rows[name].get(dtype, "") for dtype in dtypes)) for name in sorted(rows)],
+    )
 
 
 def _speed(record: Record, folder: Path) -> list[str]:

@@ -107,4 +107,4 @@ def test_a_failure_is_told(tmp_path: Path) -> None:
     record = full()
     record.verdicts.append(Verdict("mix_values", "bad", "float32", "out", 2.0, 1.0))
     assert "1 over budget" in summary(record)[0]
-    assert "**NO**" in write_report(record, tmp_path).read_text()
+    assert "**200%, OVER**" in write_report(record, tmp_path).read_text()
