@@ -101,8 +101,10 @@ class ValueResidualAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         earlier = () if v_first is None else (v_first, *later_values)
         mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
+        # softcap is spelt out: under torch.compile(dynamic=True) the tracer makes an input of a
+        # float default, which fails inside a checkpoint.
         out = value_residual_attention(
-            q, k, *mixed, causal=self.causal, window=self.window, backend=self.backend
+            q, k, *mixed, causal=self.causal, window=self.window, softcap=0.0, backend=self.backend
         )
         values = own if own is not None else earlier[0]
         return self.o_proj(out.flatten(2)), values

@@ -118,6 +118,19 @@ def test_compiles_in_one_graph(variant: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("variant", ["constant", "learnable"])
+def test_compiles_with_dynamic_length_and_checkpointing(variant: str) -> None:
+    torch.compiler.reset()
+    module = model(variant, num_layers=2, checkpointing=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (24, 17):
+        expected = torch.autograd.grad(module(*batch(length)), list(module.parameters()))
+        got = torch.autograd.grad(compiled(*batch(length)), list(module.parameters()))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_coefficients_have_names_and_first_values() -> None:
     scalars = lambdas(model("learnable"))
     names = [
