@@ -101,14 +101,29 @@ def _announce_fallback(op: str, reasons: str) -> None:
 _announce_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def explained_by(prepare: Callable[..., Request]) -> Callable[[F], F]:
-    """Let `explain` understand a public function: `prepare` takes its arguments, runs nothing."""
+def explained_by(prepared: Callable[..., Request]) -> Callable[[F], F]:
+    """Let `explain` understand a public function: `prepared` takes its arguments, runs nothing."""
 
     def mark(function: F) -> F:
-        function.__resformer_prepare__ = prepare  # type: ignore[attr-defined]
+        function.__resformer_prepare__ = prepared  # type: ignore[attr-defined]
         return function
 
     return mark
+
+
+def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request:
+    """What `function(*args, **kwargs)` asks for, checked and normalised; nothing is computed.
+
+    TypeError where `function` is not a public op of this package.
+    """
+    prepared = getattr(function, "__resformer_prepare__", None)
+    if prepared is None:
+        raise TypeError(
+            "explain: function must be a public op of resformer_kernels, such as "
+            f"value_residual_attention, got {function!r}"
+        )
+    request: Request = prepared(*args, **kwargs)
+    return request
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -120,14 +135,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     >>> print(explain(value_residual_attention, q, k, v, v_first, causal=True))  # doctest: +SKIP
     value_residual_attention: native
     """
-    prepare = getattr(function, "__resformer_prepare__", None)
-    if prepare is None:
-        raise TypeError(
-            "explain: function must be a public op of resformer_kernels, such as "
-            f"value_residual_attention, got {function!r}"
-        )
     with torch.no_grad():
-        request: Request = prepare(*args, **kwargs)
+        request = prepare(function, *args, **kwargs)
     chosen = None
     reasons: dict[str, str] = {}
     for candidate in request.backends:

@@ -119,26 +119,26 @@ def coefficients(
     return own, first, own_value, first_value
 
 
-def check_window(window: object, causal: object) -> tuple[int, int]:
-    """Fold `causal` into the window; (left, right), -1 unbounded."""
+def check_window(window: object, causal: object, name: str = "window") -> tuple[int, int]:
+    """Fold `causal` into the window; (left, right), -1 unbounded. `name` is what errors call it."""
     check_flag("causal", causal)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window must be a pair (left, right) of ints, got {describe(window)}")
+        raise TypeError(f"{name} must be a pair (left, right) of ints, got {describe(window)}")
     for size in window:
         if not isinstance(size, _INT) or isinstance(size, bool):
-            raise TypeError(f"window must be a pair of ints, got {describe(window)}")
+            raise TypeError(f"{name} must be a pair of ints, got {describe(window)}")
         if size < -1:
-            raise ValueError(f"window takes sizes of 0 or more, or -1 (unbounded), got {window}")
+            raise ValueError(f"{name} takes sizes of 0 or more, or -1 (unbounded), got {window}")
     left, right = window
     return left, 0 if causal else right
 
 
-def check_scale(scale: Any, head_dim: int) -> float:
+def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     if scale is None:
         return float(head_dim**-0.5)
-    check_real("scale", scale)
+    check_real(name, scale)
     if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+        raise ValueError(f"{name} must be finite, got {scale}")
     return float(scale)
 
 

@@ -1,0 +1,154 @@
+"""From (..., heads, time, head_dim), as PyTorch has it, to (batch, time, heads, head_dim)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._checks import autocast_dtype, describe
+
+_AXES = "(..., heads, time, head_dim)"
+
+
+def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
+    """Check types, ranks, dtypes, devices and the last two axes, under the names used here."""
+    if value is None and v_first is None:
+        raise ValueError("value and v_first are both None: at least one must be a tensor of values")
+    for name, x in (("query", query), ("key", key), ("value", value), ("v_first", v_first)):
+        if x is None and name in ("value", "v_first"):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {_AXES}, got {describe(x)}")
+        if x.dim() < 2 or x.dim() != query.dim():
+            raise ValueError(
+                f"{name} must be {_AXES}, at least the last two, with as many axes as query, "
+                f"got {describe(x)}"
+            )
+        if autocast_dtype(x.device, x.dtype) != autocast_dtype(query.device, query.dtype):
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+        if name in ("value", "v_first") and x.shape[-2] != key.shape[-2]:
+            raise ValueError(
+                f"{name} must have key's length {key.shape[-2]} on its axis before the last, "
+                f"got shape {tuple(x.shape)}"
+            )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key must have query's head_dim {query.shape[-1]} on its last axis, "
+            f"got shape {tuple(key.shape)}"
+        )
+    if value is not None and v_first is not None and value.shape[-1] != v_first.shape[-1]:
+        raise ValueError(
+            f"v_first must have value's head_dim {value.shape[-1]} on its last axis, "
+            f"got shape {tuple(v_first.shape)}"
+        )
+
+
+def broadcast_inputs(
+    query: Tensor, key: Tensor, value: Tensor | None, v_first: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Views with a batch axis at least, the same leading axes, and heads as the op takes them."""
+    named = {"query": query, "key": key, "value": value, "v_first": v_first}
+    q, k, *values = (x if x is None else x[(None,) * max(0, 4 - x.dim())] for x in named.values())
+    assert q is not None
+    assert k is not None
+    keyed = [k, *(x for x in values if x is not None)]
+    lead = _common([x.shape[:-3] for x in (q, *keyed)], named)
+    (kv_heads,) = _common([x.shape[-3:-2] for x in keyed], named)
+    heads = kv_heads if q.shape[-3] == 1 and not enable_gqa else q.shape[-3]
+    grouped = kv_heads > 0 and heads % kv_heads == 0
+    # One KV head for all is broadcasting, which the kernels do without a copy of it.
+    if kv_heads not in (1, heads) and not (enable_gqa and grouped):
+        hint = "; enable_gqa=True allows a multiple" if grouped else ""
+        raise ValueError(
+            f"query must have as many heads as key and value, {kv_heads}, got {heads}{hint}"
+        )
+    k, *values = (
+        x if x is None else x.expand(*lead, kv_heads, *x.shape[-2:]) for x in (k, *values)
+    )
+    assert k is not None
+    return q.expand(*lead, heads, *q.shape[-2:]), k, values[0], values[1]
+
+
+def _common(shapes: Sequence[torch.Size], named: dict[str, Tensor | None]) -> torch.Size:
+    common = list(shapes[0])
+    for shape in shapes[1:]:
+        for axis, size in enumerate(shape):
+            if common[axis] == 1:
+                common[axis] = size
+            elif size not in (1, common[axis]):
+                given = {name: tuple(x.shape) for name, x in named.items() if x is not None}
+                raise ValueError(f"axes before the last two must broadcast, got shapes {given}")
+    return torch.Size(common)
+
+
+def fold(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """(*axes, H, T, D), where axes may be of size 1, as (B, T, H, D)."""
+    return _one_batch(x, axes).transpose(1, 2)
+
+
+def _one_batch(x: Tensor, axes: Sequence[int]) -> Tensor:
+    if len(axes) == 1:
+        return x
+    if any(size != 1 for size in x.shape[:-3]):
+        x = x.expand(*axes, *x.shape[-3:])
+    return x.flatten(0, -4)
+
+
+def fold_coefficient(name: str, coefficient: Any, value: Tensor, rank: int) -> Any:
+    """The coefficient of (..., H, T, D) values for (B, T, H, D) ones. A number stays one; `rank`
+    is that of the values before they were given a batch axis."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    target = value.shape[-rank:] if rank < value.dim() else value.shape
+    if not _broadcasts(coefficient, target):
+        heads = value.shape[-3]
+        hint = ""
+        if tuple(coefficient.shape) in ((heads,), (heads, 1)):
+            hint = f"; one coefficient per KV head has shape ({heads}, 1, 1) where time is axis -2"
+        raise ValueError(
+            f"{name} must be a float or a tensor that broadcasts to value's shape {tuple(target)} "
+            f"without enlarging it, got shape {tuple(coefficient.shape)}{hint}"
+        )
+    return fold(coefficient[(None,) * (value.dim() - coefficient.dim())], value.shape[:-3])
+
+
+def fold_mask(mask: Any, query: Tensor, key: Tensor, rank: int) -> Tensor | None:
+    """The mask of (..., H, T, D) tensors as an attn_bias of (B, T, H, D) ones."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None, got {describe(mask)}")
+    dtype = autocast_dtype(query.device, query.dtype)
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
+        raise TypeError(
+            f"attn_mask must be bool (True = attend), float32 or query's dtype {dtype}, "
+            f"got {mask.dtype}"
+        )
+    full = (*query.shape[:-1], key.shape[-2])
+    target = full[-rank:]
+    if not _broadcasts(mask, target):
+        raise ValueError(
+            "attn_mask must broadcast to (..., heads, queries, keys) = "
+            f"{tuple(target)}, got shape {tuple(mask.shape)}"
+        )
+    return _one_batch(mask[(None,) * (query.dim() - mask.dim())], query.shape[:-3])
+
+
+def _broadcasts(x: Tensor, target: Sequence[int]) -> bool:
+    """Whether x broadcasts to target without enlarging it."""
+    missing = len(target) - x.dim()
+    if missing < 0:
+        return False
+    return all(size in (1, full) for size, full in zip(x.shape, target[missing:], strict=True))
+
+
+def restore_axes(out: Tensor, axes: Sequence[int], rank: int) -> Tensor:
+    """(B, H, T, D) with the axes that became its batch; `rank` axes in all."""
+    if rank < 4:
+        return out[(0,) * (4 - rank)]
+    return out if len(axes) == 1 else out.unflatten(0, axes)

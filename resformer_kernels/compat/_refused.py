@@ -1,0 +1,18 @@
+"""What the drop-ins take for the sake of the signature, and do not serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resformer_kernels._checks import check_real
+
+
+def refuse_dropout(dropout_p: Any) -> None:
+    """NotImplementedError unless dropout_p is 0; ValueError where it is no probability."""
+    check_real("dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a probability, 0 to 1, got {dropout_p}")
+    if dropout_p > 0:
+        raise NotImplementedError(
+            f"dropout_p must be 0, got {dropout_p}: the kernels drop no attention weights"
+        )

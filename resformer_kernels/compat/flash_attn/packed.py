@@ -1,0 +1,233 @@
+"""The functions on tensors that hold k and v, or q, k and v, stacked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from resformer_kernels._checks import check_tensor
+from resformer_kernels._select import Request, explained_by
+from resformer_kernels.compat.flash_attn.separate import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    prepare_fixed,
+    prepare_varlen,
+)
+
+
+def _unpack(name: str, packed: Any, parts: int, rank: int) -> tuple[Tensor, ...]:
+    """Views of the tensors stacked on the axis before the heads."""
+    axes = f"{'(B, T' if rank == 5 else '(total_tokens'}, {parts}, heads, head_dim)"
+    check_tensor(name, packed, rank, axes)
+    if packed.shape[-3] != parts:
+        raise ValueError(f"{name} must be {axes}, got shape {tuple(packed.shape)}")
+    result: tuple[Tensor, ...] = packed.unbind(-3)
+    return result
+
+
+def _prepare_qkvpacked(qkv: Any, *tail: Any, **named: Any) -> Request:
+    q, k, v = _unpack("qkv", qkv, 3, 5)
+    return prepare_fixed(q, k, v, *tail, **named)
+
+
+@explained_by(_prepare_qkvpacked)
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    v_first: Tensor | None = None,
+    lambda_v: float | Tensor = 0.5,
+    lambda_first: float | Tensor = 0.5,
+    backend: str = "auto",
+) -> Any:
+    """`flash_attn_func` on qkv (B, T, 3, H, D): q, k and v of as many heads, read in place.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`; v_first is
+    (B, T, H, D).
+    """
+    q, k, v = _unpack("qkv", qkv, 3, 5)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        v_first=v_first,
+        lambda_v=lambda_v,
+        lambda_first=lambda_first,
+        backend=backend,
+    )
+
+
+def _prepare_kvpacked(q: Any, kv: Any, *tail: Any, **named: Any) -> Request:
+    k, v = _unpack("kv", kv, 2, 5)
+    return prepare_fixed(q, k, v, *tail, **named)
+
+
+@explained_by(_prepare_kvpacked)
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    v_first: Tensor | None = None,
+    lambda_v: float | Tensor = 0.5,
+    lambda_first: float | Tensor = 0.5,
+    backend: str = "auto",
+) -> Any:
+    """`flash_attn_func` on q (B, Tq, Hq, D) and kv (B, Tk, 2, Hkv, D), read in place.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`; v_first is
+    (B, Tk, Hkv, D).
+    """
+    k, v = _unpack("kv", kv, 2, 5)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        v_first=v_first,
+        lambda_v=lambda_v,
+        lambda_first=lambda_first,
+        backend=backend,
+    )
+
+
+def _prepare_varlen_qkvpacked(
+    qkv: Any, cu_seqlens: Any, max_seqlen: Any, *tail: Any, **named: Any
+) -> Request:
+    q, k, v = _unpack("qkv", qkv, 3, 4)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return prepare_varlen(q, k, v, *lengths, *tail, **named)
+
+
+@explained_by(_prepare_varlen_qkvpacked)
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    v_first: Tensor | None = None,
+    lambda_v: float | Tensor = 0.5,
+    lambda_first: float | Tensor = 0.5,
+    backend: str = "auto",
+) -> Any:
+    """`flash_attn_varlen_func` on qkv (total_tokens, 3, H, D), read in place.
+
+    cu_seqlens and max_seqlen are those of queries and keys alike; v_first is (total_tokens, H, D).
+    The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpack("qkv", qkv, 3, 4)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        v_first=v_first,
+        lambda_v=lambda_v,
+        lambda_first=lambda_first,
+        backend=backend,
+    )
+
+
+def _prepare_varlen_kvpacked(q: Any, kv: Any, *tail: Any, **named: Any) -> Request:
+    k, v = _unpack("kv", kv, 2, 4)
+    return prepare_varlen(q, k, v, *tail, **named)
+
+
+@explained_by(_prepare_varlen_kvpacked)
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    v_first: Tensor | None = None,
+    lambda_v: float | Tensor = 0.5,
+    lambda_first: float | Tensor = 0.5,
+    backend: str = "auto",
+) -> Any:
+    """`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place.
+
+    v_first is (total_k, Hkv, D). The other arguments, the result and the errors are those of
+    `flash_attn_varlen_func`.
+    """
+    k, v = _unpack("kv", kv, 2, 4)
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        v_first=v_first,
+        lambda_v=lambda_v,
+        lambda_first=lambda_first,
+        backend=backend,
+    )
