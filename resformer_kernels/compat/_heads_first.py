@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import autocast_dtype, describe
+from resformer_kernels._checks import DTYPES, autocast_dtype, describe
 
 _AXES = "(..., heads, time, head_dim)"
 
@@ -27,6 +27,8 @@ def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
                 f"{name} must be {_AXES}, at least the last two, with as many axes as query, "
                 f"got {describe(x)}"
             )
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if autocast_dtype(x.device, x.dtype) != autocast_dtype(query.device, query.dtype):
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
         if x.device != query.device:
