@@ -1,4 +1,5 @@
-// One attention call as plain data, passed from the op boundary (attention_cpu.cpp) to a build of the kernels.
+// One attention call as plain data, passed from the op boundary (attention_cpu.cpp) to a build of the
+// kernels.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace resformer {
 
-// (batch, time, heads, head_dim) through strides in elements; head_dim is contiguous. Packed tensors have stride[0] = 0.
+// (batch, time, heads, head_dim) through strides in elements; head_dim is contiguous. Packed tensors have
+// stride[0] = 0.
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 1};
@@ -68,23 +70,28 @@ struct Problem {
 };
 
 struct ForwardOutput {
-  View out, mixed;       // mixed has no data where it is not asked for
-  float* lse = nullptr;  // natural log; nullptr where it is not asked for
+  View out, mixed;                    // mixed has no data where it is not asked for
+  float* lse = nullptr;               // natural log; nullptr where it is not asked for
   int64_t lse_stride[3] = {0, 0, 1};  // batch, head, time
 };
 
 struct BackwardInput {
   View grad_out, out;
-  View grad_mixed;                 // no data: zero
+  View grad_mixed;                  // no data: zero
   const float* grad_lse = nullptr;  // nullptr: zero
   int64_t grad_lse_stride[3] = {0, 0, 0};
   const float* lse = nullptr;
   int64_t lse_stride[3] = {0, 0, 1};
+
+  RESFORMER_INLINE float grad_lse_at(int64_t b, int64_t h, int64_t t) const {
+    const int64_t* s = grad_lse_stride;
+    return grad_lse ? grad_lse[b * s[0] + h * s[1] + t * s[2]] : 0.0f;
+  }
 };
 
-// Gradients of a coefficient leave the kernel as float32 partial sums of dV' * V in a fixed order, which the op boundary
-// then sums to the coefficient's shape: over head_dim for every key (row), over each tile of kGradKeys keys for every
-// channel (column), or not at all (element).
+// Gradients of a coefficient leave the kernel as float32 partial sums of dV' * V in a fixed order, which the
+// op boundary then sums to the coefficient's shape: over head_dim for every key (row), over each tile of
+// kGradKeys keys for every channel (column), or not at all (element).
 enum class Partial { none, row, column, element };
 
 struct BackwardOutput {
@@ -94,8 +101,10 @@ struct BackwardOutput {
   float* lambda_first = nullptr;
   float* sinks = nullptr;  // one a query and head, laid out as the LSE
   struct {
-    float* data = nullptr;  // float32, zero on entry, stride 0 where the bias broadcasts
+    float* data = nullptr;   // zero on entry, strides 0 where the bias broadcasts:
+    double* sums = nullptr;  // then many terms add to one entry, in float64
     int64_t stride[4] = {0, 0, 0, 0};
+    bool wanted() const { return data != nullptr || sums != nullptr; }
   } bias;
   bool bias_shared = false;  // several (batch, head) pairs add to one entry
 };

@@ -12,8 +12,8 @@
 
 namespace resformer {
 
-#define RESFORMER_DECLARE(isa) \
-  namespace isa {              \
+#define RESFORMER_DECLARE(isa)            \
+  namespace isa {                         \
   extern const Kernels attention_kernels; \
   }
 RESFORMER_DECLARE(portable)
@@ -36,15 +36,19 @@ using MaybeTensor = std::optional<Tensor>;
 const Kernels& kernels() {
   switch (current_isa()) {
 #if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16: return avx512_bf16::attention_kernels;
+    case Isa::avx512_bf16:
+      return avx512_bf16::attention_kernels;
 #endif
 #if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512: return avx512::attention_kernels;
+    case Isa::avx512:
+      return avx512::attention_kernels;
 #endif
 #if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2: return avx2::attention_kernels;
+    case Isa::avx2:
+      return avx2::attention_kernels;
 #endif
-    default: return portable::attention_kernels;
+    default:
+      return portable::attention_kernels;
   }
 }
 
@@ -86,9 +90,8 @@ void read_sequences(Call& call, const MaybeTensor& cu_q, const MaybeTensor& cu_k
   }
   const int32_t* starts_q = check_cu_seqlens(*cu_q, "cu_seqlens_q", call.q_total);
   const int32_t* starts_k = check_cu_seqlens(*cu_k, "cu_seqlens_k", call.k_total);
-  STD_TORCH_CHECK(
-      cu_q->numel() == cu_k->numel(), "cu_seqlens_q and cu_seqlens_k must have one length, got ", cu_q->numel(), " and ",
-      cu_k->numel());
+  STD_TORCH_CHECK(cu_q->numel() == cu_k->numel(), "cu_seqlens_q and cu_seqlens_k must have one length, got ",
+                  cu_q->numel(), " and ", cu_k->numel());
   for (int64_t i = 0; i + 1 < cu_q->numel(); ++i) {
     push({0, starts_q[i], starts_k[i], starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i], 0});
   }
@@ -101,23 +104,24 @@ Bias read_bias(const Tensor& bias, const Problem& p, const Call& call) {
   b.kind = bias.scalar_type() == ScalarType::Bool ? Bias::Kind::boolean : Bias::Kind::additive;
   if (b.kind == Bias::Kind::additive) {
     b.dtype = dtype_of(bias, "attn_bias");
-    STD_TORCH_CHECK(b.dtype == DType::float32 || b.dtype == p.dtype, "attn_bias must be bool, float32 or q's dtype");
+    STD_TORCH_CHECK(b.dtype == DType::float32 || b.dtype == p.dtype,
+                    "attn_bias must be bool, float32 or q's dtype");
   }
   b.data = bias.data_ptr();
   const int64_t full[4] = {call.batch, p.heads_q, call.q_total, call.k_total};
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(
-        bias.size(i) == full[i] || bias.size(i) == 1, "attn_bias axis ", i, " has size ", bias.size(i), ", takes 1 or ", full[i]);
+    STD_TORCH_CHECK(bias.size(i) == full[i] || bias.size(i) == 1, "attn_bias axis ", i, " has size ",
+                    bias.size(i), ", takes 1 or ", full[i]);
     b.stride[i] = bias.size(i) == 1 ? 0 : bias.stride(i);
   }
   return b;
 }
 
-Call read_call(
-    const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v,
-    const MaybeTensor& lambda_first, double lambda_v_value, double lambda_first_value, const MaybeTensor& cu_q,
-    const MaybeTensor& cu_k, int64_t window_left, int64_t window_right, double scale, double softcap,
-    const MaybeTensor& sinks, const MaybeTensor& bias) {
+Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first,
+               const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
+               double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k,
+               int64_t window_left, int64_t window_right, double scale, double softcap,
+               const MaybeTensor& sinks, const MaybeTensor& bias) {
   Call call;
   Problem& p = call.problem;
   call.packed = cu_q.has_value();
@@ -139,9 +143,8 @@ Call read_call(
   p.keys_total = call.k_total;
   if (!call.packed) check_size(k, "k", 0, call.batch);
   check_size(k, "k", rank - 1, p.dim_k);
-  STD_TORCH_CHECK(
-      p.heads_q == 0 || (p.heads_kv > 0 && p.heads_q % p.heads_kv == 0), "q's heads must be a multiple of k's, got ",
-      p.heads_q, " and ", p.heads_kv);
+  STD_TORCH_CHECK(p.heads_q == 0 || (p.heads_kv > 0 && p.heads_q % p.heads_kv == 0),
+                  "q's heads must be a multiple of k's, got ", p.heads_q, " and ", p.heads_kv);
   p.group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 1;
   check_values(call, v, "v", k);
   check_values(call, v_first, "v_first", k);
@@ -163,10 +166,11 @@ Call read_call(
   p.softcap = static_cast<float>(softcap);
   read_sequences(call, cu_q, cu_k);
   if (sinks) {
-    STD_TORCH_CHECK(
-        sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads_q, "sinks must be (Hq,) = (", p.heads_q, ",) on the CPU");
+    STD_TORCH_CHECK(sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads_q,
+                    "sinks must be (Hq,) = (", p.heads_q, ",) on the CPU");
     const DType sink_dtype = dtype_of(*sinks, "sinks");
-    STD_TORCH_CHECK(sink_dtype == DType::float32 || sink_dtype == p.dtype, "sinks must be float32 or q's dtype");
+    STD_TORCH_CHECK(sink_dtype == DType::float32 || sink_dtype == p.dtype,
+                    "sinks must be float32 or q's dtype");
     call.sinks_float = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
     p.sinks = static_cast<const float*>(call.sinks_float.data_ptr());
   }
@@ -187,8 +191,8 @@ void lse_strides(const Call& call, int64_t* stride) {
 
 void check_rows(const Tensor& t, const char* name, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(
-      t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == static_cast<int64_t>(shape.size()), name,
-      " must be a float32 CPU tensor with ", shape.size(), " axes");
+      t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == static_cast<int64_t>(shape.size()),
+      name, " must be a float32 CPU tensor with ", shape.size(), " axes");
   for (size_t i = 0; i < shape.size(); ++i) check_size(t, name, static_cast<int64_t>(i), shape[i]);
 }
 
@@ -199,13 +203,13 @@ Tensor row_contiguous(const Tensor& t) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v,
-    const MaybeTensor& lambda_first, double lambda_v_value, double lambda_first_value, const MaybeTensor& cu_q,
-    const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right,
-    double scale, double softcap, const MaybeTensor& sinks, const MaybeTensor& bias, bool return_lse, bool return_mixed) {
-  const Call call = read_call(
-      q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_q, cu_k, window_left, window_right,
-      scale, softcap, sinks, bias);
+    const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first,
+    const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
+    double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
+    const MaybeTensor& sinks, const MaybeTensor& bias, bool return_lse, bool return_mixed) {
+  const Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value,
+                              cu_q, cu_k, window_left, window_right, scale, softcap, sinks, bias);
   const Problem& p = call.problem;
   std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
   out_shape.back() = p.dim_v;
@@ -213,13 +217,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   Tensor out = output(q, out_shape, q.scalar_type());
   Tensor lse = output(q, return_lse ? lse_shape(call) : std::vector<int64_t>{0}, ScalarType::Float);
   Tensor mixed = output(
-      q, return_mixed ? std::vector<int64_t>(any.sizes().begin(), any.sizes().end()) : std::vector<int64_t>{0}, q.scalar_type());
+      q,
+      return_mixed ? std::vector<int64_t>(any.sizes().begin(), any.sizes().end()) : std::vector<int64_t>{0},
+      q.scalar_type());
   ForwardOutput o;
   o.out = view_of(out);
   if (return_lse) o.lse = static_cast<float*>(lse.data_ptr());
   lse_strides(call, o.lse_stride);
   if (return_mixed) o.mixed = view_of(mixed);
-  if (call.packed) {  // what lies past the last sequence belongs to none: zeros, as for a row that attends to nothing
+  if (call.packed) {  // what lies past the last sequence belongs to none: zeros, as for a row that attends to
+                      // nothing
     torch::stable::zero_(out);
     torch::stable::zero_(mixed);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -267,14 +274,14 @@ struct CoefficientGradient {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const MaybeTensor& grad_lse, const MaybeTensor& grad_mixed, const Tensor& q, const Tensor& k,
-    const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v, const MaybeTensor& lambda_first,
-    double lambda_v_value, double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k,
-    int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
-    const MaybeTensor& sinks, const MaybeTensor& bias, const Tensor& out, const Tensor& lse, int64_t grad_mask) {
-  const Call call = read_call(
-      q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_q, cu_k, window_left, window_right,
-      scale, softcap, sinks, bias);
+    const Tensor& grad_out, const MaybeTensor& grad_lse, const MaybeTensor& grad_mixed, const Tensor& q,
+    const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v,
+    const MaybeTensor& lambda_first, double lambda_v_value, double lambda_first_value,
+    const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
+    int64_t window_left, int64_t window_right, double scale, double softcap, const MaybeTensor& sinks,
+    const MaybeTensor& bias, const Tensor& out, const Tensor& lse, int64_t grad_mask) {
+  const Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value,
+                              cu_q, cu_k, window_left, window_right, scale, softcap, sinks, bias);
   const Problem& p = call.problem;
   auto wanted = [&](Gradient g, bool given) { return given && (grad_mask >> g & 1) != 0; };
 
@@ -301,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   if (grad_lse && grad_lse->numel() > 0) {
     check_rows(*grad_lse, "grad_lse", rows);
     in.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
-    for (int i = 0; i < 3; ++i) in.grad_lse_stride[i] = call.packed && i == 0 ? 0 : grad_lse->stride(i - (call.packed ? 1 : 0));
+    for (int i = 0; i < 3; ++i)
+      in.grad_lse_stride[i] = call.packed && i == 0 ? 0 : grad_lse->stride(i - (call.packed ? 1 : 0));
   }
 
   BackwardOutput o;
@@ -312,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     *view = view_of(result);
     return result;
   };
-  Tensor dq = leaf(kQ, q, &o.dq), dk = leaf(kK, k, &o.dk), dv = leaf(kV, v, &o.dv), dv1 = leaf(kVFirst, v_first, &o.dv_first);
+  Tensor dq = leaf(kQ, q, &o.dq), dk = leaf(kK, k, &o.dk), dv = leaf(kV, v, &o.dv),
+         dv1 = leaf(kVFirst, v_first, &o.dv_first);
   const Tensor& any = v ? *v : *v_first;
   const bool mixes = v && v_first;
   const CoefficientGradient cv(mixes && wanted(kLambdaV, true) ? lambda_v : std::nullopt, any, call);
@@ -322,28 +331,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   o.lambda_first_partial = cf.kind;
   o.lambda_first = cf.data;
   Tensor sink_rows, bias_grad;
-  if (wanted(kSinks, sinks.has_value())) {
+  const bool want_sinks = wanted(kSinks, sinks.has_value());
+  if (want_sinks) {
     sink_rows = torch::stable::new_zeros(q, rows, ScalarType::Float);
     o.sinks = static_cast<float*>(sink_rows.data_ptr());
   }
-  if (wanted(kBias, bias.has_value()) && p.bias.kind == Bias::Kind::additive) {
-    bias_grad = torch::stable::new_zeros(q, {bias->sizes().begin(), bias->sizes().end()}, ScalarType::Float);
-    o.bias.data = static_cast<float*>(bias_grad.data_ptr());
+  const bool want_bias = wanted(kBias, bias.has_value()) && p.bias.kind == Bias::Kind::additive;
+  if (want_bias) {
+    const std::vector<int64_t> shape(bias->sizes().begin(), bias->sizes().end());
+    const bool sums = bias->numel() < call.batch * p.heads_q * call.q_total * call.k_total;
+    bias_grad = torch::stable::new_zeros(q, shape, sums ? ScalarType::Double : ScalarType::Float);
+    if (sums) {
+      o.bias.sums = static_cast<double*>(bias_grad.data_ptr());
+    } else {
+      o.bias.data = static_cast<float*>(bias_grad.data_ptr());
+    }
     for (int i = 0; i < 4; ++i) o.bias.stride[i] = bias->size(i) == 1 ? 0 : bias_grad.stride(i);
     o.bias_shared = bias->size(0) < call.batch || bias->size(1) < p.heads_q;
   }
   kernels().backward(p, in, o);
 
-  auto none = [&](ScalarType dtype) { return output(q, {0}, dtype); };
-  Tensor dlambda_v = cv.data ? cv.reduced(*lambda_v) : none(lambda_v ? lambda_v->scalar_type() : ScalarType::Float);
-  Tensor dlambda_first =
-      cf.data ? cf.reduced(*lambda_first) : none(lambda_first ? lambda_first->scalar_type() : ScalarType::Float);
-  Tensor dsinks = none(sinks ? sinks->scalar_type() : ScalarType::Float);
-  if (o.sinks) {
+  auto none = [&](const MaybeTensor& t) { return output(q, {0}, t ? t->scalar_type() : ScalarType::Float); };
+  Tensor dlambda_v = cv.kind == Partial::none ? none(lambda_v) : cv.reduced(*lambda_v);
+  Tensor dlambda_first = cf.kind == Partial::none ? none(lambda_first) : cf.reduced(*lambda_first);
+  Tensor dsinks = none(sinks), dbias = none(bias);
+  if (want_sinks) {
     const std::vector<int64_t> axes = call.packed ? std::vector<int64_t>{1} : std::vector<int64_t>{0, 2};
-    dsinks = torch::stable::to(torch::stable::sum(sink_rows, axes, false, ScalarType::Double), sinks->scalar_type());
+    const Tensor sum = torch::stable::sum(sink_rows, axes, false, ScalarType::Double);
+    dsinks = torch::stable::to(sum, sinks->scalar_type());
   }
-  Tensor dbias = o.bias.data ? torch::stable::to(bias_grad, bias->scalar_type()) : none(bias ? bias->scalar_type() : ScalarType::Float);
+  if (want_bias) dbias = torch::stable::to(bias_grad, bias->scalar_type());
   return {dq, dk, dv, dv1, dlambda_v, dlambda_first, dsinks, dbias};
 }
 

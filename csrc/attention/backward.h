@@ -1,6 +1,6 @@
-// Backward, keys stationary: V' is mixed again once per tile of keys, every row tile that sees the tile passes by, and
-// the epilogue turns dV' into lambda_v dV', lambda_first dV' and the coefficients' partial sums.
-// See resformer_kernels/attention/README.md for the equations.
+// Backward, keys stationary: V' is mixed again once per tile of keys, every row tile that sees the tile
+// passes by, and the epilogue turns dV' into lambda_v dV', lambda_first dV' and the coefficients' partial
+// sums. See resformer_kernels/attention/README.md for the equations.
 #pragma once
 
 #include "attention/pack.h"
@@ -12,32 +12,17 @@ namespace resformer::RESFORMER_ISA {
 template <class T, class Dot>
 class Backward {
  public:
-  Backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out) : p_(p), in_(in), out_(out) {}
+  Backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out)
+      : p_(p), in_(in), out_(out) {}
 
   void run() {
     const WavePlan plan(p_, kGradRows, kGradKeys, 0, row_tile_words() / kGradRows + columns_k());
+    const int64_t heads = out_.bias_shared ? 0 : plan.heads_a_thread();
+    if (heads > 0) return run_whole(plan, heads);
     for (int64_t head = 0; head < plan.heads();) {
-      // Heads that add to the same entries of the bias gradient go in order inside one unit; the keys tell units apart.
-      const Wave wave = plan.wave(head, out_.bias_shared);
+      Wave wave = plan.shared_wave(head, out_.bias_shared);
       head = wave.last;
-      const int64_t groups = out_.bias_shared ? 1 : wave.last - wave.first;
-      const bool owns_columns = out_.bias.data == nullptr || out_.bias.stride[3] != 0;
-      const int64_t splits = owns_columns ? plan.splits(wave, groups) : 1;
-      Scratch rows(wave.row_tiles * row_tile_words()), dq(wave.row_tiles * splits * kGradRows * columns_k());
-      rows_ = rows.get();
-      dq_ = dq.get();
-      parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { pack_rows(wave, unit); });
-      parallel_units(
-          groups * splits, [&] { return KeyScratch(p_); },
-          [&](int64_t unit, KeyScratch& s) {
-            const int64_t group = unit / splits;
-            const int64_t first = out_.bias_shared ? wave.first : wave.first + group;
-            const int64_t last = out_.bias_shared ? wave.last : first + 1;
-            for (int64_t h = first; h < last; ++h) run_head(wave, h, unit % splits, splits, s);
-          });
-      if (out_.dq.data) {
-        parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { write_dq(wave, unit, splits); });
-      }
+      run_shared(plan, wave);
     }
   }
 
@@ -50,43 +35,85 @@ class Backward {
   int64_t words_k() const { return row_words<Dot>(p_.dim_k); }
   int64_t words_v() const { return row_words<Dot>(p_.dim_v); }
 
-  // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products only, where
-  // the summed axis runs over rows), log2(e) * LSE and delta.
+  void run_whole(const WavePlan& plan, int64_t heads) {
+    parallel_units((plan.heads() + heads - 1) / heads, [&] { return KeyScratch(p_); },
+                   [&](int64_t unit, KeyScratch& s) {
+                     Wave wave = plan.wave(unit * heads, smaller((unit + 1) * heads, plan.heads()));
+                     wave.packed = s.packed.at_least(wave.row_tiles * row_tile_words());
+                     wave.sums = s.sums.at_least(wave.row_tiles * kGradRows * columns_k());
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) pack_rows(wave, i);
+                     for (int64_t head = wave.first; head < wave.last; ++head) run_head(wave, head, 0, 1, s);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) write_dq(wave, i, 1);
+                   });
+  }
+
+  void run_shared(const WavePlan& plan, Wave& wave) {
+    // Heads that add to the same entries of the bias gradient go in order inside one unit; the keys tell
+    // units apart.
+    const int64_t groups = out_.bias_shared ? 1 : wave.last - wave.first;
+    const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
+    const int64_t splits = owns_columns ? plan.splits(wave, groups) : 1;
+    const Scratch rows(wave.row_tiles * row_tile_words()),
+        dq(wave.row_tiles * splits * kGradRows * columns_k());
+    wave.packed = rows.get();
+    wave.sums = dq.get();
+    parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { pack_rows(wave, unit); });
+    parallel_units(
+        groups * splits, [&] { return KeyScratch(p_); },
+        [&](int64_t unit, KeyScratch& s) {
+          const int64_t first = out_.bias_shared ? wave.first : wave.first + unit / splits;
+          const int64_t last = out_.bias_shared ? wave.last : first + 1;
+          for (int64_t head = first; head < last; ++head) run_head(wave, head, unit % splits, splits, s);
+        });
+    parallel_units(
+        wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { write_dq(wave, unit, splits); });
+  }
+
+  // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
+  // only, where the summed axis runs over rows), log2(e) * LSE, what
+  // its rounding lost, and delta.
   struct RowPack {
-    float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta;
+    float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta, *residue;
   };
   int64_t row_tile_words() const {
     const int64_t pairs = kPairs ? kGradRows / 2 * (columns_k() + columns_v()) : 0;
-    return kGradRows * (words_k() + words_v() + 2) + pairs;
+    return kGradRows * (words_k() + words_v() + 3) + pairs;
   }
-  RowPack row_pack(int64_t tile) const {
-    float* q = rows_ + tile * row_tile_words();
+  RowPack row_pack(const Wave& wave, int64_t tile) const {
+    float* q = wave.packed + tile * row_tile_words();
     float* grad = q + kGradRows * words_k();
     float* q_pairs = grad + kGradRows * words_v();
     float* grad_pairs = q_pairs + (kPairs ? kGradRows / 2 * columns_k() : 0);
     float* lse = grad_pairs + (kPairs ? kGradRows / 2 * columns_v() : 0);
-    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows};
+    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows, lse + 2 * kGradRows};
   }
-  float* dq_tile(int64_t tile, int64_t split, int64_t splits) const {
-    return dq_ + (tile * splits + split) * kGradRows * columns_k();
+  float* dq_tile(const Wave& wave, int64_t tile, int64_t split, int64_t splits) const {
+    return wave.sums + (tile * splits + split) * kGradRows * columns_k();
   }
 
   void pack_rows(const Wave& wave, int64_t unit) {
     const RowTile rows = wave.row_tile(unit);
     const Sequence& seq = *rows.sequence;
-    const RowPack pack = row_pack(wave.packed_rows(rows));
+    const RowPack pack = row_pack(wave, wave.packed_rows(rows));
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t t = seq.q_start + rows.query(r), head = rows.head(r);
       const T* grad = in_.grad_out.row<const T>(seq.batch, t, head);
       pack_row<Dot>(p_.q.row<const T>(seq.batch, t, head), p_.dim_k, pack.q + r * words_k());
       pack_row<Dot>(grad, p_.dim_v, pack.grad + r * words_v());
-      const float delta = dot(grad, in_.out.row<const T>(seq.batch, t, head)) - grad_lse(seq.batch, head, t);
+      const float delta =
+          dot(grad, in_.out.row<const T>(seq.batch, t, head)) - in_.grad_lse_at(seq.batch, head, t);
       const int64_t at = seq.batch * in_.lse_stride[0] + head * in_.lse_stride[1] + t * in_.lse_stride[2];
       const float lse = in_.lse[at];
-      pack.lse[r] = lse == kMinusInf ? 0.0f : lse * kLog2e;
+      // What rounding log2(e) * LSE loses is an error of the whole row; float32 gets it back as a factor.
+      const double exponent = lse == kMinusInf ? 0.0 : lse * kLog2eDouble;
+      pack.lse[r] = static_cast<float>(exponent);
+      pack.residue[r] = static_cast<float>(1.0 + (pack.lse[r] - exponent) * kLn2);
       pack.delta[r] = delta;
       // The sink is a column of scores with no value: dP = 0, so dS = -P delta.
-      if (out_.sinks) out_.sinks[at] = lse == kMinusInf ? 0.0f : -exp2_scalar((p_.sinks[head] - lse) * kLog2e) * delta;
+      if (out_.sinks) {
+        const double gap = static_cast<double>(p_.sinks[head]) - lse;
+        out_.sinks[at] = lse == kMinusInf ? 0.0f : -static_cast<float>(__builtin_exp(gap)) * delta;
+      }
     }
     if constexpr (kPairs) {
       for (int64_t r = 0; r < rows.count; r += 2) {
@@ -97,12 +124,8 @@ class Backward {
     }
   }
 
-  float grad_lse(int64_t batch, int64_t head, int64_t t) const {
-    const int64_t* s = in_.grad_lse_stride;
-    return in_.grad_lse ? in_.grad_lse[batch * s[0] + head * s[1] + t * s[2]] : 0.0f;
-  }
-
-  float dot(const T* a, const T* b) const {
+  template <class A>
+  float dot(const A* a, const T* b) const {
     Vec sum = zero();
     int64_t d = 0;
     for (; d + kLanes <= p_.dim_v; d += kLanes) sum = fma(load(a + d), load(b + d), sum);
@@ -111,27 +134,28 @@ class Backward {
     return total;
   }
 
-  // Rows r and r + 1 of packed bfloat16 rows (zero-padded to whole words) to row r / 2 of pairs.
-  static void interleave_words(const float* rows, int64_t stride, int64_t r, bool last, int64_t columns, float* pairs) {
-    const bf16* first = reinterpret_cast<const bf16*>(rows + r * stride);
-    const bf16* second = reinterpret_cast<const bf16*>(rows + (r + 1) * stride);
-    float* out = pairs + r / 2 * columns;
-    if (!last) return interleave_rows(first, second, columns, columns, out);
-    for (int64_t d = 0; d < columns; ++d) out[d] = float_from_bits(first[d].bits);
-  }
-
   struct KeyScratch {
     explicit KeyScratch(const Problem& p)
-        : k(kGradKeys * round_up(p.dim_k, kLanes)), k_pairs(kPairs ? kGradKeys / 2 * round_up(p.dim_k, kLanes) : 1),
-          k_t(kGradKeys * row_words<Dot>(p.dim_k)), v_t(kGradKeys * row_words<Dot>(p.dim_v)),
-          v(kLanes * row_words<Dot>(p.dim_v)), mixed(round_up(p.dim_v, kLanes)), dk(kGradKeys * round_up(p.dim_k, kLanes)),
-          dv(kGradKeys * round_up(p.dim_v, kLanes)), p(kGradRows * kGradKeys), ds(kGradRows * kGradKeys),
-          p_pairs(kPairs ? kGradRows / 2 * kGradKeys : 1), ds_pairs(kPairs ? kGradRows / 2 * kGradKeys : 1),
-          slope(p.softcap > 0.0f ? kGradKeys : 1), bias(kGradKeys), mix(p) {}
+        : k(kGradKeys * round_up(p.dim_k, kLanes)),
+          k_pairs(kPairs ? kGradKeys / 2 * round_up(p.dim_k, kLanes) : 1),
+          k_t(kGradKeys * row_words<Dot>(p.dim_k)),
+          v_t(kGradKeys * row_words<Dot>(p.dim_v)),
+          v(kLanes * row_words<Dot>(p.dim_v)),
+          mixed(round_up(p.dim_v, kLanes)),
+          dk(kGradKeys * round_up(p.dim_k, kLanes)),
+          dv(kGradKeys * round_up(p.dim_v, kLanes)),
+          p(kGradRows * kGradKeys),
+          ds(kGradRows * kGradKeys),
+          p_pairs(kPairs ? kGradRows / 2 * kGradKeys : 1),
+          ds_pairs(kPairs ? kGradRows / 2 * kGradKeys : 1),
+          slope(p.softcap > 0.0f ? kGradKeys : 1),
+          bias(kGradKeys),
+          mix(p) {}
     Scratch k, k_pairs, k_t, v_t, v, mixed, dk, dv, p, ds, p_pairs, ds_pairs, slope, bias;
+    Scratch packed{0}, sums{0};  // of a thread that runs whole heads
     ValueRow mix;
-    Span spans[(kGradRows + kTileRows - 1) / kTileRows];   // keys of each block of rows
-    Span words[(kGradRows + kTileRows - 1) / kTileRows];   // the same in words
+    Span spans[(kGradRows + kTileRows - 1) / kTileRows];    // keys of each block of rows
+    Span words[(kGradRows + kTileRows - 1) / kTileRows];    // the same in words
     Span queries[(kGradKeys + kTileRows - 1) / kTileRows];  // rows (in words) of each block of keys
   };
 
@@ -141,7 +165,7 @@ class Backward {
     const int64_t row_tiles = wave.row_prefix[head + 1] - wave.row_prefix[head];
     const int64_t packed = wave.row_prefix[head] - wave.row_prefix[wave.first];
     for (int64_t i = 0; i < row_tiles; ++i) {
-      memset(dq_tile(packed + i, split, splits), 0, kGradRows * columns_k() * sizeof(float));
+      memset(dq_tile(wave, packed + i, split, splits), 0, kGradRows * columns_k() * sizeof(float));
     }
     for (int64_t j = split; j * kGradKeys < seq.tk; j += splits) {
       const int64_t key = j * kGradKeys, keys = smaller(kGradKeys, seq.tk - key);
@@ -152,10 +176,11 @@ class Backward {
         const int64_t first = i * kGradRows;
         const RowTile rows{&p_, &seq, head_kv, first, smaller(kGradRows, seq.tq * p_.group - first)};
         if (rows.lo(0) >= key + keys || rows.hi(rows.count - 1) <= key) continue;
-        run_tile(rows, key, keys, row_pack(packed + i), dq_tile(packed + i, split, splits), s);
+        run_tile(rows, key, keys, row_pack(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
       }
       for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
-      if (out_.lambda_v_partial == Partial::column) write_column(seq, head_kv, key, keys, p_.v, out_.lambda_v, s);
+      if (out_.lambda_v_partial == Partial::column)
+        write_column(seq, head_kv, key, keys, p_.v, out_.lambda_v, s);
       if (out_.lambda_first_partial == Partial::column) {
         write_column(seq, head_kv, key, keys, p_.v_first, out_.lambda_first, s);
       }
@@ -182,63 +207,74 @@ class Backward {
     }
   }
 
-  void run_tile(
-      const RowTile& rows, int64_t key, int64_t keys, const RowPack& pack, float* dq, KeyScratch& s) {
+  void run_tile(const RowTile& rows, int64_t key, int64_t keys, const RowPack& pack, float* dq,
+                KeyScratch& s) {
     const int64_t padded = lane_ceil(keys);
     block_spans(rows, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
-    gemm_scores<Dot>(
-        pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded), (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count,
-        s.spans, score_alpha(p_), s.p.get(), kGradKeys);
-    gemm_scores<Dot>(
-        pack.grad, words_v(), packed_panels(s.v_t.get(), words_v(), padded), (p_.dim_v + Dot::kPack - 1) / Dot::kPack,
-        rows.count, s.spans, 1.0f, s.ds.get(), kGradKeys);
+    gemm_scores<Dot>(pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded),
+                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, score_alpha(p_),
+                     s.p.get(), kGradKeys);
+    gemm_scores<Dot>(pack.grad, words_v(), packed_panels(s.v_t.get(), words_v(), padded),
+                     (p_.dim_v + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, 1.0f, s.ds.get(),
+                     kGradKeys);
     for (int64_t r = 0; r < rows.count; ++r) score_gradient(rows, r, key, keys, pack, s);
     if constexpr (kPairs) interleave_scores(rows.count, s);
     product_spans(rows.count, keys, s);
     const float *p_t = kPairs ? s.p_pairs.get() : s.p.get(), *ds_t = kPairs ? s.ds_pairs.get() : s.ds.get();
-    gemm_accumulate<Dot>(
-        p_t, 1, kGradKeys, row_major(kPairs ? pack.grad_pairs : pack.grad, columns_v()), keys, s.queries, s.dv.get(),
-        columns_v());
-    gemm_accumulate<Dot>(
-        ds_t, 1, kGradKeys, row_major(kPairs ? pack.q_pairs : pack.q, columns_k()), keys, s.queries, s.dk.get(),
-        columns_k());
-    gemm_accumulate<Dot>(
-        s.ds.get(), kGradKeys, 1, row_major(kPairs ? s.k_pairs.get() : s.k.get(), columns_k()), rows.count, s.words, dq,
-        columns_k());
+    gemm_accumulate<Dot>(p_t, 1, kGradKeys, row_major(kPairs ? pack.grad_pairs : pack.grad, columns_v()),
+                         keys, s.queries, s.dv.get(), columns_v());
+    gemm_accumulate<Dot>(ds_t, 1, kGradKeys, row_major(kPairs ? pack.q_pairs : pack.q, columns_k()), keys,
+                         s.queries, s.dk.get(), columns_k());
+    gemm_accumulate<Dot>(s.ds.get(), kGradKeys, 1,
+                         row_major(kPairs ? s.k_pairs.get() : s.k.get(), columns_k()), rows.count, s.words,
+                         dq, columns_k());
   }
 
-  // P = exp(S - LSE) and dS = P (dP - delta) for one row, zero outside the row's keys up to whole blocks of keys.
-  void score_gradient(const RowTile& rows, int64_t r, int64_t key, int64_t keys, const RowPack& pack, KeyScratch& s) {
+  // P = exp(S - LSE) and dS = P (dP - delta) for one row, zero outside the row's keys up to whole blocks of
+  // keys.
+  void score_gradient(const RowTile& rows, int64_t r, int64_t key, int64_t keys, const RowPack& pack,
+                      KeyScratch& s) {
     const Span span = s.spans[r / kTileRows];
     if (span.lo >= span.hi) return;
     const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
     float *p = s.p.get() + r * kGradKeys, *ds = s.ds.get() + r * kGradKeys;
     const bool capped = p_.softcap > 0.0f;
-    if (needs_transform(p_)) transform_row(rows, r, key, keys, from, to, s.bias.get(), p, capped ? s.slope.get() : nullptr);
+    if (needs_transform(p_))
+      transform_row(rows, r, key, keys, from, to, s.bias.get(), p, capped ? s.slope.get() : nullptr);
     const int64_t lo = rows.lo(r) - key, hi = rows.hi(r) - key;
     if (lo > from) fill_minus_inf(p, from, smaller(lo, to));
     if (hi < to) fill_minus_inf(p, larger(hi, from), to);
-    const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]);
+    const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]), residue = set1(pack.residue[r]);
     for (int64_t c = from; c < to; c += kLanes) {
-      const Vec probability = exp2<kPrecision>(sub(load(p + c), lse));
+      Vec probability = exp2<kPrecision>(sub(load(p + c), lse));
+      if constexpr (kPrecision == Precision::full) probability = mul(probability, residue);
       store(p + c, probability);
       store(ds + c, mul(probability, sub(load(ds + c), delta)));
     }
-    if (out_.bias.data) add_bias_gradient(rows, r, key, smaller(hi, keys), larger(lo, 0), ds);
+    if (out_.bias.wanted()) add_bias_gradient(rows, r, key, smaller(hi, keys), larger(lo, 0), ds);
     if (capped) {
       for (int64_t c = from; c < to; c += kLanes) store(ds + c, mul(load(ds + c), load(s.slope.get() + c)));
     }
-    const int64_t block_from = from / kTileRows * kTileRows, block_to = smaller(round_up(to, kTileRows), kGradKeys);
+    const int64_t block_from = from / kTileRows * kTileRows,
+                  block_to = smaller(round_up(to, kTileRows), kGradKeys);
     for (int64_t c = block_from; c < from; ++c) p[c] = ds[c] = 0.0f;
     for (int64_t c = to; c < block_to; ++c) p[c] = ds[c] = 0.0f;
   }
 
-  void add_bias_gradient(const RowTile& rows, int64_t r, int64_t key, int64_t hi, int64_t lo, const float* ds) {
+  void add_bias_gradient(const RowTile& rows, int64_t r, int64_t key, int64_t hi, int64_t lo,
+                         const float* ds) {
     const int64_t* stride = out_.bias.stride;
-    float* row = out_.bias.data + rows.sequence->batch * stride[0] + rows.head(r) * stride[1] + rows.query(r) * stride[2] +
-                 key * stride[3];
-    for (int64_t c = lo; c < hi; ++c) row[c * stride[3]] += ds[c];
+    const int64_t at =
+        rows.sequence->batch * stride[0] + rows.head(r) * stride[1] + rows.query(r) * stride[2];
+    for (int64_t c = lo; c < hi; ++c) {
+      const int64_t entry = at + (key + c) * stride[3];
+      if (out_.bias.sums) {
+        out_.bias.sums[entry] += ds[c];
+      } else {
+        out_.bias.data[entry] += ds[c];
+      }
+    }
   }
 
   // Rounds P and dS to bfloat16: dS in place by rows (for dQ), and both in pairs of rows (for dK and dV').
@@ -254,11 +290,13 @@ class Backward {
       for (float* scores : {s.p.get(), s.ds.get()}) {
         for (int64_t i = r; i < r + (last ? 1 : 2); ++i) {
           float* row = scores + i * kGradKeys;
-          for (int64_t c = start; c < end; c += kLanes) store(reinterpret_cast<bf16*>(row) + c, load(row + c));
+          for (int64_t c = start; c < end; c += kLanes)
+            store(reinterpret_cast<bf16*>(row) + c, load(row + c));
         }
         float* pairs = (scores == s.p.get() ? s.p_pairs : s.ds_pairs).get() + r / 2 * kGradKeys + start;
         const bf16* first = reinterpret_cast<const bf16*>(scores + r * kGradKeys) + start;
-        const bf16* second = last ? none : reinterpret_cast<const bf16*>(scores + (r + 1) * kGradKeys) + start;
+        const bf16* second =
+            last ? none : reinterpret_cast<const bf16*>(scores + (r + 1) * kGradKeys) + start;
         interleave_rows(first, second, end - start, end - start, pairs);
       }
     }
@@ -277,30 +315,30 @@ class Backward {
       last = larger(last, first);
       while (last < blocks && s.spans[last].lo < n + kTileRows && s.spans[last].lo < s.spans[last].hi) ++last;
       const int64_t lo = first * kTileRows, hi = smaller(last * kTileRows, count);
-      s.queries[n / kTileRows] = {
-          static_cast<int32_t>(lo / Dot::kPack), static_cast<int32_t>((hi + Dot::kPack - 1) / Dot::kPack)};
+      s.queries[n / kTileRows] = {static_cast<int32_t>(lo / Dot::kPack),
+                                  static_cast<int32_t>((hi + Dot::kPack - 1) / Dot::kPack)};
     }
   }
 
   // One key: dK = scale dS^T Q, and dV' shared out as dV = lambda_v dV', dV1 = lambda_first dV'.
   void write_key(const Sequence& seq, int64_t head, int64_t key, int64_t n, KeyScratch& s) {
     const int64_t t = seq.k_start + key;
-    if (out_.dk.data) scale_row(s.dk.get() + n * columns_k(), p_.scale, p_.dim_k, out_.dk.row<T>(seq.batch, t, head));
+    if (out_.dk.data)
+      scale_row(s.dk.get() + n * columns_k(), p_.scale, p_.dim_k, out_.dk.row<T>(seq.batch, t, head));
     float* dv = s.dv.get() + n * columns_v();
     if (in_.grad_mixed.data) {
       const T* extra = in_.grad_mixed.row<const T>(seq.batch, t, head);
       for (int64_t d = 0; d < p_.dim_v; ++d) dv[d] += to_float(extra[d]);
     }
     const int64_t row = (seq.batch * p_.keys_total + t) * p_.heads_kv + head;
-    write_value(p_.lambda_v, p_.v, out_.dv, out_.lambda_v_partial, out_.lambda_v, seq.batch, t, head, row, dv);
-    write_value(
-        p_.lambda_first, p_.v_first, out_.dv_first, out_.lambda_first_partial, out_.lambda_first, seq.batch, t, head, row,
-        dv);
+    write_value(p_.lambda_v, p_.v, out_.dv, out_.lambda_v_partial, out_.lambda_v, seq.batch, t, head, row,
+                dv);
+    write_value(p_.lambda_first, p_.v_first, out_.dv_first, out_.lambda_first_partial, out_.lambda_first,
+                seq.batch, t, head, row, dv);
   }
 
-  void write_value(
-      const Coefficient& c, const View& value, const View& grad, Partial kind, float* partial, int64_t b, int64_t t,
-      int64_t h, int64_t row, const float* dv) {
+  void write_value(const Coefficient& c, const View& value, const View& grad, Partial kind, float* partial,
+                   int64_t b, int64_t t, int64_t h, int64_t row, const float* dv) {
     if (grad.data) {
       T* out = grad.row<T>(b, t, h);
       if (!p_.mixes()) {
@@ -314,17 +352,15 @@ class Backward {
     if (kind == Partial::none || kind == Partial::column) return;
     const T* v = value.row<const T>(b, t, h);
     if (kind == Partial::row) {
-      float sum = 0.0f;
-      for (int64_t d = 0; d < p_.dim_v; ++d) sum += dv[d] * to_float(v[d]);
-      partial[row] = sum;
+      partial[row] = dot(dv, v);
     } else {
       for (int64_t d = 0; d < p_.dim_v; ++d) partial[row * p_.dim_v + d] = dv[d] * to_float(v[d]);
     }
   }
 
   // dlambda per channel: the sum over this tile's keys; the op boundary adds the tiles up.
-  void write_column(
-      const Sequence& seq, int64_t head, int64_t key, int64_t keys, const View& value, float* partial, KeyScratch& s) {
+  void write_column(const Sequence& seq, int64_t head, int64_t key, int64_t keys, const View& value,
+                    float* partial, KeyScratch& s) {
     float* out = partial + ((seq.column_start + key / kGradKeys) * p_.heads_kv + head) * p_.dim_v;
     for (int64_t d = 0; d < p_.dim_v; ++d) out[d] = 0.0f;
     for (int64_t n = 0; n < keys; ++n) {
@@ -334,30 +370,25 @@ class Backward {
     }
   }
 
-  static void scale_row(const float* src, float factor, int64_t dim, T* out) {
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(out + d, mul(load(src + d), set1(factor)));
-    for (; d < dim; ++d) out[d] = from_float<T>(src[d] * factor);
-  }
-
   void write_dq(const Wave& wave, int64_t unit, int64_t splits) {
+    if (!out_.dq.data) return;
     const RowTile rows = wave.row_tile(unit);
     const Sequence& seq = *rows.sequence;
     const int64_t tile = wave.packed_rows(rows);
     for (int64_t r = 0; r < rows.count; ++r) {
-      float* sum = dq_tile(tile, 0, splits) + r * columns_k();
+      float* sum = dq_tile(wave, tile, 0, splits) + r * columns_k();
       for (int64_t i = 1; i < splits; ++i) {
-        const float* part = dq_tile(tile, i, splits) + r * columns_k();
+        const float* part = dq_tile(wave, tile, i, splits) + r * columns_k();
         for (int64_t d = 0; d < columns_k(); d += kLanes) store(sum + d, add(load(sum + d), load(part + d)));
       }
-      scale_row(sum, p_.scale, p_.dim_k, out_.dq.row<T>(seq.batch, seq.q_start + rows.query(r), rows.head(r)));
+      scale_row(sum, p_.scale, p_.dim_k,
+                out_.dq.row<T>(seq.batch, seq.q_start + rows.query(r), rows.head(r)));
     }
   }
 
   const Problem& p_;
   const BackwardInput& in_;
   const BackwardOutput& out_;
-  float *rows_ = nullptr, *dq_ = nullptr;
 };
 
 }  // namespace resformer::RESFORMER_ISA

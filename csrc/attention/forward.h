@@ -1,5 +1,5 @@
-// Forward: out = softmax(scale Q K^T ...) V', tiled as in FlashAttention, with V' = lambda_v V + lambda_first V1 mixed
-// while it is packed. See resformer_kernels/attention/README.md for the derivation and the tiling.
+// Forward: out = softmax(scale Q K^T ...) V', tiled as in FlashAttention, with V' = lambda_v V + lambda_first
+// V1 mixed while it is packed. See resformer_kernels/attention/README.md for the derivation and the tiling.
 #pragma once
 
 #include "attention/pack.h"
@@ -19,23 +19,13 @@ class Forward {
 
   void run() {
     const WavePlan plan(p_, kRows, kKeys, key_words(kKeys) / kKeys, 0);
+    if (const int64_t heads = plan.heads_a_thread()) return run_whole(plan, heads);
     for (int64_t head = 0; head < plan.heads();) {
-      const Wave wave = plan.wave(head);
+      Wave wave = plan.shared_wave(head);
       head = wave.last;
-      Scratch packed(wave.key_tiles * key_words(kKeys));
-      packed_ = packed.get();
-      parallel_units(
-          wave.key_tiles, [&] { return PackScratch(p_); }, [&](int64_t unit, PackScratch& s) { pack(wave, unit, s); });
-      const int64_t splits = plan.splits(wave, wave.row_tiles);
-      Scratch partial(splits > 1 ? wave.row_tiles * splits * kRows * partial_row() : 1);
-      parallel_units(
-          wave.row_tiles * splits, [&] { return AttendScratch(p_); },
-          [&](int64_t unit, AttendScratch& s) { attend(wave, unit, splits, s, partial.get()); });
-      if (splits > 1) {
-        parallel_units(
-            wave.row_tiles, [&] { return AttendScratch(p_); },
-            [&](int64_t unit, AttendScratch& s) { merge(wave, unit, splits, s, partial.get()); });
-      }
+      const Scratch packed(wave.key_tiles * key_words(kKeys));
+      wave.packed = packed.get();
+      run_shared(wave, plan.splits(wave, wave.row_tiles));
     }
   }
 
@@ -47,15 +37,44 @@ class Forward {
     return keys * row_words<Dot>(p_.dim_k) + (keys + Dot::kPack - 1) / Dot::kPack * columns();
   }
   int64_t partial_row() const { return columns() + 2; }
-  float* keys_of(int64_t tile) const { return packed_ + tile * key_words(kKeys); }
-  float* values_of(int64_t tile) const {
-    return keys_of(tile) + kKeys * row_words<Dot>(p_.dim_k);
+  float* keys_of(const Wave& wave, int64_t tile) const { return wave.packed + tile * key_words(kKeys); }
+  float* values_of(const Wave& wave, int64_t tile) const {
+    return keys_of(wave, tile) + kKeys * row_words<Dot>(p_.dim_k);
+  }
+
+  void run_whole(const WavePlan& plan, int64_t heads) {
+    struct Own {
+      explicit Own(const Problem& p) : pack(p), attend(p) {}
+      PackScratch pack;
+      AttendScratch attend;
+    };
+    parallel_units((plan.heads() + heads - 1) / heads, [&] { return Own(p_); },
+                   [&](int64_t unit, Own& own) {
+                     Wave wave = plan.wave(unit * heads, smaller((unit + 1) * heads, plan.heads()));
+                     wave.packed = own.pack.packed.at_least(wave.key_tiles * key_words(kKeys));
+                     for (int64_t i = 0; i < wave.key_units(); ++i) pack(wave, i, own.pack);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) attend(wave, i, 1, own.attend, nullptr);
+                   });
+  }
+
+  void run_shared(const Wave& wave, int64_t splits) {
+    parallel_units(
+        wave.key_units(), [&] { return PackScratch(p_); },
+        [&](int64_t unit, PackScratch& s) { pack(wave, unit, s); });
+    const Scratch partial(splits > 1 ? wave.row_tiles * splits * kRows * partial_row() : 0);
+    parallel_units(
+        wave.row_tiles * splits, [&] { return AttendScratch(p_); },
+        [&](int64_t unit, AttendScratch& s) { attend(wave, unit, splits, s, partial.get()); });
+    if (splits == 1) return;
+    parallel_units(
+        wave.row_tiles, [&] { return AttendScratch(p_); },
+        [&](int64_t unit, AttendScratch& s) { merge(wave, unit, splits, s, partial.get()); });
   }
 
   struct PackScratch {
     explicit PackScratch(const Problem& p)
-        : rows(kLanes * row_words<Dot>(p.dim_k)), values(2 * round_up(p.dim_v, kLanes)), mix(p) {}
-    Scratch rows, values;
+        : rows(kLanes * row_words<Dot>(p.dim_k)), values(2 * round_up(p.dim_v, kLanes)), packed(0), mix(p) {}
+    Scratch rows, values, packed;
     ValueRow mix;
   };
 
@@ -63,36 +82,51 @@ class Forward {
     const KeyTile tile = wave.key_tile(unit);
     if (!tile.attended && !out_.mixed.data) return;
     const Sequence& seq = p_.sequences[tile.sequence];
-    const int64_t keys = smaller(kKeys, seq.tk - tile.key), padded = lane_ceil(keys), words = row_words<Dot>(p_.dim_k);
-    if (tile.attended) {
-      for (int64_t r = 0; r < padded; r += kLanes) {
-        const int64_t count = smaller(kLanes, keys - r);
-        for (int64_t i = 0; i < count; ++i) {
-          pack_row<Dot>(
-              p_.k.row<const T>(seq.batch, seq.k_start + tile.key + r + i, tile.head), p_.dim_k, s.rows.get() + i * words);
+    const int64_t keys = smaller(kKeys, seq.tk - tile.key), padded = lane_ceil(keys),
+                  words = row_words<Dot>(p_.dim_k);
+    // A few keys of every head at a time: the heads of a token are neighbours in memory.
+    for (int64_t r = 0; r < padded; r += kLanes) {
+      const int64_t count = smaller(kLanes, keys - r), t = seq.k_start + tile.key + r;
+      for (int64_t head = tile.head; head < tile.head_end; ++head) {
+        const int64_t packed = wave.packed_tile(tile, head);
+        prefetch_keys(seq.batch, t + kLanes, head, smaller(kLanes, keys - r - kLanes));
+        if (tile.attended) {
+          for (int64_t i = 0; i < count; ++i) {
+            pack_row<Dot>(p_.k.row<const T>(seq.batch, t + i, head), p_.dim_k, s.rows.get() + i * words);
+          }
+          pack_transposed(s.rows.get(), words, count, words, r, padded, keys_of(wave, packed));
         }
-        pack_transposed(s.rows.get(), words, count, words, r, padded, keys_of(unit));
+        pack_values(seq.batch, t, head, count, tile.attended, r, padded, values_of(wave, packed), s);
       }
     }
-    pack_values(seq, tile, keys, padded, values_of(unit), s);
   }
 
-  void pack_values(const Sequence& seq, const KeyTile& tile, int64_t keys, int64_t padded, float* out, PackScratch& s) {
+  // Heads of one token lie side by side, so the next row of a head is too far away for the hardware to guess.
+  void prefetch_keys(int64_t b, int64_t t, int64_t head, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch_row(p_.k.row<const T>(b, t + i, head), p_.dim_k * sizeof(T));
+      if (p_.v.data) prefetch_row(p_.v.row<const T>(b, t + i, head), p_.dim_v * sizeof(T));
+      if (p_.v_first.data) prefetch_row(p_.v_first.row<const T>(b, t + i, head), p_.dim_v * sizeof(T));
+    }
+  }
+
+  // Keys t to t + count of V' as rows [r, r + kLanes) of the tile's words, zero past count.
+  void pack_values(int64_t b, int64_t t, int64_t head, int64_t count, bool attended, int64_t r,
+                   int64_t padded, float* out, PackScratch& s) {
     const int64_t width = columns();
     T* buffers[2] = {reinterpret_cast<T*>(s.values.get()), reinterpret_cast<T*>(s.values.get() + width)};
-    for (int64_t n = 0; n < padded; n += Dot::kPack) {
+    for (int64_t n = 0; n < kLanes; n += Dot::kPack) {
       const T* rows[2] = {nullptr, nullptr};
       for (int64_t i = 0; i < Dot::kPack; ++i) {
-        if (n + i >= keys) {
+        if (n + i >= count) {
           memset(buffers[i], 0, p_.dim_v * sizeof(T));
           rows[i] = buffers[i];
           continue;
         }
-        const int64_t t = seq.k_start + tile.key + n + i;
-        rows[i] = s.mix.get(seq.batch, t, tile.head, buffers[i]);
-        if (out_.mixed.data) memcpy(out_.mixed.row<T>(seq.batch, t, tile.head), rows[i], p_.dim_v * sizeof(T));
+        rows[i] = s.mix.get(b, t + n + i, head, buffers[i]);
+        if (out_.mixed.data) memcpy(out_.mixed.row<T>(b, t + n + i, head), rows[i], p_.dim_v * sizeof(T));
       }
-      if (tile.attended) store_value_row(rows, n / Dot::kPack, padded / Dot::kPack, out);
+      if (attended) store_value_row(rows, (r + n) / Dot::kPack, padded / Dot::kPack, out);
     }
   }
 
@@ -115,7 +149,10 @@ class Forward {
 
   struct AttendScratch {
     explicit AttendScratch(const Problem& p)
-        : q(kRows * row_words<Dot>(p.dim_k)), scores(kRows * kKeys), acc(kRows * round_up(p.dim_v, kLanes)), bias(kKeys) {}
+        : q(kRows * row_words<Dot>(p.dim_k)),
+          scores(kRows * kKeys),
+          acc(kRows * round_up(p.dim_v, kLanes)),
+          bias(kKeys) {}
     Scratch q, scores, acc, bias;
     RowState state[kRows];
     Span spans[(kRows + kTileRows - 1) / kTileRows];
@@ -125,9 +162,10 @@ class Forward {
   void attend(const Wave& wave, int64_t unit, int64_t splits, AttendScratch& s, float* partial) {
     const RowTile rows = wave.row_tile(unit / splits);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
+    const Sequence& seq = *rows.sequence;
     for (int64_t r = 0; r < rows.count; ++r) {
-      const Sequence& seq = *rows.sequence;
-      pack_row<Dot>(p_.q.row<const T>(seq.batch, seq.q_start + rows.query(r), rows.head(r)), p_.dim_k, s.q.get() + r * q_words);
+      const int64_t t = seq.q_start + rows.query(r);
+      pack_row<Dot>(p_.q.row<const T>(seq.batch, t, rows.head(r)), p_.dim_k, s.q.get() + r * q_words);
       s.state[r].m = kMinusInf;
       store(s.state[r].l, zero());
     }
@@ -135,7 +173,7 @@ class Forward {
     const int64_t begin = rows.lo(0) / kKeys, end = (rows.hi(rows.count - 1) + kKeys - 1) / kKeys;
     const int64_t tiles = larger(end - begin, 0), split = unit % splits;
     for (int64_t j = begin + tiles * split / splits; j < begin + tiles * (split + 1) / splits; ++j) {
-      attend_tile(rows, j * kKeys, wave.packed_keys(rows) + j, s);
+      attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, s);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       const float l = reduce_add(load(s.state[r].l));
@@ -151,14 +189,15 @@ class Forward {
     }
   }
 
-  void attend_tile(const RowTile& rows, int64_t key, int64_t packed_tile, AttendScratch& s) {
+  void attend_tile(const Wave& wave, const RowTile& rows, int64_t key, int64_t packed_tile,
+                   AttendScratch& s) {
     const int64_t keys = smaller(kKeys, rows.sequence->tk - key), padded = lane_ceil(keys);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
     block_spans(rows, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
-    gemm_scores<Dot>(
-        s.q.get(), q_words, packed_panels(keys_of(packed_tile), q_words, padded), (p_.dim_k + Dot::kPack - 1) / Dot::kPack,
-        rows.count, s.spans, score_alpha(p_), s.scores.get(), kKeys);
+    gemm_scores<Dot>(s.q.get(), q_words, packed_panels(keys_of(wave, packed_tile), q_words, padded),
+                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, score_alpha(p_),
+                     s.scores.get(), kKeys);
     const bool transform = needs_transform(p_);
     for (int64_t r = 0; r < rows.count; ++r) {
       const Span span = s.spans[r / kTileRows];
@@ -166,15 +205,15 @@ class Forward {
       if (span.lo >= span.hi) continue;
       float* scores = s.scores.get() + r * kKeys;
       if (transform) transform_row(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
-      softmax_row<Dot, kPrecision>(
-          scores, from, to, rows.lo(r) - key, rows.hi(r) - key, s.state[r], s.acc.get() + r * columns(), columns());
+      softmax_row<Dot, kPrecision>(scores, from, to, rows.lo(r) - key, rows.hi(r) - key, s.state[r],
+                                   s.acc.get() + r * columns(), columns());
     }
     for (int64_t b = 0; b * kTileRows < rows.count; ++b) {
       s.words[b] = {s.spans[b].lo / Dot::kPack, (s.spans[b].hi + Dot::kPack - 1) / Dot::kPack};
     }
-    gemm_accumulate<Dot>(
-        s.scores.get(), kKeys, 1, packed_panels(values_of(packed_tile), padded / Dot::kPack, columns()), rows.count,
-        s.words, s.acc.get(), columns());
+    gemm_accumulate<Dot>(s.scores.get(), kKeys, 1,
+                         packed_panels(values_of(wave, packed_tile), padded / Dot::kPack, columns()),
+                         rows.count, s.words, s.acc.get(), columns());
   }
 
   // Joins the splits of a row tile: each is a softmax over its own keys, weighted by exp of its maximum.
@@ -191,15 +230,18 @@ class Forward {
       for (int64_t i = 0; i < splits; ++i) {
         const float* row = partial + ((unit * splits + i) * kRows + r) * partial_row();
         const float own = row[columns()];
-        const float weight = own == kMinusInf ? (row[columns() + 1] == 0.0f ? 0.0f : 1.0f) : exp2_scalar(own - m);
+        const float weight =
+            own == kMinusInf ? (row[columns() + 1] == 0.0f ? 0.0f : 1.0f) : exp2_scalar(own - m);
         l += weight * row[columns() + 1];
-        for (int64_t d = 0; d < columns(); d += kLanes) store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
+        for (int64_t d = 0; d < columns(); d += kLanes)
+          store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
       }
       finish(rows, r, m, l, acc);
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives zeros.
+  // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives
+  // zeros.
   void finish(const RowTile& rows, int64_t r, float m, float l, const float* acc) {
     const Sequence& seq = *rows.sequence;
     const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
@@ -212,19 +254,18 @@ class Forward {
     }
     const bool empty = l == 0.0f;
     const float factor = empty ? 0.0f : weight / l;
-    T* out = out_.out.row<T>(seq.batch, t, head);
-    int64_t d = 0;
-    for (; d + kLanes <= p_.dim_v; d += kLanes) store(out + d, mul(load(acc + d), set1(factor)));
-    for (; d < p_.dim_v; ++d) out[d] = from_float<T>(acc[d] * factor);
+    scale_row(acc, factor, p_.dim_v, out_.out.row<T>(seq.batch, t, head));
     if (out_.lse) {
-      float* lse = out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
-      *lse = empty ? kMinusInf : (m + __builtin_log2f(l)) * kLn2;
+      float* lse =
+          out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
+      // In float64: backward takes exp of this, where a rounding error is one of every probability of the
+      // row.
+      *lse = empty ? kMinusInf : static_cast<float>((m + __builtin_log2(static_cast<double>(l))) * kLn2);
     }
   }
 
   const Problem& p_;
   const ForwardOutput& out_;
-  float* packed_ = nullptr;
 };
 
 }  // namespace resformer::RESFORMER_ISA

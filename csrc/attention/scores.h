@@ -1,6 +1,7 @@
 // Everything between the two products of a tile: softcap, bias, mask and the online softmax.
 //
-// Order of the contract: scale * qk, softcap, bias, mask, sink. Scores are kept times log2(e), so that exp is exp2.
+// Order of the contract: scale * qk, softcap, bias, mask, sink. Scores are kept times log2(e), so that exp is
+// exp2.
 #pragma once
 
 #include "attention/attention.h"
@@ -9,11 +10,12 @@
 namespace resformer::RESFORMER_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLog2eDouble = 1.44269504088896341, kLn2 = 0.693147180559945309;
 constexpr float kMinusInf = -__builtin_inff();
 
-// The running maximum moves only when a score exceeds it by this much (in log2): softmax does not depend on the shift,
-// float32 has room for 2^8, and most tiles then need neither a horizontal maximum nor a rescaled accumulator.
+// The running maximum moves only when a score exceeds it by this much (in log2): softmax does not depend on
+// the shift, float32 has room for 2^8, and most tiles then need neither a horizontal maximum nor a rescaled
+// accumulator.
 constexpr float kSlack = 8.0f;
 
 static inline float exp2_scalar(float x) {
@@ -22,8 +24,8 @@ static inline float exp2_scalar(float x) {
   return lanes[0];
 }
 
-// Rows [first, first + count) of one (sequence, KV head): row r is query r / group of head h * group + r % group, so
-// that the query heads of a KV head share its tiles.
+// Rows [first, first + count) of one (sequence, KV head): row r is query r / group of head h * group + r %
+// group, so that the query heads of a KV head share its tiles.
 struct RowTile {
   const Problem* problem;
   const Sequence* sequence;
@@ -35,8 +37,8 @@ struct RowTile {
   int64_t hi(int64_t row) const { return problem->key_hi(*sequence, query(row)); }
 };
 
-// The span of keys of every block of kTileRows rows inside the tile of keys [key, key + keys), relative to it.
-// Positions only grow with the row, so a block spans from its first row's start to its last row's end.
+// The span of keys of every block of kTileRows rows inside the tile of keys [key, key + keys), relative to
+// it. Positions only grow with the row, so a block spans from its first row's start to its last row's end.
 static void block_spans(const RowTile& rows, int64_t key, int64_t keys, Span* spans) {
   for (int64_t r = 0; r < rows.count; r += kTileRows) {
     const int64_t last = smaller(r + kTileRows, rows.count) - 1;
@@ -49,10 +51,10 @@ static inline int64_t lane_floor(int64_t column) { return column / kLanes * kLan
 static inline int64_t lane_ceil(int64_t column) { return round_up(column, kLanes); }
 
 // One row of the bias, as float32 over columns [from, to) of the tile; what lies past `keys` is zero.
-static void bias_row(
-    const Bias& bias, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t keys, int64_t from, int64_t to,
-    float* out) {
-  const int64_t base = batch * bias.stride[0] + head * bias.stride[1] + query * bias.stride[2] + key * bias.stride[3];
+static void bias_row(const Bias& bias, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t keys,
+                     int64_t from, int64_t to, float* out) {
+  const int64_t base =
+      batch * bias.stride[0] + head * bias.stride[1] + query * bias.stride[2] + key * bias.stride[3];
   const int64_t step = bias.stride[3], end = smaller(to, keys);
   int64_t c = from;
   if (bias.kind == Bias::Kind::boolean) {
@@ -81,7 +83,8 @@ static bool tile_is_open(const RowTile& rows, int64_t key, int64_t keys, const S
     if (one_head && r > 0 && rows.query(r) == rows.query(r - 1)) continue;
     const Span span = one_query ? Span{0, static_cast<int32_t>(keys)} : spans[r / kTileRows];
     const uint8_t* data = static_cast<const uint8_t*>(bias.data) + rows.sequence->batch * bias.stride[0] +
-                          rows.head(r) * bias.stride[1] + rows.query(r) * bias.stride[2] + key * bias.stride[3];
+                          rows.head(r) * bias.stride[1] + rows.query(r) * bias.stride[2] +
+                          key * bias.stride[3];
     for (int64_t c = span.lo; c < span.hi; ++c) {
       if (data[c * bias.stride[3]]) return true;
     }
@@ -89,22 +92,22 @@ static bool tile_is_open(const RowTile& rows, int64_t key, int64_t keys, const S
   return false;
 }
 
-// scale * qk -> softcap -> bias, in place over columns [from, to); the result is times log2(e). Where `slope` is given it
-// receives the softcap's derivative 1 - tanh^2, which backward needs.
-static void transform_row(
-    const RowTile& rows, int64_t row, int64_t key, int64_t keys, int64_t from, int64_t to, float* bias_scratch, float* s,
-    float* slope) {
+// scale * qk -> softcap -> bias, in place over columns [from, to); the result is times log2(e). Where `slope`
+// is given it receives the softcap's derivative, which backward needs.
+static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t keys, int64_t from,
+                          int64_t to, float* bias_scratch, float* s, float* slope) {
   const Problem& p = *rows.problem;
   const bool biased = p.bias.kind != Bias::Kind::none, boolean = p.bias.kind == Bias::Kind::boolean;
   if (biased) {
-    bias_row(p.bias, rows.sequence->batch, rows.head(row), rows.query(row), key, keys, from, to, bias_scratch);
+    bias_row(p.bias, rows.sequence->batch, rows.head(row), rows.query(row), key, keys, from, to,
+             bias_scratch);
   }
   for (int64_t c = from; c < to; c += kLanes) {
     Vec x = load(s + c);
     if (p.softcap > 0.0f) {
-      const Vec t = tanh(mul(x, set1(1.0f / p.softcap)));
-      x = mul(t, set1(p.softcap));
-      if (slope) store(slope + c, sub(set1(1.0f), mul(t, t)));
+      Vec derivative;
+      x = mul(tanh(mul(x, set1(1.0f / p.softcap)), slope ? &derivative : nullptr), set1(p.softcap));
+      if (slope) store(slope + c, derivative);
     }
     if (biased) x = add(x, load(bias_scratch + c));
     store(s + c, mul(x, set1(kLog2e)));
@@ -114,7 +117,9 @@ static void transform_row(
   }
 }
 
-static inline bool needs_transform(const Problem& p) { return p.softcap > 0.0f || p.bias.kind != Bias::Kind::none; }
+static inline bool needs_transform(const Problem& p) {
+  return p.softcap > 0.0f || p.bias.kind != Bias::Kind::none;
+}
 // What the score product is multiplied by: log2(e) at once where nothing comes between.
 static inline float score_alpha(const Problem& p) { return needs_transform(p) ? p.scale : p.scale * kLog2e; }
 
@@ -128,10 +133,11 @@ struct RowState {
   alignas(64) float l[kLanes];
 };
 
-// Turns scores s[from, to) into probabilities (in place, as words of Dot), with columns outside [lo, hi) masked.
+// Turns scores s[from, to) into probabilities (in place, as words of Dot), with columns outside [lo, hi)
+// masked.
 template <class Dot, Precision precision>
-static inline void softmax_row(
-    float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, RowState& state, float* acc, int64_t columns) {
+static inline void softmax_row(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, RowState& state,
+                               float* acc, int64_t columns) {
   if (lo > from) fill_minus_inf(s, from, smaller(lo, to));
   if (hi < to) fill_minus_inf(s, larger(hi, from), to);
   Vec top = load(s + from);

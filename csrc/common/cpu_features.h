@@ -10,10 +10,12 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 // The highest instruction set that both this processor and this build have.
 Isa best_isa();
 
-// The one in use: RESFORMER_CPU where it is set, else the fastest here. Throws on a name that is unknown or cannot run.
+// The one in use: RESFORMER_CPU where it is set, else the fastest here. Throws on a name that is unknown or
+// cannot run.
 Isa current_isa();
 
-// RESFORMER_POISON=1 fills fresh outputs and scratch with NaN, so that tests see what a kernel failed to write.
+// RESFORMER_POISON=1 fills fresh outputs and scratch with NaN, so that tests see what a kernel failed to
+// write.
 bool poison_requested();
 
 }  // namespace resformer

@@ -1,5 +1,3 @@
-#include "common/cpu_features.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -7,6 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
+
+#include "common/cpu_features.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -46,8 +46,9 @@ Isa detect() { return Isa::portable; }
 bool is_amd() { return false; }
 #endif
 
-// On AMD (Zen 4 and later) vdpbf16ps doubles the rate of a float32 FMA. On Intel server cores it issues once in two
-// cycles, half the FLOP rate of two FMA ports (measured: 83 against 171 GFLOP/s a core), so widening wins there.
+// On AMD (Zen 4 and later) vdpbf16ps doubles the rate of a float32 FMA. On Intel server cores it issues once
+// in two cycles, half the FLOP rate of two FMA ports (measured: 83 against 171 GFLOP/s a core), so widening
+// wins there.
 Isa fastest() {
   const Isa best = best_isa();
   return best == Isa::avx512_bf16 && !is_amd() ? Isa::avx512 : best;
@@ -68,9 +69,9 @@ Isa current_isa() {
   }
   for (int i = 0; i < 4; ++i) {
     if (std::string_view(wanted) != kNames[i]) continue;
-    STD_TORCH_CHECK(
-        i <= static_cast<int>(best_isa()), "RESFORMER_CPU=", wanted, " cannot run here: this machine and build go up to ",
-        kNames[static_cast<int>(best_isa())]);
+    STD_TORCH_CHECK(i <= static_cast<int>(best_isa()), "RESFORMER_CPU=", wanted,
+                    " cannot run here: this machine and build go up to ",
+                    kNames[static_cast<int>(best_isa())]);
     return static_cast<Isa>(i);
   }
   STD_TORCH_CHECK(false, "RESFORMER_CPU takes portable, avx2, avx512 or avx512_bf16, got ", wanted);

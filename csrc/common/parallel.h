@@ -26,22 +26,29 @@ struct FreeDeleter {
 // 64-byte aligned scratch of floats; NaN-filled under RESFORMER_POISON so that a read before a write shows.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) {
-    const size_t bytes = (static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float) + 63) / 64 * 64;
+  explicit Scratch(int64_t floats) { at_least(floats); }
+  float* get() const { return data_.get(); }
+
+  // Grows where needed; what was in it is lost then.
+  float* at_least(int64_t floats) {
+    if (floats <= floats_) return data_.get();
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
     data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
+    floats_ = floats;
     if (poison_requested()) {
       for (size_t i = 0; i < bytes / sizeof(float); ++i) data_.get()[i] = __builtin_nanf("");
     }
+    return data_.get();
   }
-  float* get() const { return data_.get(); }
 
  private:
   std::unique_ptr<float, FreeDeleter> data_;
+  int64_t floats_ = 0;
 };
 
-// Runs body(worker) once on each of `workers` threads. Exceptions must not cross the pool: the first one is kept and
-// thrown from here.
+// Runs body(worker) once on each of `workers` threads. Exceptions must not cross the pool: the first one is
+// kept and thrown from here.
 template <class Body>
 void parallel_workers(int64_t workers, const Body& body) {
   std::exception_ptr error;
@@ -58,8 +65,8 @@ void parallel_workers(int64_t workers, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Each worker makes its scratch once with make(), then takes units off a common counter: units may differ in cost by a
-// lot (causal tiles), and which thread runs one never changes its bits.
+// Each worker makes its scratch once with make(), then takes units off a common counter: units may differ in
+// cost by a lot (causal tiles), and which thread runs one never changes its bits.
 template <class Make, class Body>
 void parallel_units(int64_t units, const Make& make, const Body& body) {
   if (units <= 0) return;

@@ -1,7 +1,7 @@
 // One vector of float32 in the instruction set this translation unit is compiled for (see cpu_features.h).
 //
-// Everything lives in a namespace named after the instruction set: the linker must never merge an AVX-512 copy of an
-// inline function with a portable one. For the same reason nothing here calls a std:: template.
+// Everything lives in a namespace named after the instruction set: the linker must never merge an AVX-512
+// copy of an inline function with a portable one. For the same reason nothing here calls a std:: template.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// Degree-5 and degree-4 fits of 2^f with the constant term 1 (so exp2(0) == 1): relative error 1.4e-7 and 2.9e-6.
+// Degree-5 and degree-4 fits of 2^f with the constant term 1 (so exp2(0) == 1): relative error 1.4e-7
+// and 2.9e-6.
 enum class Precision { full, half };
 
 #if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
@@ -51,7 +52,8 @@ static inline Vec load(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline void store(f16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline void store(bf16* p, Vec x) {
 #if defined(RESFORMER_ISA_AVX512_BF16)
@@ -62,26 +64,31 @@ static inline void store(bf16* p, Vec x) {
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
-  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  const __m256i narrow =
+      _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
 }
 
 // The constant first: max returns its second operand where either is NaN.
 static inline Vec clamp_low(Vec x, float low) { return _mm512_max_ps(_mm512_set1_ps(low), x); }
-static inline Vec round_nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec round_nearest(Vec x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 static inline Vec power_of_two(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 
-// 2^floor(x) comes from scalef; vreduceps gives x - floor(x), and 0 for -inf, so no clamp is needed and NaN stays NaN.
+// 2^floor(x) comes from scalef; vreduceps gives x - floor(x), and 0 for -inf, so no clamp is needed and NaN
+// stays NaN.
 template <Precision precision>
 static inline Vec exp2(Vec x) {
   const Vec f = _mm512_reduce_ps(x, 0x09);
   Vec p;
   if constexpr (precision == Precision::full) {
-    p = fma(set1(0.00186713005f), f, set1(0.00901703071f));
-    p = fma(p, f, set1(0.0557999127f));
-    p = fma(p, f, set1(0.240164444f));
-    p = fma(p, f, set1(0.693151295f));
+    p = fma(set1(0.000216129149f), f, set1(0.0012467847f));
+    p = fma(p, f, set1(0.00967545155f));
+    p = fma(p, f, set1(0.0554852821f));
+    p = fma(p, f, set1(0.240229309f));
+    p = fma(p, f, set1(0.693147063f));
   } else {
     p = fma(set1(0.0134266848f), f, set1(0.0522424728f));
     p = fma(p, f, set1(0.241280198f));
@@ -91,7 +98,8 @@ static inline Vec exp2(Vec x) {
 }
 
 // 16 x 16 words: 4 rounds of 16 shuffles. dst[c * dst_stride + r] = src[r * src_stride + c].
-static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
+static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst,
+                                   int64_t dst_stride) {
   __m512i r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * src_stride);
@@ -140,7 +148,9 @@ static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 static inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-static inline bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+static inline bool any_greater(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
 static inline float reduce_add(Vec x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -156,9 +166,12 @@ static inline Vec load(const bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static inline Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline Vec load(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 static inline void store(f16* p, Vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline void store(bf16* p, Vec x) {
   const __m256i bits = _mm256_castps_si256(x);
@@ -173,15 +186,20 @@ static inline void store(bf16* p, Vec x) {
 
 // The constant first: max returns its second operand where either is NaN.
 static inline Vec clamp_low(Vec x, float low) { return _mm256_max_ps(_mm256_set1_ps(low), x); }
-static inline Vec round_nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec round_nearest(Vec x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 static inline Vec power_of_two(Vec n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 
-static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
+static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst,
+                                   int64_t dst_stride) {
   __m256i r[8], t[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
+  for (int i = 0; i < 8; ++i)
+    r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
@@ -245,7 +263,8 @@ static inline void store(T* p, Vec x) {
 
 // Comparisons with NaN are false, so NaN passes through.
 static inline Vec clamp_low(Vec x, float low) { return x < set1(low) ? set1(low) : x; }
-// Adding and taking off 1.5 * 2^23 rounds to the nearest integer for |x| < 2^22; the clamp above sees to that.
+// Adding and taking off 1.5 * 2^23 rounds to the nearest integer for |x| < 2^22; the clamp above sees to
+// that.
 static inline Vec round_nearest(Vec x) { return (x + set1(12582912.0f)) - set1(12582912.0f); }
 static inline Vec power_of_two(Vec n) {
   const VecInt exponent = (__builtin_convertvector(n, VecInt) + 127) << 23;
@@ -254,7 +273,8 @@ static inline Vec power_of_two(Vec n) {
   return x;
 }
 
-static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
+static inline void transpose_block(const uint32_t* src, int64_t src_stride, uint32_t* dst,
+                                   int64_t dst_stride) {
   for (int c = 0; c < kLanes; ++c) {
     for (int r = 0; r < kLanes; ++r) dst[c * dst_stride + r] = src[r * src_stride + c];
   }
@@ -271,10 +291,11 @@ static inline Vec exp2(Vec x) {
   const Vec f = sub(clamped, n);
   Vec p;
   if constexpr (precision == Precision::full) {
-    p = fma(set1(0.00132647273f), f, set1(0.00967151299f));
-    p = fma(p, f, set1(0.0555073358f));
-    p = fma(p, f, set1(0.240222424f));
-    p = fma(p, f, set1(0.693147004f));
+    p = fma(set1(0.00015353362f), f, set1(0.00133988739f));
+    p = fma(p, f, set1(0.00961843692f));
+    p = fma(p, f, set1(0.0555033237f));
+    p = fma(p, f, set1(0.240226477f));
+    p = fma(p, f, set1(0.693147182f));
   } else {
     p = fma(set1(0.00958285294f), f, set1(0.0559064262f));
     p = fma(p, f, set1(0.240240991f));
@@ -285,8 +306,10 @@ static inline Vec exp2(Vec x) {
 #endif
 
 // tanh(x) = e / (e + 2) with e = exp(2x) - 1 built as 2^n (e^r - 1) + (2^n - 1): no cancellation near zero.
-static inline Vec tanh(Vec x) {
-  constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+// Its slope 1 - tanh^2 is 4 e^2x / (e + 2)^2, without the cancellation where tanh is near 1.
+static inline Vec tanh(Vec x, Vec* slope) {
+  constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
+                  kLn2Low = 1.42860682030941723e-6f;
   const Vec y = clamp_low(sub(zero(), clamp_low(sub(zero(), add(x, x)), -21.0f)), -21.0f);
   const Vec n = round_nearest(mul(y, set1(kLog2e)));
   const Vec two_n = power_of_two(n);
@@ -297,8 +320,9 @@ static inline Vec tanh(Vec x) {
   p = fma(p, r, set1(1.0f / 6.0f));
   p = fma(p, r, set1(0.5f));
   p = fma(mul(p, r), r, r);
-  const Vec e = fma(two_n, p, sub(two_n, set1(1.0f)));
-  return div(e, add(e, set1(2.0f)));
+  const Vec e = fma(two_n, p, sub(two_n, set1(1.0f))), divisor = add(e, set1(2.0f));
+  if (slope) *slope = div(mul(set1(4.0f), fma(two_n, p, two_n)), mul(divisor, divisor));
+  return div(e, divisor);
 }
 
 }  // namespace resformer::RESFORMER_ISA

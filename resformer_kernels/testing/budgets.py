@@ -10,12 +10,17 @@ the output gradients is evened out: S is at least its root mean square over rand
 gradients the error of the reference is the larger of two: by autograd, and from out and the LSE
 alone, which is all that a kernel of linear memory keeps. (By autograd a row with one key cancels
 exactly, and a budget of zero would say nothing about precision.)
+
+The reference's error is itself luck: of a tensor with one element it is often near zero. Where a
+first look finds an error too large, the reference is run again with its channels in other orders
+and its output gradients a few per cent larger or smaller, which changes little but the rounding,
+and the largest of its errors counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +31,7 @@ from resformer_kernels.testing.inputs import AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 
 _DRAWS = 3
+_ORDERS = 4
 _GRADIENTS = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
 
 
@@ -80,31 +86,94 @@ def compare(
         A `Comparison` for every output and every gradient. NaN and infinities must lie where
         float64 has them, else the error is infinite.
     """
-    dtype = tensors["q"].dtype
     with poisoned():
         outputs, gradients = _run(function, tensors, options, grads, backend)
-    near, near_gradients = _run(function, tensors, options, grads, "reference")
-    _, by_lse = _run(_by_lse(function), tensors, options, grads, "reference")
     wide = {name: _wide(x) for name, x in tensors.items()}
     wide_grads = tuple(_wide(g) for g in grads)
-    exact, exact_gradients = _run(function, wide, options, wide_grads, "reference")
-    sizes = _summed_terms(function, wide, options, wide_grads, set(exact_gradients))
+    exact = _named(options, *_run(function, wide, options, wide_grads, "reference"))
+    got = _named(options, outputs, gradients)
+    wanted = {name.removeprefix("d") for name in exact if name not in ("out", "lse", "mixed")}
+    sizes = _summed_terms(function, wide, options, wide_grads, wanted)
+    near = _reference_errors(function, tensors, options, grads, exact)
 
+    unit = torch.finfo(tensors["q"].dtype).eps / 2
+    found = []
+    for name, true in exact.items():
+        norm = _norm(true)
+        budget = 2 * near[name] + unit * sizes.get(name.removeprefix("d"), norm)
+        found.append(Comparison(name, _error(got[name], true), budget, norm))
+    if all(item.ok for item in found):
+        return found
+    luck = torch.Generator().manual_seed(0)
+    for _ in range(_ORDERS):
+        other = _redrawn(tensors, options, grads, luck)
+        wide = {name: _wide(x) for name, x in other[0].items()}
+        wide_grads = tuple(_wide(g) for g in other[1])
+        exact = _named(options, *_run(function, wide, options, wide_grads, "reference"))
+        errors = _reference_errors(function, other[0], options, other[1], exact)
+        near = {name: max(error, errors[name]) for name, error in near.items()}
+    return [
+        replace(
+            item,
+            budget=2 * near[item.name] + unit * sizes.get(item.name.removeprefix("d"), item.norm),
+        )
+        for item in found
+    ]
+
+
+def _named(
+    options: Mapping[str, Any], outputs: tuple[Tensor, ...], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     names = ["out"]
     names += ["lse"] if options.get("return_lse") else []
     names += ["mixed"] if options.get("return_mixed_value") else []
-    unit = torch.finfo(dtype).eps / 2
-    found = []
-    for name, got, same, true in zip(names, outputs, near, exact, strict=True):
-        norm = _norm(true)
-        budget = 2 * _error(same, true) + unit * norm
-        found.append(Comparison(name, _error(got, true), budget, norm))
-    for name, true in exact_gradients.items():
-        norm = _norm(true)
-        near_error = max(_error(near_gradients[name], true), _error(by_lse[name], true))
-        budget = 2 * near_error + unit * sizes.get(name, norm)
-        found.append(Comparison(f"d{name}", _error(gradients[name], true), budget, norm))
-    return found
+    return {
+        **dict(zip(names, outputs, strict=True)),
+        **{f"d{name}": gradient for name, gradient in gradients.items()},
+    }
+
+
+def _reference_errors(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: tuple[Tensor, ...],
+    exact: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Errors of the reference in the tensors' own precision."""
+    near = _named(options, *_run(function, tensors, options, grads, "reference"))
+    by_lse = _named(options, *_run(_by_lse(function), tensors, options, grads, "reference"))
+    errors = {name: _error(near[name], true) for name, true in exact.items()}
+    for name in errors:
+        if name not in ("out", "lse", "mixed"):
+            errors[name] = max(errors[name], _error(by_lse[name], exact[name]))
+    return errors
+
+
+def _redrawn(
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: tuple[Tensor, ...],
+    luck: torch.Generator,
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """The same problem up to rounding: other orders of channels, other magnitudes of gradients."""
+    value = next(tensors[name] for name in ("v", "v_first") if name in tensors)
+    keys = torch.randperm(tensors["q"].shape[-1], generator=luck).to(value.device)
+    values = torch.randperm(value.shape[-1], generator=luck).to(value.device)
+    # Near 1, so that errors keep their size; the gradients are linear in it.
+    factor = 1 + (float(torch.rand((), generator=luck)) - 0.5) / 16
+
+    def move(name: str, x: Tensor) -> Tensor:
+        if name in ("q", "k"):
+            return x[..., keys]
+        by_channel = name in ("v", "v_first", "out", "mixed", "lambda_v", "lambda_first")
+        return x[..., values] if by_channel and x.dim() and x.shape[-1] == len(values) else x
+
+    names = _named(options, grads, {})
+    return (
+        {name: move(name, x) for name, x in tensors.items()},
+        tuple(move(name, g) * factor for name, g in names.items()),
+    )
 
 
 def _by_lse(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
