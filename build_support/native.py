@@ -149,8 +149,8 @@ def _find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError(
-            "torch is not installed in the environment that builds. Install it first (for a CPU:"
-            " `pip install torch --index-url https://download.pytorch.org/whl/cpu`), then run"
+            "torch is not installed in the environment that builds. Install it first (for a CPU,"
+            " the CPU build: it is a tenth of the size), then run"
             " `pip install --no-build-isolation .`: without that option pip builds in an empty"
             " environment. RESFORMER_SKIP_NATIVE=1 installs the pure PyTorch reference alone."
         )

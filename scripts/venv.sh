@@ -2,12 +2,13 @@
 # Usage: venv.sh PYTHON VENV
 # Makes VENV if it is missing and installs torch and the pinned development requirements into it.
 # With a CUDA device whose torch the given Python already has, that torch is kept; else the pinned
-# CPU build is installed. TORCH_VERSION and TORCH_INDEX override the pin and where it comes from.
+# torch is installed, from TORCH_INDEX where that is set: PyTorch's index of CPU builds saves the
+# gigabytes of CUDA libraries that pip's own index may add. TORCH_VERSION overrides the pin.
 set -eu
 python=$1
 venv=$2
 torch_version=${TORCH_VERSION:-2.13.0}
-torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+torch_index=${TORCH_INDEX:-}
 
 usable_cuda_torch='
 import sys
@@ -19,13 +20,6 @@ recent = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10
 if torch.cuda.is_available() and not recent:
     print(f"the torch on this machine is {torch.__version__}, older than 2.10", file=sys.stderr)
 sys.exit(not (torch.cuda.is_available() and recent))
-'
-reachable='
-import sys, urllib.request
-try:
-    urllib.request.urlopen(sys.argv[1], timeout=10).close()
-except OSError:
-    sys.exit(1)
 '
 has_gpu() {
   command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1
@@ -54,14 +48,8 @@ import importlib.metadata as m, sys
 sys.exit(m.version('torch').split('+')[0] != '$torch_version')" 2>/dev/null; then
   echo "[2/4] torch $torch_version is here"
 else
-  echo "[2/4] installing torch $torch_version, CPU build (about 200 MB; takes a minute)"
-  if "$venv/bin/python" -c "$reachable" "$torch_index/torch/"; then
-    # --no-deps: every dependency that is looked up there too costs a round trip more.
-    $pip install --no-deps "torch==$torch_version" --extra-index-url "$torch_index"
-  else
-    echo "      $torch_index is out of reach: taking what pip's own index has"
-  fi
-  $pip install "torch==$torch_version"
+  echo "[2/4] installing torch $torch_version (about 200 MB for a CPU build; takes a minute)"
+  $pip install "torch==$torch_version" ${torch_index:+--extra-index-url "$torch_index"}
 fi
 echo "[3/4] installing the pinned tools and test packages"
 $pip install -r requirements-dev.txt
