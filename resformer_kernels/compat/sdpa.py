@@ -128,13 +128,15 @@ def _translate(
     q_len, k_len = q.shape[-2], k.shape[-2]
     q, k = fold(q, axes), fold(k, axes)
     v, first = (x if x is None else fold(x, axes) for x in (v, first))
-    window = (-1, -1)
-    if is_causal and q_len > k_len:
-        # The op aligns bottom-right: there query i sits at key i + k_len - q_len.
-        window = (-1, q_len - k_len)
-    elif is_causal and q_len < k_len:
-        # No query reaches the keys after the last query; without them both alignments agree.
-        k, v, first, own, other = (_until(x, q_len) for x in (k, v, first, own, other))
+    causal, window = is_causal, (-1, -1)
+    # Asked first, equality is all that torch.compile and torch.export hold later lengths to.
+    if is_causal and q_len != k_len:
+        if q_len > k_len:
+            # The op aligns bottom-right: there query i sits at key i + k_len - q_len.
+            causal, window = False, (-1, q_len - k_len)
+        else:
+            # No query reaches the keys after the last query; without them the alignments agree.
+            k, v, first, own, other = (_until(x, q_len) for x in (k, v, first, own, other))
     arguments = {
         "q": q,
         "k": k,
@@ -142,7 +144,7 @@ def _translate(
         "v_first": first,
         "lambda_v": own,
         "lambda_first": other,
-        "causal": is_causal and q_len <= k_len,
+        "causal": causal,
         "window": window,
         "scale": check_scale(scale, query.shape[-1]),
         "attn_bias": mask,
