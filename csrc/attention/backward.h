@@ -28,6 +28,7 @@ class Backward {
 
  private:
   static constexpr Precision kPrecision = sizeof(T) == 4 ? Precision::full : Precision::half;
+  using Unit = Scores<kPrecision>;
   static constexpr bool kPairs = Dot::kPack == 2;
 
   int64_t columns_k() const { return round_up(p_.dim_k, kLanes); }
@@ -70,14 +71,14 @@ class Backward {
   }
 
   // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
-  // only, where the summed axis runs over rows), log2(e) * LSE, what
-  // its rounding lost, and delta.
+  // only, where the summed axis runs over rows), LSE in the
+  // unit of scores, and delta.
   struct RowPack {
-    float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta, *residue;
+    float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta;
   };
   int64_t row_tile_words() const {
     const int64_t pairs = kPairs ? kGradRows / 2 * (columns_k() + columns_v()) : 0;
-    return kGradRows * (words_k() + words_v() + 3) + pairs;
+    return kGradRows * (words_k() + words_v() + 2) + pairs;
   }
   RowPack row_pack(const Wave& wave, int64_t tile) const {
     float* q = wave.packed + tile * row_tile_words();
@@ -85,7 +86,7 @@ class Backward {
     float* q_pairs = grad + kGradRows * words_v();
     float* grad_pairs = q_pairs + (kPairs ? kGradRows / 2 * columns_k() : 0);
     float* lse = grad_pairs + (kPairs ? kGradRows / 2 * columns_v() : 0);
-    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows, lse + 2 * kGradRows};
+    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows};
   }
   float* dq_tile(const Wave& wave, int64_t tile, int64_t split, int64_t splits) const {
     return wave.sums + (tile * splits + split) * kGradRows * columns_k();
@@ -104,10 +105,7 @@ class Backward {
           dot(grad, in_.out.row<const T>(seq.batch, t, head)) - in_.grad_lse_at(seq.batch, head, t);
       const int64_t at = seq.batch * in_.lse_stride[0] + head * in_.lse_stride[1] + t * in_.lse_stride[2];
       const float lse = in_.lse[at];
-      // What rounding log2(e) * LSE loses is an error of the whole row; float32 gets it back as a factor.
-      const double exponent = lse == kMinusInf ? 0.0 : lse * kLog2eDouble;
-      pack.lse[r] = static_cast<float>(exponent);
-      pack.residue[r] = static_cast<float>(1.0 + (pack.lse[r] - exponent) * kLn2);
+      pack.lse[r] = lse == kMinusInf ? 0.0f : lse * Unit::kUnit;
       pack.delta[r] = delta;
       // The sink is a column of scores with no value: dP = 0, so dS = -P delta.
       if (out_.sinks) {
@@ -213,8 +211,8 @@ class Backward {
     block_spans(rows, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded),
-                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, score_alpha(p_),
-                     s.p.get(), kGradKeys);
+                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
+                     score_alpha<kPrecision>(p_), s.p.get(), kGradKeys);
     gemm_scores<Dot>(pack.grad, words_v(), packed_panels(s.v_t.get(), words_v(), padded),
                      (p_.dim_v + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, 1.0f, s.ds.get(),
                      kGradKeys);
@@ -241,14 +239,14 @@ class Backward {
     float *p = s.p.get() + r * kGradKeys, *ds = s.ds.get() + r * kGradKeys;
     const bool capped = p_.softcap > 0.0f;
     if (needs_transform(p_))
-      transform_row(rows, r, key, keys, from, to, s.bias.get(), p, capped ? s.slope.get() : nullptr);
+      transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), p,
+                                capped ? s.slope.get() : nullptr);
     const int64_t lo = rows.lo(r) - key, hi = rows.hi(r) - key;
     if (lo > from) fill_minus_inf(p, from, smaller(lo, to));
     if (hi < to) fill_minus_inf(p, larger(hi, from), to);
-    const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]), residue = set1(pack.residue[r]);
+    const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]);
     for (int64_t c = from; c < to; c += kLanes) {
-      Vec probability = exp2<kPrecision>(sub(load(p + c), lse));
-      if constexpr (kPrecision == Precision::full) probability = mul(probability, residue);
+      const Vec probability = Unit::exp(sub(load(p + c), lse));
       store(p + c, probability);
       store(ds + c, mul(probability, sub(load(ds + c), delta)));
     }

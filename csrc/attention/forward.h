@@ -31,6 +31,7 @@ class Forward {
 
  private:
   static constexpr Precision kPrecision = sizeof(T) == 4 ? Precision::full : Precision::half;
+  using Unit = Scores<kPrecision>;
 
   int64_t columns() const { return round_up(p_.dim_v, kLanes); }
   int64_t key_words(int64_t keys) const {  // of K^T and V' for so many keys
@@ -196,15 +197,15 @@ class Forward {
     block_spans(rows, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(s.q.get(), q_words, packed_panels(keys_of(wave, packed_tile), q_words, padded),
-                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, score_alpha(p_),
-                     s.scores.get(), kKeys);
+                     (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
+                     score_alpha<kPrecision>(p_), s.scores.get(), kKeys);
     const bool transform = needs_transform(p_);
     for (int64_t r = 0; r < rows.count; ++r) {
       const Span span = s.spans[r / kTileRows];
       const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
       if (span.lo >= span.hi) continue;
       float* scores = s.scores.get() + r * kKeys;
-      if (transform) transform_row(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
+      if (transform) transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
       softmax_row<Dot, kPrecision>(scores, from, to, rows.lo(r) - key, rows.hi(r) - key, s.state[r],
                                    s.acc.get() + r * columns(), columns());
     }
@@ -231,7 +232,7 @@ class Forward {
         const float* row = partial + ((unit * splits + i) * kRows + r) * partial_row();
         const float own = row[columns()];
         const float weight =
-            own == kMinusInf ? (row[columns() + 1] == 0.0f ? 0.0f : 1.0f) : exp2_scalar(own - m);
+            own == kMinusInf ? (row[columns() + 1] == 0.0f ? 0.0f : 1.0f) : Unit::exp(own - m);
         l += weight * row[columns() + 1];
         for (int64_t d = 0; d < columns(); d += kLanes)
           store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
@@ -247,9 +248,9 @@ class Forward {
     const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
     float weight = 1.0f;
     if (p_.sinks) {
-      const float sink = p_.sinks[head] * kLog2e, top = sink > m ? sink : m;
-      weight = m == kMinusInf ? 1.0f : exp2_scalar(m - top);
-      l = l * weight + (sink == kMinusInf ? 0.0f : exp2_scalar(sink - top));
+      const float sink = p_.sinks[head] * Unit::kUnit, top = sink > m ? sink : m;
+      weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
+      l = l * weight + (sink == kMinusInf ? 0.0f : Unit::exp(sink - top));
       m = top;
     }
     const bool empty = l == 0.0f;
@@ -258,9 +259,7 @@ class Forward {
     if (out_.lse) {
       float* lse =
           out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
-      // In float64: backward takes exp of this, where a rounding error is one of every probability of the
-      // row.
-      *lse = empty ? kMinusInf : static_cast<float>((m + __builtin_log2(static_cast<double>(l))) * kLn2);
+      *lse = empty ? kMinusInf : Unit::lse(m, l);
     }
   }
 

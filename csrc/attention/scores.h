@@ -1,7 +1,6 @@
 // Everything between the two products of a tile: softcap, bias, mask and the online softmax.
 //
-// Order of the contract: scale * qk, softcap, bias, mask, sink. Scores are kept times log2(e), so that exp is
-// exp2.
+// Order of the contract: scale * qk, softcap, bias, mask, sink.
 #pragma once
 
 #include "attention/attention.h"
@@ -10,19 +9,38 @@
 namespace resformer::RESFORMER_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr double kLog2eDouble = 1.44269504088896341, kLn2 = 0.693147180559945309;
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kMinusInf = -__builtin_inff();
 
-// The running maximum moves only when a score exceeds it by this much (in log2): softmax does not depend on
-// the shift, float32 has room for 2^8, and most tiles then need neither a horizontal maximum nor a rescaled
+// The running maximum moves only when a score exceeds it by this much: softmax does not depend on the shift,
+// float32 has room for its exponential, and most tiles then need neither a horizontal maximum nor a rescaled
 // accumulator.
 constexpr float kSlack = 8.0f;
 
-static inline float exp2_scalar(float x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, exp2<Precision::full>(set1(x)));
-  return lanes[0];
-}
+// The unit that scores are kept in. For 16-bit inputs it is log2: the factor log2(e) is folded into the scale
+// and exp is exp2. float32 keeps natural scores and pays a multiplication, because a rounded factor is an
+// error of every score, and because a row with one key must find P = exp(s - LSE) = 1 again.
+template <Precision precision>
+struct Scores {
+  static constexpr bool kNatural = precision == Precision::full;
+  static constexpr float kUnit = kNatural ? 1.0f : kLog2e;
+
+  static inline Vec exp(Vec x) {
+    if constexpr (kNatural) x = mul(x, set1(kLog2e));
+    return exp2<precision>(x);
+  }
+  static inline float exp(float x) {
+    alignas(64) float lanes[kLanes];
+    store(lanes, exp(set1(x)));
+    return lanes[0];
+  }
+  // Natural log of a softmax's denominator, whose maximum is m and sum l. In float64: backward takes exp of
+  // this, where a rounding error is one of every probability of the row.
+  static inline float lse(float m, float l) {
+    if constexpr (kNatural) return static_cast<float>(m + __builtin_log(static_cast<double>(l)));
+    return static_cast<float>((m + __builtin_log2(static_cast<double>(l))) * kLn2);
+  }
+};
 
 // Rows [first, first + count) of one (sequence, KV head): row r is query r / group of head h * group + r %
 // group, so that the query heads of a KV head share its tiles.
@@ -94,6 +112,7 @@ static bool tile_is_open(const RowTile& rows, int64_t key, int64_t keys, const S
 
 // scale * qk -> softcap -> bias, in place over columns [from, to); the result is times log2(e). Where `slope`
 // is given it receives the softcap's derivative, which backward needs.
+template <Precision precision>
 static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t keys, int64_t from,
                           int64_t to, float* bias_scratch, float* s, float* slope) {
   const Problem& p = *rows.problem;
@@ -110,7 +129,7 @@ static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t
       if (slope) store(slope + c, derivative);
     }
     if (biased) x = add(x, load(bias_scratch + c));
-    store(s + c, mul(x, set1(kLog2e)));
+    store(s + c, mul(x, set1(Scores<precision>::kUnit)));
   }
   if (boolean) {  // not by the sum alone: NaN at a masked key must not survive
     for (int64_t c = from; c < to; ++c) s[c] = bias_scratch[c] == kMinusInf ? kMinusInf : s[c];
@@ -120,14 +139,17 @@ static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t
 static inline bool needs_transform(const Problem& p) {
   return p.softcap > 0.0f || p.bias.kind != Bias::Kind::none;
 }
-// What the score product is multiplied by: log2(e) at once where nothing comes between.
-static inline float score_alpha(const Problem& p) { return needs_transform(p) ? p.scale : p.scale * kLog2e; }
+// What the score product is multiplied by: the scale, and the unit at once where nothing comes between.
+template <Precision precision>
+static inline float score_alpha(const Problem& p) {
+  return needs_transform(p) ? p.scale : p.scale * Scores<precision>::kUnit;
+}
 
 static inline void fill_minus_inf(float* s, int64_t from, int64_t to) {
   for (int64_t c = from; c < to; ++c) s[c] = kMinusInf;
 }
 
-// Running softmax state of one row: maximum (times log2 e) and lane-wise partial sums.
+// Running softmax state of one row: maximum (in the unit of scores) and lane-wise partial sums.
 struct RowState {
   float m;
   alignas(64) float l[kLanes];
@@ -145,7 +167,7 @@ static inline void softmax_row(float* s, int64_t from, int64_t to, int64_t lo, i
   if (any_greater(top, set1(state.m + kSlack))) {
     const float m = reduce_max(top);
     if (state.m != kMinusInf) {
-      const Vec shrink = set1(exp2_scalar(state.m - m));
+      const Vec shrink = set1(Scores<precision>::exp(state.m - m));
       store(state.l, mul(load(state.l), shrink));
       for (int64_t d = 0; d < columns; d += kLanes) store(acc + d, mul(load(acc + d), shrink));
     }
@@ -154,7 +176,7 @@ static inline void softmax_row(float* s, int64_t from, int64_t to, int64_t lo, i
   const Vec base = set1(state.m == kMinusInf ? 0.0f : state.m);
   Vec sum = load(state.l);
   for (int64_t c = from; c < to; c += kLanes) {
-    const Vec p = exp2<precision>(sub(load(s + c), base));
+    const Vec p = Scores<precision>::exp(sub(load(s + c), base));
     sum = add(sum, p);
     if constexpr (Dot::kPack == 2) {
       store(reinterpret_cast<bf16*>(s) + c, p);
