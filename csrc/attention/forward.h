@@ -9,7 +9,7 @@
 namespace resformer::RESFORMER_ISA {
 
 // 192 keys: three panels of 64 or 32 blocks of 6; V's panel and a block of scores stay in L1.
-constexpr int64_t kRows = 96;
+constexpr int64_t kRows = 144;
 constexpr int64_t kKeys = 192;
 
 template <class T, class Dot>
