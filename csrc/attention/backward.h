@@ -152,6 +152,7 @@ class Backward {
     Scratch k, k_pairs, k_t, v_t, v, mixed, dk, dv, p, ds, p_pairs, ds_pairs, slope, bias;
     Scratch packed{0}, sums{0};  // of a thread that runs whole heads
     ValueRow mix;
+    Bounds bounds;
     Span spans[(kGradRows + kTileRows - 1) / kTileRows];    // keys of each block of rows
     Span words[(kGradRows + kTileRows - 1) / kTileRows];    // the same in words
     Span queries[(kGradKeys + kTileRows - 1) / kTileRows];  // rows (in words) of each block of keys
@@ -174,6 +175,7 @@ class Backward {
         const int64_t first = i * kGradRows;
         const RowTile rows{&p_, &seq, head_kv, first, smaller(kGradRows, seq.tq * p_.group - first)};
         if (rows.lo(0) >= key + keys || rows.hi(rows.count - 1) <= key) continue;
+        s.bounds.read(rows);
         run_tile(rows, key, keys, row_pack(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
       }
       for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
@@ -208,7 +210,7 @@ class Backward {
   void run_tile(const RowTile& rows, int64_t key, int64_t keys, const RowPack& pack, float* dq,
                 KeyScratch& s) {
     const int64_t padded = lane_ceil(keys);
-    block_spans(rows, key, keys, s.spans);
+    block_spans(s.bounds, rows.count, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
@@ -241,7 +243,7 @@ class Backward {
     if (needs_transform(p_))
       transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), p,
                                 capped ? s.slope.get() : nullptr);
-    const int64_t lo = rows.lo(r) - key, hi = rows.hi(r) - key;
+    const int64_t lo = s.bounds.lo[r] - key, hi = s.bounds.hi[r] - key;
     if (lo > from) fill_minus_inf(p, from, smaller(lo, to));
     if (hi < to) fill_minus_inf(p, larger(hi, from), to);
     const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]);

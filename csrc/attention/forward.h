@@ -11,6 +11,7 @@ namespace resformer::RESFORMER_ISA {
 // 192 keys: three panels of 64 or 32 blocks of 6; V's panel and a block of scores stay in L1.
 constexpr int64_t kRows = 144;
 constexpr int64_t kKeys = 192;
+static_assert(kRows <= kMostRows);
 
 template <class T, class Dot>
 class Forward {
@@ -90,24 +91,21 @@ class Forward {
       const int64_t count = smaller(kLanes, keys - r), t = seq.k_start + tile.key + r;
       for (int64_t head = tile.head; head < tile.head_end; ++head) {
         const int64_t packed = wave.packed_tile(tile, head);
-        prefetch_keys(seq.batch, t + kLanes, head, smaller(kLanes, keys - r - kLanes));
         if (tile.attended) {
           for (int64_t i = 0; i < count; ++i) {
+            // The next keys of this head: too far away for the hardware to guess, and among the work, not in
+            // a burst.
+            const int64_t next = smaller(t + kLanes + i, seq.k_start + seq.tk - 1);
+            prefetch_row(p_.k.row<const T>(seq.batch, next, head), p_.dim_k * sizeof(T));
+            if (p_.v.data) prefetch_row(p_.v.row<const T>(seq.batch, next, head), p_.dim_v * sizeof(T));
+            if (p_.v_first.data)
+              prefetch_row(p_.v_first.row<const T>(seq.batch, next, head), p_.dim_v * sizeof(T));
             pack_row<Dot>(p_.k.row<const T>(seq.batch, t + i, head), p_.dim_k, s.rows.get() + i * words);
           }
           pack_transposed(s.rows.get(), words, count, words, r, padded, keys_of(wave, packed));
         }
         pack_values(seq.batch, t, head, count, tile.attended, r, padded, values_of(wave, packed), s);
       }
-    }
-  }
-
-  // Heads of one token lie side by side, so the next row of a head is too far away for the hardware to guess.
-  void prefetch_keys(int64_t b, int64_t t, int64_t head, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      prefetch_row(p_.k.row<const T>(b, t + i, head), p_.dim_k * sizeof(T));
-      if (p_.v.data) prefetch_row(p_.v.row<const T>(b, t + i, head), p_.dim_v * sizeof(T));
-      if (p_.v_first.data) prefetch_row(p_.v_first.row<const T>(b, t + i, head), p_.dim_v * sizeof(T));
     }
   }
 
@@ -156,12 +154,14 @@ class Forward {
           bias(kKeys) {}
     Scratch q, scores, acc, bias;
     RowState state[kRows];
+    Bounds bounds;
     Span spans[(kRows + kTileRows - 1) / kTileRows];
     Span words[(kRows + kTileRows - 1) / kTileRows];
   };
 
   void attend(const Wave& wave, int64_t unit, int64_t splits, AttendScratch& s, float* partial) {
     const RowTile rows = wave.row_tile(unit / splits);
+    s.bounds.read(rows);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
     const Sequence& seq = *rows.sequence;
     for (int64_t r = 0; r < rows.count; ++r) {
@@ -171,7 +171,7 @@ class Forward {
       store(s.state[r].l, zero());
     }
     memset(s.acc.get(), 0, rows.count * columns() * sizeof(float));
-    const int64_t begin = rows.lo(0) / kKeys, end = (rows.hi(rows.count - 1) + kKeys - 1) / kKeys;
+    const int64_t begin = s.bounds.lo[0] / kKeys, end = (s.bounds.hi[rows.count - 1] + kKeys - 1) / kKeys;
     const int64_t tiles = larger(end - begin, 0), split = unit % splits;
     for (int64_t j = begin + tiles * split / splits; j < begin + tiles * (split + 1) / splits; ++j) {
       attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, s);
@@ -194,7 +194,7 @@ class Forward {
                    AttendScratch& s) {
     const int64_t keys = smaller(kKeys, rows.sequence->tk - key), padded = lane_ceil(keys);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
-    block_spans(rows, key, keys, s.spans);
+    block_spans(s.bounds, rows.count, key, keys, s.spans);
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(s.q.get(), q_words, packed_panels(keys_of(wave, packed_tile), q_words, padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
@@ -206,7 +206,7 @@ class Forward {
       if (span.lo >= span.hi) continue;
       float* scores = s.scores.get() + r * kKeys;
       if (transform) transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
-      softmax_row<Dot, kPrecision>(scores, from, to, rows.lo(r) - key, rows.hi(r) - key, s.state[r],
+      softmax_row<Dot, kPrecision>(scores, from, to, s.bounds.lo[r] - key, s.bounds.hi[r] - key, s.state[r],
                                    s.acc.get() + r * columns(), columns());
     }
     for (int64_t b = 0; b * kTileRows < rows.count; ++b) {
