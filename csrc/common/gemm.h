@@ -58,7 +58,9 @@ static inline void tile_step(const float* a, int64_t a_row, const float* b, Vec 
 
 template <class Dot, int rows, int vecs, bool accumulate>
 static void tile(const TileArgs& t) {
-  constexpr int chains = chains_of(rows, vecs);
+  // Of scores by rows alone: forward and backward cut the keys into different tiles and must find the same
+  // bits.
+  constexpr int chains = chains_of(rows, accumulate ? vecs : kTileVecs);
   Vec acc[chains][rows][vecs];
 #pragma GCC unroll 4
   for (int s = 0; s < chains; ++s) {
