@@ -104,7 +104,6 @@ class WavePlan {
   }
 
   int64_t heads() const { return heads_; }
-  int64_t threads() const { return threads_; }
 
   // How many heads a thread takes at a time to run them whole; 0 where heads are too few or too large for
   // that.
@@ -154,8 +153,8 @@ class WavePlan {
   }
 
  private:
-  static constexpr int64_t kThreadWords = int64_t{1}
-                                          << 19;  // 2 MiB, about the second-level cache of a server core
+  // 2 MiB, about the second-level cache of a server core.
+  static constexpr int64_t kThreadWords = int64_t{1} << 19;
 
   int64_t words(int64_t first, int64_t last) const {
     return (key_prefix_[last] - key_prefix_[first]) * tile_keys_ * key_words_ +
