@@ -167,8 +167,18 @@ static inline float score_alpha(const Problem& p) {
   return needs_transform(p) ? p.scale : p.scale * Scores<precision>::kUnit;
 }
 
-static inline void fill_minus_inf(float* s, int64_t from, int64_t to) {
-  for (int64_t c = from; c < to; ++c) s[c] = kMinusInf;
+// -inf in the columns of [from, to) outside [lo, hi). By whole vectors: they are loaded again at once, and a
+// vector load from under a narrower store waits for memory.
+static inline void mask_row(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi) {
+  lo = smaller(larger(lo, from), to);
+  hi = smaller(larger(hi, from), to);
+  const auto mask = [&](int64_t c) {
+    store(s + c, keep_lanes(load(s + c), static_cast<int32_t>(lo - c), static_cast<int32_t>(hi - c),
+                            set1(kMinusInf)));
+  };
+  int64_t c = from;
+  for (; c < lo; c += kLanes) mask(c);
+  for (c = larger(c, lane_floor(hi)); c < to; c += kLanes) mask(c);
 }
 
 // Running softmax state of one row: maximum (in the unit of scores) and lane-wise partial sums.
@@ -182,8 +192,7 @@ struct RowState {
 template <class Dot, Precision precision>
 static inline void softmax_row(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, RowState& state,
                                float* acc, int64_t columns) {
-  if (lo > from) fill_minus_inf(s, from, smaller(lo, to));
-  if (hi < to) fill_minus_inf(s, larger(hi, from), to);
+  mask_row(s, from, to, lo, hi);
   Vec top = load(s + from);
   for (int64_t c = from + kLanes; c < to; c += kLanes) top = max(top, load(s + c));
   if (any_greater(top, set1(state.m + kSlack))) {
