@@ -93,7 +93,7 @@ def _announce_fallback(op: str, reasons: str) -> None:
     warnings.warn(
         f"{op} runs on the slow reference for a large input ({reasons}); this is said once",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,  # whoever called the public function, not this package
     )
 
 
