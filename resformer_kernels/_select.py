@@ -134,6 +134,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     >>> print(explain(value_residual_attention, q, k, v, v_first, causal=True))  # doctest: +SKIP
     value_residual_attention: native
+      not reference: native is preferred
     """
     with torch.no_grad():
         request = prepare(function, *args, **kwargs)

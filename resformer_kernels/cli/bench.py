@@ -33,16 +33,18 @@ def add_parser(subparsers: Subparsers) -> None:
         action="append",
         help="only cases whose name has every word of TEXT; repeated: any of them",
     )
-    parser.add_argument("--quick", action="store_true", help="short cases; nothing is stored")
+    parser.add_argument("--quick", action="store_true", help="short cases; stored only with --out")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
         "--samples",
         type=at_least(MIN_SAMPLES),
         default=MIN_SAMPLES,
-        help="of each (default: %(default)s)",
+        help="timed samples of ours and of each peer (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=at_least(1), help="torch.set_num_threads (default: torch's own)"
+        "--threads",
+        type=at_least(1),
+        help="threads that torch and the kernels use (default: torch's own choice)",
     )
     parser.add_argument(
         "--out",
