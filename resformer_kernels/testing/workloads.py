@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -150,10 +151,10 @@ class AttentionBenchmark:
 
 
 @dataclass(frozen=True)
-class MixBenchmark:
-    """`mix_values` of several sources with learnable scalars, against PyTorch expressions."""
+class _MixingBenchmark:
+    """What the mixing benchmarks have in common."""
 
-    sources: int
+    count: int
     batch: int
     length: int
     heads: int
@@ -162,18 +163,25 @@ class MixBenchmark:
     direction: str
     group: str = "mix"
     flops: int = 0
+    op: ClassVar[str]
 
     @property
     def name(self) -> str:
-        """Sources, shape, dtype and direction."""
+        """Op, direction, count, shape and dtype."""
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_values {self.direction} of {self.sources} {shape} {dtype}"
+        return f"{self.op} {self.direction} of {self.count} {shape} {dtype}"
+
+
+class MixBenchmark(_MixingBenchmark):
+    """`mix_values` of `count` sources with learnable scalars, against PyTorch expressions."""
+
+    op = "mix_values"
 
     @property
     def bytes(self) -> int:
         """Each tensor once; backward reads grad and the sources, and writes their gradients."""
-        tensors = self.sources + 1 if self.direction == "forward" else 2 * self.sources + 1
+        tensors = self.count + 1 if self.direction == "forward" else 2 * self.count + 1
         elements = self.batch * self.length * self.heads * self.head_dim
         return tensors * elements * self.dtype.itemsize
 
@@ -187,8 +195,8 @@ class MixBenchmark:
 
     def _call(self, mix: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Call:
         shape = (self.batch, self.length, self.heads, self.head_dim)
-        values = [torch.randn(shape).to(self.dtype) for _ in range(self.sources)]
-        coefficients = [torch.tensor(1.0 / self.sources) for _ in range(self.sources)]
+        values = [torch.randn(shape).to(self.dtype) for _ in range(self.count)]
+        coefficients = [torch.tensor(1.0 / self.count) for _ in range(self.count)]
         return _timed(lambda: mix(values, coefficients), [*values, *coefficients], self.direction)
 
 
@@ -204,26 +212,13 @@ def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tenso
     return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
 
 
-@dataclass(frozen=True)
-class EmbeddingBenchmark:
-    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions."""
+class EmbeddingBenchmark(_MixingBenchmark):
+    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions.
 
-    vocab_size: int
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    direction: str
-    group: str = "mix"
-    flops: int = 0
+    The table has `count` rows.
+    """
 
-    @property
-    def name(self) -> str:
-        """Vocabulary, shape, dtype and direction."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_value_embedding {self.direction} of {self.vocab_size} {shape} {dtype}"
+    op = "mix_value_embedding"
 
     @property
     def bytes(self) -> int:
@@ -232,7 +227,7 @@ class EmbeddingBenchmark:
         tokens = self.batch * self.length
         if self.direction == "forward":
             return 3 * tokens * row
-        return 3 * tokens * row + self.vocab_size * row
+        return 3 * tokens * row + self.count * row
 
     def contestants(self) -> dict[str, Call]:
         """Ours, an indexed table, and `F.embedding`."""
@@ -245,8 +240,8 @@ class EmbeddingBenchmark:
     def _call(self, mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Call:
         rows = (self.batch, self.length)
         v = torch.randn(*rows, self.heads, self.head_dim).to(self.dtype)
-        table = torch.randn(self.vocab_size, self.heads, self.head_dim).to(self.dtype)
-        token_ids = torch.randint(self.vocab_size, rows)
+        table = torch.randn(self.count, self.heads, self.head_dim).to(self.dtype)
+        token_ids = torch.randint(self.count, rows)
         gate = torch.rand(*rows, self.heads, 1).to(self.dtype)
         return _timed(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
 
