@@ -173,8 +173,9 @@ class Forward {
     memset(s.acc.get(), 0, rows.count * columns() * sizeof(float));
     const int64_t begin = s.bounds.lo[0] / kKeys, end = (s.bounds.hi[rows.count - 1] + kKeys - 1) / kKeys;
     const int64_t tiles = larger(end - begin, 0), split = unit % splits;
-    for (int64_t j = begin + tiles * split / splits; j < begin + tiles * (split + 1) / splits; ++j) {
-      attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, s);
+    const int64_t from = begin + tiles * split / splits, to = begin + tiles * (split + 1) / splits;
+    for (int64_t j = from; j < to; ++j) {
+      attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, j == from, s);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       const float l = reduce_add(load(s.state[r].l));
@@ -190,7 +191,7 @@ class Forward {
     }
   }
 
-  void attend_tile(const Wave& wave, const RowTile& rows, int64_t key, int64_t packed_tile,
+  void attend_tile(const Wave& wave, const RowTile& rows, int64_t key, int64_t packed_tile, bool first,
                    AttendScratch& s) {
     const int64_t keys = smaller(kKeys, rows.sequence->tk - key), padded = lane_ceil(keys);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
@@ -203,6 +204,13 @@ class Forward {
     for (int64_t r = 0; r < rows.count; ++r) {
       const Span span = s.spans[r / kTileRows];
       const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
+      // The rows that come next, of which the first tile of keys has time enough to fetch them.
+      if (first && rows.first >= kRows) {
+        const int64_t row = r - kRows;
+        prefetch_row(
+            p_.q.row<const T>(rows.sequence->batch, rows.sequence->q_start + rows.query(row), rows.head(row)),
+            p_.dim_k * sizeof(T));
+      }
       if (span.lo >= span.hi) continue;
       float* scores = s.scores.get() + r * kKeys;
       if (transform) transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
