@@ -210,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/,
     int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
     const MaybeTensor& sinks, const MaybeTensor& bias, bool return_lse, bool return_mixed) {
-  Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value,
-                              cu_q, cu_k, window_left, window_right, scale, softcap, sinks, bias);
+  Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_q,
+                        cu_k, window_left, window_right, scale, softcap, sinks, bias);
   Problem& p = call.problem;
   std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
   out_shape.back() = p.dim_v;
