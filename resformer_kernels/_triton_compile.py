@@ -20,7 +20,8 @@ from unittest import mock
 CAPABILITIES = (80, 90, 100)
 """The architectures that every kernel is compiled for, as major * 10 + minor."""
 
-_WARP = 32
+WARP = 32
+"""Threads."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CompileCase:
     """Whether this is a main configuration, one that must not spill."""
     expects_mma: bool = False
     """Whether its products have to run on the matrix units (wgmma on sm_90)."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the compiler, such as maxnreg."""
 
 
@@ -119,7 +120,7 @@ def case_from_call(
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(GPUTarget("cuda", capability, _WARP))
+    backend = make_backend(GPUTarget("cuda", capability, WARP))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, extra = binder(*args, **kwargs)
     options, signature, constants, attrs = kernel._pack_args(
