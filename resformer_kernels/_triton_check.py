@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import resformer_kernels
+from resformer_kernels import _triton
 from resformer_kernels._triton_artifacts import Compiled, build
 from resformer_kernels._triton_compile import CompileCase
 
@@ -39,13 +40,9 @@ class Job:
 
 def unavailable_reason() -> str | None:
     """Why nothing can be compiled here; None where it can."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton is not installed ({error}): pip install 'resformer-kernels[triton]'"
-    if triton.knobs.runtime.interpret:
+    if _triton.interpreted():
         return "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it"
-    return None
+    return _triton.version_reason()
 
 
 def case_modules() -> list[str]:

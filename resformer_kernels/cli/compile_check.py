@@ -154,8 +154,10 @@ def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
 
 
 def kibibytes(count: int) -> str:
-    """Bytes as KiB, without a decimal where there is none."""
-    return f"{count / 1024:.4g} KiB" if count else ""
+    """Bytes as KiB; nothing for nothing."""
+    if count < 1024:
+        return f"{count} B" if count else ""
+    return f"{count / 1024:.4g} KiB"
 
 
 def markdown(found: Sequence[Compiled]) -> str:

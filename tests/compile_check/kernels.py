@@ -1,4 +1,4 @@
-"""Kernels with one thing wrong each, and one that is right, as an op's launcher would start them."""
+"""Kernels with one thing wrong each, one that is right, and how their launchers start them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr):  # type: ignore[no-untyped-def]
+def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr):
     """out (M, N) = a (M, n) b (n, N), all contiguous."""
     i = tl.arange(0, M)
     j = tl.arange(0, N)
@@ -23,14 +23,14 @@ def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE
 
 
 @triton.jit
-def copy(source, target, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def copy(source, target, n, BLOCK: tl.constexpr):
     """target = source, n elements."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)
 
 
 @triton.jit
-def hoard(source, target, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def hoard(source, target, BLOCK: tl.constexpr):
     """A sum that every element waits for."""
     at = tl.arange(0, BLOCK)
     x = tl.load(source + at)
@@ -38,7 +38,7 @@ def hoard(source, target, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def wrong(source, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def wrong(source, BLOCK: tl.constexpr):
     """Adds vectors of two lengths."""
     tl.store(source, tl.sum(tl.arange(0, BLOCK) + tl.arange(0, 2 * BLOCK), 0))
 
