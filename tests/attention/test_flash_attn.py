@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
 
 from resformer_kernels import (
     explain,
@@ -282,6 +284,56 @@ def test_explain_tells_of_copies(install: Install) -> None:
     x = q[0].contiguous()
     found = explain(value_residual_attention_varlen, x, x, x, x, **packing, backend="flash_attn")
     assert "zeros after the last sequence" in found.notes[-1]
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    def answer(*_arguments: Any) -> Any:
+        return value
+
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_it_compiles_without_a_graph_break(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    monkeypatch.setattr(flash_attn, "_device_reason", _constant(None))
+    monkeypatch.setattr(flash_attn, "_capability", _constant((9, 0)))
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+        deterministic: bool,
+        return_attn_probs: bool,
+    ) -> tuple[Tensor, Tensor]:
+        assert deterministic
+        assert return_attn_probs
+        assert (window_size, softcap) == ((-1, -1), 0.0)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
+        return out.transpose(1, 2), q.new_zeros(())
+
+    module: Any = ModuleType("flash_attn")
+    module.flash_attn_func = module.flash_attn_varlen_func = attend
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    compiled = torch.compile(value_residual_attention, fullgraph=True, backend="aot_eager")
+    for length in (16, 24, 40):
+        leaves = [torch.randn(1, length, 2, 8, dtype=BF16, requires_grad=True) for _ in range(4)]
+        q, k, v, v_first = leaves
+        gate = torch.tensor(0.3, requires_grad=True)
+        grads = []
+        for call, backend in ((compiled, "flash_attn"), (value_residual_attention, "reference")):
+            out = call(q, k, v, v_first, gate, 0.5, causal=True, backend=backend)
+            grads.append(torch.autograd.grad(out.float().square().sum(), [*leaves, gate]))
+        torch.testing.assert_close(*grads, atol=0.1, rtol=0.05)
 
 
 def test_without_a_package_each_is_named(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
