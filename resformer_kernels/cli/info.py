@@ -89,7 +89,7 @@ def collect() -> Report:
 
 def _versions() -> Section:
     versions = {
-        "resformer-kernels": importlib.metadata.version("resformer-kernels"),
+        "resformer-kernels": resformer_kernels.__version__,
         "installed at": str(Path(resformer_kernels.__file__).parent),
         "python": platform.python_version(),
         "torch": f"{torch.__version__} ({_torch_build()})",

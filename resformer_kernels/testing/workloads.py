@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resformer_kernels import explain
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.timing import OURS
@@ -22,6 +25,19 @@ Call = Callable[[], object]
 _BACKWARD_FLOPS = 2.5
 HEADS_FIRST = "SDPA (B,H,T,D)"
 TIME_FIRST = "SDPA (B,T,H,D)"
+COMPILED = "torch.compile"
+
+
+class Unavailable(RuntimeError):
+    """A contestant that this machine does not have: nothing is wrong with it."""
+
+
+def require_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """`Unavailable` where only the reference serves `function(*args, **kwargs)`."""
+    found = explain(function, *args, **kwargs)
+    if found.backend == "reference":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
+        raise Unavailable(f"no kernel serves it ({reasons})")
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -31,8 +47,16 @@ def attended_pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _timed(outputs: Callable[[], Tensor], leaves: Sequence[Tensor], direction: str) -> Call:
-    """A call that runs `outputs` forward, or the gradient of every leaf through it."""
+def timed_call(
+    outputs: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    direction: str,
+    grad: Tensor | None = None,
+) -> Call:
+    """A call that runs `outputs` forward, or the gradient of every leaf through it.
+
+    `grad` is the output's gradient (default: random).
+    """
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -43,8 +67,18 @@ def _timed(outputs: Callable[[], Tensor], leaves: Sequence[Tensor], direction: s
     for leaf in leaves:
         leaf.requires_grad_()
     result = outputs()
-    grad = torch.randn_like(result)
-    return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+    given = torch.randn_like(result) if grad is None else grad
+    return lambda: torch.autograd.grad(result, leaves, given, retain_graph=True)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` through torch.compile, anew for each shape; its gradient may be taken again."""
+    # A backward that reuses its buffers cannot run twice on one graph, and a function that was
+    # compiled often enough would run uncompiled from then on.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = 256
+    made: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+    return made
 
 
 @dataclass(frozen=True)
@@ -129,7 +163,7 @@ class AttentionBenchmark:
     def _ours(self, window: int | None) -> Call:
         leaves = self._leaves(heads_first=False)
         sides = (-1, -1) if window is None else (window - 1, 0)
-        return _timed(
+        return timed_call(
             lambda: value_residual_attention(*leaves, causal=True, window=sides),
             leaves,
             self.direction,
@@ -146,7 +180,7 @@ class AttentionBenchmark:
                 q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
             return F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=grouped)
 
-        return _timed(attend, leaves, self.direction)
+        return timed_call(attend, leaves, self.direction)
 
 
 @dataclass(frozen=True)
@@ -162,6 +196,7 @@ class MixBenchmark:
     direction: str
     group: str = "mix"
     flops: int = 0
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -179,17 +214,29 @@ class MixBenchmark:
 
     def contestants(self) -> dict[str, Call]:
         """Ours, a sum of products, and an einsum over the stack."""
-        return {
-            OURS: self._call(mix_values),
-            "sum of products": self._call(_sum_of_products),
-            "stack and einsum": self._call(_stack_and_einsum),
+        return {name: make() for name, make in self.makers().items()}
+
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """What makes each contestant, on inputs of its own; on a GPU one is a compiled sum."""
+        mixes = {
+            OURS: mix_values,
+            "sum of products": _sum_of_products,
+            "stack and einsum": _stack_and_einsum,
         }
+        if self.device != "cpu":
+            mixes[COMPILED] = compiled(_sum_of_products)
+        return {name: partial(self._call, mix) for name, mix in mixes.items()}
 
     def _call(self, mix: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Call:
         shape = (self.batch, self.length, self.heads, self.head_dim)
-        values = [torch.randn(shape).to(self.dtype) for _ in range(self.sources)]
-        coefficients = [torch.tensor(1.0 / self.sources) for _ in range(self.sources)]
-        return _timed(lambda: mix(values, coefficients), [*values, *coefficients], self.direction)
+        values = [
+            torch.randn(shape, device=self.device).to(self.dtype) for _ in range(self.sources)
+        ]
+        share = 1.0 / self.sources
+        coefficients = [torch.tensor(share, device=self.device) for _ in range(self.sources)]
+        return timed_call(
+            lambda: mix(values, coefficients), [*values, *coefficients], self.direction
+        )
 
 
 def _sum_of_products(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
@@ -217,6 +264,7 @@ class EmbeddingBenchmark:
     direction: str
     group: str = "mix"
     flops: int = 0
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -236,19 +284,28 @@ class EmbeddingBenchmark:
 
     def contestants(self) -> dict[str, Call]:
         """Ours, an indexed table, and `F.embedding`."""
-        return {
-            OURS: self._call(mix_value_embedding),
-            "indexing": self._call(_by_indexing),
-            "F.embedding": self._call(_by_embedding),
+        return {name: make() for name, make in self.makers().items()}
+
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """What makes each contestant, on inputs of its own; on a GPU one is compiled."""
+        mixes = {
+            OURS: mix_value_embedding,
+            "indexing": _by_indexing,
+            "F.embedding": _by_embedding,
         }
+        if self.device != "cpu":
+            mixes[COMPILED] = compiled(_by_indexing)
+        return {name: partial(self._call, mix) for name, mix in mixes.items()}
 
     def _call(self, mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Call:
-        rows = (self.batch, self.length)
-        v = torch.randn(*rows, self.heads, self.head_dim).to(self.dtype)
-        table = torch.randn(self.vocab_size, self.heads, self.head_dim).to(self.dtype)
-        token_ids = torch.randint(self.vocab_size, rows)
-        gate = torch.rand(*rows, self.heads, 1).to(self.dtype)
-        return _timed(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
+        rows, row = (self.batch, self.length), (self.heads, self.head_dim)
+        v = torch.randn(*rows, *row, device=self.device).to(self.dtype)
+        table = torch.randn(self.vocab_size, *row, device=self.device).to(self.dtype)
+        token_ids = torch.randint(self.vocab_size, rows).to(self.device)
+        gate = torch.rand(*rows, self.heads, 1, device=self.device).to(self.dtype)
+        if mix is mix_value_embedding and self.device != "cpu":
+            require_kernel(mix_value_embedding, v, table, token_ids, gate)
+        return timed_call(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
 
 
 def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:

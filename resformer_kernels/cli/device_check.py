@@ -1,0 +1,121 @@
+"""`resformer-kernels device-check`: prove the kernels of a GPU, and time them, in a few minutes.
+
+It runs from a checkout with what the machine has: torch and Triton; rich only draws nicer tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
+
+_DEFAULT_MINUTES = 7.5
+_TELL_EVERY_SECONDS = 5.0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare the arguments of `device-check`."""
+    parser = subparsers.add_parser(
+        "device-check",
+        help=COMMANDS["device-check"],
+        description="On a machine with a GPU: hold every GPU backend against float64, then time "
+        "attention and the mixes beside torch's SDPA (FlashAttention-2 and cuDNN), FlexAttention "
+        "and FlashAttention 3 where it is installed, in percent of a matrix product's rate. "
+        "Kernels that fail are reported and the rest goes on; what is found is stored as it comes. "
+        "Exit code 1 where one failed, 2 without a GPU. Runs from a checkout of the repository.",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        default=_DEFAULT_MINUTES,
+        help="time for everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the JSON (default: benchmarks/results/<gpu>.json)",
+    )
+    # To try out the run itself where there is no GPU: small cases on another device.
+    parser.add_argument("--device", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, time, store, print. 0; 1 where a kernel failed; 2 where there is nothing to check."""
+    if args.device is None and not torch.cuda.is_available():
+        return _refuse(f"no CUDA device (torch {torch.__version__} sees none)")
+    modules = checkout("device_jobs", "device_run", "device_report")
+    if modules is None:
+        return _refuse("no benchmarks/ here: the registry is in the repository, run this from it")
+    device_jobs, device_run, device_report = modules
+    settings = device_jobs.Settings(args.device or "cuda", tiny=args.device is not None)
+
+    def path(run: Any) -> Path:
+        if args.out is not None:
+            return Path(args.out)
+        return device_report.RESULTS / f"{run.ceilings.get('slug', 'device')}.json"
+
+    teller = _Teller()
+    try:
+        found = device_run.run(settings, 60 * args.minutes, path, teller, args.workers)
+    except KeyboardInterrupt:
+        print("interrupted; what was found is stored", file=sys.stderr)
+        return INTERRUPTED
+    print(device_report.headline(found), end="\n\n")
+    for sheet in device_report.sheets(found):
+        device_report.show(sheet)
+    print(_verdict(found))
+    print(f"stored: {path(found)}")
+    return 1 if found.failures else 0
+
+
+def _verdict(found: Any) -> str:
+    tensors = sum(len(check["verdicts"]) for check in found.checks)
+    text = (
+        f"{len(found.checks)} cases ({tensors} tensors) against float64, "
+        f"{len(found.timings)} cases timed: "
+    )
+    text += f"{len(found.failures)} FAILED" if found.failures else "none failed"
+    if found.unfinished:
+        text += f"; {len(found.unfinished)} not reached in the time"
+    return text
+
+
+class _Teller:
+    """Progress on the error stream: each failure at once, and where the run is now and then."""
+
+    def __init__(self) -> None:
+        self._begun = self._told = time.monotonic()
+        self._failures = 0
+        self._phase = ""
+
+    def __call__(self, run: Any, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        for failure in run.failures[self._failures :]:
+            self._say(f"FAILED {failure['job']} {failure['part']}: {failure['reason']}"[:300])
+        self._failures = len(run.failures)
+        if phase != self._phase or done == total or now - self._told > _TELL_EVERY_SECONDS:
+            self._say(f"{phase}: {done} of {total}")
+            self._phase, self._told = phase, now
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._begun:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _refuse(reason: str) -> int:
+    print(f"resformer-kernels device-check: {reason}", file=sys.stderr)
+    return 2
