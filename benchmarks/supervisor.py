@@ -19,9 +19,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 _TAIL = 600
+_STARTS = 3
+"""Failed starts of a worker before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._channel = -1
         self._buffer = b""
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
+        self.failed_starts = 0
+        self._output: IO[bytes] | None = None
 
     def run(self, job: Job, until: float) -> Outcome:
         """Do `job`; by the clock `time.monotonic()`, no later than `until`."""
@@ -70,6 +73,7 @@ class Worker:
             self._start()
             ready = self._message(min(until, time.monotonic() + self._start_seconds))
             if ready is None:
+                self.failed_starts += 1
                 return self._lost(job, "", until)
         assert self._process is not None
         assert self._process.stdin is not None
@@ -98,12 +102,13 @@ class Worker:
         self._process.kill()
         self._process.communicate()
         os.close(self._channel)
+        if self._output is not None:
+            self._output.close()
         self._process, self._channel, self._buffer = None, -1, b""
 
     def _start(self) -> None:
         self._channel, theirs = os.pipe()
-        self._output.seek(0)
-        self._output.truncate()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(
             [*self._command, str(theirs)],
             env=dict(self._environment),
@@ -143,6 +148,7 @@ class Worker:
         else:
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             error = f"its process died ({name})"
+        assert self._output is not None
         self._output.seek(0)
         said = self._output.read().decode(errors="replace").strip()[-_TAIL:]
         self.close()
@@ -171,8 +177,17 @@ def supervise(
     waiting = deque(jobs)
     lock = threading.Lock()
     stop = threading.Event()
+    raised: list[Exception] = []
 
     def serve(worker: Worker) -> None:
+        try:
+            take_jobs(worker)
+        # Raised again below, in the thread that asked.
+        except Exception as error:  # noqa: BLE001
+            raised.append(error)
+            stop.set()
+
+    def take_jobs(worker: Worker) -> None:
         while not stop.is_set():
             with lock:
                 if not waiting:
@@ -180,6 +195,8 @@ def supervise(
                 job = waiting.popleft()
             if time.monotonic() >= until:
                 outcome = Outcome(job, error="the time was up", unfinished=True)
+            elif worker.failed_starts >= _STARTS:
+                outcome = Outcome(job, error="its process does not start")
             else:
                 outcome = worker.run(job, until)
             with lock:
@@ -198,6 +215,8 @@ def supervise(
         stop.set()
         for worker in pool:
             worker.close()
+    if raised:
+        raise raised[0]
 
 
 def without(job: Job, part: str) -> Job:

@@ -97,19 +97,25 @@ class DeviceAttention:
         """
         leaves, grad = self._tensors()
         attends: dict[str, Callable[..., Tensor]] = {
-            OURS: self._ours,
             SDPA_FLASH: functools.partial(self._sdpa, SDPBackend.FLASH_ATTENTION),
             SDPA_CUDNN: functools.partial(self._sdpa, SDPBackend.CUDNN_ATTENTION),
             FA3: self._fa3,
         }
         if self.flex:
             attends[FLEX] = self._flex
-        return {
+
+        def ours() -> Call:
+            require_kernel(value_residual_attention, *leaves, causal=self.causal)
+            attend = functools.partial(value_residual_attention, *leaves, causal=self.causal)
+            return timed_call(attend, leaves, self.direction, grad)
+
+        peers = {
             name: functools.partial(
                 timed_call, functools.partial(attend, *leaves), leaves, self.direction, grad
             )
             for name, attend in attends.items()
         }
+        return {OURS: ours, **peers}
 
     def _tensors(self) -> tuple[list[Tensor], Tensor]:
         """(q, k, v, v_first, lambda_v, lambda_first; the output's gradient), the same each time."""
@@ -122,11 +128,6 @@ class DeviceAttention:
         tensors = [normal(heads) for heads in (self.heads, *(self.kv_heads,) * 3)]
         lambdas = [torch.tensor(0.5, device=self.device) for _ in range(2)]
         return [*tensors, *lambdas], normal(self.heads)
-
-    def _ours(self, *leaves: Tensor) -> Tensor:
-        require_kernel(value_residual_attention, *leaves, causal=self.causal)
-        out: Tensor = value_residual_attention(*leaves, causal=self.causal)
-        return out
 
     def _sdpa(
         self, kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, v_first: Tensor, *lambdas: Tensor
