@@ -165,13 +165,14 @@ def run(
         (_TOGETHER, together, begun + _CHECK_SHARE * budget_s),
         ("timings", device_jobs.time_jobs(settings), end),
     )
-    command = (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+    command = worker_command(settings)
     stored = time.monotonic()
 
     try:
         for phase, jobs, until in phases:
             done = 0
-            at_once = (workers or _workers(found)) if phase == _TOGETHER else 1
+            memory = int(found.ceilings.get("machine", {}).get("memory bytes", 0))
+            at_once = (workers or worker_count(memory)) if phase == _TOGETHER else 1
 
             def take(outcome: Outcome, phase: str = phase, total: int = len(jobs)) -> Job | None:
                 nonlocal done, stored
@@ -189,7 +190,7 @@ def run(
                 workers=at_once,
                 until=until,
                 on_outcome=take,
-                environment=_environment(at_once),
+                environment=worker_environment(at_once),
             )
     finally:
         found.store(path(found))
@@ -201,15 +202,19 @@ def _in_turn(*lists: list[Job]) -> list[Job]:
     return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
 
 
-def _workers(found: DeviceRun) -> int:
-    """How many processes may share the device: by the cores, and by its memory."""
-    memory = int(found.ceilings.get("machine", {}).get("memory bytes", 0))
+def worker_count(memory: int) -> int:
+    """How many processes may share a device of `memory` bytes (0: unknown), and the cores."""
     by_memory = memory // _WORKER_BYTES if memory else _MAX_WORKERS
     return max(1, min(_MAX_WORKERS, usable_cores() - 2, by_memory))
 
 
-def _environment(at_once: int) -> dict[str, str]:
-    """Of a worker: it finds this checkout, and leaves the cores to the others."""
+def worker_command(settings: Settings) -> tuple[str, ...]:
+    """What starts a worker."""
+    return (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+
+
+def worker_environment(at_once: int) -> dict[str, str]:
+    """Of a worker, one of so many: it finds this checkout, and leaves the cores to the others."""
     found = dict(os.environ)
     paths = [str(_ROOT), *found.get("PYTHONPATH", "").split(os.pathsep)]
     found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -1,4 +1,4 @@
-"""The worker of `resformer-kernels device-check`: python -m benchmarks.device_worker SETTINGS FD.
+"""The worker of `device-check` and `tune`: python -m benchmarks.device_worker SETTINGS FD.
 
 One process does many jobs, and ends where the device's state is lost to it.
 """
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import device_jobs
+from benchmarks import device_jobs, tuning
 from benchmarks.supervisor import Job
 
 _TAIL = 1500
@@ -27,7 +27,10 @@ def serve(settings: device_jobs.Settings, requests: TextIO, say: Callable[..., N
         fields = json.loads(line)
         job = Job(**{**fields, "without": tuple(fields["without"])})
         try:
-            result = device_jobs.run(job, settings, lambda part: say(at=part))
+            if job.kind.startswith("tune"):
+                result = tuning.run_job(job, settings)
+            else:
+                result = device_jobs.run(job, settings, lambda part: say(at=part))
             settings.synchronize()
         # Whatever a kernel raises is a finding about that kernel; the run goes on.
         except Exception as error:  # noqa: BLE001

@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "bench": "time every registered case against its peers",
     "compile-check": "compile every Triton kernel for GPUs that are not there",
     "device-check": "hold a GPU's kernels against float64, and time them",
+    "tune": "find the tile sizes of the Triton kernels on this GPU",
     "demo": "verify, time, train small models on real text, write a report",
 }
 """Each subcommand, which is also its module's name (but for hyphens), and its line in `--help`."""
