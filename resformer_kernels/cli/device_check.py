@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
+from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
 
 _DEFAULT_MINUTES = 7.5
-_TELL_EVERY_SECONDS = 5.0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -39,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=positive,
         default=_DEFAULT_MINUTES,
         help="time for everything (default: %(default)s)",
     )
@@ -57,10 +49,10 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, time, store, print. 0; 1 where a kernel failed; 2 where there is nothing to check."""
     if args.device is None and not torch.cuda.is_available():
-        return _refuse(f"no CUDA device (torch {torch.__version__} sees none)")
+        return refuse("device-check", f"no CUDA device (torch {torch.__version__} sees none)")
     modules = checkout("device_jobs", "device_run", "device_report")
     if modules is None:
-        return _refuse("no benchmarks/ here: the registry is in the repository, run this from it")
+        return refuse("device-check", NO_CHECKOUT)
     device_jobs, device_run, device_report = modules
     settings = device_jobs.Settings(args.device or "cuda", tiny=args.device is not None)
 
@@ -69,9 +61,8 @@ def run(args: argparse.Namespace) -> int:
             return Path(args.out)
         return device_report.RESULTS / f"{run.ceilings.get('slug', 'device')}.json"
 
-    teller = _Teller()
     try:
-        found = device_run.run(settings, 60 * args.minutes, path, teller, args.workers)
+        found = device_run.run(settings, 60 * args.minutes, path, _Teller().of, args.workers)
     except KeyboardInterrupt:
         print("interrupted; what was found is stored", file=sys.stderr)
         return INTERRUPTED
@@ -95,27 +86,14 @@ def _verdict(found: Any) -> str:
     return text
 
 
-class _Teller:
-    """Progress on the error stream: each failure at once, and where the run is now and then."""
+class _Teller(Teller):
+    """Tells of each failure at once, too."""
 
-    def __init__(self) -> None:
-        self._begun = self._told = time.monotonic()
-        self._failures = 0
-        self._phase = ""
+    _failures = 0
 
-    def __call__(self, run: Any, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
+    def of(self, run: Any, phase: str, done: int, total: int) -> None:
+        """What `device_run.run` reports."""
         for failure in run.failures[self._failures :]:
-            self._say(f"FAILED {failure['job']} {failure['part']}: {failure['reason']}"[:300])
+            self.say(f"FAILED {failure['job']} {failure['part']}: {failure['reason']}"[:300])
         self._failures = len(run.failures)
-        if phase != self._phase or done == total or now - self._told > _TELL_EVERY_SECONDS:
-            self._say(f"{phase}: {done} of {total}")
-            self._phase, self._told = phase, now
-
-    def _say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._begun:4.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-def _refuse(reason: str) -> int:
-    print(f"resformer-kernels device-check: {reason}", file=sys.stderr)
-    return 2
+        self(phase, done, total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,9 @@ import torch
 
 from resformer_kernels import _triton
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
+from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
 
 _DEFAULT_MINUTES = 25.0
-_TELL_EVERY_SECONDS = 5.0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -37,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=positive,
         default=_DEFAULT_MINUTES,
         help="time for everything (default: %(default)s)",
     )
@@ -69,14 +61,14 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, print, write. 0; 1 where the table has what fails; 2 where nothing can be tuned."""
     if args.device is None and not torch.cuda.is_available():
-        return _refuse(f"no CUDA device (torch {torch.__version__} sees none)")
+        return refuse("tune", f"no CUDA device (torch {torch.__version__} sees none)")
     device = torch.device(args.device or "cuda")
     reason = _triton.unavailable_reason(device)
     if reason is not None:
-        return _refuse(reason)
+        return refuse("tune", reason)
     modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "supervisor")
     if modules is None:
-        return _refuse("no benchmarks/ here: the search is in the repository, run this from it")
+        return refuse("tune", NO_CHECKOUT)
     tuning, space, device_jobs, device_run, supervisor = modules
     settings = device_jobs.Settings(str(device), tiny=args.device is not None)
     points = space.points(
@@ -106,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             60 * args.minutes,
             supervise,
             workers=args.workers or device_run.worker_count(memory),
-            progress=_Teller(),
+            progress=Teller(),
         )
     except KeyboardInterrupt:
         print("interrupted; what was found is written", file=sys.stderr)
@@ -146,22 +138,3 @@ def _show(search: Any, points: Any, space: Any) -> None:
         print(f"FAILED {failure}")
     if search.unfinished:
         print(f"{search.unfinished} trials not reached in the time")
-
-
-class _Teller:
-    """Progress on the error stream."""
-
-    def __init__(self) -> None:
-        self._begun = self._told = time.monotonic()
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._told > _TELL_EVERY_SECONDS:
-            self._told = now
-            text = f"[{now - self._begun:4.0f} s] {phase}: {done} of {total}"
-            print(text, file=sys.stderr, flush=True)
-
-
-def _refuse(reason: str) -> int:
-    print(f"resformer-kernels tune: {reason}", file=sys.stderr)
-    return 2

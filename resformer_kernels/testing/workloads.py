@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -184,10 +184,10 @@ class AttentionBenchmark:
 
 
 @dataclass(frozen=True)
-class MixBenchmark:
-    """`mix_values` of several sources with learnable scalars, against PyTorch expressions."""
+class _MixingBenchmark:
+    """What the mixing benchmarks have in common."""
 
-    sources: int
+    count: int
     batch: int
     length: int
     heads: int
@@ -197,51 +197,40 @@ class MixBenchmark:
     group: str = "mix"
     flops: int = 0
     device: str = "cpu"
+    op: ClassVar[str]
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]]
+    """Each contestant's function, ours first; the second is also timed compiled, on a GPU."""
 
     @property
     def name(self) -> str:
-        """Sources, shape, dtype and direction."""
+        """Op, direction, count, shape and dtype."""
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_values {self.direction} of {self.sources} {shape} {dtype}"
-
-    @property
-    def bytes(self) -> int:
-        """Each tensor once; backward reads grad and the sources, and writes their gradients."""
-        tensors = self.sources + 1 if self.direction == "forward" else 2 * self.sources + 1
-        elements = self.batch * self.length * self.heads * self.head_dim
-        return tensors * elements * self.dtype.itemsize
+        return f"{self.op} {self.direction} of {self.count} {shape} {dtype}"
 
     def contestants(self) -> dict[str, Call]:
-        """Ours, a sum of products, and an einsum over the stack."""
+        """Ours, and PyTorch expressions, each on inputs of its own."""
         return {name: make() for name, make in self.makers().items()}
 
     def makers(self) -> dict[str, Callable[[], Call]]:
-        """What makes each contestant, on inputs of its own; on a GPU one is a compiled sum."""
-        mixes: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
-            OURS: mix_values,
-            "sum of products": _sum_of_products,
-            "stack and einsum": _stack_and_einsum,
-        }
+        """What makes each contestant; ours is `Unavailable` on a GPU that has no kernel."""
         makers: dict[str, Callable[[], Call]] = {
-            name: partial(self._call, mix) for name, mix in mixes.items()
+            name: partial(self._call, mix) for name, mix in self.mixes.items()
         }
         if self.device != "cpu":
-            makers[COMPILED] = lambda: self._call(compiled(_sum_of_products))
+            _, plain, *_ = self.mixes.values()
+            makers[COMPILED] = lambda: self._call(compiled(plain))
         return makers
 
-    def _call(self, mix: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Call:
-        shape = (self.batch, self.length, self.heads, self.head_dim)
-        values = [
-            torch.randn(shape, device=self.device).to(self.dtype) for _ in range(self.sources)
-        ]
-        share = 1.0 / self.sources
-        coefficients = [torch.tensor(share, device=self.device) for _ in range(self.sources)]
-        if mix is mix_values and self.device != "cpu":
-            require_kernel(mix_values, values, coefficients)
-        return timed_call(
-            lambda: mix(values, coefficients), [*values, *coefficients], self.direction
-        )
+    def _call(self, mix: Callable[..., Tensor]) -> Call:
+        arguments, leaves = self._arguments()
+        if mix is self.mixes[OURS] and self.device != "cpu":
+            require_kernel(mix, *arguments)
+        return timed_call(lambda: mix(*arguments), leaves, self.direction)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """(what a contestant is called with, the tensors in it that have gradients)."""
+        raise NotImplementedError
 
 
 def _sum_of_products(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
@@ -256,64 +245,29 @@ def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tenso
     return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
 
 
-@dataclass(frozen=True)
-class EmbeddingBenchmark:
-    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions."""
+class MixBenchmark(_MixingBenchmark):
+    """`mix_values` of `count` sources with learnable scalars, against PyTorch expressions."""
 
-    vocab_size: int
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    direction: str
-    group: str = "mix"
-    flops: int = 0
-    device: str = "cpu"
-
-    @property
-    def name(self) -> str:
-        """Vocabulary, shape, dtype and direction."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_value_embedding {self.direction} of {self.vocab_size} {shape} {dtype}"
+    op = "mix_values"
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        OURS: mix_values,
+        "sum of products": _sum_of_products,
+        "stack and einsum": _stack_and_einsum,
+    }
 
     @property
     def bytes(self) -> int:
-        """v, one row a token, the result; backward: grad, rows, and a gradient of the table."""
-        row = self.heads * self.head_dim * self.dtype.itemsize
-        tokens = self.batch * self.length
-        if self.direction == "forward":
-            return 3 * tokens * row
-        return 3 * tokens * row + self.vocab_size * row
+        """Each tensor once; backward reads grad and the sources, and writes their gradients."""
+        tensors = self.count + 1 if self.direction == "forward" else 2 * self.count + 1
+        elements = self.batch * self.length * self.heads * self.head_dim
+        return tensors * elements * self.dtype.itemsize
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours, an indexed table, and `F.embedding`."""
-        return {name: make() for name, make in self.makers().items()}
-
-    def makers(self) -> dict[str, Callable[[], Call]]:
-        """What makes each contestant, on inputs of its own; on a GPU one is compiled."""
-        mixes: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-            OURS: mix_value_embedding,
-            "indexing": _by_indexing,
-            "F.embedding": _by_embedding,
-        }
-        makers: dict[str, Callable[[], Call]] = {
-            name: partial(self._call, mix) for name, mix in mixes.items()
-        }
-        if self.device != "cpu":
-            makers[COMPILED] = lambda: self._call(compiled(_by_indexing))
-        return makers
-
-    def _call(self, mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Call:
-        rows, row = (self.batch, self.length), (self.heads, self.head_dim)
-        v = torch.randn(*rows, *row, device=self.device).to(self.dtype)
-        table = torch.randn(self.vocab_size, *row, device=self.device).to(self.dtype)
-        token_ids = torch.randint(self.vocab_size, rows).to(self.device)
-        gate = torch.rand(*rows, self.heads, 1, device=self.device).to(self.dtype)
-        if mix is mix_value_embedding and self.device != "cpu":
-            require_kernel(mix_value_embedding, v, table, token_ids, gate)
-        return timed_call(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        shape, device = (self.batch, self.length, self.heads, self.head_dim), self.device
+        values = [torch.randn(shape, device=device).to(self.dtype) for _ in range(self.count)]
+        share = 1.0 / self.count
+        coefficients = [torch.tensor(share, device=device) for _ in range(self.count)]
+        return (values, coefficients), [*values, *coefficients]
 
 
 def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
@@ -322,3 +276,34 @@ def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> T
 
 def _by_embedding(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
     return v + gate * F.embedding(token_ids, table.flatten(1)).view_as(v)
+
+
+class EmbeddingBenchmark(_MixingBenchmark):
+    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions.
+
+    The table has `count` rows.
+    """
+
+    op = "mix_value_embedding"
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        OURS: mix_value_embedding,
+        "indexing": _by_indexing,
+        "F.embedding": _by_embedding,
+    }
+
+    @property
+    def bytes(self) -> int:
+        """v, one row a token, the result; backward: grad, rows, and a gradient of the table."""
+        row = self.heads * self.head_dim * self.dtype.itemsize
+        tokens = self.batch * self.length
+        if self.direction == "forward":
+            return 3 * tokens * row
+        return 3 * tokens * row + self.count * row
+
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        rows, row = (self.batch, self.length), (self.heads, self.head_dim)
+        v = torch.randn(*rows, *row, device=self.device).to(self.dtype)
+        table = torch.randn(self.count, *row, device=self.device).to(self.dtype)
+        token_ids = torch.randint(self.count, rows).to(self.device)
+        gate = torch.rand(*rows, self.heads, 1, device=self.device).to(self.dtype)
+        return (v, table, token_ids, gate), [v, table, gate]
