@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import device_jobs
+from benchmarks.device_build import Build
 from benchmarks.device_jobs import Settings
 from benchmarks.supervisor import Job, Outcome, supervise, without
 from resformer_kernels.testing.machine import usable_cores
@@ -25,6 +26,7 @@ FORMAT = 1
 _ROOT = Path(__file__).resolve().parent.parent
 _CHECK_SHARE = 0.42
 """Of the time, for comparisons and compilation, which share the device; timings have it alone."""
+_BUILD_SHARE = 0.22
 _RESERVE_SECONDS = 3.0
 _STORE_EVERY_SECONDS = 5.0
 _MAX_WORKERS, _WORKER_BYTES = 12, 6 * 2**30
@@ -50,6 +52,8 @@ class DeviceRun:
     """Peers that could not be measured, by case and name."""
     unfinished: list[str] = field(default_factory=list)
     """Jobs that the time did not allow."""
+    cuda_library: str = "not built: nobody asked"
+    """What became of the build of the CUDA library."""
 
     def add(self, outcome: Outcome) -> Job | None:
         """Take note; the job to do next, where a part of this one broke the rest."""
@@ -108,6 +112,12 @@ class DeviceRun:
         if "timings" in result:
             self.timings.append(result)
 
+    def built(self, outcome: str, failed: bool) -> None:
+        """Take note of the build of the CUDA library."""
+        self.cuda_library = outcome
+        if failed:
+            self.failures.append({"job": "build", "part": "CUDA library", "reason": outcome})
+
     def absent(self) -> dict[str, dict[str, str]]:
         """Of each op, its backends that served no case, with a reason."""
         served = {(check["op"], check["backend"]) for check in self.checks}
@@ -126,6 +136,7 @@ class DeviceRun:
             **self.ceilings,
             "failures": self.failures,
             "unfinished": self.unfinished,
+            "cuda_library": self.cuda_library,
             "absent_backends": self.absent(),
             "missing_peers": self.missing,
             "timings": self.timings,
@@ -150,8 +161,11 @@ def run(
     path: Callable[[DeviceRun], Path],
     progress: Progress,
     workers: int | None = None,
+    build: Build | None = None,
 ) -> DeviceRun:
     """Every phase, within `budget_s` seconds; what is found is stored at `path(run)` as it comes.
+
+    The ops' comparisons wait for `build`, for some time.
 
     Ctrl-C ends it early: what was found by then is stored, and KeyboardInterrupt goes on.
     """
@@ -171,6 +185,8 @@ def run(
     try:
         for phase, jobs, until in phases:
             done = 0
+            if phase == _TOGETHER and build is not None:
+                found.built(*build.finish(begun + _BUILD_SHARE * budget_s))
             memory = int(found.ceilings.get("machine", {}).get("memory bytes", 0))
             at_once = (workers or worker_count(memory)) if phase == _TOGETHER else 1
 
@@ -193,6 +209,8 @@ def run(
                 environment=worker_environment(at_once),
             )
     finally:
+        if build is not None:
+            build.stop()
         found.store(path(found))
     return found
 

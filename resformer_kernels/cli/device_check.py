@@ -41,6 +41,11 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="the JSON (default: benchmarks/results/<gpu>.json)",
     )
+    parser.add_argument(
+        "--no-build",
+        action="store_true",
+        help="do not build the CUDA library first; what is built already is checked all the same",
+    )
     # To try out the run itself where there is no GPU: small cases on another device.
     parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
@@ -50,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Check, time, store, print. 0; 1 where a kernel failed; 2 where there is nothing to check."""
     if args.device is None and not torch.cuda.is_available():
         return refuse("device-check", f"no CUDA device (torch {torch.__version__} sees none)")
-    modules = checkout("device_jobs", "device_run", "device_report")
+    modules = checkout("device_jobs", "device_run", "device_report", "device_build")
     if modules is None:
         return refuse("device-check", NO_CHECKOUT)
-    device_jobs, device_run, device_report = modules
+    device_jobs, device_run, device_report, device_build = modules
     settings = device_jobs.Settings(args.device or "cuda", tiny=args.device is not None)
 
     def path(run: Any) -> Path:
@@ -61,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
             return Path(args.out)
         return device_report.RESULTS / f"{run.ceilings.get('slug', 'device')}.json"
 
+    build = None
+    if args.device is None and not args.no_build:
+        build = device_build.Build(torch.cuda.get_device_capability())
     try:
-        found = device_run.run(settings, 60 * args.minutes, path, _Teller().of, args.workers)
+        found = device_run.run(settings, 60 * args.minutes, path, _Teller().of, args.workers, build)
     except KeyboardInterrupt:
         print("interrupted; what was found is stored", file=sys.stderr)
         return INTERRUPTED
@@ -80,6 +88,7 @@ def _verdict(found: Any) -> str:
         f"{len(found.checks)} cases ({tensors} tensors) against float64, "
         f"{len(found.timings)} cases timed: "
     )
+    text = f"CUDA library: {found.cuda_library}\n{text}"
     text += f"{len(found.failures)} FAILED" if found.failures else "none failed"
     if found.unfinished:
         text += f"; {len(found.unfinished)} not reached in the time"

@@ -18,6 +18,12 @@ from resformer_kernels.testing.device_workloads import SDPA_CUDNN, SDPA_FLASH
 ON_A_CPU = ("device-check", "--device", "cpu", "--workers", "2", "--minutes", "5")
 
 
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU Triton's kernels run in its interpreter alone: too slow to be tried here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["device-check"]) == 2
