@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Before Triton is imported: its kernels then run in its interpreter, on the CPU. What compiles them
+# does so in a process of its own, without this.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -78,7 +78,7 @@ def test_explain_gives_every_reason() -> None:
     assert "not native" in str(found)
     named = explain(value_residual_attention, q, q, q, backend="reference")
     assert named.backend == "reference"
-    assert set(named.reasons) == {"native"}
+    assert "native" in named.reasons
 
 
 def test_explain_takes_public_ops_alone() -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from resformer_kernels.cli import COMMANDS, Subparsers
-from resformer_kernels.cli.common import at_least, counter, output, refuse
+from resformer_kernels.cli import COMMANDS, Subparsers, checkout
+from resformer_kernels.cli.common import NO_CHECKOUT, at_least, counter, output, refuse
 from resformer_kernels.testing.timing import MIN_SAMPLES
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
 _SAMPLE_SECONDS, _QUICK_SAMPLE_SECONDS = 0.1, 0.02
 
 
@@ -57,13 +53,9 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time, print, store. 0; 2 where there is no registry or no case matches."""
-    suite = _suite()
+    suite = checkout("registry", "runner", "report")
     if suite is None:
-        return refuse(
-            "bench",
-            f"no benchmarks/ in {_CHECKOUT} or the current folder: the registry is in the "
-            "repository, run this from a checkout",
-        )
+        return refuse("bench", NO_CHECKOUT)
     registry, runner, report = suite
     cases = [case for case in registry.cases(quick=args.quick) if _matches(case.name, args.filter)]
     lengths = registry.memory_lengths(quick=args.quick)
@@ -111,20 +103,3 @@ def _matches(name: str, filters: list[str] | None) -> bool:
     if not filters:
         return True
     return any(all(word in name for word in text.split()) for text in filters)
-
-
-def _suite() -> tuple[Any, Any, Any] | None:
-    """The modules benchmarks.registry, .runner and .report of a checkout; None where there is none.
-
-    The checkout that the package runs from is preferred to the current folder.
-    """
-    for root in (_CHECKOUT, Path.cwd()):
-        if (root / "benchmarks" / "registry.py").exists():
-            if str(root) not in sys.path:
-                sys.path.insert(0, str(root))
-            modules = ("registry", "runner", "report")
-            registry, runner, report = (
-                importlib.import_module(f"benchmarks.{name}") for name in modules
-            )
-            return registry, runner, report
-    return None

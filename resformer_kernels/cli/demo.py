@@ -10,16 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers
-from resformer_kernels.cli.common import at_least, output, refuse
+from resformer_kernels.cli.common import at_least, output, positive, refuse
 
 _DEFAULT_MINUTES = 4.25  # leaves 45 s of five minutes for imports and for a busy machine
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -33,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=_positive,
+        type=positive,
         default=_DEFAULT_MINUTES,
         help="time for all parts and the report together, about (default: %(default)s)",
     )
