@@ -97,9 +97,9 @@ def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from resformer_kernels.attention import triton_launch
+    from resformer_kernels.attention import triton_gradients
 
-    return triton_launch.backward(*arguments)
+    return triton_gradients.backward(*arguments)
 
 
 def _define(namespace: str) -> torch.library.Library:

@@ -111,15 +111,22 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def descriptor_of(tensor: Tensor | None, keys: int, block: int) -> TensorDescriptor | None:
-    """A TMA descriptor of tiles (1, keys, 1, block) of a (batch, time, heads, dim) tensor.
+def descriptor_of(
+    tensor: Tensor | None, length: int, block: int, group: int | None = None
+) -> TensorDescriptor | None:
+    """A TMA descriptor of tiles (1, length, 1, block) of a (batch, time, heads, dim) tensor.
 
-    None where the layout does not allow one: an empty tensor, addresses off 16 bytes, an axis that
-    is one element seen many times.
+    With `group`, of (1, length, 1, group, block): its heads then are (KV heads, group). None where
+    the layout does not allow one: an empty tensor, addresses off 16 bytes, an axis that is one
+    element seen many times, a group that is no power of two.
     """
-    if tensor is None or tensor.numel() == 0:
+    if tensor is None or tensor.numel() == 0 or (group is not None and group & (group - 1)):
         return None
     whole = tensor if tensor.dim() == 4 else tensor[None]
+    tile = [1, length, 1, block]
+    if group is not None:
+        whole = whole.unflatten(2, (whole.shape[2] // group, group))
+        tile.insert(3, group)
     unit = 16 // tensor.element_size()
     strides = [
         unit * -(-block // unit) if size == 1 else stride
@@ -127,7 +134,7 @@ def descriptor_of(tensor: Tensor | None, keys: int, block: int) -> TensorDescrip
     ]
     if tensor.data_ptr() % 16 or any(stride % unit or stride == 0 for stride in strides):
         return None
-    return TensorDescriptor(whole, list(whole.shape), [*strides, 1], [1, keys, 1, block])
+    return TensorDescriptor(whole, list(whole.shape), [*strides, 1], tile)
 
 
 @dataclass(frozen=True)

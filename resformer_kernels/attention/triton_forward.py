@@ -20,7 +20,7 @@ from resformer_kernels.attention.triton_tiles import (
     key_bounds,
     key_tiles,
     load_keys,
-    load_rows,
+    load_row_tile,
     load_values,
     probabilities,
     row_pointers,
@@ -133,10 +133,8 @@ def forward_kernel(
     if tile * ROWS >= count:
         return
     rows = tile * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_K)
-    q_base = at_head(q, batch, q_start, head * GROUP)
-    q_tile = load_rows(
-        row_pointers(q, q_base, rows, columns, GROUP), rows, count, columns, DIM_K, BLOCK_K
+    q_tile = load_row_tile(
+        q, None, batch, q_start, tile * ROWS, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True
     )
     shift = k_len - q_len
     lo, hi = key_bounds(
@@ -146,7 +144,7 @@ def forward_kernel(
         tile * ROWS, tl.minimum(tile * ROWS + ROWS, count) - 1, shift, k_len, window_left,
         window_right, GROUP, KEYS, HAS_LEFT, HAS_RIGHT,
     )  # fmt: skip
-    bias_pointer, bias_offsets = bias_tile(bias, sequence, head, rows, GROUP, BIAS, INDEX)
+    bias_start, bias_offsets = bias_tile(bias, sequence, head, rows, GROUP, BIAS, INDEX)
     if BIAS != NO_BIAS:
         inner_end = begin
     if BIAS == BOOLEAN:
@@ -178,9 +176,9 @@ def forward_kernel(
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             keys = key + tl.arange(0, KEYS)
             x, _ = scores(
-                product, keys[None, :], lo[:, None], hi[:, None], bias_pointer,
-                bias_offsets[:, None], bias.key, alpha, softcap, phase != 1, HAS_LEFT, CAPPED,
-                BIAS, RAW, UNIT, INDEX,
+                product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
+                bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
+                UNIT, INDEX,
             )  # fmt: skip
             top = tl.max(x, 1)
             if RAW:

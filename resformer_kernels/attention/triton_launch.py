@@ -135,12 +135,15 @@ def open_tiles(p: Problem, config: configs.Config, by_rows: bool) -> tuple[Tenso
     return listed, 1 + along
 
 
-def section(p: Problem) -> int:
-    """How many KV heads' tiles are scheduled together: under a causal mask what the cache holds."""
+def section(p: Problem, length: int) -> int:
+    """How many KV heads' tiles are scheduled together: under a causal mask what the cache holds.
+
+    `length`: of what a head's programs all read, keys and values or the rows of q and dO.
+    """
     if p.window_right < 0 or p.window_left >= 0:
         return 1
     width = p.k.shape[-1] + p.value.shape[-1]
-    return max(1, _CACHE_BYTES // max(1, p.max_k * width * p.k.element_size()))
+    return max(1, _CACHE_BYTES // max(1, length * width * p.k.element_size()))
 
 
 def _launch_forward(
@@ -176,7 +179,7 @@ def _launch_forward(
         sequences=p.sequences,
         row_tiles=row_tiles,
         list_size=list_size,
-        section=section(p),
+        section=section(p, p.max_k),
         ROWS=config.rows,
         KEYS=config.keys,
         num_warps=config.warps,

@@ -82,6 +82,41 @@ def load_rows(pointers, rows, count, columns, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def load_row_tile(
+    view,
+    descriptor,
+    batch,
+    start,
+    first_row,
+    head,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """ROWS rows of KV head `head`, from first_row on; zero from `count` on where MASKED."""
+    rows = first_row + tl.arange(0, ROWS)
+    if descriptor is not None:
+        at = [batch, start + first_row // GROUP, head, 0, 0]
+        tile = descriptor.load(at).reshape(ROWS, BLOCK)
+        if MASKED:
+            tile = tl.where((rows < count)[:, None], tile, tl.zeros_like(tile))
+    else:
+        columns = tl.arange(0, BLOCK)
+        base = at_head(view, batch, start, head * GROUP)
+        pointers = row_pointers(view, base, rows, columns, GROUP)
+        if MASKED:
+            tile = load_rows(pointers, rows, count, columns, WIDTH, BLOCK)
+        elif WIDTH == BLOCK:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def load_keys(
     view,
     descriptor,
@@ -240,17 +275,18 @@ def key_tiles(
 
 
 @triton.jit
-def bias_tile(bias, sequence, head, rows, GROUP: tl.constexpr, BIAS: tl.constexpr,
-              INDEX: tl.constexpr):  # fmt: skip
-    """(pointer, offsets of rows) of attn_bias at key 0 of a sequence and KV head; or Nones."""
+def bias_tile(
+    bias, sequence, head, rows, GROUP: tl.constexpr, BIAS: tl.constexpr, INDEX: tl.constexpr
+):
+    """(start, offsets of rows from it) in attn_bias of a sequence and KV head, at key 0."""
     if BIAS == NO_BIAS:
-        pointer = bias.pointer
+        start = tl.cast(sequence, tl.int64)
         offsets = rows
     else:
-        at = tl.cast(sequence, tl.int64) * bias.batch + tl.cast(head * GROUP, tl.int64) * bias.head
-        pointer = bias.pointer + at
+        first_head = tl.cast(head * GROUP, tl.int64)
+        start = tl.cast(sequence, tl.int64) * bias.batch + first_head * bias.head
         offsets = (rows // GROUP).to(INDEX) * bias.query + (rows % GROUP).to(INDEX) * bias.head
-    return pointer, offsets
+    return start, offsets
 
 
 @triton.jit
@@ -260,8 +296,8 @@ def scores(
     lo,
     hi,
     bias,
-    offsets,
-    bias_stride,
+    bias_start,
+    bias_offsets,
     alpha,
     softcap,
     MASKED: tl.constexpr,
@@ -288,7 +324,8 @@ def scores(
     if HAS_LEFT:
         inside = inside & (keys >= lo)
     if BIAS != NO_BIAS:
-        seen = tl.load(bias + (offsets + keys.to(INDEX) * bias_stride), mask=inside, other=0)
+        place = bias_offsets + keys.to(INDEX) * bias.key
+        seen = tl.load(bias.pointer + bias_start + place, mask=inside, other=0)
         if BIAS == ADDITIVE:
             x = x + widen(seen)
         else:
@@ -408,9 +445,9 @@ def open_tiles_kernel(
             rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
         )
         inside = (keys[None, :] < hi[:, None]) & (keys[None, :] >= lo[:, None])
-        pointer, offsets = bias_tile(bias, sequence, head, rows, GROUP, BOOLEAN, INDEX)
+        start, offsets = bias_tile(bias, sequence, head, rows, GROUP, BOOLEAN, INDEX)
         place = offsets[:, None] + keys.to(INDEX)[None, :] * bias.key
-        seen = tl.load(pointer + place, mask=inside, other=0)
+        seen = tl.load(bias.pointer + start + place, mask=inside, other=0)
         is_open = tl.max(tl.max((seen != 0).to(tl.int32), 1), 0)
         tl.store(at + 1 + found, step, mask=is_open != 0)
         found += is_open
