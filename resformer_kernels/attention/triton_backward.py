@@ -21,10 +21,11 @@ from resformer_kernels.attention.triton_tiles import (
     key_tiles,
     load_coefficient,
     load_keys,
+    load_row_numbers,
     load_row_tile,
-    load_values,
     probabilities,
     row_pointers,
+    row_slot,
     row_tiles,
     scheduled,
     scores,
@@ -53,8 +54,8 @@ def rows_kernel(
     cu_k,
     q_len,
     k_len,
-    q_total,
     heads,
+    slots,
     tiles,
     DIM_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -72,10 +73,34 @@ def rows_kernel(
     count = q_len * GROUP
     there = rows < count
     gradient = load_row_tile(
-        grad_out, None, batch, q_start, tile * ROWS, head, count, DIM_V, BLOCK_V, ROWS, GROUP, True
+        grad_out,
+        None,
+        batch,
+        q_start,
+        tile * ROWS,
+        head,
+        count,
+        DIM_V,
+        BLOCK_V,
+        ROWS,
+        GROUP,
+        True,
+        PACKED,
     )
     result = load_row_tile(
-        out, None, batch, q_start, tile * ROWS, head, count, DIM_V, BLOCK_V, ROWS, GROUP, True
+        out,
+        None,
+        batch,
+        q_start,
+        tile * ROWS,
+        head,
+        count,
+        DIM_V,
+        BLOCK_V,
+        ROWS,
+        GROUP,
+        True,
+        PACKED,
     )
     d = tl.sum(widen(gradient) * widen(result), 1)
     queries = (rows // GROUP).to(tl.int64)
@@ -90,22 +115,15 @@ def rows_kernel(
     scaled = logarithm
     if not PRECISE:
         scaled = logarithm * LOG2E
-    start = row_start(batch, head, heads, q_total, q_start, GROUP)
-    tl.store(delta + start + rows, d, mask=there)
-    tl.store(base + start + rows, tl.where(empty, 0.0, scaled), mask=there)
+    slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED)
+    tl.store(delta + slot + rows, d, mask=there)
+    tl.store(base + slot + rows, tl.where(empty, 0.0, scaled), mask=there)
     if sink_rows.pointer is not None:
         # The sink is a score whose value is zero: dP = 0, so dS = -P delta.
         sink = widen(tl.load(sinks + head * GROUP + rows % GROUP))
         term = tl.where(empty, 0.0, -exp(sink - logarithm) * d)
         at = at_head(sink_rows, batch, q_start, head * GROUP)
         tl.store(at + queries * sink_rows.time + members * sink_rows.head, term, mask=there)
-
-
-@triton.jit
-def row_start(batch, head, heads, q_total, q_start, GROUP: tl.constexpr):
-    """Where the rows of a KV head lie in what `rows_kernel` writes."""
-    before = (tl.cast(batch, tl.int64) * heads + head) * q_total + q_start
-    return before * GROUP
 
 
 @triton.jit
@@ -143,7 +161,9 @@ def _write_value_gradient(
         at = at_head(out, batch, start, head) + keys.to(tl.int64)[:, None] * out.time
         tl.store(at + columns[None, :], round_to(own, out.pointer.dtype.element_ty), mask=inside)
     if PARTIAL != NO_PARTIAL:
-        v_tile = load_keys(value, None, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, True)
+        v_tile = load_keys(
+            value, None, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, True, False
+        )
         terms = gradient * widen(v_tile)
         row = (tl.cast(batch, tl.int64) * k_total + start + keys) * heads + head
         if PARTIAL == BY_KEY:
@@ -161,6 +181,7 @@ def _write_value_gradient(
 def keys_gradient_kernel(
     q,
     k,
+    mixed,
     values,
     grad_out,
     base,
@@ -170,7 +191,6 @@ def keys_gradient_kernel(
     dk,
     dv,
     dv_first,
-    mixed,
     grad_mixed,
     own_partial,
     first_partial,
@@ -178,11 +198,13 @@ def keys_gradient_kernel(
     cu_k,
     q_descriptor,
     grad_descriptor,
+    base_descriptor,
+    delta_descriptor,
     q_len,
     k_len,
-    q_total,
     k_total,
     heads,
+    slots,
     sequences,
     tiles,
     list_size,
@@ -213,7 +235,10 @@ def keys_gradient_kernel(
     PACKED: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """dK and dV' of one tile of keys; V' is mixed once. `mixed` receives it where it is wanted."""
+    """dK and dV' of one tile of keys, and what dV' is to v, v_first and the coefficients.
+
+    `mixed` is V', `values` what it was mixed from.
+    """
     UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     tile, sequence_head = scheduled(tl.program_id(0), tiles, sequences * heads, section, False)
     head = sequence_head % heads
@@ -223,16 +248,12 @@ def keys_gradient_kernel(
     if first_key >= k_len:
         return
     keys = first_key + tl.arange(0, KEYS)
-    k_tile = load_keys(k, None, batch, k_start, first_key, head, k_len, DIM_K, BLOCK_K, KEYS, True)
-    v_tile = load_values(
-        values, None, None, batch, k_start, first_key, head, k_len, DIM_V, BLOCK_V, KEYS, OWN_FORM,
-        FIRST_FORM, MIXES, True,
-    )  # fmt: skip
-    columns_v = tl.arange(0, BLOCK_V)
-    inside_v = (keys < k_len)[:, None] & (columns_v < DIM_V)[None, :]
-    if mixed.pointer is not None:
-        at = at_head(mixed, batch, k_start, head) + keys.to(tl.int64)[:, None] * mixed.time
-        tl.store(at + columns_v[None, :], v_tile, mask=inside_v)
+    k_tile = load_keys(
+        k, None, batch, k_start, first_key, head, k_len, DIM_K, BLOCK_K, KEYS, True, False
+    )
+    v_tile = load_keys(
+        mixed, None, batch, k_start, first_key, head, k_len, DIM_V, BLOCK_V, KEYS, True, False
+    )
 
     count = q_len * GROUP
     shift = k_len - q_len
@@ -246,7 +267,7 @@ def keys_gradient_kernel(
         open_rows = listed + (tl.cast(sequence_head, tl.int64) * tiles + tile) * list_size
         inner_end = begin * 0
         end = tl.load(open_rows)
-    start_of_rows = row_start(batch, head, heads, q_total, q_start, GROUP)
+    slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED)
     dk_tile = tl.zeros([KEYS, BLOCK_K], tl.float32)
     dv_tile = tl.zeros([KEYS, BLOCK_V], tl.float32)
     for phase in tl.static_range(2 if BIAS != NO_BIAS else 0 if HAS_RIGHT else 1, 3):
@@ -266,11 +287,15 @@ def keys_gradient_kernel(
             rows = first_row + tl.arange(0, ROWS)
             q_tile = load_row_tile(
                 q, q_descriptor, batch, q_start, first_row, head, count, DIM_K, BLOCK_K, ROWS,
-                GROUP, phase != 1,
+                GROUP, phase != 1, PACKED,
             )  # fmt: skip
             product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_base = tl.load(base + start_of_rows + rows, mask=rows < count, other=0.0)
-            row_delta = tl.load(delta + start_of_rows + rows, mask=rows < count, other=0.0)
+            row_base = load_row_numbers(
+                base, base_descriptor, slot, first_row, count, ROWS, phase != 1
+            )
+            row_delta = load_row_numbers(
+                delta, delta_descriptor, slot, first_row, count, ROWS, phase != 1
+            )
             lo, hi = key_bounds(
                 rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
             )
@@ -283,7 +308,7 @@ def keys_gradient_kernel(
             p = probabilities(x, row_base[None, :], alpha, RAW, PRECISE)
             grad_tile = load_row_tile(
                 grad_out, grad_descriptor, batch, q_start, first_row, head, count, DIM_V, BLOCK_V,
-                ROWS, GROUP, phase != 1,
+                ROWS, GROUP, phase != 1, PACKED,
             )  # fmt: skip
             dv_tile = dot(round_to(p, grad_tile.dtype), grad_tile, dv_tile)
             dp = dot(v_tile, tl.trans(grad_tile), tl.zeros([KEYS, ROWS], tl.float32))
@@ -304,7 +329,7 @@ def keys_gradient_kernel(
         dv_tile += widen(
             load_keys(
                 grad_mixed, None, batch, k_start, first_key, head, k_len, DIM_V, BLOCK_V, KEYS,
-                True,
+                True, False,
             )
         )  # fmt: skip
     place = sequence * tiles + tile
@@ -323,7 +348,7 @@ def keys_gradient_kernel(
 def queries_gradient_kernel(
     q,
     k,
-    values,
+    mixed,
     grad_out,
     base,
     delta,
@@ -336,8 +361,8 @@ def queries_gradient_kernel(
     v_descriptor,
     q_len,
     k_len,
-    q_total,
     heads,
+    slots,
     sequences,
     tiles,
     list_size,
@@ -363,7 +388,7 @@ def queries_gradient_kernel(
     PACKED: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """dQ of one tile of rows. `values` holds V' itself."""
+    """dQ of one tile of rows; `mixed` is V'."""
     UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     tile, sequence_head = scheduled(
         tl.program_id(0), tiles, sequences * heads, section, HAS_RIGHT and not HAS_LEFT
@@ -377,14 +402,26 @@ def queries_gradient_kernel(
         return
     rows = first_row + tl.arange(0, ROWS)
     q_tile = load_row_tile(
-        q, None, batch, q_start, first_row, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True
+        q, None, batch, q_start, first_row, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True, PACKED
     )
     grad_tile = load_row_tile(
-        grad_out, None, batch, q_start, first_row, head, count, DIM_V, BLOCK_V, ROWS, GROUP, True
+        grad_out,
+        None,
+        batch,
+        q_start,
+        first_row,
+        head,
+        count,
+        DIM_V,
+        BLOCK_V,
+        ROWS,
+        GROUP,
+        True,
+        PACKED,
     )
-    start_of_rows = row_start(batch, head, heads, q_total, q_start, GROUP)
-    row_base = tl.load(base + start_of_rows + rows, mask=rows < count, other=0.0)
-    row_delta = tl.load(delta + start_of_rows + rows, mask=rows < count, other=0.0)
+    slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED)
+    row_base = load_row_numbers(base, None, slot, first_row, count, ROWS, True)
+    row_delta = load_row_numbers(delta, None, slot, first_row, count, ROWS, True)
     shift = k_len - q_len
     lo, hi = key_bounds(
         rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
@@ -417,11 +454,9 @@ def queries_gradient_kernel(
                 key = tl.load(open_keys + 1 + step) * KEYS
             keys = key + tl.arange(0, KEYS)
             k_tile = load_keys(
-                k, k_descriptor, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS, phase != 1
-            )
-            if PACKED and phase != 1 and k_descriptor is not None:
-                # dS is zero past the last key, but what lies there may be another sequence's NaN.
-                k_tile = tl.where((keys < k_len)[:, None], k_tile, tl.zeros_like(k_tile))
+                k, k_descriptor, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS,
+                phase != 1, PACKED,
+            )  # fmt: skip
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             x, slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
@@ -429,9 +464,9 @@ def queries_gradient_kernel(
                 UNIT, INDEX,
             )  # fmt: skip
             p = probabilities(x, row_base[:, None], alpha, RAW, PRECISE)
-            v_tile = load_values(
-                values, v_descriptor, None, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS,
-                0, 0, False, phase != 1,
+            v_tile = load_keys(
+                mixed, v_descriptor, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS,
+                phase != 1, PACKED,
             )  # fmt: skip
             dp = dot(grad_tile, tl.trans(v_tile), tl.zeros([ROWS, KEYS], tl.float32))
             ds = p * (dp - row_delta[:, None])

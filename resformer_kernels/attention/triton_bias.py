@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from resformer_kernels._triton_lib import dot
-from resformer_kernels.attention.triton_backward import row_start
 from resformer_kernels.attention.triton_tiles import (
     LOG2E,
     bias_tile,
@@ -14,8 +13,8 @@ from resformer_kernels.attention.triton_tiles import (
     key_tiles,
     load_keys,
     load_row_tile,
-    load_values,
     probabilities,
+    row_slot,
     row_tiles,
     scores,
     sequence_of,
@@ -31,7 +30,7 @@ OVER_KEYS: tl.constexpr = tl.constexpr(2)
 def bias_gradient_kernel(
     q,
     k,
-    values,
+    mixed,
     grad_out,
     base,
     delta,
@@ -41,8 +40,7 @@ def bias_gradient_kernel(
     cu_k,
     q_len,
     k_len,
-    q_total,
-    heads,
+    slots,
     outer_heads,
     inner_sequences,
     inner_heads,
@@ -98,7 +96,7 @@ def bias_gradient_kernel(
             cu_q, cu_k, sequence, q_size, k_size, PACKED
         )
         shift = k_len - q_len
-        start_of_rows = row_start(batch, head, heads, q_total, q_start, GROUP) + head_q % GROUP
+        slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED) + head_q % GROUP
         if OVER == OVER_QUERIES:
             first_key = k_tile_index * KEYS
             last_key = tl.minimum(first_key + KEYS, k_len) - 1
@@ -128,10 +126,10 @@ def bias_gradient_kernel(
             rows = row + tl.arange(0, ROWS)
             keys = key + tl.arange(0, KEYS)
             q_tile = load_row_tile(
-                q, None, batch, q_start, row, head_q, q_len, DIM_K, BLOCK_K, ROWS, 1, True
+                q, None, batch, q_start, row, head_q, q_len, DIM_K, BLOCK_K, ROWS, 1, True, PACKED
             )
             k_tile = load_keys(
-                k, None, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS, True
+                k, None, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS, True, PACKED
             )
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             lo, hi = key_bounds(
@@ -143,17 +141,28 @@ def bias_gradient_kernel(
                 bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, UNIT,
                 INDEX,
             )  # fmt: skip
-            at = start_of_rows + rows.to(tl.int64) * GROUP
+            at = slot + rows * GROUP
             row_base = tl.load(base + at, mask=rows < q_len, other=0.0)
             row_delta = tl.load(delta + at, mask=rows < q_len, other=0.0)
             p = probabilities(x, row_base[:, None], alpha, False, PRECISE)
             grad_tile = load_row_tile(
-                grad_out, None, batch, q_start, row, head_q, q_len, DIM_V, BLOCK_V, ROWS, 1, True
+                grad_out,
+                None,
+                batch,
+                q_start,
+                row,
+                head_q,
+                q_len,
+                DIM_V,
+                BLOCK_V,
+                ROWS,
+                1,
+                True,
+                PACKED,
             )
-            v_tile = load_values(
-                values, None, None, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS, 0, 0,
-                False, True,
-            )  # fmt: skip
+            v_tile = load_keys(
+                mixed, None, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS, True, PACKED
+            )
             dp = dot(grad_tile, tl.trans(v_tile), tl.zeros([ROWS, KEYS], tl.float32))
             ds = (p * (dp - row_delta[:, None])).to(WIDE)
             if OVER == OVER_HEADS:

@@ -56,7 +56,7 @@ def mix_kernel(
         count = tl.load(cu_k + sequences)
     mixed = load_values(
         values, None, None, batch, 0, key, head, count, DIM, BLOCK_DIM, KEYS, OWN_FORM, FIRST_FORM,
-        True, True,
+        True, True, PACKED,
     )  # fmt: skip
     keys = key + tl.arange(0, KEYS)
     columns = tl.arange(0, BLOCK_DIM)
@@ -134,8 +134,9 @@ def forward_kernel(
         return
     rows = tile * ROWS + tl.arange(0, ROWS)
     q_tile = load_row_tile(
-        q, None, batch, q_start, tile * ROWS, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True
-    )
+        q, None, batch, q_start, tile * ROWS, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True,
+        PACKED,
+    )  # fmt: skip
     shift = k_len - q_len
     lo, hi = key_bounds(
         rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
@@ -170,9 +171,11 @@ def forward_kernel(
             key = step * KEYS
             if BIAS == BOOLEAN:
                 key = tl.load(listed + 1 + step) * KEYS
+            # Keys past the last one need no zeros: their scores are masked, whatever they are.
             k_tile = load_keys(
-                k, k_descriptor, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS, phase != 1
-            )
+                k, k_descriptor, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS,
+                phase != 1, False,
+            )  # fmt: skip
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             keys = key + tl.arange(0, KEYS)
             x, _ = scores(
@@ -193,7 +196,7 @@ def forward_kernel(
             acc = acc * shrink[:, None]
             v_tile = load_values(
                 values, v_descriptor, first_descriptor, batch, k_start, key, head, k_len, DIM_V,
-                BLOCK_V, KEYS, OWN_FORM, FIRST_FORM, MIXES, phase != 1,
+                BLOCK_V, KEYS, OWN_FORM, FIRST_FORM, MIXES, phase != 1, PACKED,
             )  # fmt: skip
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
 

@@ -14,6 +14,7 @@ from resformer_kernels._launch import unit_stride
 from resformer_kernels.attention import triton_backward as kernels
 from resformer_kernels.attention import triton_bias as bias_kernels
 from resformer_kernels.attention import triton_configs as configs
+from resformer_kernels.attention import triton_tiles as tiles
 from resformer_kernels.attention.triton_arguments import (
     NOTHING,
     Problem,
@@ -38,6 +39,8 @@ class Incoming:
     grad_mixed: Tensor | None
     base: Tensor
     delta: Tensor
+    mixed: Tensor
+    """V', mixed again."""
 
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -46,36 +49,33 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     p = Problem(*shared)
     leaves = (p.q, p.k, p.v, p.v_first, p.lambda_v, p.lambda_first, p.sinks, p.attn_bias)
     wanted = [leaf is not None and bool(mask >> bit & 1) for bit, leaf in enumerate(leaves)]
-    rows = p.q.shape[0] * p.q.shape[1] * (1 if p.packed else p.q.shape[2])
+    slots = p.heads * _slots(p)
     incoming = Incoming(
         unit_stride(grad_out),
         grad_lse if grad_lse is not None and grad_lse.numel() else None,
         unit_stride(grad_mixed) if grad_mixed is not None and grad_mixed.numel() else None,
-        lib.empty(p.q, (rows,), torch.float32),
-        lib.empty(p.q, (rows,), torch.float32),
+        lib.empty(p.q, (slots,), torch.float32),
+        lib.empty(p.q, (slots,), torch.float32),
+        premix(p) if p.mixes else p.value,
     )
     found: list[Tensor | None] = [None] * len(leaves)
     found[SINKS] = _reduce_rows(p, incoming, out, lse, wanted[SINKS])
-    wants_scores = wanted[Q] or (wanted[BIAS] and _has_gradient(p.attn_bias))
-    mixed = None
     if any(wanted[K : LAMBDA_FIRST + 1]):
-        if p.mixes and wants_scores:
-            mixed = lib.empty(p.value, p.value.shape)
-        found[K : LAMBDA_FIRST + 1] = _keys(p, incoming, wanted, mixed)
-    elif p.mixes and wants_scores:
-        mixed = premix(p)
+        found[K : LAMBDA_FIRST + 1] = _keys(p, incoming, wanted)
     if wanted[Q]:
-        found[Q] = _queries(p, incoming, mixed)
-    if wanted[BIAS] and _has_gradient(p.attn_bias):
-        found[BIAS] = _bias(p, incoming, mixed)
+        found[Q] = _queries(p, incoming)
+    if wanted[BIAS] and p.attn_bias is not None and p.attn_bias.dtype is not torch.bool:
+        found[BIAS] = _bias(p, incoming, p.attn_bias)
     return tuple(
         gradient if gradient is not None else _nothing(p, bit, leaf)
         for bit, (gradient, leaf) in enumerate(zip(found, leaves, strict=True))
     )
 
 
-def _has_gradient(bias: Tensor | None) -> bool:
-    return bias is not None and bias.dtype is not torch.bool
+def _slots(p: Problem) -> int:
+    """How many numbers of rows a KV head has: see `triton_tiles.row_slot`."""
+    queries = p.q.shape[0] * (1 if p.packed else p.q.shape[1])
+    return queries * p.group + (p.sequences + 1) * tiles.ROW_SLOT.value
 
 
 def _nothing(p: Problem, bit: int, leaf: Tensor | None) -> Tensor:
@@ -90,14 +90,14 @@ def _reduce_rows(
 ) -> Tensor | None:
     """Fill `incoming`'s rows; return the sinks' gradient."""
     dims = p.dims()
-    tile = max(16, 4096 // dims["BLOCK_V"])
-    tiles = -(-p.rows // tile)
+    size = max(16, 4096 // dims["BLOCK_V"])
+    count = -(-p.rows // size)
     heads_first = (*lse.shape,)
     sink_rows = p.q.new_zeros(heads_first, dtype=torch.float32) if want_sinks else None
     masks = p.masks()
     lib.launch(
         kernels.rows_kernel,
-        (p.sequences * p.heads * tiles,),
+        (p.sequences * p.heads * count,),
         p.q.device,
         grad_out=view_of(incoming.grad_out),
         out=view_of(out),
@@ -107,11 +107,11 @@ def _reduce_rows(
         base=incoming.base,
         delta=incoming.delta,
         sink_rows=NOTHING if sink_rows is None else lse_view(sink_rows),
-        q_total=p.q.shape[-3],
-        tiles=tiles,
+        slots=_slots(p),
+        tiles=count,
         DIM_V=dims["DIM_V"],
         BLOCK_V=dims["BLOCK_V"],
-        ROWS=tile,
+        ROWS=size,
         PRECISE=p.precise,
         num_warps=4,
         **{
@@ -171,41 +171,45 @@ class _Partial:
 
 def _row_descriptors(
     p: Problem, incoming: Incoming, config: configs.Config, dims: dict[str, int]
-) -> list[TensorDescriptor | None]:
-    """Of q and dO by tiles of rows, where tiles hold whole queries."""
-    if lib.capability(p.q.device) < (9, 0) or config.rows % p.group:
-        return [None, None]
-    return [
-        descriptor_of(x, config.rows // p.group, dims[block], p.group)
+) -> dict[str, TensorDescriptor | None]:
+    """Of what is read by tiles of rows: q and dO (where tiles hold whole queries), base, delta."""
+    names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
+    if lib.capability(p.q.device) < (9, 0) or p.q.numel() == 0:
+        return dict.fromkeys(names)
+    whole = config.rows % p.group == 0
+    found = [
+        descriptor_of(x, config.rows // p.group, dims[block], p.group) if whole else None
         for x, block in ((p.q, "BLOCK_K"), (incoming.grad_out, "BLOCK_V"))
     ]
+    numbers = (incoming.base, incoming.delta)
+    found += [TensorDescriptor(x, [x.numel()], [1], [config.rows]) for x in numbers]
+    return dict(zip(names, found, strict=True))
 
 
-def _keys(
-    p: Problem, incoming: Incoming, wanted: list[bool], mixed: Tensor | None
-) -> list[Tensor | None]:
-    """The gradients of k, v, v_first, lambda_v and lambda_first; fills `mixed` with V'."""
+def _keys(p: Problem, incoming: Incoming, wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients of k, v, v_first, lambda_v and lambda_first."""
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
     arch = lib.capability(p.q.device)
     config = configs.choose(arch, "keys", p.q.dtype, widest, p.mask_kind)
-    tiles = -(-p.max_k // config.keys)
+    count = -(-p.max_k // config.keys)
     dk = _fresh(p, p.k, p.cu_k) if wanted[K] else None
     dv = _fresh(p, p.value, p.cu_k) if wanted[V] else None
     dv_first = _fresh(p, p.value, p.cu_k) if wanted[V_FIRST] else None
-    own = _Partial(p, p.lambda_v if wanted[LAMBDA_V] else None, tiles)
-    first = _Partial(p, p.lambda_first if wanted[LAMBDA_FIRST] else None, tiles)
+    own = _Partial(p, p.lambda_v if wanted[LAMBDA_V] else None, count)
+    first = _Partial(p, p.lambda_first if wanted[LAMBDA_FIRST] else None, count)
     values, how = p.values()
     # Where nothing is mixed, the values that are there are `values.v`.
     source = dv if p.v is not None else dv_first
     listed, list_size = open_tiles(p, config, by_rows=False)
-    q_descriptor, grad_descriptor = _row_descriptors(p, incoming, config, dims)
+    descriptors = _row_descriptors(p, incoming, config, dims)
     lib.launch(
         kernels.keys_gradient_kernel,
-        (p.sequences * p.heads * tiles,),
+        (p.sequences * p.heads * count,),
         p.q.device,
         q=view_of(p.q),
         k=view_of(p.k),
+        mixed=view_of(incoming.mixed),
         values=values,
         grad_out=view_of(incoming.grad_out),
         base=incoming.base,
@@ -214,21 +218,19 @@ def _keys(
         dk=view_of(dk),
         dv=view_of(source),
         dv_first=view_of(dv_first if p.mixes else None),
-        mixed=view_of(mixed),
         grad_mixed=view_of(incoming.grad_mixed),
         own_partial=own.sums,
         first_partial=first.sums,
-        q_descriptor=q_descriptor,
-        grad_descriptor=grad_descriptor,
-        q_total=p.q.shape[-3],
+        slots=_slots(p),
         k_total=p.k.shape[-3],
         sequences=p.sequences,
-        tiles=tiles,
+        tiles=count,
         list_size=list_size,
         section=section(p, p.rows),
         scale=p.scale,
         ROWS=config.rows,
         KEYS=config.keys,
+        **descriptors,
         OWN_PARTIAL=own.kind,
         FIRST_PARTIAL=first.kind,
         num_warps=config.warps,
@@ -241,29 +243,28 @@ def _keys(
     return [dk, dv, dv_first, own.reduced(), first.reduced()]
 
 
-def _queries(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
+def _queries(p: Problem, incoming: Incoming) -> Tensor:
     """The gradient of q."""
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
     arch = lib.capability(p.q.device)
     config = configs.choose(arch, "queries", p.q.dtype, widest, p.mask_kind)
-    values, _ = p.values(p.value if mixed is None else mixed)
     descriptors: list[TensorDescriptor | None] = [None, None]
     if arch >= (9, 0):
         descriptors = [
             descriptor_of(p.k, config.keys, dims["BLOCK_K"]),
-            descriptor_of(values.v.pointer, config.keys, dims["BLOCK_V"]),
+            descriptor_of(incoming.mixed, config.keys, dims["BLOCK_V"]),
         ]
     dq = _fresh(p, p.q, p.cu_q)
-    tiles = -(-p.rows // config.rows)
+    count = -(-p.rows // config.rows)
     listed, list_size = open_tiles(p, config, by_rows=True)
     lib.launch(
         kernels.queries_gradient_kernel,
-        (p.sequences * p.heads * tiles,),
+        (p.sequences * p.heads * count,),
         p.q.device,
         q=view_of(p.q),
         k=view_of(p.k),
-        values=values,
+        mixed=view_of(incoming.mixed),
         grad_out=view_of(incoming.grad_out),
         base=incoming.base,
         delta=incoming.delta,
@@ -271,9 +272,9 @@ def _queries(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
         dq=view_of(dq),
         k_descriptor=descriptors[0],
         v_descriptor=descriptors[1],
-        q_total=p.q.shape[-3],
+        slots=_slots(p),
         sequences=p.sequences,
-        tiles=tiles,
+        tiles=count,
         list_size=list_size,
         section=section(p, p.max_k),
         scale=p.scale,
@@ -288,14 +289,11 @@ def _queries(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
     return dq
 
 
-def _bias(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
+def _bias(p: Problem, incoming: Incoming, bias: Tensor) -> Tensor:
     """The gradient of an additive attn_bias, (batch or 1, heads or 1, queries or 1, keys or 1)."""
-    bias = p.attn_bias
-    assert bias is not None
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
     config = configs.choose(lib.capability(p.q.device), "bias", p.q.dtype, widest, "full")
-    values, _ = p.values(p.value if mixed is None else mixed)
     heads_q = p.q.shape[-2]
     q_tiles, k_tiles = -(-p.max_q // config.rows), -(-p.max_k // config.keys)
     inner = (1, 1)
@@ -315,20 +313,20 @@ def _bias(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
         outer = (bias.shape[0], bias.shape[1])
         shape = (*outer, p.max_q, p.max_k)
     sums = lib.empty(p.q, shape, torch.float32)
-    scores = p.scores()
-    del scores["RAW"]
+    scores, masks = p.scores(), p.masks()
+    del scores["RAW"], masks["heads"]
     lib.launch(
         bias_kernels.bias_gradient_kernel,
         (outer[0] * outer[1] * q_tiles * k_tiles,),
         p.q.device,
         q=view_of(p.q),
         k=view_of(p.k),
-        values=values,
+        mixed=view_of(incoming.mixed),
         grad_out=view_of(incoming.grad_out),
         base=incoming.base,
         delta=incoming.delta,
         dbias=sums,
-        q_total=p.q.shape[-3],
+        slots=_slots(p),
         outer_heads=outer[1],
         inner_sequences=inner[0],
         inner_heads=inner[1],
@@ -339,7 +337,7 @@ def _bias(p: Problem, incoming: Incoming, mixed: Tensor | None) -> Tensor:
         OVER=over.value,
         num_warps=config.warps,
         num_stages=config.stages,
-        **p.masks(),
+        **masks,
         **scores,
         **dims,
     )

@@ -20,6 +20,8 @@ NO_BIAS: tl.constexpr = tl.constexpr(0)
 BOOLEAN: tl.constexpr = tl.constexpr(1)
 ADDITIVE: tl.constexpr = tl.constexpr(2)
 
+ROW_SLOT: tl.constexpr = tl.constexpr(128)
+
 
 @triton.jit
 def scheduled(program, tiles, heads, section, HEAVY_LAST: tl.constexpr):
@@ -64,6 +66,35 @@ def at_head(view, batch, time, head):
 
 
 @triton.jit
+def row_slot(sequence, q_start, head, q_len, slots, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """Where backward keeps its numbers of a KV head's rows, one after the other, in (heads, slots).
+
+    At multiples of ROW_SLOT, which descriptors want and which any tile of rows divides.
+    """
+    if PACKED:
+        before = q_start
+    else:
+        before = sequence * q_len
+    first = (before * GROUP + sequence * ROW_SLOT) // ROW_SLOT * ROW_SLOT
+    return head * slots + first
+
+
+@triton.jit
+def load_row_numbers(
+    numbers, descriptor, slot, first_row, count, ROWS: tl.constexpr, MASKED: tl.constexpr
+):
+    """One number each of ROWS rows from first_row on; zero from `count` on where MASKED."""
+    rows = first_row + tl.arange(0, ROWS)
+    if descriptor is None:
+        found = tl.load(numbers + slot + rows, mask=rows < count, other=0.0)
+    else:
+        found = descriptor.load([slot + first_row])
+        if MASKED:
+            found = tl.where(rows < count, found, 0.0)
+    return found
+
+
+@triton.jit
 def row_pointers(view, base, rows, columns, GROUP: tl.constexpr):
     """Pointers to a tile of rows; `base` is the first query of the KV head's first head."""
     queries = (rows // GROUP).to(tl.int64) * view.time + (rows % GROUP).to(tl.int64) * view.head
@@ -95,13 +126,14 @@ def load_row_tile(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """ROWS rows of KV head `head`, from first_row on; zero from `count` on where MASKED."""
     rows = first_row + tl.arange(0, ROWS)
     if descriptor is not None:
         at = [batch, start + first_row // GROUP, head, 0, 0]
         tile = descriptor.load(at).reshape(ROWS, BLOCK)
-        if MASKED:
+        if MASKED and PACKED:
             tile = tl.where((rows < count)[:, None], tile, tl.zeros_like(tile))
     else:
         columns = tl.arange(0, BLOCK)
@@ -129,16 +161,19 @@ def load_keys(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """KEYS keys (or values) from `key` on of the sequence that begins at `start`.
 
-    Where MASKED, what lies from `count` on is zero by pointers, but by a descriptor it may be the
-    next sequence's.
+    Where MASKED, what lies from `count` on is zero.
     """
+    keys = key + tl.arange(0, KEYS)
     if descriptor is not None:
         tile = descriptor.load([batch, start + key, head, 0]).reshape(KEYS, BLOCK)
+        if MASKED and PACKED:
+            # The descriptor knows where the tensor ends, not where the sequence does.
+            tile = tl.where((keys < count)[:, None], tile, tl.zeros_like(tile))
     else:
-        keys = key + tl.arange(0, KEYS)
         columns = tl.arange(0, BLOCK)
         at = at_head(view, batch, start, head) + keys.to(tl.int64)[:, None] * view.time
         if MASKED:
@@ -194,15 +229,17 @@ def load_values(
     FIRST_FORM: tl.constexpr,
     MIXES: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """A tile of V', zero from `count` on where MASKED, whatever lies there."""
-    tile = load_keys(
-        values.v, v_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS, MASKED
-    )
     if MIXES:
+        own_tile = load_keys(
+            values.v, v_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS, MASKED,
+            False,
+        )  # fmt: skip
         first_tile = load_keys(
             values.v_first, first_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS,
-            MASKED,
+            MASKED, False,
         )  # fmt: skip
         own = load_coefficient(
             values.own, batch, start, key, head, count, WIDTH, BLOCK, KEYS, OWN_FORM
@@ -210,10 +247,16 @@ def load_values(
         first = load_coefficient(
             values.first, batch, start, key, head, count, WIDTH, BLOCK, KEYS, FIRST_FORM
         )
-        tile = mix(own, tile, first, first_tile, tile.dtype)
-    if MASKED and (MIXES or v_descriptor is not None):
-        inside = key + tl.arange(0, KEYS) < count
-        tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
+        tile = mix(own, own_tile, first, first_tile, own_tile.dtype)
+        if MASKED:
+            # Not by the values alone: a coefficient may be infinite.
+            inside = key + tl.arange(0, KEYS) < count
+            tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
+    else:
+        tile = load_keys(
+            values.v, v_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS, MASKED,
+            PACKED,
+        )  # fmt: skip
     return tile
 
 
