@@ -30,6 +30,7 @@ from resformer_kernels.attention.triton_tiles import (
     scheduled,
     scores,
     sequence_of,
+    store_keys,
 )
 
 # How a coefficient's gradient leaves `keys_gradient_kernel`: as float32 sums of dV' * V in a fixed
@@ -130,6 +131,7 @@ def rows_kernel(
 def _write_value_gradient(
     gradient,
     out,
+    descriptor,
     value,
     c,
     partial,
@@ -149,18 +151,17 @@ def _write_value_gradient(
     PARTIAL: tl.constexpr,
 ):
     """c dV' to one source of V', and the partial sums of dV' * value for c's gradient."""
-    keys = key + tl.arange(0, KEYS)
-    columns = tl.arange(0, BLOCK_V)
-    inside = (keys < count)[:, None] & (columns < DIM_V)[None, :]
     if out.pointer is not None:
         own = gradient
         if MIXES:
             own = gradient * load_coefficient(
                 c, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, FORM
             )
-        at = at_head(out, batch, start, head) + keys.to(tl.int64)[:, None] * out.time
-        tl.store(at + columns[None, :], round_to(own, out.pointer.dtype.element_ty), mask=inside)
+        store_keys(own, out, descriptor, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS)
     if PARTIAL != NO_PARTIAL:
+        keys = key + tl.arange(0, KEYS)
+        columns = tl.arange(0, BLOCK_V)
+        inside = (keys < count)[:, None] & (columns < DIM_V)[None, :]
         v_tile = load_keys(
             value, None, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, True, False
         )
@@ -200,6 +201,9 @@ def keys_gradient_kernel(
     grad_descriptor,
     base_descriptor,
     delta_descriptor,
+    dk_descriptor,
+    dv_descriptor,
+    first_descriptor,
     q_len,
     k_len,
     k_total,
@@ -248,6 +252,8 @@ def keys_gradient_kernel(
     if first_key >= k_len:
         return
     keys = first_key + tl.arange(0, KEYS)
+    # By pointers: the compiler keeps the left operand of a product in shared memory only where it
+    # is a plain load. A tile of registers here would spill.
     k_tile = load_keys(
         k, None, batch, k_start, first_key, head, k_len, DIM_K, BLOCK_K, KEYS, True, False
     )
@@ -293,9 +299,6 @@ def keys_gradient_kernel(
             row_base = load_row_numbers(
                 base, base_descriptor, slot, first_row, count, ROWS, phase != 1
             )
-            row_delta = load_row_numbers(
-                delta, delta_descriptor, slot, first_row, count, ROWS, phase != 1
-            )
             lo, hi = key_bounds(
                 rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
             )
@@ -312,19 +315,22 @@ def keys_gradient_kernel(
             )  # fmt: skip
             dv_tile = dot(round_to(p, grad_tile.dtype), grad_tile, dv_tile)
             dp = dot(v_tile, tl.trans(grad_tile), tl.zeros([KEYS, ROWS], tl.float32))
+            row_delta = load_row_numbers(
+                delta, delta_descriptor, slot, first_row, count, ROWS, phase != 1
+            )
             ds = p * (dp - row_delta[None, :])
             if CAPPED:
                 ds = ds * slope
             dk_tile = dot(round_to(ds, q_tile.dtype), q_tile, dk_tile)
 
+    # Plus 0, as the compiler does not know: else it would keep the addresses of these keys in
+    # registers throughout the loops, and spill.
+    first_key += tl.minimum(end, 0)
     if dk.pointer is not None:
-        columns_k = tl.arange(0, BLOCK_K)
-        at = at_head(dk, batch, k_start, head) + keys.to(tl.int64)[:, None] * dk.time
-        tl.store(
-            at + columns_k[None, :],
-            round_to(dk_tile * scale, dk.pointer.dtype.element_ty),
-            mask=(keys < k_len)[:, None] & (columns_k < DIM_K)[None, :],
-        )
+        store_keys(
+            dk_tile * scale, dk, dk_descriptor, batch, k_start, first_key, head, k_len, DIM_K,
+            BLOCK_K, KEYS,
+        )  # fmt: skip
     if grad_mixed.pointer is not None:
         dv_tile += widen(
             load_keys(
@@ -334,13 +340,13 @@ def keys_gradient_kernel(
         )  # fmt: skip
     place = sequence * tiles + tile
     _write_value_gradient(
-        dv_tile, dv, values.v, values.own, own_partial, batch, k_start, first_key, head, k_len,
-        place, heads, k_total, DIM_V, BLOCK_V, KEYS, OWN_FORM, MIXES, OWN_PARTIAL,
+        dv_tile, dv, dv_descriptor, values.v, values.own, own_partial, batch, k_start, first_key,
+        head, k_len, place, heads, k_total, DIM_V, BLOCK_V, KEYS, OWN_FORM, MIXES, OWN_PARTIAL,
     )  # fmt: skip
     _write_value_gradient(
-        dv_tile, dv_first, values.v_first, values.first, first_partial, batch, k_start, first_key,
-        head, k_len, place, heads, k_total, DIM_V, BLOCK_V, KEYS, FIRST_FORM, MIXES,
-        FIRST_PARTIAL,
+        dv_tile, dv_first, first_descriptor, values.v_first, values.first, first_partial, batch,
+        k_start, first_key, head, k_len, place, heads, k_total, DIM_V, BLOCK_V, KEYS, FIRST_FORM,
+        MIXES, FIRST_PARTIAL,
     )  # fmt: skip
 
 
@@ -358,7 +364,7 @@ def queries_gradient_kernel(
     cu_q,
     cu_k,
     k_descriptor,
-    v_descriptor,
+    mixed_descriptor,
     q_len,
     k_len,
     heads,
@@ -465,7 +471,7 @@ def queries_gradient_kernel(
             )  # fmt: skip
             p = probabilities(x, row_base[:, None], alpha, RAW, PRECISE)
             v_tile = load_keys(
-                mixed, v_descriptor, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS,
+                mixed, mixed_descriptor, batch, k_start, key, head, k_len, DIM_V, BLOCK_V, KEYS,
                 phase != 1, PACKED,
             )  # fmt: skip
             dp = dot(grad_tile, tl.trans(v_tile), tl.zeros([ROWS, KEYS], tl.float32))

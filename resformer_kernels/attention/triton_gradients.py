@@ -170,12 +170,13 @@ class _Partial:
 
 
 def _row_descriptors(
-    p: Problem, incoming: Incoming, config: configs.Config, dims: dict[str, int]
+    p: Problem, incoming: Incoming, config: configs.Config
 ) -> dict[str, TensorDescriptor | None]:
     """Of what is read by tiles of rows: q and dO (where tiles hold whole queries), base, delta."""
     names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
     if lib.capability(p.q.device) < (9, 0) or p.q.numel() == 0:
         return dict.fromkeys(names)
+    dims = p.dims()
     whole = config.rows % p.group == 0
     found = [
         descriptor_of(x, config.rows // p.group, dims[block], p.group) if whole else None
@@ -184,6 +185,18 @@ def _row_descriptors(
     numbers = (incoming.base, incoming.delta)
     found += [TensorDescriptor(x, [x.numel()], [1], [config.rows]) for x in numbers]
     return dict(zip(names, found, strict=True))
+
+
+def _key_descriptors(
+    p: Problem, config: configs.Config, **tensors: tuple[Tensor | None, str]
+) -> dict[str, TensorDescriptor | None]:
+    """Of tensors by tiles of keys, each with the name of its block's width."""
+    if lib.capability(p.q.device) < (9, 0):
+        return dict.fromkeys(tensors)
+    dims = p.dims()
+    return {
+        name: descriptor_of(x, config.keys, dims[block]) for name, (x, block) in tensors.items()
+    }
 
 
 def _keys(p: Problem, incoming: Incoming, wanted: list[bool]) -> list[Tensor | None]:
@@ -202,7 +215,18 @@ def _keys(p: Problem, incoming: Incoming, wanted: list[bool]) -> list[Tensor | N
     # Where nothing is mixed, the values that are there are `values.v`.
     source = dv if p.v is not None else dv_first
     listed, list_size = open_tiles(p, config, by_rows=False)
-    descriptors = _row_descriptors(p, incoming, config, dims)
+    # A descriptor would write past a packed sequence's end, into the next one.
+    written = (None, None, None) if p.packed else (dk, source, dv_first if p.mixes else None)
+    descriptors = {
+        **_row_descriptors(p, incoming, config),
+        **_key_descriptors(
+            p,
+            config,
+            dk_descriptor=(written[0], "BLOCK_K"),
+            dv_descriptor=(written[1], "BLOCK_V"),
+            first_descriptor=(written[2], "BLOCK_V"),
+        ),
+    }
     lib.launch(
         kernels.keys_gradient_kernel,
         (p.sequences * p.heads * count,),
@@ -249,12 +273,12 @@ def _queries(p: Problem, incoming: Incoming) -> Tensor:
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
     arch = lib.capability(p.q.device)
     config = configs.choose(arch, "queries", p.q.dtype, widest, p.mask_kind)
-    descriptors: list[TensorDescriptor | None] = [None, None]
-    if arch >= (9, 0):
-        descriptors = [
-            descriptor_of(p.k, config.keys, dims["BLOCK_K"]),
-            descriptor_of(incoming.mixed, config.keys, dims["BLOCK_V"]),
-        ]
+    descriptors = _key_descriptors(
+        p,
+        config,
+        k_descriptor=(p.k, "BLOCK_K"),
+        mixed_descriptor=(incoming.mixed, "BLOCK_V"),
+    )
     dq = _fresh(p, p.q, p.cu_q)
     count = -(-p.rows // config.rows)
     listed, list_size = open_tiles(p, config, by_rows=True)
@@ -270,8 +294,7 @@ def _queries(p: Problem, incoming: Incoming) -> Tensor:
         delta=incoming.delta,
         listed=listed,
         dq=view_of(dq),
-        k_descriptor=descriptors[0],
-        v_descriptor=descriptors[1],
+        **descriptors,
         slots=_slots(p),
         sequences=p.sequences,
         tiles=count,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton_lib import NUMBER, coefficient, exp, exp2, mix, tanh, widen
+from resformer_kernels._triton_lib import NUMBER, coefficient, exp, exp2, mix, round_to, tanh, widen
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -183,6 +183,32 @@ def load_keys(
         else:
             tile = tl.load(at + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def store_keys(
+    tile,
+    view,
+    descriptor,
+    batch,
+    start,
+    key,
+    head,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Write a tile of keys (or values), rounded to the tensor's dtype, as far as `count`."""
+    rounded = round_to(tile, view.pointer.dtype.element_ty)
+    if descriptor is not None:
+        descriptor.store([batch, start + key, head, 0], rounded.reshape(1, KEYS, 1, BLOCK))
+    else:
+        keys = key + tl.arange(0, KEYS)
+        columns = tl.arange(0, BLOCK)
+        at = at_head(view, batch, start, head) + keys.to(tl.int64)[:, None] * view.time
+        inside = (keys < count)[:, None] & (columns < WIDTH)[None, :]
+        tl.store(at + columns[None, :], rounded, mask=inside)
 
 
 @triton.jit
