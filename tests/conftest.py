@@ -8,11 +8,15 @@ import os
 # does so in a process of its own, without this.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
 
 from resformer_kernels import _extension
+from resformer_kernels._triton import interpreted
+from tests.interpreter import quick
 
 # A first call loads the library, and CI machines stall: time per example says nothing here. CI
 # draws the same examples every time, so that a failure there can be repeated.
@@ -42,6 +46,16 @@ def native() -> str:
     """The native backend's name; skips where it is not built, and fails where it has to be."""
     _require_native()
     return "native"
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[str]:
+    """The triton backend's name, whose kernels run in Triton's interpreter; skips without it."""
+    pytest.importorskip("triton")
+    if not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    with quick():
+        yield "triton"
 
 
 @pytest.fixture(params=_extension.CPU_PATHS)
