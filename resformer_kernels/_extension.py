@@ -44,16 +44,10 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
-@functools.cache
 def cuda_unavailable_reason(device: torch.device) -> str | None:
     """Load the CUDA library if that was not tried yet; None when it can serve `device`, else why
     it cannot."""
-    reason = _cuda_load()
-    if reason is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device, or is built without CUDA"
-    return _driver_reason() or _architecture_reason(torch.cuda.get_device_capability(device))
+    return _cuda_load() or _cuda_device_reason(device)
 
 
 # torch.compile must see the answers as constants: it cannot trace the loading of a library. The
@@ -75,6 +69,13 @@ def _load(library: Path, name: str, where: str) -> str | None:
 @functools.cache
 def _cuda_load() -> str | None:
     return _load(CUDA_LIBRARY, "the CUDA library", "where nvcc is (RESFORMER_CUDA=1 insists)")
+
+
+@functools.cache
+def _cuda_device_reason(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device, or is built without CUDA"
+    return _driver_reason() or _architecture_reason(torch.cuda.get_device_capability(device))
 
 
 def _driver_reason() -> str | None:

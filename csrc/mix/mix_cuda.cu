@@ -27,8 +27,7 @@ struct Parts {
 
 template <class Sources>
 struct Forward {
-  MixShape shape;
-  MixUnits units;
+  MixForwardPlan plan;
   Sources sources;
   int64_t count;
   void* out;
@@ -38,9 +37,10 @@ template <class T, int V, class Sources>
 __global__ void __launch_bounds__(kUnitThreads, 3)
     forward_kernel(const __grid_constant__ Forward<Sources> f) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x;
-  const int64_t unit = thread >> f.units.lane_bits, lane = thread & (f.units.lanes() - 1);
-  if (unit >= f.units.count()) return;
-  forward_lane<T, V>(f.shape, f.units, f.sources, f.count, static_cast<T*>(f.out), unit, lane);
+  const MixUnits& units = f.plan.units;
+  const int64_t unit = thread >> units.lane_bits, lane = thread & (units.lanes() - 1);
+  if (unit >= units.count()) return;
+  forward_lane<T, V>(f.plan.shape, units, f.sources, f.count, static_cast<T*>(f.out), unit, lane);
 }
 
 __global__ void store_operands(const __grid_constant__ Operands operands, int count, MixOperand* to) {
@@ -94,10 +94,10 @@ uint32_t blocks_for(int64_t threads, int64_t per_source = 1) {
 }
 
 template <class Sources>
-void launch_forward(DType dtype, bool vectors, const Forward<Sources>& f, cudaStream_t stream) {
-  const uint32_t blocks = blocks_for(f.units.count() << f.units.lane_bits);
+void launch_forward(DType dtype, const Forward<Sources>& f, cudaStream_t stream) {
+  const uint32_t blocks = blocks_for(f.plan.units.count() << f.plan.units.lane_bits);
   const auto run = [&](auto wide, auto narrow) {
-    if (vectors) {
+    if (f.plan.vectors) {
       wide<<<blocks, kUnitThreads, 0, stream>>>(f);
     } else {
       narrow<<<blocks, kUnitThreads, 0, stream>>>(f);
@@ -143,12 +143,12 @@ void launch_backward(const Kind& kind, const Parts& parts, uint32_t count, cudaS
 }
 
 void launch_sum(const MixSum& s, cudaStream_t stream) {
-  int entry_bits = 0;
-  while (entry_bits < 5 && int64_t{1} << entry_bits < s.entries()) ++entry_bits;
-  const int64_t blocks = (s.entries() + (int64_t{1} << entry_bits) - 1) >> entry_bits;
-  sum_kernel<<<blocks_for(blocks * kUnitThreads), kUnitThreads, 0, stream>>>(s, entry_bits);
+  const int64_t blocks = (s.entries() + (int64_t{1} << s.entry_bits()) - 1) >> s.entry_bits();
+  sum_kernel<<<blocks_for(blocks * kUnitThreads), kUnitThreads, 0, stream>>>(s, s.entry_bits());
   check_cuda(cudaGetLastError(), "mix_values backward");
 }
+
+int64_t vector_of(const Tensor& tensor) { return 16 / static_cast<int64_t>(tensor.element_size()); }
 
 // The sources of a mix in the GPU's memory. They go there as arguments of kernels, which a CUDA graph records
 // like any other launch.
@@ -172,27 +172,21 @@ Tensor mix_values_forward(std::vector<Tensor> values, std::vector<Tensor> coeffi
   Tensor out = mix_host::fresh(values[0], mix_host::sizes_of(values[0]));
   if (out.numel() == 0) return out;
   const auto count = static_cast<int64_t>(sources.size());
-  MixShape shape = mix_host::shape_of(out, "values");
-  if (heads_join(shape, sources.data(), count)) shape = with_heads_joined(shape);
   const DType dtype = sources[0].dtype;
-  const int64_t vector = 16 / static_cast<int64_t>(out.element_size());
-  bool vectors = true;
+  const MixForwardPlan plan =
+      plan_forward(mix_host::shape_of(out, "values"), sources.data(), count, vector_of(out));
   std::vector<MixOperand> operands;
-  for (const MixSource& source : sources) {
-    vectors = vectors && reads_vectors(shape, source, vector);
-    operands.push_back({source, reads_vectors(source.coefficient)});
-  }
-  const MixUnits units = cut_units(shape, {}, false, vectors ? vector : 1);
+  for (const MixSource& source : sources) operands.push_back(operand_of(source));
   const Launch launch(out);
   if (count <= kAtOnce) {
-    Forward<Operands> f{shape, units, {}, count, out.mutable_data_ptr()};
+    Forward<Operands> f{plan, {}, count, out.mutable_data_ptr()};
     std::copy(operands.begin(), operands.end(), f.sources.operand);
-    launch_forward(dtype, vectors, f, launch.stream());
+    launch_forward(dtype, f, launch.stream());
   } else {
     const Tensor memory = upload(out, operands, launch.stream());
     const auto* uploaded = static_cast<const MixOperand*>(memory.const_data_ptr());
-    const Forward<const MixOperand*> f{shape, units, uploaded, count, out.mutable_data_ptr()};
-    launch_forward(dtype, vectors, f, launch.stream());
+    const Forward<const MixOperand*> f{plan, uploaded, count, out.mutable_data_ptr()};
+    launch_forward(dtype, f, launch.stream());
   }
   return out;
 }
@@ -208,35 +202,19 @@ struct Gradients {
 Gradients prepare(const Tensor& grad, const MixSource& source, const Tensor* value,
                   const Tensor* coefficient) {
   Gradients g;
-  MixPart& p = g.part;
-  p.shape = mix_host::shape_of(grad, "grad");
-  p.grad = mix_host::rows_of(grad);
-  p.source = source;
   const MixKept kept = coefficient ? mix_host::kept_of(*coefficient) : MixKept{};
-  const MixSource operands[] = {p.grad, p.source};
-  if ((coefficient == nullptr || kept.head == kept.dim) && heads_join(p.shape, operands, 2)) {
-    p.shape = with_heads_joined(p.shape);
-  }
-  const int64_t vector = 16 / static_cast<int64_t>(grad.element_size());
-  g.kind.vectors = reads_vectors(p.shape, p.grad, vector) && reads_vectors(p.shape, p.source, vector);
-  p.wide_coefficient = reads_vectors(source.coefficient);
-  if (value != nullptr) p.gradient.value = value->mutable_data_ptr();
-  p.units = cut_units(p.shape, kept, coefficient != nullptr, g.kind.vectors ? vector : 1);
+  g.part = plan_backward(mix_host::shape_of(grad, "grad"), mix_host::rows_of(grad), source, kept,
+                         coefficient != nullptr, vector_of(grad), &g.kind.vectors);
+  MixSourceGradient& to = g.part.gradient;
+  if (value != nullptr) to.value = value->mutable_data_ptr();
   if (coefficient == nullptr) return g;
-  const int64_t rank = coefficient->dim();
-  g.coefficient = mix_host::fresh(*coefficient, mix_host::sizes_of(*coefficient));
-  p.gradient.reduction = p.units.reduction;
-  p.gradient.keeps_head = kept.head;
-  p.gradient.keeps_dim = kept.dim;
-  p.gradient.width = coefficient->size(rank - 2) * coefficient->size(rank - 1);
   g.kind.by_element = kept.dim;
-  if (p.units.reduction == MixReduction::time) {
-    g.partials = output(grad, {p.units.groups * p.gradient.width}, ScalarType::Double);
-    p.gradient.coefficient = g.partials->mutable_data_ptr();
-  } else {
-    p.gradient.coefficient = g.coefficient.mutable_data_ptr();
-    p.gradient.coefficient_dtype = dtype_of(g.coefficient, "coefficients");
+  g.coefficient = mix_host::fresh(*coefficient, mix_host::sizes_of(*coefficient));
+  to.coefficient_dtype = dtype_of(g.coefficient, "coefficients");
+  if (to.reduction == MixReduction::time) {
+    g.partials = output(grad, {g.part.units.groups * to.width}, ScalarType::Double);
   }
+  to.coefficient = (g.partials ? *g.partials : g.coefficient).mutable_data_ptr();
   return g;
 }
 
@@ -264,12 +242,9 @@ void run_parts(DType dtype, const std::vector<Gradients>& all, cudaStream_t stre
 }
 
 void sum_partials(const Gradients& g, cudaStream_t stream) {
-  const MixUnits& units = g.part.units;
-  const int64_t groups = units.blocks.batches;
-  launch_sum(
-      {static_cast<const double*>(g.partials->const_data_ptr()), groups, units.blocks.per_batch,
-       g.part.gradient.width, dtype_of(g.coefficient, "coefficients"), g.coefficient.mutable_data_ptr()},
-      stream);
+  const auto* partials = static_cast<const double*>(g.partials->const_data_ptr());
+  Tensor out = g.coefficient;
+  launch_sum(sum_of(g.part, partials, g.part.gradient.coefficient_dtype, out.mutable_data_ptr()), stream);
 }
 
 std::vector<Tensor> mix_values_backward(Tensor grad, std::vector<Tensor> values,

@@ -8,11 +8,6 @@
 
 namespace resformer {
 
-struct MixOperand {
-  MixSource source;
-  bool wide_coefficient;
-};
-
 struct MixElement {
   int64_t row, b, t, h, d;
 
@@ -65,7 +60,7 @@ static RESFORMER_INLINE void forward_lane(const MixShape& shape, const MixUnits&
   if (d >= u.dim_end) return;
   MixElement e = MixElement::at(shape, u.group_begin, u.head_begin, d);
   for (; e.row < u.group_end; e.advance(shape, 1)) {
-    float total[V], c[V], x[V];
+    float total[V] = {}, c[V], x[V];
     for (int64_t i = 0; i < count; ++i) {
       load_source<T, V>(sources[i].source, e, x);
       load_coefficients<T, V>(sources[i].source.coefficient, sources[i].wide_coefficient, e, c);

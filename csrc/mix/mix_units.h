@@ -118,7 +118,19 @@ struct MixSum {
   void* out;
 
   RESFORMER_INLINE int64_t entries() const { return groups * width; }
+
+  // A block of threads has 2^this entries; the rest of its threads share out the parts of each.
+  RESFORMER_INLINE int entry_bits() const {
+    int bits = 0;
+    while (bits < 5 && (int64_t{1} << bits) < entries()) ++bits;
+    return bits;
+  }
 };
+
+static RESFORMER_INLINE MixSum sum_of(const MixPart& part, const double* partials, DType dtype, void* out) {
+  const MixBlocks& blocks = part.units.blocks;
+  return {partials, blocks.batches, blocks.per_batch, part.gradient.width, dtype, out};
+}
 
 static RESFORMER_INLINE bool multiple_of(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
@@ -139,6 +151,52 @@ static RESFORMER_INLINE bool reads_vectors(const Coefficient& c) {
   bool fits = c.data != nullptr && c.stride[3] == 1 && multiple_of(c.data, 16);
   for (int axis = 0; axis < 3; ++axis) fits = fits && c.stride[axis] % vector == 0;
   return fits;
+}
+
+struct MixOperand {
+  MixSource source;
+  bool wide_coefficient;
+};
+
+static RESFORMER_INLINE MixOperand operand_of(const MixSource& source) {
+  return {source, reads_vectors(source.coefficient)};
+}
+
+struct MixForwardPlan {
+  MixShape shape;
+  MixUnits units;
+  bool vectors;
+};
+
+// `vector`: elements of 16 bytes.
+static RESFORMER_INLINE MixForwardPlan plan_forward(MixShape shape, const MixSource* sources, int64_t count,
+                                                    int64_t vector) {
+  if (heads_join(shape, sources, count)) shape = with_heads_joined(shape);
+  bool vectors = true;
+  for (int64_t i = 0; i < count; ++i) vectors = vectors && reads_vectors(shape, sources[i], vector);
+  return {shape, cut_units(shape, {}, false, vectors ? vector : 1), vectors};
+}
+
+// One source's part of the gradient, but for where the results go. `summed`: that of its coefficient, which
+// differs along `kept`, is wanted.
+static RESFORMER_INLINE MixPart plan_backward(MixShape shape, const MixSource& grad, const MixSource& source,
+                                              const MixKept& kept, bool summed, int64_t vector,
+                                              bool* vectors) {
+  const MixSource operands[] = {grad, source};
+  MixPart p;
+  p.gradient.keeps_head = kept.head;
+  p.gradient.keeps_dim = kept.dim;
+  p.gradient.width = (kept.head ? shape.heads : 1) * (kept.dim ? shape.dim : 1);
+  const bool alike = !summed || kept.head == kept.dim;
+  if (alike && heads_join(shape, operands, 2)) shape = with_heads_joined(shape);
+  *vectors = reads_vectors(shape, grad, vector) && reads_vectors(shape, source, vector);
+  p.shape = shape;
+  p.grad = grad;
+  p.source = source;
+  p.wide_coefficient = reads_vectors(source.coefficient);
+  p.units = cut_units(shape, kept, summed, *vectors ? vector : 1);
+  p.gradient.reduction = p.units.reduction;
+  return p;
 }
 
 }  // namespace resformer

@@ -14,7 +14,10 @@ from resformer_kernels import mix_value_embedding, mix_values
 from resformer_kernels.testing import poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = ("float", "scalar", "head", "channel", "dim", "token", "token_head", "full", "position")
+FORMS = (
+    *("float", "scalar", "head", "channel", "dim", "token", "token_head", "full", "position"),
+    "sequence",
+)
 LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
 
 
@@ -96,6 +99,7 @@ def form_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         "token": (*rows, 1, 1),
         "token_head": (*rows, heads, 1),
         "full": shape,
+        "sequence": (*rows[:-1], 1, heads, 1),
         "position": (1, *rows[1:], 1, dim) if len(rows) == 2 else (*rows, 1, dim),
     }[form]
 
