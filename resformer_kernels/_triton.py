@@ -22,7 +22,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     if kind == "cpu":
         if not interpreted():
             return "it runs on CUDA tensors, these are on the CPU (TRITON_INTERPRET=1 emulates)"
-        return _version_reason()
+        return version_reason()
     if kind == "mps":
         return "it runs on CUDA tensors, these are on Apple's MPS, which Triton does not support"
     if kind != "cuda":
@@ -33,14 +33,15 @@ def unavailable_reason(device: torch.device) -> str | None:
     if capability < OLDEST_CAPABILITY:
         found = ".".join(str(part) for part in capability)
         return f"it needs compute capability 8.0 or newer, {device} has {found}"
-    return _version_reason()
+    return version_reason()
 
 
 # torch.compile must see the answer as a constant: it cannot trace an import.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _version_reason() -> str | None:
+def version_reason() -> str | None:
+    """Why no Triton that is installed here will do; None where one will."""
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:

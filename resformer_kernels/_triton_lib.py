@@ -7,12 +7,16 @@ by a constant needs if and else, with one return after both: the compiler follow
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -22,6 +26,27 @@ PER_TILE: tl.constexpr = tl.constexpr(1)
 PER_ROW: tl.constexpr = tl.constexpr(2)
 PER_COLUMN: tl.constexpr = tl.constexpr(3)
 PER_ELEMENT: tl.constexpr = tl.constexpr(4)
+
+
+_assumed: tuple[int, int] | None = None
+
+
+@contextmanager
+def assumed_capability(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it launchers choose for that compute capability, whatever their tensors are on."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability to choose for; without a GPU the interpreter plays sm_90."""
+    if _assumed is not None:
+        return _assumed
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
@@ -36,8 +61,16 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[grid](**arguments)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that a kernel is to write: uninitialised, or NaN under RESFORMER_POISON=1."""
+    fresh = like.new_empty(shape, dtype=dtype)
+    if os.environ.get("RESFORMER_POISON"):
+        fresh.fill_(torch.nan)
+    return fresh
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from torch import Tensor
 from resformer_kernels._checks import autocast_dtype, check_flag, check_tensor
 from resformer_kernels._select import Request, explained_by, select
 from resformer_kernels.attention import call as checks
-from resformer_kernels.attention import native, ops, reference
+from resformer_kernels.attention import native, ops, reference, triton
 from resformer_kernels.attention.call import AttentionCall
 
-BACKENDS = (native, reference)
+BACKENDS = (native, triton, reference)
 
 _FIXED_Q = "(batch, time, heads, head_dim)"
 _FIXED_K = "(batch, time, kv_heads, head_dim)"
@@ -187,7 +187,7 @@ def value_residual_attention(
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), float32 (float64 for float64 inputs). Differentiable.
         return_mixed_value: also return V', (B, Tk, Hkv, Dv) in v's dtype. Differentiable.
-        backend: "auto", "native" or "reference". A name never falls back.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
         out (B, Tq, Hq, Dv) in q's dtype; or a tuple of out, then the LSE and the mixed value,

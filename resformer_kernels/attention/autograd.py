@@ -10,12 +10,21 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import run_backward
+from resformer_kernels._launch import (
+    copy_note,
+    distinct,
+    needs_copy,
+    refuse_forward_mode,
+    run_backward,
+    unit_stride,
+    wants_gradient,
+)
+from resformer_kernels.attention.call import AttentionCall
 from resformer_kernels.attention.ops import VMAP_ERROR
 
 
 class Options(NamedTuple):
-    """The arguments of the ops that are no tensors, in the schema's order."""
+    """The arguments of the ops that are no tensors, in the schema's order, and whose ops."""
 
     lambda_v_value: float
     lambda_first_value: float
@@ -27,6 +36,7 @@ class Options(NamedTuple):
     softcap: float
     return_lse: bool
     return_mixed_value: bool
+    namespace: str
 
 
 def _shared_arguments(
@@ -67,10 +77,9 @@ def _shared_arguments(
 def forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op, on the arguments that `ValueResidualAttention.apply` takes."""
     options: Options = arguments[-1]
-    result: tuple[Tensor, Tensor, Tensor] = (
-        torch.ops.resformer.value_residual_attention_forward.default(
-            *_shared_arguments(*arguments), options.return_lse, options.return_mixed_value
-        )
+    op = getattr(torch.ops, options.namespace).value_residual_attention_forward.default
+    result: tuple[Tensor, Tensor, Tensor] = op(
+        *_shared_arguments(*arguments), options.return_lse, options.return_mixed_value
     )
     return result
 
@@ -125,7 +134,47 @@ class ValueResidualAttention(torch.autograd.Function):
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     gradients, shared, kept = arguments[:3], arguments[3:-3], arguments[-3:]
-    result: tuple[Tensor, ...] = torch.ops.resformer.value_residual_attention_backward.default(
-        *gradients, *_shared_arguments(*shared), *kept
-    )
+    options: Options = shared[-1]
+    op = getattr(torch.ops, options.namespace).value_residual_attention_backward.default
+    result: tuple[Tensor, ...] = op(*gradients, *_shared_arguments(*shared), *kept)
     return result
+
+
+def run_op(call: AttentionCall, namespace: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, mixed value or None) of `call`, by the ops of `namespace`."""
+    q, k, v, v_first = (
+        x if x is None else unit_stride(x) for x in (call.q, call.k, call.v, call.v_first)
+    )
+    leaves = (q, k, v, v_first, call.lambda_v, call.lambda_first, call.sinks, call.attn_bias)
+    options = Options(
+        call.lambda_v_value,
+        call.lambda_first_value,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.window_left,
+        call.window_right,
+        call.scale,
+        call.softcap,
+        call.return_lse,
+        call.return_mixed_value,
+        namespace,
+    )
+    offsets = [x if x is None else x.contiguous() for x in (call.cu_seqlens_q, call.cu_seqlens_k)]
+    tensors = (*leaves, *offsets)
+    if torch.compiler.is_compiling():
+        tensors = distinct(tensors)
+    else:
+        refuse_forward_mode("value_residual_attention", leaves)
+    apply = ValueResidualAttention.apply if wants_gradient(leaves) else forward_op
+    out, lse, mixed = apply(*tensors, options)
+    return out, lse if call.return_lse else None, mixed if call.return_mixed_value else None
+
+
+def copy_notes(call: AttentionCall) -> list[str]:
+    """What `run_op` does to the arguments before the kernel."""
+    named = (("q", call.q), ("k", call.k), ("v", call.v), ("v_first", call.v_first))
+    return [
+        copy_note(name, tensor)
+        for name, tensor in named
+        if tensor is not None and needs_copy(tensor)
+    ]

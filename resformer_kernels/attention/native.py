@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import _extension
-from resformer_kernels._launch import (
-    copy_note,
-    distinct,
-    needs_copy,
-    refuse_forward_mode,
-    unit_stride,
-    wants_gradient,
-)
-from resformer_kernels.attention.autograd import Options, ValueResidualAttention, forward_op
+from resformer_kernels.attention.autograd import copy_notes, run_op
 from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention.ops import NATIVE
 
 NAME = "native"
 
@@ -35,38 +28,9 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 def notes(call: AttentionCall) -> list[str]:
     """What this backend does to the arguments before the kernel."""
-    named = (("q", call.q), ("k", call.k), ("v", call.v), ("v_first", call.v_first))
-    return [
-        copy_note(name, tensor)
-        for name, tensor in named
-        if tensor is not None and needs_copy(tensor)
-    ]
+    return copy_notes(call)
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, mixed value or None), as `AttentionCall` asks."""
-    q, k, v, v_first = (
-        x if x is None else unit_stride(x) for x in (call.q, call.k, call.v, call.v_first)
-    )
-    leaves = (q, k, v, v_first, call.lambda_v, call.lambda_first, call.sinks, call.attn_bias)
-    options = Options(
-        call.lambda_v_value,
-        call.lambda_first_value,
-        call.max_seqlen_q,
-        call.max_seqlen_k,
-        call.window_left,
-        call.window_right,
-        call.scale,
-        call.softcap,
-        call.return_lse,
-        call.return_mixed_value,
-    )
-    offsets = [x if x is None else x.contiguous() for x in (call.cu_seqlens_q, call.cu_seqlens_k)]
-    tensors = (*leaves, *offsets)
-    if torch.compiler.is_compiling():
-        tensors = distinct(tensors)
-    else:
-        refuse_forward_mode("value_residual_attention", leaves)
-    apply = ValueResidualAttention.apply if wants_gradient(leaves) else forward_op
-    out, lse, mixed = apply(*tensors, options)
-    return out, lse if call.return_lse else None, mixed if call.return_mixed_value else None
+    return run_op(call, NATIVE)

@@ -1,4 +1,7 @@
-"""Schemas and fakes of the attention ops. C++ supplies the implementations; torch alone is needed.
+"""Schemas and fakes of the attention ops; torch alone is needed.
+
+One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
+whose launcher is imported, and Triton with it, when an op is first called.
 
 Both ops serve fixed-length (B, T, H, D) and packed (total, H, D) tensors; the latter come with
 `cu_seqlens`. Coefficients have V's rank and attn_bias rank 4, with axes of size 1 where they
@@ -7,7 +10,7 @@ broadcast. What was not asked for comes back with no elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -25,17 +28,15 @@ _SHARED = (
 FORWARD = "value_residual_attention_forward"
 BACKWARD = "value_residual_attention_backward"
 
-_lib = torch.library.Library("resformer", "FRAGMENT")
-_lib.define(
+_SCHEMAS = (
     f"{FORWARD}({_SHARED}bool return_lse, bool return_mixed_value) "
-    "-> (Tensor out, Tensor lse, Tensor mixed)"
-)
-_lib.define(
+    "-> (Tensor out, Tensor lse, Tensor mixed)",
     f"{BACKWARD}(Tensor grad_out, Tensor? grad_lse, Tensor? grad_mixed, {_SHARED}"
     "Tensor out, Tensor lse, int grad_mask) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dv_first, "
-    "Tensor dlambda_v, Tensor dlambda_first, Tensor dsinks, Tensor dattn_bias)"
+    "Tensor dlambda_v, Tensor dlambda_first, Tensor dsinks, Tensor dattn_bias)",
 )
+NATIVE, TRITON = "resformer", "resformer_triton"
 
 VMAP_ERROR = vmap_error("value_residual_attention")
 
@@ -44,7 +45,6 @@ def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return like.new_empty(shape, dtype=dtype or like.dtype)
 
 
-@torch.library.register_fake(f"resformer::{FORWARD}", lib=_lib)
 def _forward_fake(
     q: Tensor, _k: Tensor, v: Tensor | None, v_first: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +63,6 @@ def _forward_fake(
     return out, lse, mixed
 
 
-@torch.library.register_fake(f"resformer::{BACKWARD}", lib=_lib)
 def _backward_fake(
     _grad_out: Tensor,
     _grad_lse: Tensor | None,
@@ -91,5 +90,31 @@ def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise RuntimeError(VMAP_ERROR)
 
 
-_lib.impl(FORWARD, _no_vmap, "FuncTorchBatched")
-_lib.impl(BACKWARD, _no_vmap, "FuncTorchBatched")
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from resformer_kernels.attention import triton_launch
+
+    return triton_launch.forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from resformer_kernels.attention import triton_launch
+
+    return triton_launch.backward(*arguments)
+
+
+def _define(namespace: str) -> torch.library.Library:
+    library = torch.library.Library(namespace, "FRAGMENT")
+    fakes: tuple[Callable[..., Any], ...] = (_forward_fake, _backward_fake)
+    for name, schema, fake in zip((FORWARD, BACKWARD), _SCHEMAS, fakes, strict=True):
+        library.define(schema)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        library.impl(name, _no_vmap, "FuncTorchBatched")
+    return library
+
+
+# Libraries unregister what they hold when they are collected.
+_libraries = {namespace: _define(namespace) for namespace in (NATIVE, TRITON)}
+# CPU tensors are for Triton's interpreter.
+for _key in ("CUDA", "CPU"):
+    _libraries[TRITON].impl(FORWARD, _triton_forward, _key)
+    _libraries[TRITON].impl(BACKWARD, _triton_backward, _key)

@@ -20,9 +20,10 @@ COMMANDS: dict[str, str] = {
     "info": "what this installation can run, and why",
     "verify": "hold every kernel against float64",
     "bench": "time every registered case against its peers",
+    "compile-check": "compile every Triton kernel for GPUs that are not there",
     "demo": "verify, time, train small models on real text, write a report",
 }
-"""Each subcommand, which is also its module's name, and its line in `--help`."""
+"""Each subcommand, which is also its module's name (but for hyphens), and its line in `--help`."""
 
 INTERRUPTED = 130
 """The shell's exit code for a command that Ctrl-C ended."""
@@ -39,7 +40,7 @@ class Command(Protocol):
 
 
 def _load(name: str) -> Command:
-    return cast(Command, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Command, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

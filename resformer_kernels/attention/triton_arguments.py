@@ -1,0 +1,260 @@
+"""The arguments of the Triton kernels, from the op's: what forward and backward launches share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from resformer_kernels import _triton_lib as lib
+from resformer_kernels.attention import triton_tiles as tiles
+
+_FAR = 2**30
+_LOG2E = 1.4426950408889634
+
+
+class View(NamedTuple):
+    """(batch, time, heads, head_dim) by strides in elements; packed tensors have batch 0."""
+
+    pointer: Tensor | None
+    batch: int
+    time: int
+    head: int
+
+
+class Coefficient(NamedTuple):
+    """A mixing coefficient: a tensor by strides, 0 where it broadcasts, or a number."""
+
+    pointer: Tensor | None
+    number: float
+    batch: int
+    time: int
+    head: int
+    column: int
+
+
+class Values(NamedTuple):
+    """What V' is mixed from; v alone where nothing is mixed."""
+
+    v: View
+    v_first: View
+    own: Coefficient
+    first: Coefficient
+
+
+class Bias(NamedTuple):
+    """attn_bias by strides, 0 where it broadcasts."""
+
+    pointer: Tensor | None
+    batch: int
+    head: int
+    query: int
+    key: int
+
+
+NOTHING = View(None, 0, 0, 0)
+
+
+def view_of(tensor: Tensor | None) -> View:
+    """A tensor of three or four axes as kernels take it."""
+    if tensor is None:
+        return NOTHING
+    batch = tensor.stride(0) if tensor.dim() == 4 else 0
+    return View(tensor, batch, tensor.stride(-3), tensor.stride(-2))
+
+
+def lse_view(lse: Tensor) -> View:
+    """(B, Hq, Tq), or (Hq, total), by strides; time is contiguous."""
+    return View(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
+
+
+def coefficient_of(tensor: Tensor | None, number: float) -> tuple[Coefficient, int]:
+    """A coefficient and its form over a tile of one head, as `_triton_lib.coefficient` has it."""
+    if tensor is None:
+        return Coefficient(None, float(number), 0, 0, 0, 0), lib.NUMBER.value
+    strides = [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    time, head, column = strides[-3:]
+    form = {
+        (False, False): lib.PER_TILE,
+        (True, False): lib.PER_ROW,
+        (False, True): lib.PER_COLUMN,
+        (True, True): lib.PER_ELEMENT,
+    }[time != 0, column != 0]
+    batch = strides[0] if tensor.dim() == 4 else 0
+    return Coefficient(tensor, 1.0, batch, time, head, column), form.value
+
+
+def bias_of(tensor: Tensor | None) -> tuple[Bias, int, Any]:
+    """attn_bias, its kind, and the integer type that holds its offsets."""
+    if tensor is None:
+        return Bias(None, 0, 0, 0, 0), tiles.NO_BIAS.value, tl.int32
+    boolean = tensor.dtype is torch.bool
+    strides = [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    kind = tiles.BOOLEAN if boolean else tiles.ADDITIVE
+    data = tensor.view(torch.uint8) if boolean else tensor
+    return Bias(data, *strides), kind.value, tl.int32 if span < 2**31 else tl.int64
+
+
+def padded(dim: int) -> int:
+    """The width of a tile that holds `dim` columns: a power of two that a product takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def descriptor_of(tensor: Tensor | None, keys: int, block: int) -> TensorDescriptor | None:
+    """A TMA descriptor of tiles (1, keys, 1, block) of a (batch, time, heads, dim) tensor.
+
+    None where the layout does not allow one: an empty tensor, addresses off 16 bytes, an axis that
+    is one element seen many times.
+    """
+    if tensor is None or tensor.numel() == 0:
+        return None
+    whole = tensor if tensor.dim() == 4 else tensor[None]
+    unit = 16 // tensor.element_size()
+    strides = [
+        unit * -(-block // unit) if size == 1 else stride
+        for size, stride in zip(whole.shape[:-1], whole.stride()[:-1], strict=True)
+    ]
+    if tensor.data_ptr() % 16 or any(stride % unit or stride == 0 for stride in strides):
+        return None
+    return TensorDescriptor(whole, list(whole.shape), [*strides, 1], [1, keys, 1, block])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the op, forward or backward, in the terms of the kernels."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    v_first: Tensor | None
+    lambda_v: Tensor | None
+    lambda_first: Tensor | None
+    lambda_v_value: float
+    lambda_first_value: float
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    max_q: int
+    max_k: int
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+    attn_bias: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    @property
+    def mixes(self) -> bool:
+        return self.v is not None and self.v_first is not None
+
+    @property
+    def value(self) -> Tensor:
+        """A tensor of values that is there."""
+        value = self.v if self.v is not None else self.v_first
+        assert value is not None
+        return value
+
+    @property
+    def precise(self) -> bool:
+        """float32: natural scores, and functions to an ulp."""
+        return self.q.dtype is torch.float32
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_q is None else self.cu_q.shape[0] - 1
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.k.shape[-2]
+
+    @property
+    def group(self) -> int:
+        """Query heads to a KV head."""
+        return self.q.shape[-2] // self.heads
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a sequence and KV head."""
+        return self.max_q * self.group
+
+    @property
+    def mask_kind(self) -> str:
+        """By which of its masks a call's configuration is chosen."""
+        if self.attn_bias is not None:
+            return "bias"
+        if self.window_left >= 0:
+            return "window"
+        return "causal" if self.window_right >= 0 else "full"
+
+    def values(self, mixed: Tensor | None = None) -> tuple[Values, dict[str, Any]]:
+        """What V' is loaded from and how; `mixed`: V' itself, where it was mixed before."""
+        own, own_form = coefficient_of(self.lambda_v, self.lambda_v_value)
+        first, first_form = coefficient_of(self.lambda_first, self.lambda_first_value)
+        mixes = self.mixes and mixed is None
+        v, v_first = (self.v, self.v_first) if mixes else (self.value, None)
+        values = Values(view_of(mixed if mixed is not None else v), view_of(v_first), own, first)
+        if not mixes:
+            own_form = first_form = lib.NUMBER.value
+        return values, {"OWN_FORM": own_form, "FIRST_FORM": first_form, "MIXES": mixes}
+
+    def masks(self) -> dict[str, Any]:
+        """The arguments that say which keys a row may see."""
+        return {
+            "cu_q": self.cu_q,
+            "cu_k": self.cu_k,
+            "q_len": self.max_q,
+            "k_len": self.max_k,
+            "heads": self.heads,
+            "window_left": min(self.window_left, _FAR),
+            "window_right": min(self.window_right, _FAR),
+            "GROUP": self.group,
+            "HAS_LEFT": self.window_left >= 0,
+            "HAS_RIGHT": self.window_right >= 0,
+            "PACKED": self.packed,
+        }
+
+    def scores(self) -> dict[str, Any]:
+        """The arguments that turn a product q.k into a score."""
+        bias, kind, index = bias_of(self.attn_bias)
+        capped = self.softcap > 0
+        transformed = capped or kind == tiles.ADDITIVE.value
+        alpha = self.scale / self.softcap if capped else self.scale
+        if not transformed and not self.precise:
+            alpha *= _LOG2E
+        return {
+            "bias": bias,
+            "alpha": alpha,
+            "softcap": self.softcap,
+            "CAPPED": capped,
+            "BIAS": kind,
+            # The maximum of scores is alpha times that of the products only where alpha > 0, and
+            # -inf times an alpha that is 0 in float32 would be NaN.
+            "RAW": not transformed and not self.precise and alpha > 1e-30,
+            "PRECISE": self.precise,
+            "INDEX": index,
+        }
+
+    def dims(self) -> dict[str, int]:
+        """Head dimensions, and the widths of the tiles that hold them."""
+        dim_k, dim_v = self.q.shape[-1], self.value.shape[-1]
+        return {
+            "DIM_K": dim_k,
+            "DIM_V": dim_v,
+            "BLOCK_K": padded(dim_k),
+            "BLOCK_V": padded(dim_v),
+        }

@@ -1,0 +1,194 @@
+"""`resformer-kernels compile-check`: compile every Triton kernel for GPUs that are not there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from resformer_kernels import _triton_check as triton_check
+from resformer_kernels._triton_artifacts import SHARED_LIMITS, Compiled
+from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.testing.machine import usable_cores
+
+
+def _jobs(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare the arguments of `compile-check`."""
+    parser = subparsers.add_parser(
+        "compile-check",
+        help=COMMANDS["compile-check"],
+        description="Compile each Triton kernel in each of its configurations, specialised as its "
+        "launcher would, and read registers, local memory, shared memory and matrix instructions "
+        "from the machine code. No GPU takes part. Exit code 1 where a kernel does not compile, a "
+        "main configuration spills, shared memory is over the architecture's limit, or a matrix "
+        "product does not use wgmma on sm_90.",
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=tuple(SHARED_LIMITS),
+        help="this architecture alone; may be repeated (default: all)",
+    )
+    parser.add_argument("--op", metavar="OP", action="append", help="this op alone, by its folder")
+    parser.add_argument("--main", action="store_true", help="the main configurations alone")
+    parser.add_argument(
+        "--filter", metavar="TEXT", help="only cases whose name has every word of TEXT"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--jobs", type=_jobs, default=usable_cores(), help="compiled at once")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep compiled kernels here and reuse them (default: a temporary folder)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and print. 0; 1 where a case fails; 2 where nothing can be compiled."""
+    reason = triton_check.unavailable_reason()
+    if reason is not None:
+        return _refuse(reason)
+    modules = triton_check.case_modules()
+    ops = [triton_check.op_of(module) for module in modules]
+    unknown = sorted(set(args.op or ()) - set(ops))
+    if unknown:
+        return _refuse(f"no Triton kernels in {unknown}; there are some in {ops}")
+    wanted = [
+        job
+        for job in triton_check.jobs(modules, args.arch or tuple(SHARED_LIMITS))
+        if (not args.op or job.op in args.op)
+        and (job.main or not args.main)
+        and all(word in job.name for word in (args.filter or "").split())
+    ]
+    if not wanted:
+        return _refuse("no case matches; --list prints the names")
+    if args.list:
+        print("\n".join(f"sm_{job.capability} {job.op}: {job.name}" for job in wanted))
+        return 0
+    found = _compile(wanted, args.cache, args.jobs)
+    failed = [case for case in found if not case.ok]
+    if args.json:
+        print(json.dumps([{**asdict(case), "ok": case.ok} for case in found], indent=1))
+    elif args.markdown:
+        print(markdown(found))
+    else:
+        _print_table(found, failed)
+    return 1 if failed else 0
+
+
+def _compile(
+    wanted: Sequence[triton_check.Job], cache: Path | None, workers: int
+) -> list[Compiled]:
+    """In the order of `wanted`."""
+    order = {(job.op, job.capability, job.name): place for place, job in enumerate(wanted)}
+    found = []
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    folder = tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache))
+    with (
+        folder as kept,
+        Progress(
+            *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
+        ) as progress,
+    ):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        task = progress.add_task("compiling", total=len(wanted))
+        for compiled in triton_check.check(wanted, Path(kept), min(workers, len(wanted))):
+            found.append(compiled)
+            progress.update(task, advance=1, description=f"sm_{compiled.capability}")
+    return sorted(found, key=lambda case: order[case.op, case.capability, case.name])
+
+
+def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table(header_style="bold")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("arch", no_wrap=True)
+    for heading in ("threads", "registers", "local", "shared"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("matrix", no_wrap=True)
+    table.add_column("", overflow="fold")
+    previous = ""
+    for case in found:
+        group = f"{case.op} sm_{case.capability}"
+        if previous and group != previous:
+            table.add_section()
+        previous = group
+        table.add_row(
+            f"{case.op}: {case.name}",
+            f"sm_{case.capability}",
+            str(case.threads or ""),
+            str(case.registers or ""),
+            f"{case.local_bytes} B" if case.local_accesses else "",
+            kibibytes(case.shared_bytes),
+            ", ".join(case.matrix),
+            "[green]ok" if case.ok else f"[bold red]{'; '.join(case.problems)}",
+        )
+    console.print(table)
+    spilling = sum(1 for case in found if case.local_accesses)
+    verdict = f"[bold red]{len(failed)} failed" if failed else "[bold green]all passed"
+    console.print(
+        f"{len(found)} kernels compiled, {sum(case.main for case in found)} of them main "
+        f"configurations; {spilling} use local memory: {verdict}"
+    )
+
+
+def kibibytes(count: int) -> str:
+    """Bytes as KiB; nothing for nothing."""
+    if count < 1024:
+        return f"{count} B" if count else ""
+    return f"{count / 1024:.4g} KiB"
+
+
+def markdown(found: Sequence[Compiled]) -> str:
+    """A row a case, a column an architecture."""
+    capabilities = sorted({case.capability for case in found})
+    rows: dict[tuple[str, str], dict[int, Compiled]] = {}
+    for case in found:
+        rows.setdefault((case.op, case.name), {})[case.capability] = case
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |",
+        "| --- |" + " --- |" * len(capabilities),
+    ]
+    for (op, name), cells in rows.items():
+        main = " (main)" if any(case.main for case in cells.values()) else ""
+        cell = " | ".join(_cell(cells.get(capability)) for capability in capabilities)
+        lines.append(f"| {op}: {name}{main} | {cell} |")
+    return "\n".join(lines)
+
+
+def _cell(case: Compiled | None) -> str:
+    if case is None:
+        return ""
+    if not case.registers:
+        return "; ".join(case.problems)
+    parts = [f"{case.registers} registers × {case.threads}", kibibytes(case.shared_bytes)]
+    if case.local_accesses:
+        parts.append(f"{case.local_bytes} B local")
+    parts += [*case.matrix, *(f"**{problem}**" for problem in case.problems)]
+    return ", ".join(part for part in parts if part)
+
+
+def _refuse(reason: str) -> int:
+    print(f"resformer-kernels compile-check: error: {reason}", file=sys.stderr)
+    return 2

@@ -1,0 +1,69 @@
+"""Kernels with one thing wrong each, one that is right, and how their launchers start them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr):
+    """out (M, N) = a (M, n) b (n, N), all contiguous."""
+    i = tl.arange(0, M)
+    j = tl.arange(0, N)
+    step = tl.arange(0, K)
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(0, n, K):
+        left = tl.load(a + i[:, None] * n + (k + step)[None, :])
+        right = tl.load(b + (k + step)[:, None] * N + j[None, :])
+        total = tl.dot(left, right, total, input_precision="ieee" if IEEE else None)
+    tl.store(out + i[:, None] * N + j[None, :], total)
+
+
+@triton.jit
+def copy(source, target, n, BLOCK: tl.constexpr):
+    """target = source, n elements."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)
+
+
+@triton.jit
+def hoard(source, target, BLOCK: tl.constexpr):
+    """A sum that every element waits for."""
+    at = tl.arange(0, BLOCK)
+    x = tl.load(source + at)
+    tl.store(target + at, x - tl.sum(x, 0))
+
+
+@triton.jit
+def wrong(source, BLOCK: tl.constexpr):
+    """Adds vectors of two lengths."""
+    tl.store(source, tl.sum(tl.arange(0, BLOCK) + tl.arange(0, 2 * BLOCK), 0))
+
+
+def launch_matmul(
+    m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, **options: int
+) -> None:
+    """One block of a product, on meta tensors."""
+    a, b = (torch.empty(shape, device="meta", dtype=dtype) for shape in ((m, 4096), (4096, n)))
+    out = torch.empty((m, n), device="meta")
+    matmul[(1,)](a, b, out, 4096, M=m, N=n, K=k, IEEE=dtype is torch.float32, **options)
+
+
+def launch_copy(source: Tensor) -> None:
+    """A copy of a flat tensor."""
+    n = source.numel()
+    copy[(triton.cdiv(n, 1024),)](source, torch.empty_like(source), n, BLOCK=1024)
+
+
+def launch_hoard(maxnreg: int) -> None:
+    """128 elements a thread, in `maxnreg` registers."""
+    x = torch.empty(128 * 128, device="meta")
+    hoard[(1,)](x, x, BLOCK=x.numel(), maxnreg=maxnreg)
+
+
+def launch_wrong() -> None:
+    """A kernel that Triton refuses."""
+    wrong[(1,)](torch.empty(1, device="meta"), BLOCK=16)

@@ -1,0 +1,187 @@
+"""`resformer-kernels compile-check`, on kernels with one thing wrong each and on the package's own.
+
+It runs in processes of its own: this one may have loaded Triton as an interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from resformer_kernels import _triton, _triton_check
+from resformer_kernels._triton_artifacts import Compiled
+from resformer_kernels.cli import compile_check, main
+
+pytestmark = pytest.mark.skipif(
+    _triton.version_reason() is not None, reason=str(_triton.version_reason())
+)
+
+ON_THE_TESTS_KERNELS = """
+import sys
+from resformer_kernels import _triton_check
+from resformer_kernels.cli import main
+if __name__ == "__main__":
+    _triton_check.case_modules = lambda: ["tests.compile_check.triton_cases"]
+    sys.exit(main(["compile-check", *sys.argv[1:]]))
+"""
+
+
+def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python program, without the interpreter of Triton."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+    """What the command says of every case of `triton_cases.py`, by architecture and name."""
+    program = tmp_path_factory.mktemp("compile_check") / "program.py"
+    program.write_text(ON_THE_TESTS_KERNELS)
+    done = run([str(program)], "--json", "--jobs", "1")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 3 * 11
+    return {(case["capability"], case["name"]): case for case in found}
+
+
+@pytest.mark.parametrize(
+    ("capability", "matrix"), [(80, ["mma.sync"]), (90, ["wgmma"]), (100, ["tcgen05"])]
+)
+def test_a_good_kernel_passes_and_is_described(
+    outcomes: dict[tuple[int, str], dict[str, Any]], capability: int, matrix: list[str]
+) -> None:
+    case = outcomes[capability, "good"]
+    assert case["ok"]
+    assert case["matrix"] == matrix
+    assert case["op"] == "compile_check"
+    assert case["threads"] == 128
+    assert 32 < case["registers"] <= 255
+    # A tile of each operand at least, as many as there are stages at most.
+    assert 2 * 64 * 64 * 2 <= case["shared_bytes"] < 3 * 2 * 64 * 64 * 2 + 1024
+    assert case["local_accesses"] == case["local_bytes"] == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_what_is_wrong_is_named(
+    outcomes: dict[tuple[int, str], dict[str, Any]], capability: int
+) -> None:
+    def problem(name: str) -> str:
+        return "; ".join(outcomes[capability, name]["problems"])
+
+    assert "bytes of local memory a thread" in problem("spills, main")
+    assert problem("spills, not main") == ""
+    spilling = outcomes[capability, "spills, not main"]
+    assert spilling["local_accesses"] > 100
+    assert spilling["local_bytes"] > 500
+    assert "bytes of shared memory, over the limit of" in problem("too much shared memory")
+    assert problem("small tile") == ("no wgmma" if capability == 90 else "")
+    assert problem("float32") == ("no wgmma" if capability == 90 else "no matrix instruction")
+    assert problem("refused by Triton").startswith("does not compile: ValueError(")
+    if capability == 90:
+        assert "Insufficient registers" in problem("refused by the assembler")
+    assert problem("kills its process") == "the compiler's process died"
+    assert problem("aligned") == problem("unaligned") == ""
+
+
+LAUNCHES = """
+import torch
+from tests.compile_check import kernels
+from resformer_kernels._triton_compile import case_from_launch, recorded_launches
+
+x = torch.empty(4096 + 8 + 1, device="meta", dtype=torch.bfloat16)
+cases = []
+for source in (x[:4096], x[8:4104], x[1:4097], x[:4001], x[:1]):
+    with recorded_launches() as launches:
+        kernels.launch_copy(source)
+    assert launches[0].grid == (-(-source.numel() // 1024),)
+    cases.append(case_from_launch("copy", launches[0], capability=90, main=True))
+aligned, offset, unaligned, odd, one = cases
+divisible = [["tt.divisibility", 16]]
+types = {"source": "*bf16", "target": "*bf16", "n": "i32", "BLOCK": "constexpr"}
+assert aligned.signature == types and aligned.constants == {(3,): 1024}
+assert aligned.attrs == {(0,): divisible, (1,): divisible, (2,): divisible}, aligned.attrs
+assert offset.attrs == aligned.attrs
+assert unaligned.attrs == {(0,): [], (1,): divisible, (2,): divisible}, unaligned.attrs
+assert odd.attrs == {(0,): divisible, (1,): divisible, (2,): []}, odd.attrs
+# Triton makes a constant of an argument that is 1.
+assert one.signature["n"] == "constexpr" and one.constants == {(2,): 1, (3,): 1024}
+with recorded_launches() as launches:
+    kernels.launch_matmul(64, 64, 64, num_warps=8, num_stages=2, maxnreg=128)
+case = case_from_launch("matmul", launches[0], capability=90, expects_mma=True)
+assert (case.num_warps, case.num_stages, dict(case.options)) == (8, 2, {"maxnreg": 128})
+assert case.expects_mma and not case.main
+# A launch that is not recorded still asks for a GPU.
+try:
+    kernels.launch_wrong()
+except RuntimeError as error:
+    assert "0 active drivers" in str(error), error
+else:
+    raise AssertionError("nothing was raised")
+"""
+
+
+def test_a_recorded_launch_is_specialised_as_a_launch_would_be() -> None:
+    done = run(["-c", LAUNCHES])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["compile-check"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["compile-check", "--op", "nope"]) == 2
+    assert "no Triton kernels in ['nope']" in capsys.readouterr().err
+    monkeypatch.setattr(_triton_check, "case_modules", list)
+    assert main(["compile-check"]) == 2
+    assert "no case matches" in capsys.readouterr().err
+
+
+def test_markdown_has_a_column_for_each_architecture() -> None:
+    def case(name: str, capability: int, **found: Any) -> Compiled:
+        return Compiled("attention", name, capability, **found)
+
+    good = {"registers": 168, "threads": 256, "shared_bytes": 96 * 1024, "main": True}
+    text = compile_check.markdown(
+        [
+            case("forward", 80, **good, matrix=("mma.sync",)),
+            case("forward", 90, **good, matrix=("wgmma",)),
+            case("backward", 90, registers=255, threads=128, local_bytes=24, local_accesses=3),
+            case("broken", 80, problems=("does not compile: why",)),
+        ]
+    )
+    assert text.splitlines() == [
+        "| kernel | sm_80 | sm_90 |",
+        "| --- | --- | --- |",
+        "| attention: forward (main) | 168 registers × 256, 96 KiB, mma.sync "
+        "| 168 registers × 256, 96 KiB, wgmma |",
+        "| attention: backward |  | 255 registers × 128, 24 B local |",
+        "| attention: broken | does not compile: why |  |",
+    ]
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+@pytest.mark.parametrize("op", [_triton_check.op_of(m) for m in _triton_check.case_modules()])
+def test_the_packages_own_kernels(op: str, capability: str) -> None:
+    arguments = ("--op", op, "--arch", capability, "--jobs", "1")
+    done = run(["-m", "resformer_kernels.cli", "compile-check"], *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
