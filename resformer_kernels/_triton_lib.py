@@ -56,9 +56,10 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
     if triton.knobs.runtime.interpret:
         import numpy
 
-        # numpy warns where a GPU goes on: inf - inf, an overflowing exponential, a NaN.
+        # numpy warns where a GPU goes on (inf - inf, an overflowing exponential, a NaN), and of
+        # how the interpreter uses it.
         with numpy.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.simplefilter("ignore")
             kernel[grid](**arguments)
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
