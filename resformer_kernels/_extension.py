@@ -47,7 +47,7 @@ def unavailable_reason() -> str | None:
 def cuda_unavailable_reason(device: torch.device) -> str | None:
     """Load the CUDA library if that was not tried yet; None when it can serve `device`, else why
     it cannot."""
-    return _cuda_load() or _cuda_device_reason(device)
+    return cuda_library_reason() or _cuda_device_reason(device)
 
 
 # torch.compile must see the answers as constants: it cannot trace the loading of a library. The
@@ -67,7 +67,8 @@ def _load(library: Path, name: str, where: str) -> str | None:
 
 
 @functools.cache
-def _cuda_load() -> str | None:
+def cuda_library_reason() -> str | None:
+    """Load the CUDA library if that was not tried yet; None when it is there, else why not."""
     return _load(CUDA_LIBRARY, "the CUDA library", "where nvcc is (RESFORMER_CUDA=1 insists)")
 
 

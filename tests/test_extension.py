@@ -19,7 +19,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is known of the CUDA library yet, nor is after the test."""
 
     def forget() -> None:
-        _extension._cuda_load.cache_clear()
+        _extension.cuda_library_reason.cache_clear()
         _extension._cuda_device_reason.cache_clear()
 
     forget()

@@ -121,9 +121,9 @@ def _no_vmap(op: str) -> Callable[..., NoReturn]:
 
 def _by_triton(name: str) -> Callable[..., Any]:
     def launch(*arguments: Any) -> Any:
-        from resformer_kernels.mix import triton_launch
+        import resformer_kernels.mix.triton_launch as launchers
 
-        return getattr(triton_launch, name)(*arguments)
+        return getattr(launchers, name)(*arguments)
 
     return launch
 
