@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kUnitThreads, 3)
   forward_lane<T, V>(f.plan.shape, units, f.sources, f.count, static_cast<T*>(f.out), unit, lane);
 }
 
-__global__ void store_operands(const __grid_constant__ Operands operands, int count, MixOperand* to) {
+__global__ void store_operands(const __grid_constant__ Operands operands, uint32_t count, MixOperand* to) {
   if (threadIdx.x < count) to[threadIdx.x] = operands.operand[threadIdx.x];
 }
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kUnitThreads) sum_kernel(const __grid_constant
       (static_cast<int64_t>(blockIdx.x) << entry_bits) + (threadIdx.x & ((1 << entry_bits) - 1));
   const bool inside = entry < s.entries();
   sums[threadIdx.x] = inside ? sum_lane(s, entry, lane, lanes) : 0.0;
-  for (int width = kUnitThreads >> 1; width >= 1 << entry_bits; width >>= 1) {
+  for (uint32_t width = kUnitThreads >> 1; width >= 1u << entry_bits; width >>= 1) {
     __syncthreads();
     if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
   }
@@ -157,7 +157,7 @@ Tensor upload(const Tensor& like, const std::vector<MixOperand>& operands, cudaS
   Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   auto* to = static_cast<MixOperand*>(memory.mutable_data_ptr());
   for (size_t i = 0; i < operands.size(); i += kAtOnce) {
-    const int count = static_cast<int>(std::min<size_t>(kAtOnce, operands.size() - i));
+    const auto count = static_cast<uint32_t>(std::min<size_t>(kAtOnce, operands.size() - i));
     Operands some;
     std::copy_n(operands.begin() + i, count, some.operand);
     store_operands<<<1, 32, 0, stream>>>(some, count, to + i);
