@@ -6,8 +6,8 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 PYTEST_FLAGS ?= -n 2 --dist worksteal --durations=10 --durations-min=5
 
-NATIVE_SOURCES := $(shell find csrc build_support -name '*.cpp' -o -name '*.h' -o -name '*.py')
-CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_SOURCES := $(shell find csrc build_support -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py')
+CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
 
 .DEFAULT_GOAL := help

@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_support import cuda
+from build_support.errors import BuildError
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "resformer_kernels"
 CPU_LIBRARY = "libresformer_cpu.so"
@@ -63,10 +66,16 @@ rule link
   command = $cxx -shared -o $out $in $link_flags
   description = link $out
 """
-
-
-class BuildError(RuntimeError):
-    """The native library cannot be built; the message says what to do about it."""
+_CUDA_RULES = """\
+rule compile_cuda
+  command = $nvcc $cuda_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in $label
+rule link_cuda
+  command = $nvcc -shared -o $out $in $cuda_link_flags
+  description = link $out
+"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,9 @@ class Toolchain:
     torch: Path
     extra_compile_flags: str = ""
     extra_link_flags: str = ""
+    nvcc: str | None = None
+    """None: the CUDA library is not built."""
+    cuda_architectures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,15 @@ class Unit:
 
 
 def skip_reason(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why the package is to be installed without its native library; None where it is built."""
+    """Why the package is to be installed without native libraries; None where they are built.
+    BuildError where they must be."""
+    reason = _without_compiler(environ)
+    if reason is not None and environ.get("RESFORMER_CUDA") == "1":
+        raise BuildError(f"RESFORMER_CUDA=1 asks for the CUDA library, but {reason}")
+    return reason
+
+
+def _without_compiler(environ: Mapping[str, str]) -> str | None:
     requested = environ.get("RESFORMER_SKIP_NATIVE", "")
     if requested not in ("", "0", "1"):
         raise BuildError(f"RESFORMER_SKIP_NATIVE must be 0 or 1, got {requested!r}")
@@ -120,12 +140,15 @@ def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
     cxx = find_compiler(environ)
     if cxx is None:
         raise BuildError(skip_reason(environ) or "no C++ compiler was found")
+    nvcc = None if cuda.skip_reason(environ) else cuda.find_nvcc(environ)
     return Toolchain(
         cxx=cxx,
         ninja=_find_ninja(environ),
         torch=_find_torch(),
         extra_compile_flags=environ.get("CXXFLAGS", ""),
         extra_link_flags=environ.get("LDFLAGS", ""),
+        nvcc=nvcc,
+        cuda_architectures=cuda.architectures(nvcc, environ) if nvcc else (),
     )
 
 
@@ -186,6 +209,14 @@ def cpu_units(root: Path, machine: str) -> list[Unit]:
     return units
 
 
+def cuda_units(root: Path) -> list[Unit]:
+    """Every object of the CUDA library."""
+    sources = sorted((root / "csrc").glob("*/*_cuda.cu"))
+    if not sources:
+        raise BuildError(f"no csrc/*/*_cuda.cu under {root}: the CUDA sources are not there")
+    return [_unit(root, source, "", ()) for source in sources]
+
+
 def _unit(root: Path, source: Path, variant: str, flags: tuple[str, ...]) -> Unit:
     relative = source.relative_to(root)
     suffix = f".{variant}.o" if variant else ".o"
@@ -209,18 +240,35 @@ def ninja_file(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
         f"flags = {_command(flags)} {toolchain.extra_compile_flags}".rstrip(),
         f"link_flags = {_command(link_flags)} {toolchain.extra_link_flags}".rstrip(),
         _RULES,
+        *_library_rules(units, "", f"{output_dir}/{CPU_LIBRARY}"),
     ]
-    objects = []
+    return "\n".join(lines) + "\n"
+
+
+def cuda_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
+    """What build.ninja has besides where the CUDA library is built."""
+    architectures, cxx, torch = toolchain.cuda_architectures, toolchain.cxx, toolchain.torch
+    lines = [
+        f"nvcc = {_escape(toolchain.nvcc or '')}",
+        f"cuda_flags = {_command(cuda.compile_flags(architectures, cxx, torch))}",
+        f"cuda_link_flags = {_command(cuda.link_flags(cxx, torch))}",
+        _CUDA_RULES,
+        *_library_rules(units, "_cuda", f"{output_dir}/{cuda.LIBRARY}"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _library_rules(units: list[Unit], suffix: str, library: str) -> list[str]:
+    lines, objects = [], []
     for unit in units:
-        target = _escape(f"{output_dir}/{unit.object}")
+        target = _escape(f"{Path(library).parent.as_posix()}/{unit.object}")
         objects.append(target)
         lines += [
-            f"build {target}: compile {_escape(unit.source)}",
+            f"build {target}: compile{suffix} {_escape(unit.source)}",
             f"  variant = {_command(unit.flags)}",
             f"  label = {unit.label}",
         ]
-    lines.append(f"build {_escape(f'{output_dir}/{CPU_LIBRARY}')}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    return [*lines, f"build {_escape(library)}: link{suffix} {' '.join(objects)}"]
 
 
 def _command(arguments: list[str] | tuple[str, ...]) -> str:
@@ -231,23 +279,30 @@ def _escape(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Path:
-    """Bring the CPU library up to date and return where it is. Raises BuildError."""
+def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Bring the libraries up to date and return where they are, that of the CPU first. Raises
+    BuildError."""
     toolchain = find_toolchain(environ)
     machine = platform.machine()
     output_dir = f"build/native-{machine}"
+    libraries = [CPU_LIBRARY]
+    text = ninja_file(cpu_units(root, machine), toolchain, output_dir)
+    if toolchain.nvcc is not None:
+        libraries.append(cuda.LIBRARY)
+        text += cuda_ninja_lines(cuda_units(root), toolchain, output_dir)
     ninja_path = root / output_dir / "build.ninja"
     ninja_path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(ninja_path.with_name("lock")):
-        ninja_path.write_text(ninja_file(cpu_units(root, machine), toolchain, output_dir))
+        ninja_path.write_text(text)
         command = [toolchain.ninja, "-f", str(ninja_path.relative_to(root)), *_jobs(environ)]
         result = subprocess.run(command, cwd=root, env=dict(environ), check=False)
     if result.returncode != 0:
         raise BuildError(
             "compiling the native library failed (the compiler's messages stand above)."
-            " RESFORMER_SKIP_NATIVE=1 installs the pure PyTorch reference alone."
+            " RESFORMER_CUDA=0 builds the CPU's alone, and RESFORMER_SKIP_NATIVE=1 installs the"
+            " pure PyTorch reference alone."
         )
-    return root / output_dir / CPU_LIBRARY
+    return [root / output_dir / name for name in libraries]
 
 
 @contextmanager
@@ -275,13 +330,19 @@ def install(library: Path, target: Path) -> None:
 
 
 def main() -> int:
-    """Build, and place the library inside the package in the source tree."""
+    """Build, and place the libraries inside the package in the source tree."""
     try:
         reason = skip_reason()
         if reason is not None:
             print(f"not building the native library: {reason}", file=sys.stderr)
             return 0
-        install(build(), ROOT / PACKAGE / CPU_LIBRARY)
+        without_cuda = cuda.skip_reason()
+        if without_cuda is not None:
+            print(f"not building the CUDA library: {without_cuda}", file=sys.stderr)
+            # What is left of an older build would be loaded all the same.
+            (ROOT / PACKAGE / cuda.LIBRARY).unlink(missing_ok=True)
+        for library in build():
+            install(library, ROOT / PACKAGE / library.name)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,8 +14,4 @@ Isa best_isa();
 // cannot run.
 Isa current_isa();
 
-// RESFORMER_POISON=1 fills fresh outputs and scratch with NaN, so that tests see what a kernel failed to
-// write.
-bool poison_requested();
-
 }  // namespace resformer

@@ -77,11 +77,6 @@ Isa current_isa() {
   STD_TORCH_CHECK(false, "RESFORMER_CPU takes portable, avx2, avx512 or avx512_bf16, got ", wanted);
 }
 
-bool poison_requested() {
-  const char* value = std::getenv("RESFORMER_POISON");
-  return value != nullptr && std::string_view(value) == "1";
-}
-
 int64_t cpu_isa() { return static_cast<int64_t>(current_isa()); }
 int64_t cpu_isa_best() { return static_cast<int64_t>(best_isa()); }
 

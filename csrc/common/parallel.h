@@ -10,7 +10,7 @@
 #include <memory>
 #include <new>
 
-#include "common/cpu_features.h"
+#include "common/poison.h"
 
 // Each instruction set keeps its own copy (see simd.h); files without one share the plain namespace.
 #if defined(RESFORMER_ISA)

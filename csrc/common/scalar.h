@@ -2,7 +2,7 @@
 //
 // Translation units are compiled once per instruction set, so nothing here may have external linkage: the
 // linker would keep one copy, and the portable path could then execute AVX-512 code. Hence `static` functions
-// only.
+// only. A GPU has instructions for the conversions; they give the same bits, but for which NaN a NaN becomes.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,11 @@ static RESFORMER_INLINE float to_float(bf16 value) {
 // Subtracting 0.5 from (0.5 + mantissa * 2^-24) leaves a subnormal half exactly, without a loop over leading
 // zeros.
 static RESFORMER_INLINE float to_float(f16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + 0x38000000u;
@@ -54,6 +59,7 @@ static RESFORMER_INLINE float to_float(f16 value) {
   const uint32_t subnormal = bits_from_float(float_from_bits(0x3f000000u | magnitude) - 0.5f);
   const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
   return float_from_bits(sign | (magnitude >= 0x7c00u ? special : finite));
+#endif
 }
 
 template <typename T>
@@ -67,14 +73,25 @@ RESFORMER_INLINE float from_float<float>(float value) {
 // Round to nearest even; a NaN stays one even where its payload sits in the bits that go.
 template <>
 RESFORMER_INLINE bf16 from_float<bf16>(float value) {
+#if defined(__CUDA_ARCH__)
+  bf16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+  return rounded;
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return bf16{static_cast<uint16_t>((value != value ? bits | 0x00400000u : rounded) >> 16)};
+#endif
 }
 
 // Below 2^-14 the float adder rounds: 0.5 + |value| leaves the subnormal half in the lowest bits.
 template <>
 RESFORMER_INLINE f16 from_float<f16>(float value) {
+#if defined(__CUDA_ARCH__)
+  f16 rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+  return rounded;
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
@@ -83,6 +100,19 @@ RESFORMER_INLINE f16 from_float<f16>(float value) {
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t half = magnitude >= 0x47800000u ? special : finite;
   return f16{static_cast<uint16_t>(((bits >> 16) & 0x8000u) | half)};
+#endif
+}
+
+// `at` counts elements of `dtype`.
+static RESFORMER_INLINE void store_as(DType dtype, void* out, int64_t at, double value) {
+  const float rounded = static_cast<float>(value);
+  if (dtype == DType::float32) {
+    static_cast<float*>(out)[at] = rounded;
+  } else if (dtype == DType::bfloat16) {
+    static_cast<bf16*>(out)[at] = from_float<bf16>(rounded);
+  } else {
+    static_cast<f16*>(out)[at] = from_float<f16>(rounded);
+  }
 }
 
 }  // namespace resformer

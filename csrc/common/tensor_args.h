@@ -1,5 +1,5 @@
-// Checks and conversions between stable-ABI tensors and the plain data of kernels. Only *_cpu.cpp files
-// include this.
+// Checks and conversions between stable-ABI tensors and the plain data of kernels. Only op boundaries include
+// this.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "common/coefficients.h"
-#include "common/cpu_features.h"
+#include "common/poison.h"
 
 namespace resformer {
 namespace {
@@ -66,8 +66,8 @@ inline Coefficient read_coefficient(const std::optional<torch::stable::Tensor>& 
   Coefficient out{nullptr, DType::float32, static_cast<float>(number), {0, 0, 0, 0}};
   if (!c) return out;
   const int64_t rank = value.dim();
-  STD_TORCH_CHECK(c->is_cpu() && c->dim() == rank, name, " must be a CPU tensor with ", rank, " axes, got ",
-                  c->dim());
+  STD_TORCH_CHECK(c->device() == value.device() && c->dim() == rank, name,
+                  " must be on the values' device and have ", rank, " axes, got ", c->dim());
   out.dtype = dtype_of(*c, name);
   STD_TORCH_CHECK(out.dtype == DType::float32 || out.dtype == dtype, name,
                   " must be float32 or the values' dtype");

@@ -29,6 +29,23 @@ struct MixSource {
   }
 };
 
+// Longer rows cost less a row: (heads, dim) becomes one axis where every operand allows it.
+static RESFORMER_INLINE bool heads_join(const MixShape& shape, const MixSource& source) {
+  const Coefficient& c = source.coefficient;
+  const bool data = source.data == nullptr || source.stride[2] == shape.dim;
+  return data && (c.data == nullptr || c.stride[2] == shape.dim * c.stride[3]);
+}
+
+static RESFORMER_INLINE bool heads_join(const MixShape& shape, const MixSource* sources, int64_t count) {
+  bool join = shape.heads > 1 && shape.dim > 1;
+  for (int64_t i = 0; i < count; ++i) join = join && heads_join(shape, sources[i]);
+  return join;
+}
+
+static RESFORMER_INLINE MixShape with_heads_joined(const MixShape& shape) {
+  return {shape.batch, shape.time, 1, shape.heads * shape.dim};
+}
+
 struct MixForward {
   DType dtype;  // of out
   MixShape shape;
@@ -37,12 +54,47 @@ struct MixForward {
   void* out;  // contiguous
 };
 
+// The axes along which a coefficient differs.
+struct MixKept {
+  bool batch = false, time = false, head = false, dim = false;
+};
+
 // How the sum over the axes that a coefficient broadcasts along is cut up. Each cut depends on shapes alone,
 // so the bits do not depend on the number of threads.
 enum class MixReduction : int32_t {
   none,   // each row (b, t) owns its entries: written as they are found
-  batch,  // rows own float32 partial sums; the op boundary adds them over the batch
-  time,   // blocks of rows own float64 partial sums; the op boundary adds them in order
+  batch,  // a time owns its entries, summed over the batch
+  time,   // blocks of rows own float64 partial sums, which are added in order
+};
+
+static RESFORMER_INLINE MixReduction reduction_of(const MixKept& kept, const MixShape& shape) {
+  if (!kept.time && shape.time > 1) return MixReduction::time;
+  if (kept.batch || shape.batch == 1) return MixReduction::none;
+  return kept.time ? MixReduction::batch : MixReduction::time;
+}
+
+// Blocks of rows: at least `least` rows each and about `most` blocks. `batches` is 1 where a block may run
+// over the end of a sequence.
+struct MixBlocks {
+  int64_t batches = 1, rows = 0, block = 1, per_batch = 0;
+
+  static RESFORMER_INLINE MixBlocks cut(const MixShape& shape, bool within_batch, int64_t least,
+                                        int64_t most) {
+    MixBlocks b;
+    b.batches = within_batch ? shape.batch : 1;
+    b.rows = shape.rows() / b.batches;
+    const int64_t fair = (shape.rows() + most - 1) / most;
+    b.block = least > fair ? least : fair;
+    b.per_batch = (b.rows + b.block - 1) / b.block;
+    return b;
+  }
+
+  RESFORMER_INLINE int64_t count() const { return batches * per_batch; }
+  RESFORMER_INLINE int64_t begin(int64_t i) const { return i / per_batch * rows + i % per_batch * block; }
+  RESFORMER_INLINE int64_t end(int64_t i) const {
+    const int64_t full = begin(i) + block, last = (i / per_batch + 1) * rows;
+    return full < last ? full : last;
+  }
 };
 
 struct MixSourceGradient {

@@ -38,6 +38,7 @@ std::vector<int64_t> checked_rows(const Tensor& token_ids, const Tensor& table, 
 }
 
 void check_table(const Tensor& table, const Tensor& like) {
+  STD_TORCH_CHECK(table.is_cpu(), "table must be a CPU tensor");
   STD_TORCH_CHECK(table.dim() == 3, "table must have 3 dimensions, got ", table.dim());
   check_rows(table, "table");
   const int64_t rank = like.dim();

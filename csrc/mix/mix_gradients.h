@@ -13,7 +13,7 @@ constexpr int64_t kBlocks = 256;
 // A coefficient's gradient on its way: where the kernel puts it, and how that becomes the tensor asked for.
 struct CoefficientGradient {
   Tensor out;
-  bool keeps_batch = false, keeps_time = false, keeps_head = false, keeps_dim = false;
+  MixKept kept;
   int64_t width = 1;
   std::vector<float> by_row;
   std::vector<double> by_block;
@@ -23,29 +23,9 @@ inline CoefficientGradient gradient_like(const Tensor& coefficient) {
   const int64_t rank = coefficient.dim();
   CoefficientGradient g;
   g.out = fresh(coefficient, sizes_of(coefficient));
-  g.keeps_batch = rank == 4 && coefficient.size(0) > 1;
-  g.keeps_time = coefficient.size(rank - 3) > 1;
-  g.keeps_head = coefficient.size(rank - 2) > 1;
-  g.keeps_dim = coefficient.size(rank - 1) > 1;
+  g.kept = kept_of(coefficient);
   g.width = coefficient.size(rank - 2) * coefficient.size(rank - 1);
   return g;
-}
-
-inline MixReduction reduction_of(const CoefficientGradient& g, const MixShape& shape) {
-  if (!g.keeps_time && shape.time > 1) return MixReduction::time;
-  if (g.keeps_batch || shape.batch == 1) return MixReduction::none;
-  return g.keeps_time ? MixReduction::batch : MixReduction::time;
-}
-
-inline void store_as(DType dtype, void* out, int64_t at, double value) {
-  const float rounded = static_cast<float>(value);
-  if (dtype == DType::float32) {
-    static_cast<float*>(out)[at] = rounded;
-  } else if (dtype == DType::bfloat16) {
-    static_cast<bf16*>(out)[at] = from_float<bf16>(rounded);
-  } else {
-    static_cast<f16*>(out)[at] = from_float<f16>(rounded);
-  }
 }
 
 // partials is (groups, parts, width), or (parts, groups, width) with `parts_first`: summed over parts, in
@@ -68,21 +48,10 @@ void sum_parts(const Partial* partials, int64_t groups, int64_t parts, int64_t w
   });
 }
 
-// Blocks of rows, cut by the shape alone, each worth waking a thread for. `batches` is 1 where a block may
-// run over the end of a sequence.
-struct Blocks {
-  int64_t batches, rows, block, per_batch;
-
-  Blocks(const MixShape& shape, bool within_batch)
-      : batches(within_batch ? shape.batch : 1),
-        rows(shape.rows() / batches),
-        block(std::max(rows_per_thread(shape), (shape.rows() + kBlocks - 1) / kBlocks)),
-        per_batch((rows + block - 1) / block) {}
-
-  int64_t count() const { return batches * per_batch; }
-  int64_t begin(int64_t i) const { return i / per_batch * rows + i % per_batch * block; }
-  int64_t end(int64_t i) const { return std::min(begin(i) + block, (i / per_batch + 1) * rows); }
-};
+// Blocks of rows, each worth waking a thread for.
+inline MixBlocks blocks_of(const MixShape& shape, bool within_batch) {
+  return MixBlocks::cut(shape, within_batch, rows_per_thread(shape), kBlocks);
+}
 
 class BackwardRun {
  public:
@@ -101,9 +70,9 @@ class BackwardRun {
   void run() {
     if (shape_.rows() * shape_.heads * shape_.dim == 0) return zero_coefficients();
     const bool within_batch = std::any_of(wanted_.begin(), wanted_.end(), [&](const auto& g) {
-      return g && g->keeps_batch && reduction_of(*g, shape_) == MixReduction::time;
+      return g && g->kept.batch && reduction_of(g->kept, shape_) == MixReduction::time;
     });
-    const Blocks blocks(shape_, within_batch);
+    const MixBlocks blocks = blocks_of(shape_, within_batch);
     const MixShape shape = kernel_shape();
     const std::vector<MixSourceGradient> gradients = prepare(blocks);
     const MixBackward m{
@@ -129,25 +98,24 @@ class BackwardRun {
   }
 
   MixShape kernel_shape() const {
-    MixShape shape = shape_;
     std::vector<MixSource> operands = sources_;
     operands.push_back(grad_);
     const bool alike = std::all_of(wanted_.begin(), wanted_.end(),
-                                   [](const auto& g) { return !g || g->keeps_head == g->keeps_dim; });
-    if (alike && can_join_heads(shape, operands)) join_heads(&shape);
-    return shape;
+                                   [](const auto& g) { return !g || g->kept.head == g->kept.dim; });
+    const bool join = alike && heads_join(shape_, operands.data(), static_cast<int64_t>(operands.size()));
+    return join ? with_heads_joined(shape_) : shape_;
   }
 
-  std::vector<MixSourceGradient> prepare(const Blocks& blocks) {
+  std::vector<MixSourceGradient> prepare(const MixBlocks& blocks) {
     std::vector<MixSourceGradient> gradients(sources_.size());
     for (size_t i = 0; i < sources_.size(); ++i) {
       MixSourceGradient& to = gradients[i];
       if (values_[i]) to.value = values_[i]->mutable_data_ptr();
       if (!wanted_[i]) continue;
       CoefficientGradient& g = *wanted_[i];
-      to.reduction = reduction_of(g, shape_);
-      to.keeps_head = g.keeps_head;
-      to.keeps_dim = g.keeps_dim;
+      to.reduction = reduction_of(g.kept, shape_);
+      to.keeps_head = g.kept.head;
+      to.keeps_dim = g.kept.dim;
       to.width = g.width;
       if (to.reduction == MixReduction::time) {
         g.by_block = fresh_scratch<double>(blocks.count() * g.width);
@@ -169,12 +137,12 @@ class BackwardRun {
     return gradients;
   }
 
-  void finish(const CoefficientGradient& g, const Blocks& blocks) const {
-    const MixReduction reduction = reduction_of(g, shape_);
+  void finish(const CoefficientGradient& g, const MixBlocks& blocks) const {
+    const MixReduction reduction = reduction_of(g.kept, shape_);
     if (reduction == MixReduction::batch) {
       sum_parts(g.by_row.data(), shape_.time, shape_.batch, g.width, true, g.out);
     } else if (reduction == MixReduction::time) {
-      const int64_t groups = g.keeps_batch ? shape_.batch : 1;
+      const int64_t groups = g.kept.batch ? shape_.batch : 1;
       sum_parts(g.by_block.data(), groups, blocks.count() / groups, g.width, false, g.out);
     }
   }

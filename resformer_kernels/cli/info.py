@@ -139,6 +139,7 @@ def _processor() -> tuple[str, frozenset[str]]:
 def _native() -> tuple[Section, bool]:
     library = str(_extension.LIBRARY)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment = {"CUDA library": _cuda_library(), **environment}
     reason = _extension.unavailable_reason()
     if reason is not None:
         return {"library": f"not in use: {reason}", **environment}, True
@@ -154,6 +155,14 @@ def _native() -> tuple[Section, bool]:
         "paths that run here": ", ".join(_extension.available_cpu_paths()),
     }
     return {**section, **environment}, True
+
+
+def _cuda_library() -> str:
+    reason = _extension.cuda_library_reason()
+    if reason is not None:
+        return f"not in use: {reason}"
+    built = ", ".join(torch.ops.resformer.cuda_architectures().split())
+    return f"{_extension.CUDA_LIBRARY}, for compute capability {built}"
 
 
 def _why(path: str, best: str) -> str:

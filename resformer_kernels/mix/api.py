@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.mix import native, reference
+from resformer_kernels.mix import native, reference, triton
 from resformer_kernels.mix.call import check_embedding, check_mix
 from resformer_kernels.mix.ops import EMBEDDING, VALUES
 
-BACKENDS = (native, reference)
+BACKENDS = (native, triton, reference)
 
 
 def _prepare_values(values: Any, coefficients: Any, *, backend: str = "auto") -> Request:
@@ -60,7 +60,7 @@ def mix_values(
         coefficients: as many entries, each a float or a tensor, float32 or the values' dtype, that
             broadcasts to the values' shape by PyTorch's rules without enlarging it: (), (Hkv, 1),
             (Hkv, D), (B, T, 1, 1), (B, T, Hkv, 1), (B, T, Hkv, D). Any real value.
-        backend: "auto", "native" or "reference". A name never falls back.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
         The mixed values, contiguous, in their shape and dtype. Gradients flow to every value and
@@ -103,7 +103,7 @@ def mix_value_embedding(
             and head. Any real value.
         sparse_grad: the table's gradient is a coalesced sparse COO tensor over the rows that
             occur, for `torch.optim.SparseAdam` and very large tables. Else it is dense.
-        backend: "auto", "native" or "reference". A name never falls back.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
         The mixed values, contiguous, in v's shape and dtype. Gradients flow to v, the table and a

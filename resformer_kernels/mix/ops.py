@@ -1,4 +1,7 @@
-"""Schemas and fakes of the mixing ops. C++ supplies the implementations; torch alone is needed.
+"""Schemas and fakes of the mixing ops; torch alone is needed.
+
+One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
+whose launcher is imported, and Triton with it, when an op is first called.
 
 A coefficient that is no tensor travels as a number, with a tensor of shape (0,) in its place where
 the schema has a list; so does a gradient that is not wanted.
@@ -6,6 +9,7 @@ the schema has a list; so does a gradient that is not wanted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -16,31 +20,15 @@ from resformer_kernels._launch import vmap_error
 VALUES = "mix_values"
 EMBEDDING = "mix_value_embedding"
 
+NATIVE, TRITON = "resformer", "resformer_triton"
+
 _EMBEDDED = "Tensor table, Tensor token_ids, Tensor? gate, float gate_value"
 
-_lib = torch.library.Library("resformer", "FRAGMENT")
-_lib.define(
-    f"{VALUES}_forward(Tensor[] values, Tensor[] coefficients, float[] coefficient_values) "
-    "-> Tensor"
-)
-_lib.define(
-    f"{VALUES}_backward(Tensor grad, Tensor[] values, Tensor[] coefficients, "
-    "float[] coefficient_values, int[] grad_mask) -> Tensor[]"
-)
-_lib.define(f"{EMBEDDING}_forward(Tensor v, {_EMBEDDED}) -> Tensor")
-_lib.define(
-    f"{EMBEDDING}_backward(Tensor grad, {_EMBEDDED}, int grad_mask) "
-    "-> (Tensor dtable, Tensor dgate)"
-)
-_lib.define(f"{EMBEDDING}_backward_sparse(Tensor grad, {_EMBEDDED}) -> (Tensor ids, Tensor rows)")
 
-
-@torch.library.register_fake(f"resformer::{VALUES}_forward", lib=_lib)
 def _values_forward_fake(values: list[Tensor], *_coefficients: Any) -> Tensor:
     return values[0].new_empty(values[0].shape)
 
 
-@torch.library.register_fake(f"resformer::{VALUES}_backward", lib=_lib)
 def _values_backward_fake(
     grad: Tensor,
     _values: list[Tensor],
@@ -55,12 +43,10 @@ def _values_backward_fake(
     ]
 
 
-@torch.library.register_fake(f"resformer::{EMBEDDING}_forward", lib=_lib)
 def _embedding_forward_fake(v: Tensor, *_embedded: Any) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@torch.library.register_fake(f"resformer::{EMBEDDING}_backward", lib=_lib)
 def _embedding_backward_fake(
     grad: Tensor,
     table: Tensor,
@@ -76,7 +62,6 @@ def _embedding_backward_fake(
     )
 
 
-@torch.library.register_fake(f"resformer::{EMBEDDING}_backward_sparse", lib=_lib)
 def _embedding_backward_sparse_fake(
     _grad: Tensor, table: Tensor, token_ids: Tensor, *_gate: Any
 ) -> tuple[Tensor, Tensor]:
@@ -85,13 +70,66 @@ def _embedding_backward_sparse_fake(
     return ids, table.new_empty((count, *table.shape[1:]))
 
 
-def _refuse_vmap(op: str, names: tuple[str, ...]) -> None:
+_OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+    (
+        VALUES,
+        "forward",
+        "(Tensor[] values, Tensor[] coefficients, float[] coefficient_values) -> Tensor",
+        _values_forward_fake,
+    ),
+    (
+        VALUES,
+        "backward",
+        "(Tensor grad, Tensor[] values, Tensor[] coefficients, float[] coefficient_values, "
+        "int[] grad_mask) -> Tensor[]",
+        _values_backward_fake,
+    ),
+    (EMBEDDING, "forward", f"(Tensor v, {_EMBEDDED}) -> Tensor", _embedding_forward_fake),
+    (
+        EMBEDDING,
+        "backward",
+        f"(Tensor grad, {_EMBEDDED}, int grad_mask) -> (Tensor dtable, Tensor dgate)",
+        _embedding_backward_fake,
+    ),
+    (
+        EMBEDDING,
+        "backward_sparse",
+        f"(Tensor grad, {_EMBEDDED}) -> (Tensor ids, Tensor rows)",
+        _embedding_backward_sparse_fake,
+    ),
+)
+
+
+def define(namespace: str) -> torch.library.Library:
+    """The mixing ops in a namespace: schemas, fakes and what they say under vmap. They go when the
+    library does."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for op, part, signature, fake in _OPS:
+        name = f"{op}_{part}"
+        library.define(name + signature)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        library.impl(name, _no_vmap(op), "FuncTorchBatched")
+    return library
+
+
+def _no_vmap(op: str) -> Callable[..., NoReturn]:
     def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
         raise RuntimeError(vmap_error(op))
 
-    for name in names:
-        _lib.impl(f"{op}_{name}", refuse, "FuncTorchBatched")
+    return refuse
 
 
-_refuse_vmap(VALUES, ("forward", "backward"))
-_refuse_vmap(EMBEDDING, ("forward", "backward", "backward_sparse"))
+def _by_triton(name: str) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> Any:
+        import resformer_kernels.mix.triton_launch as launchers
+
+        return getattr(launchers, name)(*arguments)
+
+    return launch
+
+
+_libraries = {namespace: define(namespace) for namespace in (NATIVE, TRITON)}
+for _op, _part, *_ in _OPS:
+    # CPU tensors are for Triton's interpreter.
+    for _key in ("CUDA", "CPU"):
+        _libraries[TRITON].impl(f"{_op}_{_part}", _by_triton(f"{_op}_{_part}"), _key)

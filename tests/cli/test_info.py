@@ -74,6 +74,7 @@ def test_without_the_library_the_reason_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_extension, "_reason", "it was not built")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["native"]["library"] == "not in use: it was not built"

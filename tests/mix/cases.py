@@ -14,7 +14,10 @@ from resformer_kernels import mix_value_embedding, mix_values
 from resformer_kernels.testing import LAYOUTS, laid_out, poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = ("float", "scalar", "head", "channel", "dim", "token", "token_head", "full", "position")
+FORMS = (
+    *("float", "scalar", "head", "channel", "dim", "token", "token_head", "full", "position"),
+    "sequence",
+)
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,24 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype, *, sources: int | None = None) -> Case:
-    """Any case; `sources` fixes how many coefficients there are."""
+def cases(
+    draw: st.DrawFn, dtype: torch.dtype, *, sources: int | None = None, small: bool = False
+) -> Case:
+    """Any case; `sources` fixes how many coefficients there are, and an interpreter needs small
+    ones."""
+    share = 2 if small else 1
     rows = draw(
         st.one_of(
-            st.tuples(st.integers(0, 5), st.integers(0, 40)),
-            st.tuples(st.integers(0, 90)),
-            st.tuples(st.integers(6, 80), st.integers(1, 2)),
+            st.tuples(st.integers(0, 5), st.integers(0, 40 // share)),
+            st.tuples(st.integers(0, 90 // share)),
+            st.tuples(st.integers(6, 80 // share), st.integers(1, 2)),
         )
     )
     count = draw(st.integers(1, 6)) if sources is None else sources
     return Case(
         rows=rows,
         heads=draw(st.integers(1, 5)),
-        dim=draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 530]))),
+        dim=draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 40 if small else 530]))),
         dtype=dtype,
         forms=tuple(draw(st.sampled_from(FORMS)) for _ in range(count)),
         same_dtype=draw(st.booleans()),
@@ -80,6 +87,7 @@ def form_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         "token": (*rows, 1, 1),
         "token_head": (*rows, heads, 1),
         "full": shape,
+        "sequence": (*rows[:-1], 1, heads, 1),
         "position": (1, *rows[1:], 1, dim) if len(rows) == 2 else (*rows, 1, dim),
     }[form]
 

@@ -91,5 +91,5 @@ def test_embedding(changed: dict[str, Any], error: type[Exception], says: str) -
 
 @pytest.mark.parametrize("backend", ["cuda", "", None], ids=str)
 def test_unknown_backend(backend: Any) -> None:
-    with pytest.raises(ValueError, match="backend must be 'auto' or one of 'native', 'reference'"):
+    with pytest.raises(ValueError, match="'auto' or one of 'native', 'triton', 'reference'"):
         mix_values([V], [1.0], backend=backend)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from resformer_kernels import mix_value_embedding, mix_values
-
-pytestmark = pytest.mark.usefixtures("native")
 
 
 def saved_bytes(function: Any) -> int:
@@ -34,35 +32,37 @@ def largest_allocation(function: Any) -> int:
     return max(sizes)
 
 
-def test_values_with_float_coefficients_save_nothing() -> None:
+def test_values_with_float_coefficients_save_nothing(kernels: str) -> None:
     values = [torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(3)]
-    assert saved_bytes(lambda: mix_values(values, [0.5, 0.25, 0.25])) == 0
+    assert saved_bytes(lambda: mix_values(values, [0.5, 0.25, 0.25], backend=kernels)) == 0
 
 
-def test_only_values_with_a_learned_coefficient_are_saved() -> None:
+def test_only_values_with_a_learned_coefficient_are_saved(kernels: str) -> None:
     values = [torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(3)]
     learned = torch.tensor(0.5, requires_grad=True)
     one = values[1].untyped_storage().nbytes()
-    kept = saved_bytes(lambda: mix_values(values, [0.5, learned, torch.tensor(2.0)]))
+    coefficients: list[float | Tensor] = [0.5, learned, torch.tensor(2.0)]
+    kept = saved_bytes(lambda: mix_values(values, coefficients, backend=kernels))
     assert one <= kept <= one + 64
 
 
-def test_an_embedding_saves_no_rows() -> None:
+def test_an_embedding_saves_no_rows(kernels: str) -> None:
     v = torch.randn(4, 512, 2, 64, requires_grad=True)
     table = torch.randn(32, 2, 64, requires_grad=True)
     gate = torch.randn(4, 512, 2, 1, requires_grad=True)
     ids = torch.randint(32, (4, 512))
     sources = [x.untyped_storage().nbytes() for x in (table, gate, ids)]
-    assert saved_bytes(lambda: mix_value_embedding(v, table, ids, gate)) <= sum(sources)
+    call = functools.partial(mix_value_embedding, v, table, ids, gate, backend=kernels)
+    assert saved_bytes(call) <= sum(sources)
 
 
-def test_an_embedding_never_makes_the_rows() -> None:
+def test_an_embedding_never_makes_the_rows(kernels: str) -> None:
     # Rows of 2048 tokens are 64 times the table: whatever held them would stand out.
     v = torch.randn(4, 512, 2, 64, requires_grad=True)
     table = torch.randn(32, 2, 64, requires_grad=True)
     gate = torch.randn(4, 512, 2, 1, requires_grad=True)
     ids = torch.randint(32, (4, 512))
-    out = mix_value_embedding(v, table, ids, gate)
+    out = mix_value_embedding(v, table, ids, gate, backend=kernels)
     grad = torch.randn_like(out)
     rows = out.untyped_storage().nbytes()
 
@@ -73,7 +73,7 @@ def test_an_embedding_never_makes_the_rows() -> None:
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return mix_value_embedding(v, table, ids, gate)
+            return mix_value_embedding(v, table, ids, gate, backend=kernels)
 
     # The result itself is as large as the rows, and is all there is.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

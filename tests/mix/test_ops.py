@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from resformer_kernels import mix_value_embedding, mix_values
 
 pytestmark = [
-    pytest.mark.usefixtures("native"),
     # Raised inside torch while it compiles and while it loads its forward-mode rules.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -32,16 +32,29 @@ def embedding_of(rows: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return v, table, torch.randint(9, (2, rows)), gate
 
 
-def mix(a: Tensor, b: Tensor, head: Tensor) -> Tensor:
-    return mix_values([a, b, a], [head, 0.5, 2.0])
+def mix(a: Tensor, b: Tensor, head: Tensor, *, backend: str) -> Tensor:
+    return mix_values([a, b, a], [head, 0.5, 2.0], backend=backend)
 
 
-def embed(v: Tensor, table: Tensor, ids: Tensor, gate: Tensor) -> Tensor:
-    return mix_value_embedding(v, table, ids, gate)
+def embed(v: Tensor, table: Tensor, ids: Tensor, gate: Tensor, *, backend: str) -> Tensor:
+    return mix_value_embedding(v, table, ids, gate, backend=backend)
 
 
-CALLS: list[Any] = [(mix, values_of), (embed, embedding_of)]
-by_call = pytest.mark.parametrize(("function", "make"), CALLS, ids=["values", "embedding"])
+@pytest.fixture(params=["values", "embedding"])
+def made(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Arguments of the op that `function` calls."""
+    return values_of if request.param == "values" else embedding_of
+
+
+@pytest.fixture
+def make(made: Callable[..., Any]) -> Callable[..., Any]:
+    return made
+
+
+@pytest.fixture
+def function(made: Callable[..., Any], kernels: str) -> Callable[..., Tensor]:
+    """One of the mixing ops, on one backend."""
+    return functools.partial(mix if made is values_of else embed, backend=kernels)
 
 
 def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -55,8 +68,8 @@ def same(got: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_opcheck() -> None:
-    ops = torch.ops.resformer
+def test_opcheck(kernels: str) -> None:
+    ops = torch.ops.resformer if kernels == "native" else torch.ops.resformer_triton
     a, b = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
     head, none = torch.randn(1, 1, 2, 1), torch.empty(0)
     table, ids, gate = torch.randn(7, 2, 4), torch.randint(7, (2, 5)), torch.randn(2, 5, 1, 1)
@@ -73,7 +86,6 @@ def test_opcheck() -> None:
         torch.library.opcheck(op.default, arguments)
 
 
-@by_call
 def test_compiles_whole_with_dynamic_length(function: Any, make: Any) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -82,11 +94,13 @@ def test_compiles_whole_with_dynamic_length(function: Any, make: Any) -> None:
         same(gradients(compiled, inputs), gradients(function, inputs))
 
 
-def test_a_float_coefficient_does_not_recompile() -> None:
+def test_a_float_coefficient_does_not_recompile(kernels: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(
-        lambda a, b, c: mix_values([a, b], [c, 0.5]), fullgraph=True, backend=counter
+        lambda a, b, c: mix_values([a, b], [c, 0.5], backend=kernels),
+        fullgraph=True,
+        backend=counter,
     )
     a, b, _ = values_of()
     for c in (0.1, 0.2, 0.3, 0.4):
@@ -94,7 +108,6 @@ def test_a_float_coefficient_does_not_recompile() -> None:
     assert counter.frame_count <= 2
 
 
-@by_call
 def test_autocast_casts_values_alone(function: Any, make: Any) -> None:
     inputs = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -105,7 +118,6 @@ def test_autocast_casts_values_alone(function: Any, make: Any) -> None:
     assert all(g.dtype is torch.float32 for g in found)
 
 
-@by_call
 def test_checkpointing(function: Any, make: Any) -> None:
     inputs = make()
 
@@ -116,7 +128,6 @@ def test_checkpointing(function: Any, make: Any) -> None:
     same(gradients(checkpointed, inputs), gradients(function, inputs))
 
 
-@by_call
 def test_gradients_are_not_differentiable_again(function: Any, make: Any) -> None:
     inputs = make()
     leaves = [x for x in inputs if x.requires_grad]
@@ -125,14 +136,12 @@ def test_gradients_are_not_differentiable_again(function: Any, make: Any) -> Non
         found[-1].sum().backward()
 
 
-@by_call
 def test_vmap_says_no(function: Any, make: Any) -> None:
     inputs = tuple(x.detach()[None] for x in make())
     with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
         torch.func.vmap(function)(*inputs)
 
 
-@by_call
 def test_forward_mode_says_no(function: Any, make: Any) -> None:
     first, *rest = (x.detach() for x in make())
     with forward_ad.dual_level():
@@ -141,16 +150,19 @@ def test_forward_mode_says_no(function: Any, make: Any) -> None:
             function(dual, *rest)
 
 
-def test_sparse_gradient_says_no_to_a_whole_graph() -> None:
+def test_sparse_gradient_says_no_to_a_whole_graph(native: str) -> None:
     torch._dynamo.reset()
     v, table, ids, gate = embedding_of()
     compiled = torch.compile(
-        lambda *x: mix_value_embedding(*x, sparse_grad=True), backend="eager", fullgraph=True
+        lambda *x: mix_value_embedding(*x, sparse_grad=True, backend=native),
+        backend="eager",
+        fullgraph=True,
     )
     with pytest.raises(RuntimeError, match="sparse_grad"):
         compiled(v, table, ids, gate)
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
 def test_the_op_itself_checks_ids(bad: int) -> None:
     v, table, ids, gate = (x.detach() for x in embedding_of())
@@ -164,6 +176,26 @@ def test_the_op_itself_checks_ids(bad: int) -> None:
             call()
 
 
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_an_unchecked_id_reads_and_writes_nothing(bad: int, kernels: str) -> None:
+    # On a GPU ids are checked on request alone: to read them the host would have to wait.
+    assert kernels == "triton"
+    v, table, ids, gate = (x.detach() for x in embedding_of())
+    ids[1, 2] = bad
+    ops = torch.ops.resformer_triton
+    out = ops.mix_value_embedding_forward(v, table, ids, gate, 1.0)
+    lost = torch.zeros(2, 6, dtype=torch.bool)
+    lost[1, 2] = True
+    assert out[lost].isnan().all()
+    assert out[~lost].isfinite().all()
+    d_table, d_gate = ops.mix_value_embedding_backward(v, table, ids, gate, 1.0, 3)
+    assert d_table.isfinite().all()
+    assert d_gate[lost].isnan().all()
+    assert d_gate[~lost].isfinite().all()
+
+
+@pytest.mark.usefixtures("native")
 def test_the_op_itself_checks_shapes() -> None:
     v, table, ids, gate = (x.detach() for x in embedding_of())
     ops, none = torch.ops.resformer, torch.empty(0)

@@ -1,0 +1,5 @@
+"""What a build that cannot go on raises."""
+
+
+class BuildError(RuntimeError):
+    """The native libraries cannot be built; the message says what to do about it."""

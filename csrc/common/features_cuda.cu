@@ -1,0 +1,30 @@
+// What this library was built for and what the driver can run: asked before a kernel is.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace resformer {
+namespace {
+
+#define RESFORMER_QUOTED(x) #x
+#define RESFORMER_TEXT(x) RESFORMER_QUOTED(x)
+
+std::string cuda_architectures() { return RESFORMER_TEXT(RESFORMER_CUDA_ARCHS); }
+
+int64_t cuda_runtime_version() { return CUDART_VERSION; }
+
+// 0 without a driver.
+int64_t cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+}  // namespace
+}  // namespace resformer
+
+STABLE_TORCH_LIBRARY_IMPL(resformer, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&resformer::cuda_architectures));
+  m.impl("cuda_runtime_version", TORCH_BOX(&resformer::cuda_runtime_version));
+  m.impl("cuda_driver_version", TORCH_BOX(&resformer::cuda_driver_version));
+}

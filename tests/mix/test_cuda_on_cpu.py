@@ -1,0 +1,133 @@
+"""The CUDA kernels of `mix_values` and their launches, run on a CPU: held to the same budget as
+every backend, and to the bits of the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from resformer_kernels import _extension
+from resformer_kernels.mix import api, ops, reference
+from resformer_kernels.mix import native as on_cpu
+from resformer_kernels.mix.autograd import run_op
+from resformer_kernels.mix.call import MixCall
+from tests.cuda_on_cpu import build
+from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, run, values_call
+
+NAMESPACE = "resformer_cuda_on_cpu"
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+
+class CudaOnCpu:
+    """The backend, as far as `mix_values` goes."""
+
+    NAME = "cuda"
+
+    @staticmethod
+    def unsupported_reason(_call: MixCall) -> None:
+        return None
+
+    @staticmethod
+    def run(call: MixCall) -> Tensor:
+        return run_op(call, NAMESPACE)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    library = ops.define(NAMESPACE)
+    folder = tmp_path_factory.mktemp("mix_cuda")
+    torch.ops.load_library(str(build("mix/mix_cuda.cu", NAMESPACE, folder)))
+    yield
+    del library
+
+
+@pytest.fixture(autouse=True)
+def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    del built
+    monkeypatch.setattr(api, "BACKENDS", (CudaOnCpu, on_cpu, reference))
+
+
+@by_dtype
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_values_stay_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
+    check_budget(values_call, data.draw(cases(dtype)), "cuda")
+
+
+@by_dtype
+@pytest.mark.parametrize("rows", [(3, 300), (900,), (700, 1)], ids=str)
+def test_long_sums_stay_within_budget(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    forms = tuple(form for form in FORMS if form not in ("float", "full"))
+    check_budget(values_call, Case(rows, 4, 48, dtype, forms), "cuda")
+
+
+@by_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "heads_first", "sliced"])
+@pytest.mark.parametrize("dim", [16, 17])
+def test_rows_of_whole_vectors_and_others(dtype: torch.dtype, layout: str, dim: int) -> None:
+    case = Case((2, 9), 3, dim, dtype, FORMS, layout=layout, grad_layout=layout)
+    check_budget(values_call, case, "cuda")
+
+
+@by_dtype
+@pytest.mark.parametrize("count", [9, 30])
+def test_more_sources_than_fit_into_a_launch(dtype: torch.dtype, count: int) -> None:
+    forms = (("float", "scalar", "head", "full", "dim") * 6)[:count]
+    check_budget(values_call, Case((2, 9), 3, 16, dtype, forms), "cuda")
+
+
+@pytest.mark.parametrize("rows", [(0, 5), (3, 0), (0,)], ids=str)
+def test_empty(rows: tuple[int, ...]) -> None:
+    forms = ("float", "scalar", "head", "token", "full")
+    check_budget(values_call, Case(rows, 2, 8, torch.float32, forms), "cuda")
+
+
+@by_dtype
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dim", [40, 7])
+def test_the_bits_are_those_of_the_cpu(dtype: torch.dtype, dim: int) -> None:
+    if "avx2" not in _extension.available_cpu_paths():
+        pytest.skip("this machine's CPU path does not fuse multiply and add")
+    case = Case((2, 23), 3, dim, dtype, ("full", "head", "float", "token", "full"))
+    found = []
+    for backend in ("cuda", "native"):
+        call = values_call(case, backend)
+        out, *gradients = run(call, call.leaves, call.grad)
+        found.append([out, *gradients[:5], gradients[5], gradients[8]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_opcheck() -> None:
+    functions = getattr(torch.ops, NAMESPACE)
+    a, b = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
+    head, none = torch.randn(1, 1, 2, 1), torch.empty(0)
+    torch.library.opcheck(functions.mix_values_forward.default, ([a, b], [head, none], [1.0, 0.5]))
+    torch.library.opcheck(
+        functions.mix_values_backward.default,
+        (a, [b, none], [head, none], [1.0, 0.5], [1, 0, 1, 0]),
+    )
+
+
+def test_the_op_itself_checks_its_arguments() -> None:
+    functions = getattr(torch.ops, NAMESPACE)
+    v, gate, none = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 1), torch.empty(0)
+    wrong = [
+        lambda: functions.mix_values_forward([], [], []),
+        lambda: functions.mix_values_forward([v, v[:, :3]], [none, none], [1.0, 1.0]),
+        lambda: functions.mix_values_forward([v, v.bfloat16()], [none, none], [1.0, 1.0]),
+        lambda: functions.mix_values_forward([v[..., ::2]], [none], [1.0]),
+        lambda: functions.mix_values_forward([v], [gate[:, :3]], [1.0]),
+        lambda: functions.mix_values_backward(v, [v], [gate], [1.0], [1]),
+        lambda: functions.mix_values_backward(v, [v], [none], [1.0], [1, 1]),
+    ]
+    for call in wrong:
+        with pytest.raises(RuntimeError):
+            call()
