@@ -76,7 +76,14 @@ TABLE: dict[str, AttentionCase] = {
         sinks=True,
     ),
     "window in segments, both sides": AttentionCase(
-        heads=32, kv_heads=2, q_len=500, k_len=300, window=(11, 6), return_lse=True, lambda_v="full"
+        batch=1,
+        heads=16,
+        kv_heads=1,
+        q_len=400,
+        k_len=260,
+        window=(11, 6),
+        return_lse=True,
+        lambda_v="full",
     ),
     "window in segments, packed": AttentionCase(
         heads=16,
