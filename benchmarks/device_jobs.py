@@ -60,14 +60,15 @@ def ceilings_job() -> Job:
     return Job("ceilings", "ceilings", _CEILINGS_SECONDS)
 
 
-def check_jobs(settings: Settings) -> list[Job]:
-    """Every case of every op and backend, longest first."""
-    found = [
-        Job("check", f"{backend}: {name}", _CHECK_SECONDS)
-        for name, check in _checks("cpu", settings.tiny).items()
-        for backend in backends(check.op)
-    ]
-    return found[::-1]
+def check_jobs(settings: Settings) -> tuple[list[Job], list[Job]]:
+    """Every case of every op, with the native backend and with the others; longest first."""
+    native: list[Job] = []
+    others: list[Job] = []
+    for name, check in reversed(_checks("cpu", settings.tiny).items()):
+        for backend in backends(check.op):
+            jobs = native if backend == "native" else others
+            jobs.append(Job("check", f"{backend}: {name}", _CHECK_SECONDS))
+    return native, others
 
 
 def warm_jobs(settings: Settings) -> list[Job]:

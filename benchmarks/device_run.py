@@ -24,13 +24,14 @@ FORMAT = 1
 """Of the stored JSON."""
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CHECK_SHARE = 0.42
-"""Of the time, for comparisons and compilation, which share the device; timings have it alone."""
-_BUILD_SHARE = 0.22
+_CHECK_SHARE, _NATIVE_SHARE = 0.42, 0.47
+"""Of the time, when comparisons and compilation end, and those of what is built meanwhile."""
 _RESERVE_SECONDS = 3.0
 _STORE_EVERY_SECONDS = 5.0
 _MAX_WORKERS, _WORKER_BYTES = 12, 6 * 2**30
-_TOGETHER = "checks and compilation"
+_NATIVE = "checks of the native library"
+_TOGETHER = ("checks and compilation", _NATIVE)
+"""Phases whose jobs share the device."""
 
 
 @dataclass
@@ -165,7 +166,7 @@ def run(
 ) -> DeviceRun:
     """Every phase, within `budget_s` seconds; what is found is stored at `path(run)` as it comes.
 
-    The ops' comparisons wait for `build`, for some time.
+    `build` goes on beside the first phases, and the native library is compared after it.
 
     Ctrl-C ends it early: what was found by then is stored, and KeyboardInterrupt goes on.
     """
@@ -173,10 +174,12 @@ def run(
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = DeviceRun(settings, budget_s, started)
     end = begun + budget_s - min(_RESERVE_SECONDS, budget_s / 10)
-    together = _in_turn(device_jobs.check_jobs(settings), device_jobs.warm_jobs(settings))
+    native, others = device_jobs.check_jobs(settings)
+    together = _in_turn(others, device_jobs.warm_jobs(settings))
     phases = (
         ("ceilings", [device_jobs.ceilings_job()], end),
-        (_TOGETHER, together, begun + _CHECK_SHARE * budget_s),
+        ("checks and compilation", together, begun + _CHECK_SHARE * budget_s),
+        (_NATIVE, native, begun + _NATIVE_SHARE * budget_s),
         ("timings", device_jobs.time_jobs(settings), end),
     )
     command = worker_command(settings)
@@ -185,10 +188,10 @@ def run(
     try:
         for phase, jobs, until in phases:
             done = 0
-            if phase == _TOGETHER and build is not None:
-                found.built(*build.finish(begun + _BUILD_SHARE * budget_s))
+            if phase == _NATIVE and build is not None:
+                found.built(*build.finish(begun + _CHECK_SHARE * budget_s))
             memory = int(found.ceilings.get("machine", {}).get("memory bytes", 0))
-            at_once = (workers or worker_count(memory)) if phase == _TOGETHER else 1
+            at_once = (workers or worker_count(memory)) if phase in _TOGETHER else 1
 
             def take(outcome: Outcome, phase: str = phase, total: int = len(jobs)) -> Job | None:
                 nonlocal done, stored
