@@ -17,8 +17,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unsupported_reason(call: AttentionCall) -> str | None:
     """Why the native kernels cannot serve this call; None when they can."""
-    if call.q.device.type != "cpu":
-        return f"it runs on CPU tensors, these are on {call.q.device}"
+    foreign = _extension.foreign_device(call.q.device, cuda=False)
+    if foreign is not None:
+        return foreign
     if call.q.dtype not in _DTYPES:
         return f"it serves float32, bfloat16 and float16, these are {call.q.dtype}"
     if call.cu_seqlens_q is not None and call.attn_bias is not None:
