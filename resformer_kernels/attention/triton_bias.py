@@ -7,7 +7,6 @@ import triton.language as tl
 
 from resformer_kernels._triton_lib import dot
 from resformer_kernels.attention.triton_tiles import (
-    LOG2E,
     bias_tile,
     key_bounds,
     key_tiles,
@@ -72,7 +71,6 @@ def bias_gradient_kernel(
     inner_heads. dbias: (outer sequences, outer_heads, queries, keys), without the axis that is
     summed over; it is written as far as q_len and k_len go.
     """
-    UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     WIDE: tl.constexpr = tl.float64 if PRECISE else tl.float32
     q_size = q_len
     k_size = k_len
@@ -138,7 +136,7 @@ def bias_gradient_kernel(
             bias_start, bias_offsets = bias_tile(bias, sequence, head_q, rows, 1, BIAS, INDEX)
             x, _ = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
-                bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, UNIT,
+                bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, PRECISE,
                 INDEX,
             )  # fmt: skip
             at = slot + rows * GROUP
