@@ -98,7 +98,7 @@ def bias_gradient_kernel(
         if OVER == OVER_QUERIES:
             first_key = k_tile_index * KEYS
             last_key = tl.minimum(first_key + KEYS, k_len) - 1
-            begin, _, _, end = row_tiles(
+            begin, _inner_begin, _inner_end, end = row_tiles(
                 first_key, last_key, shift, q_len, window_left, window_right, 1, ROWS, HAS_LEFT,
                 HAS_RIGHT,
             )  # fmt: skip
@@ -106,7 +106,7 @@ def bias_gradient_kernel(
         else:
             first_row = q_tile_index * ROWS
             last_row = tl.minimum(first_row + ROWS, q_len) - 1
-            begin, _, _, end = key_tiles(
+            begin, _inner_begin, _inner_end, end = key_tiles(
                 first_row, last_row, shift, k_len, window_left, window_right, 1, KEYS, HAS_LEFT,
                 HAS_RIGHT,
             )  # fmt: skip
@@ -134,7 +134,7 @@ def bias_gradient_kernel(
                 rows, q_len, shift, k_len, window_left, window_right, 1, HAS_LEFT, HAS_RIGHT
             )
             bias_start, bias_offsets = bias_tile(bias, sequence, head_q, rows, 1, BIAS, INDEX)
-            x, _ = scores(
+            x, _slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
                 bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, PRECISE,
                 INDEX,

@@ -177,7 +177,7 @@ def forward_kernel(
             )  # fmt: skip
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             keys = key + tl.arange(0, KEYS)
-            x, _ = scores(
+            x, _slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
                 bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
                 PRECISE, INDEX,
