@@ -35,7 +35,9 @@ def _widen(source, target, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _functions(source, powers, exponentials, tangents, slopes, COUNT: tl.constexpr):
+def _functions(
+    source, powers, exponentials, tangents, slopes, fast, fast_slopes, COUNT: tl.constexpr
+):
     at = tl.arange(0, COUNT)
     x = tl.load(source + at)
     tl.store(powers + at, lib.exp2(x))
@@ -43,6 +45,9 @@ def _functions(source, powers, exponentials, tangents, slopes, COUNT: tl.constex
     tangent, slope = lib.tanh(x)
     tl.store(tangents + at, tangent)
     tl.store(slopes + at, slope)
+    tangent, slope = lib.fast_tanh(x)
+    tl.store(fast + at, tangent)
+    tl.store(fast_slopes + at, slope)
 
 
 @triton.jit
@@ -93,6 +98,9 @@ def _mix(
     tl.store(out + at, mixed, mask=inside)
 
 
+FUNCTIONS = ("powers", "exponentials", "tangents", "slopes", "fast", "fast_slopes")
+
+
 def run(kernel: object, **arguments: object) -> None:
     lib.launch(kernel, (1,), CPU, **arguments)
 
@@ -137,9 +145,8 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 def test_functions_are_as_exact_as_they_say() -> None:
     x = torch.cat([torch.linspace(-86, 10, 3072), torch.linspace(-1, 1, 1024)])
     x[0] = 1e-30
-    found = [torch.empty(len(x)) for _ in range(4)]
-    names = ("powers", "exponentials", "tangents", "slopes")
-    arguments = dict(zip(names, found, strict=True))
+    found = [torch.empty(len(x)) for _ in FUNCTIONS]
+    arguments = dict(zip(FUNCTIONS, found, strict=True))
     run(_functions, source=x, **arguments, COUNT=len(x))
     wide = x.double()
     assert relative(found[0], wide.exp2()) < 2e-7
@@ -147,15 +154,18 @@ def test_functions_are_as_exact_as_they_say() -> None:
     assert relative(found[2], wide.tanh()) < 4e-7
     near = wide.abs() < 10
     assert relative(found[3][near], wide[near].cosh() ** -2) < 5e-7
+    assert float((found[4] - wide.tanh()).abs().max()) < 2e-7
+    assert float((found[5] - wide.cosh() ** -2).abs().max()) < 4e-7
 
 
 def test_functions_of_special_values() -> None:
     x = torch.tensor([0.0, -math.inf, -200.0, math.nan, -0.0, 30.0, -30.0, -87.5])
-    found = {name: torch.empty(8) for name in ("powers", "exponentials", "tangents", "slopes")}
+    found = {name: torch.empty(8) for name in FUNCTIONS}
     run(_functions, source=x, **found, COUNT=8)
     assert found["exponentials"][:3].tolist() == [1.0, 0.0, 0.0]
     assert found["tangents"][[0, 1, 4, 5, 6]].tolist() == [0.0, -1.0, 0.0, 1.0, -1.0]
-    assert found["slopes"][0] == 1.0
+    assert found["fast"][[0, 1, 4, 5, 6]].tolist() == [0.0, -1.0, 0.0, 1.0, -1.0]
+    assert found["slopes"][0] == found["fast_slopes"][0] == 1.0
     assert all(bool(values[3].isnan()) for values in found.values())
 
 

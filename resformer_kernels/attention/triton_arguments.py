@@ -201,9 +201,9 @@ class Problem:
 
     @property
     def mask_kind(self) -> str:
-        """By which of its masks a call's configuration is chosen."""
-        if self.attn_bias is not None:
-            return "bias"
+        """By which of its masks, or what else is done to its scores, tiles are chosen."""
+        if self.attn_bias is not None or self.softcap > 0:
+            return "transformed"
         if self.window_left >= 0:
             return "window"
         return "causal" if self.window_right >= 0 else "full"

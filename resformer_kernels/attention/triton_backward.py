@@ -243,7 +243,6 @@ def keys_gradient_kernel(
 
     `mixed` is V', `values` what it was mixed from.
     """
-    UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     tile, sequence_head = scheduled(tl.program_id(0), tiles, sequences * heads, section, False)
     head = sequence_head % heads
     sequence = sequence_head // heads
@@ -306,7 +305,7 @@ def keys_gradient_kernel(
             x, slope = scores(
                 product, keys[:, None], lo[None, :], hi[None, :], bias, bias_start,
                 bias_offsets[None, :], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
-                UNIT, INDEX,
+                PRECISE, INDEX,
             )  # fmt: skip
             p = probabilities(x, row_base[None, :], alpha, RAW, PRECISE)
             grad_tile = load_row_tile(
@@ -395,7 +394,6 @@ def queries_gradient_kernel(
     INDEX: tl.constexpr,
 ):
     """dQ of one tile of rows; `mixed` is V'."""
-    UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     tile, sequence_head = scheduled(
         tl.program_id(0), tiles, sequences * heads, section, HAS_RIGHT and not HAS_LEFT
     )
@@ -467,7 +465,7 @@ def queries_gradient_kernel(
             x, slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
                 bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
-                UNIT, INDEX,
+                PRECISE, INDEX,
             )  # fmt: skip
             p = probabilities(x, row_base[:, None], alpha, RAW, PRECISE)
             v_tile = load_keys(

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from resformer_kernels._triton_lib import dot
 from resformer_kernels.attention.triton_tiles import (
-    LOG2E,
     bias_tile,
     key_bounds,
     key_tiles,
@@ -72,7 +71,6 @@ def bias_gradient_kernel(
     inner_heads. dbias: (outer sequences, outer_heads, queries, keys), without the axis that is
     summed over; it is written as far as q_len and k_len go.
     """
-    UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     WIDE: tl.constexpr = tl.float64 if PRECISE else tl.float32
     q_size = q_len
     k_size = k_len
@@ -100,7 +98,7 @@ def bias_gradient_kernel(
         if OVER == OVER_QUERIES:
             first_key = k_tile_index * KEYS
             last_key = tl.minimum(first_key + KEYS, k_len) - 1
-            begin, _, _, end = row_tiles(
+            begin, _inner_begin, _inner_end, end = row_tiles(
                 first_key, last_key, shift, q_len, window_left, window_right, 1, ROWS, HAS_LEFT,
                 HAS_RIGHT,
             )  # fmt: skip
@@ -108,7 +106,7 @@ def bias_gradient_kernel(
         else:
             first_row = q_tile_index * ROWS
             last_row = tl.minimum(first_row + ROWS, q_len) - 1
-            begin, _, _, end = key_tiles(
+            begin, _inner_begin, _inner_end, end = key_tiles(
                 first_row, last_row, shift, k_len, window_left, window_right, 1, KEYS, HAS_LEFT,
                 HAS_RIGHT,
             )  # fmt: skip
@@ -136,9 +134,9 @@ def bias_gradient_kernel(
                 rows, q_len, shift, k_len, window_left, window_right, 1, HAS_LEFT, HAS_RIGHT
             )
             bias_start, bias_offsets = bias_tile(bias, sequence, head_q, rows, 1, BIAS, INDEX)
-            x, _ = scores(
+            x, _slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
-                bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, UNIT,
+                bias_offsets[:, None], alpha, softcap, True, HAS_LEFT, CAPPED, BIAS, False, PRECISE,
                 INDEX,
             )  # fmt: skip
             at = slot + rows * GROUP

@@ -49,7 +49,12 @@ def architecture(capability: tuple[int, int]) -> str:
 def choose(
     capability: tuple[int, int], direction: str, dtype: torch.dtype, head_dim: int, mask: str
 ) -> Config:
-    """The configuration of a kernel: direction is "forward", "keys", "rows" or "bias"."""
+    """The configuration of a kernel.
+
+    direction is "forward", "forward_inline" (V' is mixed in its loop), "keys" (dK and dV'),
+    "queries" (dQ) or "bias" (its gradient); mask is "full", "causal", "window" or "transformed"
+    (scores with a bias or a softcap).
+    """
     precision = "float32" if dtype is torch.float32 else "half"
     by_dim = _table()[architecture(capability)][direction][precision]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)

@@ -122,7 +122,6 @@ def forward_kernel(
     INDEX: tl.constexpr,
 ):
     """One tile of ROWS rows of one KV head. `lse` and `sinks` may be None."""
-    UNIT: tl.constexpr = 1.0 if PRECISE else LOG2E
     tile, sequence_head = scheduled(
         tl.program_id(0), row_tiles, sequences * heads, section, HAS_RIGHT and not HAS_LEFT
     )
@@ -178,10 +177,10 @@ def forward_kernel(
             )  # fmt: skip
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             keys = key + tl.arange(0, KEYS)
-            x, _ = scores(
+            x, _slope = scores(
                 product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
                 bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
-                UNIT, INDEX,
+                PRECISE, INDEX,
             )  # fmt: skip
             top = tl.max(x, 1)
             if RAW:
@@ -203,7 +202,9 @@ def forward_kernel(
     # The sink is one more score, whose value is zero.
     weight = tl.full([ROWS], 1.0, tl.float32)
     if sinks is not None:
-        sink = widen(tl.load(sinks + head * GROUP + rows % GROUP)) * UNIT
+        sink = widen(tl.load(sinks + head * GROUP + rows % GROUP))
+        if not PRECISE:
+            sink = sink * LOG2E
         top = tl.maximum(peak, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
         weight = probabilities(peak, base, alpha, False, PRECISE)

@@ -151,8 +151,9 @@ def _launch_forward(
 ) -> None:
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
-    config = configs.choose(arch, "forward", p.q.dtype, widest, p.mask_kind)
     values, how = p.values(mixed)
+    direction = "forward_inline" if how["MIXES"] else "forward"
+    config = configs.choose(arch, direction, p.q.dtype, widest, p.mask_kind)
     descriptors: list[Any] = [None, None, None]
     if arch >= (9, 0):
         descriptors = [

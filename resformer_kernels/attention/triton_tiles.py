@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton_lib import NUMBER, coefficient, exp, exp2, mix, round_to, tanh, widen
+from resformer_kernels._triton_lib import (
+    NUMBER,
+    coefficient,
+    exp,
+    exp2,
+    fast_tanh,
+    mix,
+    round_to,
+    tanh,
+    widen,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -374,18 +384,22 @@ def scores(
     CAPPED: tl.constexpr,
     BIAS: tl.constexpr,
     RAW: tl.constexpr,
-    UNIT: tl.constexpr,
+    PRECISE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """(scores in units of 1 / UNIT, the softcap's slope), from q.k: all operands have two axes.
+    """(scores, the softcap's slope), from the product q.k: all operands have two axes.
 
-    scale, softcap, bias and mask, in that order. alpha is the scale, over softcap where CAPPED and
-    times UNIT where neither softcap nor bias follows. RAW scores stay multiplied by alpha to come.
+    scale, softcap, bias and mask, in that order. The unit is natural where PRECISE, else log2.
+    alpha is the scale, over softcap where CAPPED and in the unit where neither softcap nor bias
+    follows. RAW scores are yet to be multiplied by it.
     """
     slope = 1.0
     x = product
     if CAPPED:
-        x, slope = tanh(x * alpha)
+        if PRECISE:
+            x, slope = tanh(x * alpha)
+        else:
+            x, slope = fast_tanh(x * alpha)
         x = x * softcap
     elif not RAW:
         x = x * alpha
@@ -399,8 +413,8 @@ def scores(
             x = x + widen(seen)
         else:
             inside = inside & (seen != 0)
-    if (CAPPED or BIAS == ADDITIVE) and UNIT != 1.0:
-        x = x * UNIT
+    if (CAPPED or BIAS == ADDITIVE) and not PRECISE:
+        x = x * LOG2E
     if MASKED or BIAS != NO_BIAS:
         x = tl.where(inside, x, float("-inf"))
     return x, slope
