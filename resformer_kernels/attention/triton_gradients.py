@@ -75,7 +75,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 def _slots(p: Problem) -> int:
     """How many numbers of rows a KV head has: see `triton_tiles.row_slot`."""
     queries = p.q.shape[0] * (1 if p.packed else p.q.shape[1])
-    return queries * p.group + (p.sequences + 1) * tiles.ROW_SLOT.value
+    size = tiles.ROW_SLOT.value
+    return (-(-queries * p.group // size) + p.sequences + 1) * size
 
 
 def _nothing(p: Problem, bit: int, leaf: Tensor | None) -> Tensor:
