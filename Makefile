@@ -11,10 +11,10 @@ CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o 
 MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench device-check lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: $(STAMPS)/native $(STAMPS)/package ## make .venv, install pinned dependencies, build the kernels
 
@@ -26,6 +26,10 @@ test: setup lint ## lint, types, formatting and every test
 
 bench: setup ## time every registered case against its peers
 	@$(VENV)/bin/resformer-kernels bench $(ARGS)
+
+# No set-up: on a machine with a GPU its own torch and Triton are used, and nothing is installed.
+device-check: ## on a GPU, in eight minutes: its kernels against float64, then timed beside their peers
+	@$(PYTHON) -m resformer_kernels.cli device-check $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format; changes nothing
 	@echo "ruff" && $(PY) -m ruff check --quiet .

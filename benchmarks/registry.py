@@ -5,14 +5,20 @@ Names are stable: results are compared by them.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
+from resformer_kernels.testing.device_workloads import DeviceAttention
+from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
 from resformer_kernels.testing.timing import Benchmark
 from resformer_kernels.testing.workloads import (
     AttentionBenchmark,
     EmbeddingBenchmark,
     MixBenchmark,
 )
+
+DeviceCase: TypeAlias = DeviceAttention | MixBenchmark | EmbeddingBenchmark
 
 DTYPES = (torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -71,3 +77,114 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
 def memory_lengths(*, quick: bool = False) -> tuple[int, ...]:
     """Lengths at which peak memory is measured, each twice the one before."""
     return MEMORY_LENGTHS[:2] if quick else MEMORY_LENGTHS
+
+
+DEVICE_TOKENS = 16384
+DEVICE_LENGTHS = (4096, 16384, 8192, 2048, 1024, 512)
+"""In order of importance: a run that is short of time measures the first ones."""
+DEVICE_HEAD_DIMS = (128, 64, 256)
+DEVICE_WIDTH = 2048
+"""Heads times head_dim: the shapes that FlashAttention's papers quote."""
+DEVICE_GROUPED_HEADS, DEVICE_GROUPED_LENGTHS = (64, 8), (4096, 16384, 1024)
+FLEX_LENGTHS = (4096, 16384)
+"""Where FlexAttention takes part: each shape compiles for seconds."""
+
+DEVICE_CHECKS: tuple[AttentionCase, ...] = (
+    *REPRESENTATIVE,
+    *(
+        AttentionCase(
+            dtype=dtype,
+            batch=1,
+            q_len=1030,
+            k_len=1030,
+            head_dim=dim,
+            value_dim=dim,
+            causal=causal,
+            lambda_v="scalar",
+            lambda_first="scalar",
+        )
+        for dim in DEVICE_HEAD_DIMS
+        for causal in (True, False)
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    AttentionCase(
+        dtype=torch.bfloat16,
+        heads=16,
+        q_len=1000,
+        k_len=1300,
+        head_dim=128,
+        value_dim=128,
+        window=(256, 0),
+        lambda_v="token_head",
+        lambda_first="channel",
+    ),
+    AttentionCase(
+        dtype=torch.bfloat16,
+        head_dim=64,
+        value_dim=64,
+        lengths=((700, 700), (1, 900), (300, 20), (129, 129)),
+        causal=True,
+        lambda_v="scalar",
+    ),
+)
+"""What `device-check` holds against float64 beside the mixes: every argument, and whole tiles."""
+
+
+def device_attention(device: str) -> list[DeviceAttention]:
+    """Causal and full attention at one count of tokens, most important first."""
+    shapes = [
+        (DEVICE_WIDTH // dim, DEVICE_WIDTH // dim, length, dim)
+        for length in DEVICE_LENGTHS
+        for dim in DEVICE_HEAD_DIMS
+    ]
+    heads, kv_heads = DEVICE_GROUPED_HEADS
+    grouped = [(heads, kv_heads, length, 128) for length in DEVICE_GROUPED_LENGTHS]
+    # After the first lengths of plain attention.
+    shapes[6:6] = grouped[:2]
+    return [
+        DeviceAttention(
+            DEVICE_TOKENS // length,
+            *(query_heads, key_heads, length, dim),
+            torch.bfloat16,
+            direction,
+            causal,
+            device,
+            flex=length in FLEX_LENGTHS,
+        )
+        for query_heads, key_heads, length, dim in (*shapes, *grouped[2:])
+        for causal in (True, False)
+        for direction in DIRECTIONS
+    ]
+
+
+def device_mix(device: str) -> list[DeviceCase]:
+    """The mixes, at the same count of tokens."""
+    found: list[DeviceCase] = []
+    for direction in DIRECTIONS:
+        found += [
+            MixBenchmark(
+                sources, 1, DEVICE_TOKENS, 16, 128, torch.bfloat16, direction, device=device
+            )
+            for sources in (2, 8)
+        ]
+        found.append(
+            EmbeddingBenchmark(
+                32768, 1, DEVICE_TOKENS, 16, 128, torch.bfloat16, direction, device=device
+            )
+        )
+    return found
+
+
+def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
+    """Every case of a GPU, most important first; `tiny` ones try out the run itself."""
+    if not tiny:
+        attention = device_attention(device)
+        # Half of attention first, so that a short run has both.
+        middle = len(attention) // 2
+        return [*attention[:middle], *device_mix(device), *attention[middle:]]
+    found: list[DeviceCase] = [
+        DeviceAttention(1, 2, 1, 64, 16, torch.bfloat16, direction, True, device)
+        for direction in DIRECTIONS
+    ]
+    found.append(MixBenchmark(2, 1, 64, 2, 16, torch.bfloat16, "forward", device=device))
+    return found

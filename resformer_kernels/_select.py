@@ -93,7 +93,7 @@ def _announce_fallback(op: str, reasons: str) -> None:
     warnings.warn(
         f"{op} runs on the slow reference for a large input ({reasons}); this is said once",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,  # whoever called the public function, not this package
     )
 
 
@@ -134,6 +134,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     >>> print(explain(value_residual_attention, q, k, v, v_first, causal=True))  # doctest: +SKIP
     value_residual_attention: native
+      not reference: native is preferred
     """
     with torch.no_grad():
         request = prepare(function, *args, **kwargs)

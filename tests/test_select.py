@@ -65,8 +65,9 @@ def test_falling_back_on_a_large_input_warns_once(monkeypatch: pytest.MonkeyPatc
 def test_a_large_float64_input_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_select, "_announced", set())
     q = torch.zeros(1, 4096, 1, 1, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="slow reference"):
+    with pytest.warns(UserWarning, match="slow reference") as caught:
         value_residual_attention(q, q, q)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_explain_gives_every_reason() -> None:
@@ -77,7 +78,7 @@ def test_explain_gives_every_reason() -> None:
     assert "not native" in str(found)
     named = explain(value_residual_attention, q, q, q, backend="reference")
     assert named.backend == "reference"
-    assert set(named.reasons) == {"native"}
+    assert "native" in named.reasons
 
 
 def test_explain_takes_public_ops_alone() -> None:

@@ -40,6 +40,7 @@ struct Sequence {
   int64_t batch = 0;
   int64_t q_start = 0, k_start = 0;
   int64_t tq = 0, tk = 0;
+  int64_t diagonal = 0;      // query i stands at key i + diagonal
   int64_t column_start = 0;  // tiles of kGradKeys keys in the sequences before this one
 };
 
@@ -60,11 +61,11 @@ struct Problem {
 
   // The keys [lo, hi) that query i of a sequence may attend to by position.
   RESFORMER_INLINE int64_t key_lo(const Sequence& s, int64_t i) const {
-    const int64_t lo = window_left < 0 ? 0 : i + s.tk - s.tq - window_left;
+    const int64_t lo = window_left < 0 ? 0 : i + s.diagonal - window_left;
     return lo < 0 ? 0 : lo > s.tk ? s.tk : lo;
   }
   RESFORMER_INLINE int64_t key_hi(const Sequence& s, int64_t i) const {
-    const int64_t hi = window_right < 0 ? s.tk : i + s.tk - s.tq + window_right + 1;
+    const int64_t hi = window_right < 0 ? s.tk : i + s.diagonal + window_right + 1;
     return hi < 0 ? 0 : hi > s.tk ? s.tk : hi;
   }
 };

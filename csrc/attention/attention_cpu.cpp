@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "attention/attention.h"
+#include "attention/segments.h"
 #include "common/cpu_features.h"
 #include "common/tensor_args.h"
 
@@ -80,12 +81,13 @@ void read_sequences(Call& call, const MaybeTensor& cu_q, const MaybeTensor& cu_k
   Problem& p = call.problem;
   int64_t columns = 0;
   auto push = [&](Sequence s) {
+    s.diagonal = s.tk - s.tq;  // masks align at the last query and key
     s.column_start = columns;
     columns += (s.tk + kGradKeys - 1) / kGradKeys;
     p.sequences.push_back(s);
   };
   if (!call.packed) {
-    for (int64_t b = 0; b < call.batch; ++b) push({b, 0, 0, call.q_total, call.k_total, 0});
+    for (int64_t b = 0; b < call.batch; ++b) push({b, 0, 0, call.q_total, call.k_total});
     return;
   }
   const int32_t* starts_q = check_cu_seqlens(*cu_q, "cu_seqlens_q", call.q_total);
@@ -93,7 +95,7 @@ void read_sequences(Call& call, const MaybeTensor& cu_q, const MaybeTensor& cu_k
   STD_TORCH_CHECK(cu_q->numel() == cu_k->numel(), "cu_seqlens_q and cu_seqlens_k must have one length, got ",
                   cu_q->numel(), " and ", cu_k->numel());
   for (int64_t i = 0; i + 1 < cu_q->numel(); ++i) {
-    push({0, starts_q[i], starts_k[i], starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i], 0});
+    push({0, starts_q[i], starts_k[i], starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i]});
   }
 }
 
@@ -208,9 +210,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/,
     int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
     const MaybeTensor& sinks, const MaybeTensor& bias, bool return_lse, bool return_mixed) {
-  const Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value,
-                              cu_q, cu_k, window_left, window_right, scale, softcap, sinks, bias);
-  const Problem& p = call.problem;
+  Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_q,
+                        cu_k, window_left, window_right, scale, softcap, sinks, bias);
+  Problem& p = call.problem;
   std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
   out_shape.back() = p.dim_v;
   const Tensor& any = v ? *v : *v_first;
@@ -231,6 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     torch::stable::zero_(mixed);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
+  // Not where V' itself is asked for: every key of it has one writer then.
+  if (!return_mixed) p.sequences = cut_to_windows(p);
   kernels().forward(p, o);
   return {out, lse, mixed};
 }

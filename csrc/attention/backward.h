@@ -244,8 +244,7 @@ class Backward {
       transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), p,
                                 capped ? s.slope.get() : nullptr);
     const int64_t lo = s.bounds.lo[r] - key, hi = s.bounds.hi[r] - key;
-    if (lo > from) fill_minus_inf(p, from, smaller(lo, to));
-    if (hi < to) fill_minus_inf(p, larger(hi, from), to);
+    mask_rows<1>(p, 0, from, to, s.bounds.lo + r, s.bounds.hi + r, key);
     const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]);
     for (int64_t c = from; c < to; c += kLanes) {
       const Vec probability = Unit::exp(sub(load(p + c), lse));

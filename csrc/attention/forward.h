@@ -173,8 +173,9 @@ class Forward {
     memset(s.acc.get(), 0, rows.count * columns() * sizeof(float));
     const int64_t begin = s.bounds.lo[0] / kKeys, end = (s.bounds.hi[rows.count - 1] + kKeys - 1) / kKeys;
     const int64_t tiles = larger(end - begin, 0), split = unit % splits;
-    for (int64_t j = begin + tiles * split / splits; j < begin + tiles * (split + 1) / splits; ++j) {
-      attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, s);
+    const int64_t from = begin + tiles * split / splits, to = begin + tiles * (split + 1) / splits;
+    for (int64_t j = from; j < to; ++j) {
+      attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, j == from, s);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       const float l = reduce_add(load(s.state[r].l));
@@ -190,7 +191,7 @@ class Forward {
     }
   }
 
-  void attend_tile(const Wave& wave, const RowTile& rows, int64_t key, int64_t packed_tile,
+  void attend_tile(const Wave& wave, const RowTile& rows, int64_t key, int64_t packed_tile, bool first,
                    AttendScratch& s) {
     const int64_t keys = smaller(kKeys, rows.sequence->tk - key), padded = lane_ceil(keys);
     const int64_t q_words = row_words<Dot>(p_.dim_k);
@@ -199,15 +200,13 @@ class Forward {
     gemm_scores<Dot>(s.q.get(), q_words, packed_panels(keys_of(wave, packed_tile), q_words, padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
                      score_alpha<kPrecision>(p_), s.scores.get(), kKeys);
-    const bool transform = needs_transform(p_);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const Span span = s.spans[r / kTileRows];
-      const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
-      if (span.lo >= span.hi) continue;
-      float* scores = s.scores.get() + r * kKeys;
-      if (transform) transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), scores, nullptr);
-      softmax_row<Dot, kPrecision>(scores, from, to, s.bounds.lo[r] - key, s.bounds.hi[r] - key, s.state[r],
-                                   s.acc.get() + r * columns(), columns());
+    for (int64_t r = 0; r < rows.count; r += kRowsAbreast) {
+      if (first) prefetch_next_rows(rows, r);
+      if (r + kRowsAbreast <= rows.count) {
+        softmax<kRowsAbreast>(rows, r, key, keys, s);
+      } else {
+        for (int64_t i = r; i < rows.count; ++i) softmax<1>(rows, i, key, keys, s);
+      }
     }
     for (int64_t b = 0; b * kTileRows < rows.count; ++b) {
       s.words[b] = {s.spans[b].lo / Dot::kPack, (s.spans[b].hi + Dot::kPack - 1) / Dot::kPack};
@@ -215,6 +214,32 @@ class Forward {
     gemm_accumulate<Dot>(s.scores.get(), kKeys, 1,
                          packed_panels(values_of(wave, packed_tile), padded / Dot::kPack, columns()),
                          rows.count, s.words, s.acc.get(), columns());
+  }
+
+  // Rows [r, r + count) of one block.
+  template <int count>
+  void softmax(const RowTile& rows, int64_t r, int64_t key, int64_t keys, AttendScratch& s) {
+    const Span span = s.spans[r / kTileRows];
+    if (span.lo >= span.hi) return;
+    const int64_t from = lane_floor(span.lo), to = lane_ceil(span.hi);
+    float* scores = s.scores.get() + r * kKeys;
+    if (needs_transform(p_)) {
+      for (int64_t i = 0; i < count; ++i) {
+        transform_row<kPrecision>(rows, r + i, key, keys, from, to, s.bias.get(), scores + i * kKeys,
+                                  nullptr);
+      }
+    }
+    softmax_rows<Dot, kPrecision, count>(scores, kKeys, from, to, s.bounds.lo + r, s.bounds.hi + r, key,
+                                         s.state + r, s.acc.get() + r * columns(), columns());
+  }
+
+  // Some of the rows of Q that come next, which this tile's first keys leave time enough to fetch.
+  void prefetch_next_rows(const RowTile& rows, int64_t r) {
+    if (rows.first < kRows) return;
+    for (int64_t i = r - kRows; i < r - kRows + kRowsAbreast; ++i) {
+      const int64_t t = rows.sequence->q_start + rows.query(i);
+      prefetch_row(p_.q.row<const T>(rows.sequence->batch, t, rows.head(i)), p_.dim_k * sizeof(T));
+    }
   }
 
   // Joins the splits of a row tile: each is a softmax over its own keys, weighted by exp of its maximum.

@@ -167,8 +167,27 @@ static inline float score_alpha(const Problem& p) {
   return needs_transform(p) ? p.scale : p.scale * Scores<precision>::kUnit;
 }
 
-static inline void fill_minus_inf(float* s, int64_t from, int64_t to) {
-  for (int64_t c = from; c < to; ++c) s[c] = kMinusInf;
+// -inf in the columns of [from, to) outside each row's [lo, hi), for rows whose bounds ascend. By whole
+// vectors: they are loaded again at once, and a vector load from under a narrower store waits for memory.
+template <int rows>
+static inline void mask_rows(float* s, int64_t stride, int64_t from, int64_t to, const int64_t* lo,
+                             const int64_t* hi, int64_t key) {
+  if (lo[rows - 1] - key <= from && hi[0] - key >= to) return;
+  int32_t begin[rows], end[rows];
+  for (int i = 0; i < rows; ++i) {
+    begin[i] = static_cast<int32_t>(smaller(larger(lo[i] - key, from), to));
+    end[i] = static_cast<int32_t>(smaller(larger(hi[i] - key, from), to));
+  }
+  const auto mask = [&](int32_t c) {
+    for (int i = 0; i < rows; ++i) {
+      float* at = s + i * stride + c;
+      store(at, keep_lanes(load(at), begin[i] - c, end[i] - c, set1(kMinusInf)));
+    }
+  };
+  int32_t c = static_cast<int32_t>(from);
+  for (; c < begin[rows - 1]; c += kLanes) mask(c);
+  const int32_t last = static_cast<int32_t>(lane_floor(end[0]));
+  for (c = c > last ? c : last; c < to; c += kLanes) mask(c);
 }
 
 // Running softmax state of one row: maximum (in the unit of scores) and lane-wise partial sums.
@@ -177,36 +196,54 @@ struct RowState {
   alignas(64) float l[kLanes];
 };
 
-// Turns scores s[from, to) into probabilities (in place, as words of Dot), with columns outside [lo, hi)
-// masked.
-template <class Dot, Precision precision>
-static inline void softmax_row(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi, RowState& state,
-                               float* acc, int64_t columns) {
-  if (lo > from) fill_minus_inf(s, from, smaller(lo, to));
-  if (hi < to) fill_minus_inf(s, larger(hi, from), to);
-  Vec top = load(s + from);
-  for (int64_t c = from + kLanes; c < to; c += kLanes) top = max(top, load(s + c));
-  if (any_greater(top, set1(state.m + kSlack))) {
-    const float m = reduce_max(top);
-    if (state.m != kMinusInf) {
-      const Vec shrink = set1(Scores<precision>::exp(state.m - m));
-      store(state.l, mul(load(state.l), shrink));
-      for (int64_t d = 0; d < columns; d += kLanes) store(acc + d, mul(load(acc + d), shrink));
-    }
-    state.m = m;
+// How many rows the softmax takes abreast: their maxima, sums and bases stay in registers, and a short span
+// costs its loop's mispredicted end once for all of them.
+constexpr int kRowsAbreast = kTileVecs == 4 ? 6 : kTileRows == 6 ? 3 : 2;
+static_assert(kTileRows % kRowsAbreast == 0);
+
+// Turns the scores s[from, to) of some rows into probabilities (in place, as words of Dot), with columns
+// outside each row's keys [lo, hi) masked.
+template <class Dot, Precision precision, int rows>
+static inline void softmax_rows(float* s, int64_t stride, int64_t from, int64_t to, const int64_t* lo,
+                                const int64_t* hi, int64_t key, RowState* state, float* acc,
+                                int64_t columns) {
+  mask_rows<rows>(s, stride, from, to, lo, hi, key);
+  Vec top[rows], sum[rows], base[rows];
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; ++i) top[i] = load(s + i * stride + from);
+  for (int64_t c = from + kLanes; c < to; c += kLanes) {
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; ++i) top[i] = max(top[i], load(s + i * stride + c));
   }
-  const Vec base = set1(state.m == kMinusInf ? 0.0f : state.m);
-  Vec sum = load(state.l);
+  for (int i = 0; i < rows; ++i) {
+    RowState& row = state[i];
+    if (any_greater(top[i], set1(row.m + kSlack))) {
+      const float m = reduce_max(top[i]);
+      if (row.m != kMinusInf) {
+        const Vec shrink = set1(Scores<precision>::exp(row.m - m));
+        store(row.l, mul(load(row.l), shrink));
+        float* out = acc + i * columns;
+        for (int64_t d = 0; d < columns; d += kLanes) store(out + d, mul(load(out + d), shrink));
+      }
+      row.m = m;
+    }
+    base[i] = set1(row.m == kMinusInf ? 0.0f : row.m);
+    sum[i] = load(row.l);
+  }
   for (int64_t c = from; c < to; c += kLanes) {
-    const Vec p = Scores<precision>::exp(sub(load(s + c), base));
-    sum = add(sum, p);
-    if constexpr (Dot::kPack == 2) {
-      store(reinterpret_cast<bf16*>(s) + c, p);
-    } else {
-      store(s + c, p);
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; ++i) {
+      float* at = s + i * stride;
+      const Vec p = Scores<precision>::exp(sub(load(at + c), base[i]));
+      sum[i] = add(sum[i], p);
+      if constexpr (Dot::kPack == 2) {
+        store(reinterpret_cast<bf16*>(at) + c, p);
+      } else {
+        store(at + c, p);
+      }
     }
   }
-  store(state.l, sum);
+  for (int i = 0; i < rows; ++i) store(state[i].l, sum[i]);
 }
 
 }  // namespace resformer::RESFORMER_ISA

@@ -43,6 +43,12 @@ static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 static inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
 static inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+// x in the lanes [lo, hi), `other` elsewhere.
+static inline Vec keep_lanes(Vec x, int32_t lo, int32_t hi, Vec other) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 from_lo = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(lo));
+  return _mm512_mask_mov_ps(other, _mm512_mask_cmplt_epi32_mask(from_lo, lane, _mm512_set1_epi32(hi)), x);
+}
 
 static inline Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -161,6 +167,12 @@ static inline float reduce_max(Vec x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+static inline Vec keep_lanes(Vec x, int32_t lo, int32_t hi, Vec other) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i below_lo = _mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane);
+  const __m256i below_hi = _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), lane);
+  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi)));
+}
 
 static inline Vec load(const bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -251,6 +263,10 @@ static inline float reduce_add(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 static inline float reduce_max(Vec x) {
   const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;
+}
+static inline Vec keep_lanes(Vec x, int32_t lo, int32_t hi, Vec other) {
+  const VecInt lane = {0, 1, 2, 3};
+  return (lane >= lo) & (lane < hi) ? x : other;
 }
 template <class T>
 static inline Vec load(const T* p) {

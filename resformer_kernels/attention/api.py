@@ -10,10 +10,10 @@ from torch import Tensor
 from resformer_kernels._checks import autocast_dtype, check_flag, check_tensor
 from resformer_kernels._select import Request, explained_by, select
 from resformer_kernels.attention import call as checks
-from resformer_kernels.attention import native, ops, reference, triton
+from resformer_kernels.attention import flash_attn, native, ops, reference, triton
 from resformer_kernels.attention.call import AttentionCall
 
-BACKENDS = (native, triton, reference)
+BACKENDS = (native, triton, flash_attn, reference)
 
 _FIXED_Q = "(batch, time, heads, head_dim)"
 _FIXED_K = "(batch, time, kv_heads, head_dim)"
@@ -23,8 +23,8 @@ _PACKED_K = "(total_tokens, kv_heads, head_dim)"
 
 def _tensors(
     q: Any, k: Any, v: Any, v_first: Any, packed: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Check and autocast the four large arguments; the fifth returned is a value that is there."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check and autocast the four large arguments."""
     rank, axes_q, axes_k = (3, _PACKED_Q, _PACKED_K) if packed else (4, _FIXED_Q, _FIXED_K)
     check_tensor("q", q, rank, axes_q)
     check_tensor("k", k, rank, axes_k)
@@ -36,7 +36,8 @@ def _tensors(
     q, k, v, v_first = (
         x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)
     )
-    return q, k, v, v_first, checks.check_values(q, k, v, v_first)
+    checks.check_values(q, k, v, v_first)
+    return q, k, v, v_first
 
 
 def _prepare(
@@ -58,7 +59,7 @@ def _prepare(
     backend: str = "auto",
     packing: tuple[Any, Any, Any, Any] | None = None,
 ) -> Request:
-    q, k, v, v_first, _ = _tensors(q, k, v, v_first, packing is not None)
+    q, k, v, v_first = _tensors(q, k, v, v_first, packing is not None)
     own, first, own_value, first_value = checks.coefficients(
         v, v_first, lambda_v, lambda_first, q.shape[-2]
     )
@@ -187,7 +188,7 @@ def value_residual_attention(
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), float32 (float64 for float64 inputs). Differentiable.
         return_mixed_value: also return V', (B, Tk, Hkv, Dv) in v's dtype. Differentiable.
-        backend: "auto", "native", "triton" or "reference". A name never falls back.
+        backend: "auto", "native", "triton", "flash_attn" or "reference". A name never falls back.
 
     Returns:
         out (B, Tq, Hq, Dv) in q's dtype; or a tuple of out, then the LSE and the mixed value,

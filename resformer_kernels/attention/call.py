@@ -56,8 +56,8 @@ class AttentionCall(NamedTuple):
     return_mixed_value: bool
 
 
-def check_values(q: Tensor, k: Tensor, v: Tensor | None, v_first: Tensor | None) -> Tensor:
-    """Check q, k and the values against each other; return a value tensor that is present."""
+def check_values(q: Tensor, k: Tensor, v: Tensor | None, v_first: Tensor | None) -> None:
+    """Check q, k and the values against each other."""
     value = v if v is not None else v_first
     if value is None:
         raise ValueError("v and v_first are both None: at least one must be a tensor of values")
@@ -96,7 +96,6 @@ def check_values(q: Tensor, k: Tensor, v: Tensor | None, v_first: Tensor | None)
             raise ValueError(
                 f"v_first must have v's shape {tuple(value.shape)}, got {tuple(tensor.shape)}"
             )
-    return value
 
 
 def coefficients(

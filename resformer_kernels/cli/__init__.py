@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol, TypeAlias, cast
+
+from resformer_kernels import __version__
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -21,9 +24,13 @@ COMMANDS: dict[str, str] = {
     "verify": "hold every kernel against float64",
     "bench": "time every registered case against its peers",
     "compile-check": "compile every Triton kernel for GPUs that are not there",
+    "device-check": "hold a GPU's kernels against float64, and time them",
+    "tune": "find the tile sizes of the Triton kernels on this GPU",
     "demo": "verify, time, train small models on real text, write a report",
 }
 """Each subcommand, which is also its module's name (but for hyphens), and its line in `--help`."""
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 INTERRUPTED = 130
 """The shell's exit code for a command that Ctrl-C ended."""
@@ -39,6 +46,19 @@ class Command(Protocol):
         """Carry the command out; 0 is success, 1 a failed check, 2 a usage error."""
 
 
+def checkout(*names: str) -> tuple[ModuleType, ...] | None:
+    """The modules of these names in benchmarks/ of a checkout; None where there is none.
+
+    The checkout that the package runs from is preferred to the current folder.
+    """
+    for root in (_CHECKOUT, Path.cwd()):
+        if (root / "benchmarks" / "registry.py").exists():
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))
+            return tuple(importlib.import_module(f"benchmarks.{name}") for name in names)
+    return None
+
+
 def _load(name: str) -> Command:
     return cast(Command, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
 
@@ -48,8 +68,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         prog="resformer-kernels",
         description="Kernels for value-residual attention: inspect, check and time them.",
     )
-    version = importlib.metadata.version("resformer-kernels")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         if name == chosen:

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.cli import COMMANDS, Subparsers, checkout
+from resformer_kernels.cli.common import NO_CHECKOUT, at_least, counter, output, refuse
 from resformer_kernels.testing.timing import MIN_SAMPLES
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
 _SAMPLE_SECONDS, _QUICK_SAMPLE_SECONDS = 0.1, 0.02
-
-
-def _samples(text: str) -> int:
-    value = int(text)
-    if value < MIN_SAMPLES:
-        raise argparse.ArgumentTypeError(f"must be at least {MIN_SAMPLES}, got {value}")
-    return value
-
-
-def _threads(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -48,13 +29,18 @@ def add_parser(subparsers: Subparsers) -> None:
         action="append",
         help="only cases whose name has every word of TEXT; repeated: any of them",
     )
-    parser.add_argument("--quick", action="store_true", help="short cases; nothing is stored")
+    parser.add_argument("--quick", action="store_true", help="short cases; stored only with --out")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
-        "--samples", type=_samples, default=MIN_SAMPLES, help="of each (default: %(default)s)"
+        "--samples",
+        type=at_least(MIN_SAMPLES),
+        default=MIN_SAMPLES,
+        help="timed samples of ours and of each peer (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=_threads, help="torch.set_num_threads (default: torch's own)"
+        "--threads",
+        type=at_least(1),
+        help="threads that torch and the kernels use (default: torch's own choice)",
     )
     parser.add_argument(
         "--out",
@@ -67,12 +53,9 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time, print, store. 0; 2 where there is no registry or no case matches."""
-    suite = _suite()
+    suite = checkout("registry", "runner", "report")
     if suite is None:
-        return _refuse(
-            f"no benchmarks/ in {_CHECKOUT} or the current folder: the registry is in the "
-            "repository, run this from a checkout"
-        )
+        return refuse("bench", NO_CHECKOUT)
     registry, runner, report = suite
     cases = [case for case in registry.cases(quick=args.quick) if _matches(case.name, args.filter)]
     lengths = registry.memory_lengths(quick=args.quick)
@@ -83,16 +66,15 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(names))
         return 0
     if not cases and not memory:
-        return _refuse(f"no case matches --filter {' '.join(args.filter)}; --list prints the names")
+        return refuse(
+            "bench", f"no case matches --filter {' '.join(args.filter)}; --list prints the names"
+        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    console = Console(width=None if Console().is_terminal else 140)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    console = output(140)
     dtypes = registry.DTYPES
     memory_dtypes = dtypes[:1]
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    with counter() as progress:
         total = 1 + len(cases) + (len(lengths) * len(memory_dtypes) if memory else 0)
         task = progress.add_task("ceilings", total=total)
 
@@ -121,25 +103,3 @@ def _matches(name: str, filters: list[str] | None) -> bool:
     if not filters:
         return True
     return any(all(word in name for word in text.split()) for text in filters)
-
-
-def _suite() -> tuple[Any, Any, Any] | None:
-    """The modules benchmarks.registry, .runner and .report of a checkout; None where there is none.
-
-    The checkout that the package runs from is preferred to the current folder.
-    """
-    for root in (_CHECKOUT, Path.cwd()):
-        if (root / "benchmarks" / "registry.py").exists():
-            if str(root) not in sys.path:
-                sys.path.insert(0, str(root))
-            modules = ("registry", "runner", "report")
-            registry, runner, report = (
-                importlib.import_module(f"benchmarks.{name}") for name in modules
-            )
-            return registry, runner, report
-    return None
-
-
-def _refuse(reason: str) -> int:
-    print(f"resformer-kernels bench: error: {reason}", file=sys.stderr)
-    return 2

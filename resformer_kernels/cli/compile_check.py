@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from resformer_kernels import _triton_check as triton_check
 from resformer_kernels._triton_artifacts import SHARED_LIMITS, Compiled
 from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.cli.common import at_least, counter, output, refuse
 from resformer_kernels.testing.machine import usable_cores
-
-
-def _jobs(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -52,7 +43,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--filter", metavar="TEXT", help="only cases whose name has every word of TEXT"
     )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--jobs", type=_jobs, default=usable_cores(), help="compiled at once")
+    parser.add_argument("--jobs", type=at_least(1), default=usable_cores(), help="compiled at once")
     parser.add_argument(
         "--cache",
         type=Path,
@@ -68,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     """Compile and print. 0; 1 where a case fails; 2 where nothing can be compiled."""
     reason = triton_check.unavailable_reason()
     if reason is not None:
-        return _refuse(reason)
+        return refuse("compile-check", reason)
     modules = triton_check.case_modules()
     ops = [triton_check.op_of(module) for module in modules]
     unknown = sorted(set(args.op or ()) - set(ops))
     if unknown:
-        return _refuse(f"no Triton kernels in {unknown}; there are some in {ops}")
+        return refuse("compile-check", f"no Triton kernels in {unknown}; there are some in {ops}")
     wanted = [
         job
         for job in triton_check.jobs(modules, args.arch or tuple(SHARED_LIMITS))
@@ -82,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         and all(word in job.name for word in (args.filter or "").split())
     ]
     if not wanted:
-        return _refuse("no case matches; --list prints the names")
+        return refuse("compile-check", "no case matches; --list prints the names")
     if args.list:
         print("\n".join(f"sm_{job.capability} {job.op}: {job.name}" for job in wanted))
         return 0
@@ -103,14 +94,8 @@ def _compile(
     """In the order of `wanted`."""
     order = {(job.op, job.capability, job.name): place for place, job in enumerate(wanted)}
     found = []
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     folder = tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache))
-    with (
-        folder as kept,
-        Progress(
-            *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-        ) as progress,
-    ):
+    with folder as kept, counter() as progress:
         Path(kept).mkdir(parents=True, exist_ok=True)
         task = progress.add_task("compiling", total=len(wanted))
         for compiled in triton_check.check(wanted, Path(kept), min(workers, len(wanted))):
@@ -120,7 +105,7 @@ def _compile(
 
 
 def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
-    console = Console(width=None if Console().is_terminal else 160)
+    console = output(160)
     table = Table(header_style="bold")
     table.add_column("kernel", overflow="fold")
     table.add_column("arch", no_wrap=True)
@@ -187,8 +172,3 @@ def _cell(case: Compiled | None) -> str:
         parts.append(f"{case.local_bytes} B local")
     parts += [*case.matrix, *(f"**{problem}**" for problem in case.problems)]
     return ", ".join(part for part in parts if part)
-
-
-def _refuse(reason: str) -> int:
-    print(f"resformer-kernels compile-check: error: {reason}", file=sys.stderr)
-    return 2

@@ -23,7 +23,9 @@ from resformer_kernels.cli import COMMANDS, Subparsers
 
 Section = dict[str, str]
 
-_OPTIONAL_PACKAGES = ("triton", "flash-attn", "transformers", "matplotlib")
+_OPTIONAL_PACKAGES = (
+    *("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "transformers", "matplotlib"),
+)
 _ENVIRONMENT = ("RESFORMER_CPU", "RESFORMER_CHECK", "RESFORMER_POISON")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
@@ -87,7 +89,7 @@ def collect() -> Report:
 
 def _versions() -> Section:
     versions = {
-        "resformer-kernels": importlib.metadata.version("resformer-kernels"),
+        "resformer-kernels": resformer_kernels.__version__,
         "installed at": str(Path(resformer_kernels.__file__).parent),
         "python": platform.python_version(),
         "torch": f"{torch.__version__} ({_torch_build()})",

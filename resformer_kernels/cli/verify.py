@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.cli.common import counter, output
 from resformer_kernels.testing import machine
 from resformer_kernels.testing.verification import Verdict, checks, verify
 
@@ -45,15 +44,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify and print. 0 where every tensor is within its budget, else 1."""
-    # A table meant for a file keeps its width; a terminal's own is left to rich.
-    console = Console(width=None if Console().is_terminal else 120)
+    console = output(120)
     dtypes = [_DTYPES[name] for name in (args.dtype or _DTYPES)]
     table = checks(dtypes)
     found: list[Verdict] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    with counter() as progress:
         task = progress.add_task("comparing with float64", total=len(table))
         for verdicts in verify(table, args.backend):
             found += verdicts

@@ -40,6 +40,7 @@ class Demo:
         self.console = console
         self.start = time.perf_counter()
         self.deadline = self.start + 60 * record.minutes
+        self.reserve = _REPORT_SECONDS
 
     def run(self) -> Path:
         """Every part, each followed by a report of what there is; the report's path.
@@ -56,13 +57,14 @@ class Demo:
                 part(self)
             except KeyboardInterrupt:
                 self.record.interrupted_in = name
+            path = self._write()
+            if self.record.interrupted_in is not None:
                 break
-            self._write()
-        return self._write()
+        return path
 
     def left(self) -> float:
-        """Seconds until the deadline."""
-        return self.deadline - time.perf_counter()
+        """Seconds until the last report must be begun."""
+        return self.deadline - self.reserve - time.perf_counter()
 
     def progress(self) -> Progress:
         """A progress bar with room for a remark."""
@@ -77,8 +79,12 @@ class Demo:
         )
 
     def _write(self) -> Path:
-        self.record.elapsed = time.perf_counter() - self.start
-        return write_report(self.record, self.folder)
+        begun = time.perf_counter()
+        self.record.elapsed = begun - self.start
+        path = write_report(self.record, self.folder)
+        # The last report has twice the plots of the one before it.
+        self.reserve = max(_REPORT_SECONDS, 2 * (time.perf_counter() - begun))
+        return path
 
 
 def _verify(demo: Demo) -> None:
@@ -150,7 +156,7 @@ def _train(demo: Demo) -> None:
         f"{corpus.source}: {len(corpus.train) / 1e6:.1f} MB to train on, "
         f"{len(corpus.held_out) / 1e6:.1f} MB held out"
     )
-    seconds = max(1.0, demo.left() - _REPORT_SECONDS)
+    seconds = max(1.0, demo.left())
     start = time.perf_counter()
     with demo.progress() as progress:
         task = progress.add_task("training", total=1.0, remark="")

@@ -22,8 +22,9 @@ class ValueResidualAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
         head_dim: channels a head; None: dim / num_heads.
-        v_mix: how values are mixed; None: two learned scalars (Learnable ResFormer). A mix that
-            needs no values of this layer (`FirstValues`) leaves the layer without `v_proj`.
+        v_mix: how values are mixed; None: two learned scalars (Learnable ResFormer). The first
+            layer has nothing to mix and takes `OwnValues`. A mix that needs no values of this
+            layer (`FirstValues`) leaves the layer without `v_proj`.
         causal: query i attends to keys up to i.
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
@@ -87,7 +88,8 @@ class ValueResidualAttention(nn.Module):
             mixing. A layer without `v_proj` hands v_first on.
 
         Raises:
-            ValueError: the mix needs values or token_ids that are missing.
+            ValueError: the mix needs values or token_ids that are missing; among them v_first in
+                a first layer whose mix is not `OwnValues` or `EmbeddingMix`.
         """
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)

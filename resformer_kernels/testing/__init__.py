@@ -14,6 +14,7 @@ from resformer_kernels.testing.inputs import (
     AttentionCase,
     Inputs,
     attention_inputs,
+    laid_out,
 )
 from resformer_kernels.testing.poison import poisoned
 
@@ -28,5 +29,6 @@ __all__ = [
     "attention_inputs",
     "compare",
     "compare_case",
+    "laid_out",
     "poisoned",
 ]

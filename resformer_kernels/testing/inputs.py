@@ -105,19 +105,25 @@ class _Source:
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype)
 
-    def laid_out(self, x: Tensor, layout: str) -> Tensor:
-        x = x.to(self.device)
-        if layout == "heads_first":
-            return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-        if layout == "sliced":
-            base = x.new_full([size + 3 for size in x.shape], torch.nan)
-            return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
-        if layout == "strided":
-            base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
-            return base[..., ::2].copy_(x)
-        if layout == "expanded":
-            return x[..., :1, :].contiguous().expand(x.shape)
-        return x
+    def rows(self, shape: tuple[int, ...], layout: str) -> Tensor:
+        """Queries, keys, values or their gradients, NaN beyond the packed sequences."""
+        x = _poison_tail(self.case, self.normal(shape, self.case.dtype))
+        return laid_out(x.to(self.device), layout)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x in one of `LAYOUTS`: the same numbers at other strides ("expanded": of head 0 alone)."""
+    if layout == "heads_first":
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "sliced":
+        base = x.new_full([size + 3 for size in x.shape], torch.nan)
+        return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
+    if layout == "strided":
+        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        return base[..., ::2].copy_(x)
+    if layout == "expanded":
+        return x[..., :1, :].contiguous().expand(x.shape)
+    return x
 
 
 def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") -> Inputs:
@@ -140,8 +146,7 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     tensors = {}
     for name, shape in shapes.items():
         if name != absent:
-            x = _poison_tail(case, source.normal(shape, case.dtype))
-            tensors[name] = source.laid_out(x, case.layout)
+            tensors[name] = source.rows(shape, case.layout)
     options: dict[str, Any] = {
         "causal": case.causal,
         "window": case.window,
@@ -157,18 +162,12 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     _add_scores(source, tensors)
     out_shape = (*q_rows, case.heads, case.value_dim)
     lse_shape = (*q_rows[:-1], case.heads, q_rows[-1])
-    grads = [
-        source.laid_out(_poison_tail(case, source.normal(out_shape, case.dtype)), case.grad_layout)
-    ]
+    grads = [source.rows(out_shape, case.grad_layout)]
     if case.return_lse:
         wide = torch.float64 if case.dtype is torch.float64 else torch.float32
         grads.append(source.normal(lse_shape, wide).to(device))
     if case.return_mixed_value:
-        grads.append(
-            source.laid_out(
-                _poison_tail(case, source.normal(v_shape, case.dtype)), case.grad_layout
-            )
-        )
+        grads.append(source.rows(v_shape, case.grad_layout))
     packed = case.lengths is not None
     function = value_residual_attention_varlen if packed else value_residual_attention
     return Inputs(function, tensors, options, tuple(grads))

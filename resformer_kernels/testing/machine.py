@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import resformer_kernels
 from resformer_kernels import _extension
 
 
@@ -45,7 +46,7 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "resformer-kernels": importlib.metadata.version("resformer-kernels"),
+        "resformer-kernels": resformer_kernels.__version__,
         "commit": commit(),
     }
 
@@ -54,6 +55,42 @@ def slug() -> str:
     """A file name's stem for this machine: its processor, threads and CPU path."""
     text = f"{processor()} {torch.get_num_threads()} threads {native_path().split(':')[0]}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("_", "")).strip("-")
+
+
+def describe_device(device: torch.device | str) -> dict[str, str | int]:
+    """A device, its versions and the commit, for a record of results."""
+    device = torch.device(device)
+    found: dict[str, str | int] = {"device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "L2 bytes": properties.L2_cache_size,
+            "memory bytes": properties.total_memory,
+            "cuda": str(torch.version.cuda),
+        }
+    packages = {name: _version(name) for name in _DEVICE_PACKAGES}
+    found |= {name: version for name, version in packages.items() if version}
+    return {**found, **describe()}
+
+
+_DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_slug(device: torch.device | str) -> str:
+    """A file name's stem for a GPU: its name."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:

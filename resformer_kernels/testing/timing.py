@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -15,6 +15,9 @@ OURS = "ours"
 """The contestant that this package provides; every other one is a peer."""
 
 MIN_SAMPLES = 7
+
+Timer: TypeAlias = Callable[[Callable[[], object], int], float]
+"""timer(call, repeats) runs `call` that often and gives the seconds that one took."""
 
 
 class Benchmark(Protocol):
@@ -95,6 +98,7 @@ def alternate(
     *,
     samples: int = MIN_SAMPLES,
     min_sample_s: float = 0.05,
+    timer: Timer | None = None,
 ) -> dict[str, Timing]:
     """Time each contestant, one sample each in turn, so that drift meets all of them alike.
 
@@ -102,14 +106,16 @@ def alternate(
         contestants: what to call, by name.
         samples: samples of each; at least 2.
         min_sample_s: a sample repeats its call until about this many seconds have passed.
+        timer: how a call is timed (default: by the clock of the host).
 
     Returns:
         The seconds a call in every sample, by name.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
+    timer = timer or host_timer
     repeats = {
-        name: max(1, round(min_sample_s / _warm(call))) for name, call in contestants.items()
+        name: max(1, round(min_sample_s / _warm(call, timer))) for name, call in contestants.items()
     }
     collected: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
@@ -118,7 +124,7 @@ def alternate(
     try:
         for _ in range(samples):
             for name in order:
-                collected[name].append(_sample(contestants[name], repeats[name]))
+                collected[name].append(timer(contestants[name], repeats[name]))
             # Nobody always runs in the cache and the heat that the same neighbour leaves.
             order.append(order.pop(0))
     finally:
@@ -142,12 +148,13 @@ def measure(
     )
 
 
-def _warm(call: Callable[[], object]) -> float:
+def _warm(call: Callable[[], object], timer: Timer) -> float:
     call()
-    return max(1e-9, min(_sample(call, 1) for _ in range(2)))
+    return max(1e-9, min(timer(call, 1) for _ in range(2)))
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def host_timer(call: Callable[[], object], repeats: int) -> float:
+    """Seconds a call, by the clock of the host."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resformer_kernels import explain
+from resformer_kernels._select import prepare
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
@@ -29,6 +31,8 @@ class Check:
     dtype: str
     serves: Callable[[], str | None]
     """The backend that "auto" takes for this case."""
+    refusal: Callable[[str], str | None]
+    """Why the backend of this name cannot serve the case, gradients included; None: it can."""
     run: Run
 
 
@@ -56,12 +60,23 @@ class Verdict:
         return 0.0 if self.error == 0 else float("inf")
 
 
-def checks(dtypes: Sequence[torch.dtype] = _DTYPES) -> list[Check]:
-    """The table: attention of every form, both mixes, in each dtype."""
-    table = [_attention_check(case) for case in REPRESENTATIVE if case.dtype in dtypes]
+def checks(
+    dtypes: Sequence[torch.dtype] = _DTYPES,
+    *,
+    device: str = "cpu",
+    attention: Sequence[AttentionCase] = REPRESENTATIVE,
+) -> list[Check]:
+    """The table: attention of every form, both mixes, in each dtype.
+
+    Args:
+        dtypes: cases of other dtypes are left out.
+        device: where the kernels and the reference run.
+        attention: the cases of attention.
+    """
+    table = [attention_check(case, device) for case in attention if case.dtype in dtypes]
     for dtype in dtypes:
-        table += [_mix_check(sources, dtype) for sources in (2, 5)]
-        table.append(_embedding_check(dtype))
+        table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
+        table.append(_embedding_check(dtype, device))
     return table
 
 
@@ -78,10 +93,29 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _attention_check(case: AttentionCase) -> Check:
+def _refusal(backend: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    request = prepare(function, *args, **kwargs)
+    for candidate in request.backends:
+        if backend == candidate.NAME:
+            reason: str | None = candidate.unsupported_reason(request.call)
+            return reason
+    return f"{request.op} has no such backend"
+
+
+def attention_check(case: AttentionCase, device: str = "cpu") -> Check:
+    """The check of one case."""
+
     def serves() -> str | None:
-        inputs = attention_inputs(case)
+        inputs = attention_inputs(case, device)
         return explain(inputs.function, **inputs.tensors, **inputs.options).backend
+
+    def refusal(backend: str) -> str | None:
+        inputs = attention_inputs(case, device)
+        leaves = {
+            name: x.detach().requires_grad_() if x.is_floating_point() else x
+            for name, x in inputs.tensors.items()
+        }
+        return _refusal(backend, inputs.function, **leaves, **inputs.options)
 
     packed = case.lengths is not None
     op = "value_residual_attention_varlen" if packed else "value_residual_attention"
@@ -90,7 +124,8 @@ def _attention_check(case: AttentionCase) -> Check:
         _describe(case),
         _name(case.dtype),
         serves,
-        lambda backend: compare_case(case, backend=backend),
+        refusal,
+        lambda backend: compare_case(case, backend=backend, device=device),
     )
 
 
@@ -106,13 +141,13 @@ def _describe(case: AttentionCase) -> str:
     return ", ".join(parts) or "two sources, constants"
 
 
-def _mix_check(sources: int, dtype: torch.dtype) -> Check:
+def _mix_check(sources: int, dtype: torch.dtype, device: str) -> Check:
     generator = torch.Generator().manual_seed(sources)
     shape = (2, 33, 3, 24)
-    values = [torch.randn(shape, generator=generator).to(dtype) for _ in range(sources)]
+    values = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(sources)]
     forms = [(), (3, 1), (2, 33, 1, 1), (3, 24), (2, 33, 3, 1)][:sources]
-    coefficients = [torch.randn(form, generator=generator) for form in forms]
-    grad = torch.randn(shape, generator=generator).to(dtype)
+    coefficients = [torch.randn(form, generator=generator).to(device) for form in forms]
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
     names = [f"dv[{i}]" for i in range(sources)] + [f"dcoefficient[{i}]" for i in range(sources)]
 
     def mix(leaves: list[Tensor], backend: str) -> Tensor:
@@ -123,6 +158,7 @@ def _mix_check(sources: int, dtype: torch.dtype) -> Check:
         f"{sources} sources",
         _name(dtype),
         lambda: explain(mix_values, values, coefficients).backend,
+        lambda backend: _refusal(backend, mix_values, values, coefficients),
         lambda backend: _compare(
             mix,
             [*values, *coefficients],
@@ -134,16 +170,16 @@ def _mix_check(sources: int, dtype: torch.dtype) -> Check:
     )
 
 
-def _embedding_check(dtype: torch.dtype) -> Check:
+def _embedding_check(dtype: torch.dtype, device: str) -> Check:
     generator = torch.Generator().manual_seed(0)
     shape = (2, 65, 3, 24)
-    v = torch.randn(shape, generator=generator).to(dtype)
-    table = torch.randn((11, 3, 24), generator=generator)
-    token_ids = torch.randint(11, shape[:2], generator=generator)
-    gate = torch.rand((*shape[:3], 1), generator=generator)
-    grad = torch.randn(shape, generator=generator).to(dtype)
+    v = torch.randn(shape, generator=generator).to(device, dtype)
+    table = torch.randn((11, 3, 24), generator=generator).to(device)
+    token_ids = torch.randint(11, shape[:2], generator=generator).to(device)
+    gate = torch.rand((*shape[:3], 1), generator=generator).to(device)
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
     # A table with one row a token has, as its gradient, the terms that the table's sums up.
-    every_row = torch.arange(token_ids.numel()).view(token_ids.shape)
+    every_row = torch.arange(token_ids.numel(), device=device).view(token_ids.shape)
 
     def mix(leaves: list[Tensor], backend: str) -> Tensor:
         ids = token_ids if leaves[1].shape == table.shape else every_row
@@ -154,6 +190,7 @@ def _embedding_check(dtype: torch.dtype) -> Check:
         "gate by token and head",
         _name(dtype),
         lambda: explain(mix_value_embedding, v, table, token_ids, gate).backend,
+        lambda backend: _refusal(backend, mix_value_embedding, v, table, token_ids, gate),
         lambda backend: _compare(
             mix,
             [v, table, gate],

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resformer_kernels import explain
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.timing import OURS
@@ -22,6 +25,19 @@ Call = Callable[[], object]
 _BACKWARD_FLOPS = 2.5
 HEADS_FIRST = "SDPA (B,H,T,D)"
 TIME_FIRST = "SDPA (B,T,H,D)"
+COMPILED = "torch.compile"
+
+
+class Unavailable(RuntimeError):
+    """A contestant that this machine does not have: nothing is wrong with it."""
+
+
+def require_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """`Unavailable` where only the reference serves `function(*args, **kwargs)`."""
+    found = explain(function, *args, **kwargs)
+    if found.backend == "reference":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
+        raise Unavailable(f"no kernel serves it ({reasons})")
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -31,8 +47,16 @@ def attended_pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _timed(outputs: Callable[[], Tensor], leaves: Sequence[Tensor], direction: str) -> Call:
-    """A call that runs `outputs` forward, or the gradient of every leaf through it."""
+def timed_call(
+    outputs: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    direction: str,
+    grad: Tensor | None = None,
+) -> Call:
+    """A call that runs `outputs` forward, or the gradient of every leaf through it.
+
+    `grad` is the output's gradient (default: random).
+    """
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -43,8 +67,18 @@ def _timed(outputs: Callable[[], Tensor], leaves: Sequence[Tensor], direction: s
     for leaf in leaves:
         leaf.requires_grad_()
     result = outputs()
-    grad = torch.randn_like(result)
-    return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+    given = torch.randn_like(result) if grad is None else grad
+    return lambda: torch.autograd.grad(result, leaves, given, retain_graph=True)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` through torch.compile, anew for each shape; its gradient may be taken again."""
+    # A backward that reuses its buffers cannot run twice on one graph, and a function that was
+    # compiled often enough would run uncompiled from then on.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = 256
+    made: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+    return made
 
 
 @dataclass(frozen=True)
@@ -129,7 +163,7 @@ class AttentionBenchmark:
     def _ours(self, window: int | None) -> Call:
         leaves = self._leaves(heads_first=False)
         sides = (-1, -1) if window is None else (window - 1, 0)
-        return _timed(
+        return timed_call(
             lambda: value_residual_attention(*leaves, causal=True, window=sides),
             leaves,
             self.direction,
@@ -146,14 +180,14 @@ class AttentionBenchmark:
                 q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
             return F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=grouped)
 
-        return _timed(attend, leaves, self.direction)
+        return timed_call(attend, leaves, self.direction)
 
 
 @dataclass(frozen=True)
-class MixBenchmark:
-    """`mix_values` of several sources with learnable scalars, against PyTorch expressions."""
+class _MixingBenchmark:
+    """What the mixing benchmarks have in common."""
 
-    sources: int
+    count: int
     batch: int
     length: int
     heads: int
@@ -162,34 +196,41 @@ class MixBenchmark:
     direction: str
     group: str = "mix"
     flops: int = 0
+    device: str = "cpu"
+    op: ClassVar[str]
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]]
+    """Each contestant's function, ours first; the second is also timed compiled, on a GPU."""
 
     @property
     def name(self) -> str:
-        """Sources, shape, dtype and direction."""
+        """Op, direction, count, shape and dtype."""
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_values {self.direction} of {self.sources} {shape} {dtype}"
-
-    @property
-    def bytes(self) -> int:
-        """Each tensor once; backward reads grad and the sources, and writes their gradients."""
-        tensors = self.sources + 1 if self.direction == "forward" else 2 * self.sources + 1
-        elements = self.batch * self.length * self.heads * self.head_dim
-        return tensors * elements * self.dtype.itemsize
+        return f"{self.op} {self.direction} of {self.count} {shape} {dtype}"
 
     def contestants(self) -> dict[str, Call]:
-        """Ours, a sum of products, and an einsum over the stack."""
-        return {
-            OURS: self._call(mix_values),
-            "sum of products": self._call(_sum_of_products),
-            "stack and einsum": self._call(_stack_and_einsum),
-        }
+        """Ours, and PyTorch expressions, each on inputs of its own."""
+        return {name: make() for name, make in self.makers().items()}
 
-    def _call(self, mix: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Call:
-        shape = (self.batch, self.length, self.heads, self.head_dim)
-        values = [torch.randn(shape).to(self.dtype) for _ in range(self.sources)]
-        coefficients = [torch.tensor(1.0 / self.sources) for _ in range(self.sources)]
-        return _timed(lambda: mix(values, coefficients), [*values, *coefficients], self.direction)
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """What makes each contestant; ours is `Unavailable` on a GPU that has no kernel."""
+        makers: dict[str, Callable[[], Call]] = {
+            name: partial(self._call, mix) for name, mix in self.mixes.items()
+        }
+        if self.device != "cpu":
+            _, plain, *_ = self.mixes.values()
+            makers[COMPILED] = lambda: self._call(compiled(plain))
+        return makers
+
+    def _call(self, mix: Callable[..., Tensor]) -> Call:
+        arguments, leaves = self._arguments()
+        if mix is self.mixes[OURS] and self.device != "cpu":
+            require_kernel(mix, *arguments)
+        return timed_call(lambda: mix(*arguments), leaves, self.direction)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """(what a contestant is called with, the tensors in it that have gradients)."""
+        raise NotImplementedError
 
 
 def _sum_of_products(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
@@ -204,51 +245,29 @@ def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tenso
     return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
 
 
-@dataclass(frozen=True)
-class EmbeddingBenchmark:
-    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions."""
+class MixBenchmark(_MixingBenchmark):
+    """`mix_values` of `count` sources with learnable scalars, against PyTorch expressions."""
 
-    vocab_size: int
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    direction: str
-    group: str = "mix"
-    flops: int = 0
-
-    @property
-    def name(self) -> str:
-        """Vocabulary, shape, dtype and direction."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
-        return f"mix_value_embedding {self.direction} of {self.vocab_size} {shape} {dtype}"
+    op = "mix_values"
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        OURS: mix_values,
+        "sum of products": _sum_of_products,
+        "stack and einsum": _stack_and_einsum,
+    }
 
     @property
     def bytes(self) -> int:
-        """v, one row a token, the result; backward: grad, rows, and a gradient of the table."""
-        row = self.heads * self.head_dim * self.dtype.itemsize
-        tokens = self.batch * self.length
-        if self.direction == "forward":
-            return 3 * tokens * row
-        return 3 * tokens * row + self.vocab_size * row
+        """Each tensor once; backward reads grad and the sources, and writes their gradients."""
+        tensors = self.count + 1 if self.direction == "forward" else 2 * self.count + 1
+        elements = self.batch * self.length * self.heads * self.head_dim
+        return tensors * elements * self.dtype.itemsize
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours, an indexed table, and `F.embedding`."""
-        return {
-            OURS: self._call(mix_value_embedding),
-            "indexing": self._call(_by_indexing),
-            "F.embedding": self._call(_by_embedding),
-        }
-
-    def _call(self, mix: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Call:
-        rows = (self.batch, self.length)
-        v = torch.randn(*rows, self.heads, self.head_dim).to(self.dtype)
-        table = torch.randn(self.vocab_size, self.heads, self.head_dim).to(self.dtype)
-        token_ids = torch.randint(self.vocab_size, rows)
-        gate = torch.rand(*rows, self.heads, 1).to(self.dtype)
-        return _timed(lambda: mix(v, table, token_ids, gate), [v, table, gate], self.direction)
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        shape, device = (self.batch, self.length, self.heads, self.head_dim), self.device
+        values = [torch.randn(shape, device=device).to(self.dtype) for _ in range(self.count)]
+        share = 1.0 / self.count
+        coefficients = [torch.tensor(share, device=device) for _ in range(self.count)]
+        return (values, coefficients), [*values, *coefficients]
 
 
 def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
@@ -257,3 +276,34 @@ def _by_indexing(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> T
 
 def _by_embedding(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
     return v + gate * F.embedding(token_ids, table.flatten(1)).view_as(v)
+
+
+class EmbeddingBenchmark(_MixingBenchmark):
+    """`mix_value_embedding` with a gate a token and head, against PyTorch expressions.
+
+    The table has `count` rows.
+    """
+
+    op = "mix_value_embedding"
+    mixes: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        OURS: mix_value_embedding,
+        "indexing": _by_indexing,
+        "F.embedding": _by_embedding,
+    }
+
+    @property
+    def bytes(self) -> int:
+        """v, one row a token, the result; backward: grad, rows, and a gradient of the table."""
+        row = self.heads * self.head_dim * self.dtype.itemsize
+        tokens = self.batch * self.length
+        if self.direction == "forward":
+            return 3 * tokens * row
+        return 3 * tokens * row + self.count * row
+
+    def _arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        rows, row = (self.batch, self.length), (self.heads, self.head_dim)
+        v = torch.randn(*rows, *row, device=self.device).to(self.dtype)
+        table = torch.randn(self.count, *row, device=self.device).to(self.dtype)
+        token_ids = torch.randint(self.count, rows).to(self.device)
+        gate = torch.rand(*rows, self.heads, 1, device=self.device).to(self.dtype)
+        return (v, table, token_ids, gate), [v, table, gate]

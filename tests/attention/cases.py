@@ -75,6 +75,37 @@ TABLE: dict[str, AttentionCase] = {
     "more queries than keys": AttentionCase(q_len=300, k_len=100, causal=True, return_lse=True),
     "narrow window": AttentionCase(q_len=500, k_len=500, window=(3, 2), return_lse=True),
     "window of the diagonal": AttentionCase(q_len=200, k_len=200, window=(0, 0)),
+    # 16 query heads to a KV head: segments of 128 queries.
+    "window in segments": AttentionCase(
+        batch=2,
+        heads=16,
+        kv_heads=1,
+        q_len=400,
+        k_len=450,
+        window=(29, 0),
+        return_lse=True,
+        sinks=True,
+    ),
+    "window in segments, both sides": AttentionCase(
+        batch=1,
+        heads=16,
+        kv_heads=1,
+        q_len=400,
+        k_len=260,
+        window=(11, 6),
+        return_lse=True,
+        lambda_v="full",
+    ),
+    "window in segments, packed": AttentionCase(
+        heads=16,
+        kv_heads=1,
+        window=(20, 3),
+        lengths=((300, 280), (5, 9), (150, 400)),
+        return_lse=True,
+    ),
+    "window in segments, mixed value": AttentionCase(
+        heads=16, kv_heads=1, q_len=300, k_len=333, window=(29, 0), return_mixed_value=True
+    ),
     "window to the right only": AttentionCase(q_len=200, k_len=250, window=(-1, 5), sinks=True),
     "wide values": AttentionCase(head_dim=8, value_dim=256),
     "wide keys": AttentionCase(head_dim=256, value_dim=8, causal=True),

@@ -65,7 +65,7 @@ def test_filter_and_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_registry_the_error_says_where_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr("resformer_kernels.cli._CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["bench"]) == 2
     assert "run this from a checkout" in capsys.readouterr().err

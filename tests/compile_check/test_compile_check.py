@@ -52,7 +52,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     done = run([str(program)], "--json", "--jobs", "1")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 11
+    assert len(found) == 3 * 12
     return {(case["capability"], case["name"]): case for case in found}
 
 
@@ -90,6 +90,7 @@ def test_what_is_wrong_is_named(
     assert problem("float32") == ("no wgmma" if capability == 90 else "no matrix instruction")
     assert problem("refused by Triton").startswith("does not compile: ValueError(")
     if capability == 90:
+        assert "serialises its wgmma instructions" in problem("serialised")
         assert "Insufficient registers" in problem("refused by the assembler")
     assert problem("kills its process") == "the compiler's process died"
     assert problem("aligned") == problem("unaligned") == ""

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels import mix_value_embedding, mix_values
-from resformer_kernels.testing import poisoned
+from resformer_kernels.testing import LAYOUTS, laid_out, poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("float", "scalar", "head", "channel", "dim", "token", "token_head", "full", "position")
-LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,6 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, *, sources: int | None = None) ->
         sparse_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers (but for "expanded", one head seen as many) at other strides."""
-    if layout == "heads_first":
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    if layout == "sliced":
-        base = x.new_full([size + 3 for size in x.shape], torch.nan)
-        return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
-    if layout == "strided":
-        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
-        return base[..., ::2].copy_(x)
-    if layout == "expanded":
-        return x[..., :1, :].contiguous().expand(x.shape)
-    return x
 
 
 def form_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:

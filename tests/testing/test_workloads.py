@@ -50,7 +50,7 @@ def outcomes(
 ) -> dict[str, list[Tensor]]:
     """What each contestant returns, from the same random numbers; heads-first ones turned."""
     found = {}
-    reseeded = workloads._timed
+    reseeded = workloads.timed_call
 
     def seeded(outputs: object, leaves: list[Tensor], direction: str) -> object:
         generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def outcomes(
                     leaf.copy_(torch.randn(leaf.shape, generator=generator))
         return reseeded(outputs, leaves, direction)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workloads, "_timed", seeded)
+    monkeypatch.setattr(workloads, "timed_call", seeded)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     monkeypatch.setattr(
         torch, "randint", lambda high, shape: torch.arange(shape[0] * shape[1]).view(shape) % high

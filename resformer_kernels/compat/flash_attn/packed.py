@@ -54,23 +54,9 @@ def flash_attn_qkvpacked_func(
     (B, T, H, D).
     """
     q, k, v = _unpack("qkv", qkv, 3, 5)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
-    )
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
+    return flash_attn_func(q, k, v, *tail, return_attn_probs, **mix, backend=backend)
 
 
 def _prepare_kvpacked(q: Any, kv: Any, *tail: Any, **named: Any) -> Request:
@@ -102,23 +88,9 @@ def flash_attn_kvpacked_func(
     (B, Tk, Hkv, D).
     """
     k, v = _unpack("kv", kv, 2, 5)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
-    )
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
+    return flash_attn_func(q, k, v, *tail, return_attn_probs, **mix, backend=backend)
 
 
 def _prepare_varlen_qkvpacked(
@@ -154,26 +126,11 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 4)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
     return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
+        q, k, v, *(lengths + tail), return_attn_probs, **mix, backend=backend
     )
 
 
@@ -210,24 +167,9 @@ def flash_attn_varlen_kvpacked_func(
     `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, 2, 4)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
     return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
+        q, k, v, *(lengths + tail), return_attn_probs, **mix, backend=backend
     )

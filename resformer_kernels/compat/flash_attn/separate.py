@@ -113,17 +113,8 @@ def flash_attn_func(
         NotImplementedError: dropout_p above 0, or alibi_slopes. Otherwise as
             `value_residual_attention`.
     """
-    options = _options(
-        q,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = _options(q, *tail, return_attn_probs)
     result = value_residual_attention(
         q, k, v, v_first, lambda_v, lambda_first, backend=backend, **options
     )
@@ -204,18 +195,8 @@ def flash_attn_varlen_func(
         NotImplementedError: dropout_p above 0, alibi_slopes or block_table. Otherwise as
             `value_residual_attention_varlen`.
     """
-    options = _options(
-        q,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_table,
-    )
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = _options(q, *tail, return_attn_probs, block_table)
     result = value_residual_attention_varlen(
         q,
         k,

@@ -1,0 +1,215 @@
+"""What `resformer-kernels device-check` does on a device: ceilings, comparisons, timings.
+
+Everything here runs in a worker of `supervisor`; the list of jobs is made without the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import registry
+from benchmarks.supervisor import Job
+from resformer_kernels.attention import api as attention
+from resformer_kernels.mix import api as mix
+from resformer_kernels.testing import machine
+from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
+from resformer_kernels.testing.device_timer import readings, timer_for
+from resformer_kernels.testing.device_workloads import (
+    FA3,
+    FLEX,
+    SDPA_CUDNN,
+    SDPA_FLASH,
+    DeviceAttention,
+)
+from resformer_kernels.testing.timing import OURS, alternate
+from resformer_kernels.testing.verification import Check, checks, verify
+from resformer_kernels.testing.workloads import Call, Unavailable
+
+TOLERANCE = 0.02
+"""‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""
+
+_CHECK_SECONDS, _WARM_SECONDS, _TIME_SECONDS, _CEILINGS_SECONDS = 100.0, 150.0, 60.0, 90.0
+_SAMPLE_SECONDS = 0.002
+_GEMM_SIZE, _ARRAY_BYTES = 8192, 4 * 2**30
+_TINY_GEMM_SIZE, _TINY_ARRAY_BYTES = 64, 2**16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all jobs of a run share."""
+
+    device: str
+    tiny: bool = False
+    """Small cases, to try out the run itself."""
+    samples: int = 7
+
+    def synchronize(self) -> None:
+        """Wait for the device, and hear of its errors."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+
+
+def ceilings_job() -> Job:
+    """The device's description and its yardsticks."""
+    return Job("ceilings", "ceilings", _CEILINGS_SECONDS)
+
+
+def check_jobs(settings: Settings) -> tuple[list[Job], list[Job]]:
+    """Every case of every op, with the native backend and with the others; longest first."""
+    native: list[Job] = []
+    others: list[Job] = []
+    for name, check in reversed(_checks("cpu", settings.tiny).items()):
+        for backend in backends(check.op):
+            jobs = native if backend == "native" else others
+            jobs.append(Job("check", f"{backend}: {name}", _CHECK_SECONDS))
+    return native, others
+
+
+def warm_jobs(settings: Settings) -> list[Job]:
+    """One case of each kernel that `time` jobs will need, so that they find it compiled."""
+    others = (SDPA_FLASH, SDPA_CUDNN, FA3)
+    found = []
+    for case in registry.device_cases(settings.device, tiny=settings.tiny):
+        if not isinstance(case, DeviceAttention) or case.flex:
+            found.append(Job("warm", case.name, _WARM_SECONDS, without=others))
+    return found
+
+
+def time_jobs(settings: Settings) -> list[Job]:
+    """Every case, most important first."""
+    cases = registry.device_cases(settings.device, tiny=settings.tiny)
+    return [Job("time", case.name, _TIME_SECONDS) for case in cases]
+
+
+def backends(op: str) -> list[str]:
+    """The backends of an op that are not the reference."""
+    modules = mix.BACKENDS if op.startswith("mix") else attention.BACKENDS
+    return [module.NAME for module in modules if module.NAME != "reference"]
+
+
+def run(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
+    """Do a job; `begin` is told of each part before it."""
+    if job.kind == "ceilings":
+        return _run_ceilings(settings)
+    if job.kind == "check":
+        return _run_check(job, settings)
+    return _run_case(job, settings, begin)
+
+
+def _run_ceilings(settings: Settings) -> dict[str, Any]:
+    timer = timer_for(settings.device)
+    size = _TINY_GEMM_SIZE if settings.tiny else _GEMM_SIZE
+    array_bytes = _TINY_ARRAY_BYTES if settings.tiny else _ARRAY_BYTES
+    where: dict[str, Any] = {"device": settings.device, "timer": timer}
+    idle = readings()
+    gemm = gemm_rates((torch.bfloat16, torch.float16), size=size, **where)
+    return {
+        "machine": machine.describe_device(settings.device),
+        "slug": machine.device_slug(settings.device),
+        "gemm_flops_per_s": gemm,
+        "bandwidth_bytes_per_s": bandwidths(array_bytes=array_bytes, **where),
+        "readings_before": idle,
+        "readings_after": readings(),
+    }
+
+
+@functools.cache
+def _checks(device: str, tiny: bool) -> dict[str, Check]:
+    dtypes = (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16, torch.float32)
+    table = checks(dtypes, device=device, attention=registry.DEVICE_CHECKS)
+    if tiny:
+        table = [*table[:2], *(check for check in table if check.op.startswith("mix"))]
+    return {f"{check.op}, {check.dtype}, {check.case}": check for check in table}
+
+
+def _run_check(job: Job, settings: Settings) -> dict[str, Any]:
+    backend, _, name = job.name.partition(": ")
+    check = _checks(settings.device, settings.tiny)[name]
+    reason = check.refusal(backend)
+    if reason is not None:
+        return {"op": check.op, "backend": backend, "refused": reason}
+    (verdicts,) = verify([check], backend)
+    return {
+        "op": check.op,
+        "backend": backend,
+        "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts],
+    }
+
+
+def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
+    cases = registry.device_cases(settings.device, tiny=settings.tiny)
+    case = next(case for case in cases if case.name == job.name)
+    calls: dict[str, Call] = {}
+    found: dict[str, object] = {}
+    missing: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    for name, make in case.makers().items():
+        if name in job.without:
+            continue
+        begin(name)
+        try:
+            call = make()
+            found[name] = call()
+            settings.synchronize()
+            calls[name] = call
+        except Unavailable as error:
+            missing[name] = str(error)
+        # Whatever one contestant raises, the others are measured.
+        except Exception as error:  # noqa: BLE001
+            errors[name] = f"{type(error).__name__}: {error}".strip()[:500]
+            # Where the device is lost, this raises, and ends the worker.
+            settings.synchronize()
+    wrong = _disagreements(found) if isinstance(case, DeviceAttention) else {}
+    found.clear()
+    result: dict[str, Any] = {
+        "missing": missing,
+        "errors": errors,
+        "wrong": wrong,
+        "name": case.name,
+        "group": case.group,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "flops": case.flops,
+        "bytes": case.bytes,
+    }
+    if job.kind == "time" and calls:
+        begin("")
+        timings = alternate(
+            calls,
+            samples=settings.samples,
+            min_sample_s=_SAMPLE_SECONDS,
+            timer=timer_for(settings.device),
+        )
+        result["timings"] = {name: list(timing.samples) for name, timing in timings.items()}
+    return result
+
+
+def _disagreements(found: dict[str, object]) -> dict[str, float]:
+    """Of our output or gradients, those that are not the first peer's, with their distance.
+
+    The λ's gradients are cancelling sums, and are left to the comparison with float64.
+    """
+    peers = [name for name in (SDPA_FLASH, SDPA_CUDNN, FA3, FLEX) if name in found]
+    if OURS not in found or not peers:
+        return {}
+    ours, peer = _tensors(found[OURS]), _tensors(found[peers[0]])
+    names = ("out",) if len(ours) == 1 else ("dq", "dk", "dv", "dv_first")
+    wrong = {}
+    for name, mine, theirs in zip(names, ours, peer, strict=False):
+        theirs = theirs.float()
+        distance = float((mine.float() - theirs).norm() / theirs.norm())
+        if not distance <= TOLERANCE:
+            wrong[name] = distance
+    return wrong
+
+
+def _tensors(result: object) -> Sequence[Tensor]:
+    if isinstance(result, Tensor):
+        return (result,)
+    assert isinstance(result, tuple)
+    return result

@@ -1,0 +1,245 @@
+"""One run of `resformer-kernels device-check`: its phases, what it found, and its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from benchmarks import device_jobs
+from benchmarks.device_build import Build
+from benchmarks.device_jobs import Settings
+from benchmarks.supervisor import Job, Outcome, supervise, without
+from resformer_kernels.testing.machine import usable_cores
+from resformer_kernels.testing.timing import OURS
+
+FORMAT = 1
+"""Of the stored JSON."""
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CHECK_SHARE, _NATIVE_SHARE = 0.42, 0.47
+"""Of the time, when comparisons and compilation end, and those of what is built meanwhile."""
+_RESERVE_SECONDS = 3.0
+_STORE_EVERY_SECONDS = 5.0
+_MAX_WORKERS, _WORKER_BYTES = 12, 6 * 2**30
+_NATIVE = "checks of the native library"
+_TOGETHER = ("checks and compilation", _NATIVE)
+"""Phases whose jobs share the device."""
+
+
+@dataclass
+class DeviceRun:
+    """What was found so far."""
+
+    settings: Settings
+    budget_s: float
+    started: str
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    """Comparisons with float64 that were made: job, op, backend and verdicts."""
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of each op and backend that served nothing: why not."""
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    """What is wrong with this package: job, part and reason."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Peers that could not be measured, by case and name."""
+    unfinished: list[str] = field(default_factory=list)
+    """Jobs that the time did not allow."""
+    cuda_library: str = "not built: nobody asked"
+    """What became of the build of the CUDA library."""
+
+    def add(self, outcome: Outcome) -> Job | None:
+        """Take note; the job to do next, where a part of this one broke the rest."""
+        job = outcome.job
+        if outcome.unfinished:
+            if job.kind != "warm":
+                self.unfinished.append(f"{job.kind} {job.name}")
+            return None
+        if outcome.result is None:
+            return self._broke(outcome)
+        if job.kind == "ceilings":
+            self.ceilings = outcome.result
+        elif job.kind == "check":
+            self._add_check(job, outcome.result)
+        elif job.kind == "time":
+            self._add_timing(job, outcome.result)
+        return None
+
+    def _fail(self, job: Job, part: str, reason: str) -> None:
+        self.failures.append({"job": f"{job.kind} {job.name}", "part": part, "reason": reason})
+
+    def _broke(self, outcome: Outcome) -> Job | None:
+        job, part = outcome.job, outcome.at
+        if job.kind not in ("warm", "time") or not part:
+            if job.kind != "warm":
+                self._fail(job, part, outcome.error)
+            return None
+        if job.kind == "time":
+            if part == OURS:
+                self._fail(job, part, outcome.error)
+            else:
+                self.missing[f"{job.name}: {part}"] = outcome.error
+        return without(job, part)
+
+    def _add_check(self, job: Job, result: dict[str, Any]) -> None:
+        if "refused" in result:
+            self.refused.setdefault(result["op"], {})[result["backend"]] = result["refused"]
+            return
+        self.checks.append({"job": job.name, **result})
+        over = [v for v in result["verdicts"] if not v["ok"]]
+        if over:
+            told = ", ".join(
+                f"{v['tensor']} {v['error']:.2e} over its budget of {v['budget']:.2e}" for v in over
+            )
+            self._fail(job, "", told)
+
+    def _add_timing(self, job: Job, result: dict[str, Any]) -> None:
+        for part, reason in (result["errors"] | result["missing"]).items():
+            if part == OURS and part in result["errors"]:
+                self._fail(job, part, reason)
+            else:
+                self.missing[f"{job.name}: {part}"] = reason
+        if result["wrong"]:
+            told = ", ".join(f"{name} {off:.3f}" for name, off in result["wrong"].items())
+            self._fail(job, OURS, f"relative distance from SDPA: {told}")
+        if "timings" in result:
+            self.timings.append(result)
+
+    def built(self, outcome: str, failed: bool) -> None:
+        """Take note of the build of the CUDA library."""
+        self.cuda_library = outcome
+        if failed:
+            self.failures.append({"job": "build", "part": "CUDA library", "reason": outcome})
+
+    def absent(self) -> dict[str, dict[str, str]]:
+        """Of each op, its backends that served no case, with a reason."""
+        served = {(check["op"], check["backend"]) for check in self.checks}
+        return {
+            op: {name: why for name, why in reasons.items() if (op, name) not in served}
+            for op, reasons in self.refused.items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of this device."""
+        return {
+            "format": FORMAT,
+            "kind": "device",
+            "started": self.started,
+            "budget_s": self.budget_s,
+            **self.ceilings,
+            "failures": self.failures,
+            "unfinished": self.unfinished,
+            "cuda_library": self.cuda_library,
+            "absent_backends": self.absent(),
+            "missing_peers": self.missing,
+            "timings": self.timings,
+            "checks": self.checks,
+        }
+
+    def store(self, path: Path) -> None:
+        """Write the JSON, all of it or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.as_json(), indent=1, default=str) + "\n")
+        part.replace(path)
+
+
+Progress = Callable[[DeviceRun, str, int, int], None]
+"""progress(run, phase, jobs done, jobs in all)."""
+
+
+def run(
+    settings: Settings,
+    budget_s: float,
+    path: Callable[[DeviceRun], Path],
+    progress: Progress,
+    workers: int | None = None,
+    build: Build | None = None,
+) -> DeviceRun:
+    """Every phase, within `budget_s` seconds; what is found is stored at `path(run)` as it comes.
+
+    `build` goes on beside the first phases, and the native library is compared after it.
+
+    Ctrl-C ends it early: what was found by then is stored, and KeyboardInterrupt goes on.
+    """
+    begun = time.monotonic()
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found = DeviceRun(settings, budget_s, started)
+    end = begun + budget_s - min(_RESERVE_SECONDS, budget_s / 10)
+    native, others = device_jobs.check_jobs(settings)
+    together = _in_turn(others, device_jobs.warm_jobs(settings))
+    phases = (
+        ("ceilings", [device_jobs.ceilings_job()], end),
+        ("checks and compilation", together, begun + _CHECK_SHARE * budget_s),
+        (_NATIVE, native, begun + _NATIVE_SHARE * budget_s),
+        ("timings", device_jobs.time_jobs(settings), end),
+    )
+    command = worker_command(settings)
+    stored = time.monotonic()
+
+    try:
+        for phase, jobs, until in phases:
+            done = 0
+            if phase == _NATIVE and build is not None:
+                found.built(*build.finish(begun + _CHECK_SHARE * budget_s))
+            memory = int(found.ceilings.get("machine", {}).get("memory bytes", 0))
+            at_once = (workers or worker_count(memory)) if phase in _TOGETHER else 1
+
+            def take(outcome: Outcome, phase: str = phase, total: int = len(jobs)) -> Job | None:
+                nonlocal done, stored
+                following = found.add(outcome)
+                done += following is None
+                progress(found, phase, done, total)
+                if time.monotonic() - stored > _STORE_EVERY_SECONDS:
+                    found.store(path(found))
+                    stored = time.monotonic()
+                return following
+
+            supervise(
+                jobs,
+                command,
+                workers=at_once,
+                until=until,
+                on_outcome=take,
+                environment=worker_environment(at_once),
+            )
+    finally:
+        if build is not None:
+            build.stop()
+        found.store(path(found))
+    return found
+
+
+def _in_turn(*lists: list[Job]) -> list[Job]:
+    """One of each in turn: neither is left out where time is short."""
+    return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
+
+
+def worker_count(memory: int) -> int:
+    """How many processes may share a device of `memory` bytes (0: unknown), and the cores."""
+    by_memory = memory // _WORKER_BYTES if memory else _MAX_WORKERS
+    return max(1, min(_MAX_WORKERS, usable_cores() - 2, by_memory))
+
+
+def worker_command(settings: Settings) -> tuple[str, ...]:
+    """What starts a worker."""
+    return (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+
+
+def worker_environment(at_once: int) -> dict[str, str]:
+    """Of a worker, one of so many: it finds this checkout, and leaves the cores to the others."""
+    found = dict(os.environ)
+    paths = [str(_ROOT), *found.get("PYTHONPATH", "").split(os.pathsep)]
+    found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if at_once > 1:
+        found["OMP_NUM_THREADS"] = "1"
+        found["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    return found

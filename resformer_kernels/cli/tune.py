@@ -1,0 +1,140 @@
+"""`resformer-kernels tune`: find the tile sizes of attention's Triton kernels on this GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resformer_kernels import _triton
+from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
+from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
+
+_DEFAULT_MINUTES = 25.0
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare the arguments of `tune`."""
+    parser = subparsers.add_parser(
+        "tune",
+        help=COMMANDS["tune"],
+        description="Try tile sizes, warps and stages of each Triton kernel of attention on this "
+        "GPU, hold each against the reference, time those that are right, and write the table that "
+        "the kernels read (nothing is tuned at run time). What time does not allow stays as it "
+        "is. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs from a "
+        "checkout of the repository.",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=_DEFAULT_MINUTES,
+        help="time for everything (default: %(default)s)",
+    )
+    for name, words, choices in (
+        ("head-dim", "head_dim", (64, 128, 256)),
+        ("direction", "kernel", ("forward", "keys", "queries")),
+        ("mask", "mask", ("causal", "full", "window")),
+        ("precision", "precision", ("half", "float32")),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=type(choices[0]),
+            action="append",
+            choices=choices,
+            help=f"this {words} alone; may be repeated (default: "
+            + ("half)" if name == "precision" else "all)"),
+        )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the table (default: the one in the package, which is updated)",
+    )
+    # To try out the run itself where there is no GPU: small cases in Triton's interpreter.
+    parser.add_argument("--device", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, print, write. 0; 1 where the table has what fails; 2 where nothing can be tuned."""
+    if args.device is None and not torch.cuda.is_available():
+        return refuse("tune", f"no CUDA device (torch {torch.__version__} sees none)")
+    device = torch.device(args.device or "cuda")
+    reason = _triton.unavailable_reason(device)
+    if reason is not None:
+        return refuse("tune", reason)
+    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "supervisor")
+    if modules is None:
+        return refuse("tune", NO_CHECKOUT)
+    tuning, space, device_jobs, device_run, supervisor = modules
+    settings = device_jobs.Settings(str(device), tiny=args.device is not None)
+    points = space.points(
+        args.head_dim or space.HEAD_DIMS,
+        args.direction or space.DIRECTIONS,
+        args.mask or space.MASKS,
+        args.precision or space.PRECISIONS[:1],
+    )
+    search = tuning.Search(tuning.architecture(settings.device), tuning.load_table())
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+
+    def supervise(jobs: Any, at_once: int, until: float, on_outcome: Any) -> None:
+        supervisor.supervise(
+            jobs,
+            device_run.worker_command(settings),
+            workers=at_once,
+            until=until,
+            on_outcome=on_outcome,
+            environment=device_run.worker_environment(at_once),
+        )
+
+    interrupted = False
+    try:
+        tuning.run(
+            search,
+            points,
+            60 * args.minutes,
+            supervise,
+            workers=args.workers or device_run.worker_count(memory),
+            progress=Teller(),
+        )
+    except KeyboardInterrupt:
+        print("interrupted; what was found is written", file=sys.stderr)
+        interrupted = True
+    path = args.out or tuning.configs().TABLE
+    path.write_text(space.dumps(search.new_table()) + "\n")
+    _show(search, points, space)
+    print(f"written: {path}")
+    if interrupted:
+        return INTERRUPTED
+    return 1 if search.failures else 0
+
+
+def _show(search: Any, points: Any, space: Any) -> None:
+    modules = checkout("device_report")
+    assert modules is not None
+    (report,) = modules
+    winners = search.winners()
+    rows = []
+    for point in points:
+        seconds = search.seconds.get(point, {})
+        own = space.current(search.table, search.architecture, point)
+        before = seconds.get(space.Trial(point, own))
+        chosen = winners.get(point, own)
+        after = seconds.get(space.Trial(point, chosen))
+        gain = f"{before / after:.2f}x" if before and after else ""
+        times = [f"{1e3 * s:.3f} ms" if s else "" for s in (before, after)]
+        rows.append((point.name, str(len(seconds)), str(own), str(chosen), *times, gain))
+    headings = ("kernel", "timed", "before", "after", "before", "after", "gain")
+    title = f"Rows, keys, warps and stages on {search.architecture}"
+    report.show(report.Sheet(title, headings, tuple(rows)))
+    for head_dim, seconds in search.placements.items():
+        found = ", ".join(f"{rows}: {a / b:.2f}" for rows, (a, b) in sorted(seconds.items()))
+        limit = space.inline_rows(seconds)
+        print(f"D{head_dim}: mix inline up to {limit} rows (inline / prologue at {found})")
+    for failure in search.failures:
+        print(f"FAILED {failure}")
+    if search.unfinished:
+        print(f"{search.unfinished} trials not reached in the time")
