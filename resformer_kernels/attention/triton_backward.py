@@ -294,7 +294,12 @@ def keys_gradient_kernel(
                 q, q_descriptor, batch, q_start, first_row, head, count, DIM_K, BLOCK_K, ROWS,
                 GROUP, phase != 1, PACKED,
             )  # fmt: skip
-            product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
+            if PRECISE:
+                # Summed in forward's order: a row with one key must find P = exp(s - LSE) = 1.
+                product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
+                product = tl.trans(product)
+            else:
+                product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
             row_base = load_row_numbers(
                 base, base_descriptor, slot, first_row, count, ROWS, phase != 1
             )
