@@ -6,14 +6,16 @@ import triton
 import triton.language as tl
 
 from resformer_kernels._triton_lib import dot
+from resformer_kernels.attention.triton_loads import (
+    load_keys,
+    load_row_tile,
+    row_slot,
+)
 from resformer_kernels.attention.triton_tiles import (
     bias_tile,
     key_bounds,
     key_tiles,
-    load_keys,
-    load_row_tile,
     probabilities,
-    row_slot,
     row_tiles,
     scores,
     sequence_of,

@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
+def table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table
 
@@ -56,7 +56,7 @@ def choose(
     (scores with a bias or a softcap).
     """
     precision = "float32" if dtype is torch.float32 else "half"
-    by_dim = _table()[architecture(capability)][direction][precision]
+    by_dim = table()[architecture(capability)][direction][precision]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)
     by_mask = by_dim[str(bucket)]
     return Config(*by_mask.get(mask, by_mask["full"]))
@@ -72,6 +72,6 @@ def mixes_inline(capability: tuple[int, int], head_dim: int, rows: int) -> bool:
         if forced not in ("inline", "prologue"):
             raise RuntimeError(f"{VARIABLE} must be 'inline' or 'prologue', got {forced!r}")
         return forced == "inline"
-    by_dim: dict[str, int] = _table()[architecture(capability)]["inline_rows"]
+    by_dim: dict[str, int] = table()[architecture(capability)]["inline_rows"]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)
     return rows <= by_dim[str(bucket)]

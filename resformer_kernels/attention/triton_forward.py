@@ -10,20 +10,22 @@ import triton
 import triton.language as tl
 
 from resformer_kernels._triton_lib import dot, round_to, widen
+from resformer_kernels.attention.triton_loads import (
+    at_head,
+    load_keys,
+    load_row_tile,
+    load_values,
+    row_pointers,
+)
 from resformer_kernels.attention.triton_tiles import (
     BOOLEAN,
     LN2,
     LOG2E,
     NO_BIAS,
-    at_head,
     bias_tile,
     key_bounds,
     key_tiles,
-    load_keys,
-    load_row_tile,
-    load_values,
     probabilities,
-    row_pointers,
     scheduled,
     scores,
     sequence_of,

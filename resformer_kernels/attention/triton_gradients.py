@@ -14,7 +14,8 @@ from resformer_kernels._launch import unit_stride
 from resformer_kernels.attention import triton_backward as kernels
 from resformer_kernels.attention import triton_bias as bias_kernels
 from resformer_kernels.attention import triton_configs as configs
-from resformer_kernels.attention import triton_tiles as tiles
+from resformer_kernels.attention import triton_loads as loads
+from resformer_kernels.attention import triton_queries as queries_kernels
 from resformer_kernels.attention.triton_arguments import (
     NOTHING,
     Problem,
@@ -73,9 +74,9 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _slots(p: Problem) -> int:
-    """How many numbers of rows a KV head has: see `triton_tiles.row_slot`."""
+    """How many numbers of rows a KV head has: see `triton_loads.row_slot`."""
     queries = p.q.shape[0] * (1 if p.packed else p.q.shape[1])
-    size = tiles.ROW_SLOT.value
+    size = loads.ROW_SLOT.value
     return (-(-queries * p.group // size) + p.sequences + 1) * size
 
 
@@ -284,7 +285,7 @@ def _queries(p: Problem, incoming: Incoming) -> Tensor:
     count = -(-p.rows // config.rows)
     listed, list_size = open_tiles(p, config, by_rows=True)
     lib.launch(
-        kernels.queries_gradient_kernel,
+        queries_kernels.queries_gradient_kernel,
         (p.sequences * p.heads * count,),
         p.q.device,
         q=view_of(p.q),
