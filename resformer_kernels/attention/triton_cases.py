@@ -128,7 +128,8 @@ def _kernel(launch: Launch) -> str:
     if name == "forward" and launch.kwargs["MIXES"]:
         return "forward with the mix"
     if name == "open tiles":
-        return "open tiles of keys" if launch.kwargs["BY_ROWS"] else "open tiles of rows"
+        along = "keys" if launch.kwargs["BY_ROWS"] else "rows"
+        return f"open {launch.kwargs['ROWS']}x{launch.kwargs['KEYS']} tiles along {along}"
     return name
 
 
