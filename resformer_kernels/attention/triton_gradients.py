@@ -116,10 +116,7 @@ def _reduce_rows(
         ROWS=size,
         PRECISE=p.precise,
         num_warps=4,
-        **{
-            name: masks[name]
-            for name in ("cu_q", "cu_k", "q_len", "k_len", "heads", "GROUP", "PACKED")
-        },
+        **{name: masks[name] for name in _PLACES},
     )
     if sink_rows is None or p.sinks is None:
         return None

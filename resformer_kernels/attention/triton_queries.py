@@ -26,13 +26,6 @@ from resformer_kernels.attention.triton_tiles import (
     sequence_of,
 )
 
-# How a coefficient's gradient leaves `keys_gradient_kernel`: as float32 sums of dV' * V in a fixed
-# order, over the channels of each key, over the keys of each tile, or none at all.
-NO_PARTIAL: tl.constexpr = tl.constexpr(0)
-BY_KEY: tl.constexpr = tl.constexpr(1)
-BY_COLUMN: tl.constexpr = tl.constexpr(2)
-BY_ELEMENT: tl.constexpr = tl.constexpr(3)
-
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
 def queries_gradient_kernel(
