@@ -2,8 +2,9 @@
 
 {architecture: {direction: {precision: {head_dim: {mask: [rows, keys, warps, stages]}}}}}
 
-The head_dim is the largest that a row serves, "full" the mask of a row that lacks its own. Nothing
-is tuned at run time; `resformer-kernels tune` writes the table on a GPU.
+The head_dim is the largest that a row serves, "full" the mask of a row that lacks its own. The keys
+of "forward" hold for "forward_inline" too: sums in another order would be other bits. Nothing is
+tuned at run time; `resformer-kernels tune` writes the table on a GPU.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def choose(
     by_dim = table()[architecture(capability)][direction][precision]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)
     by_mask = by_dim[str(bucket)]
-    return Config(*by_mask.get(mask, by_mask["full"]))
+    config = Config(*by_mask.get(mask, by_mask["full"]))
+    if direction == "forward_inline":
+        keys = choose(capability, "forward", dtype, head_dim, mask).keys
+        config = config._replace(keys=keys)
+    return config
 
 
 def mixes_inline(capability: tuple[int, int], head_dim: int, rows: int) -> bool:

@@ -30,28 +30,31 @@ def op_arguments(case: AttentionCase) -> tuple[AttentionCall, tuple[Any, ...]]:
     return call, tuple(call)
 
 
+def namespace(kernels: str) -> Any:
+    """The ops of a backend that has kernels."""
+    return torch.ops.resformer if kernels == "native" else torch.ops.resformer_triton
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_opcheck_forward(native: str, name: str) -> None:
-    del native
+def test_opcheck_forward(kernels: str, name: str) -> None:
     _, arguments = op_arguments(CASES[name])
-    op = torch.ops.resformer.value_residual_attention_forward.default
+    op = namespace(kernels).value_residual_attention_forward.default
     torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mask", [0b11111111, 0b100])
-def test_opcheck_backward(native: str, name: str, mask: int) -> None:
-    del native
+def test_opcheck_backward(kernels: str, name: str, mask: int) -> None:
     case = dataclasses.replace(CASES[name], return_lse=True)
     call, arguments = op_arguments(case)
-    forward = torch.ops.resformer.value_residual_attention_forward.default
+    forward = namespace(kernels).value_residual_attention_forward.default
     out, lse, _ = forward(*arguments)
     leaves = (
         call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first, call.sinks,
         call.attn_bias,
     )  # fmt: skip
     mask &= sum(1 << i for i, leaf in enumerate(leaves) if leaf is not None)
-    op = torch.ops.resformer.value_residual_attention_backward.default
+    op = namespace(kernels).value_residual_attention_backward.default
     rest = (torch.ones_like(out), None, None, *arguments[:-2], out, lse, mask)
     torch.library.opcheck(op, rest)
     for bit, (leaf, got) in enumerate(zip(leaves, op(*rest), strict=True)):
@@ -76,17 +79,17 @@ def saved_elements(*inputs: Tensor, **options: Any) -> tuple[int, Tensor]:
 
 @pytest.mark.parametrize("shape", [(), (2, 1), (2, 64, 2, 1), (2, 64, 2, 16)])
 def test_mixing_saves_nothing_more_than_plain_attention(
-    native: str, shape: tuple[int, ...]
+    kernels: str, shape: tuple[int, ...]
 ) -> None:
     q, k, v, v_first = (torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(4))
-    plain, out = saved_elements(q, k, v, backend=native)
+    plain, out = saved_elements(q, k, v, backend=kernels)
     assert plain == out.numel() + 2 * 64 * 2
     own, first = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
-    mixed, _ = saved_elements(q, k, v, v_first, own, first, backend=native)
+    mixed, _ = saved_elements(q, k, v, v_first, own, first, backend=kernels)
     assert mixed == plain
 
 
-def test_saved_tensors_are_read_once(native: str) -> None:
+def test_saved_tensors_are_read_once(kernels: str) -> None:
     """Non-reentrant checkpointing recomputes at the first read and refuses a second."""
     leaves = [torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(4)]
     reads: list[int] = []
@@ -96,6 +99,6 @@ def test_saved_tensors_are_read_once(native: str) -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
-        out = value_residual_attention(*leaves, backend=native)
+        out = value_residual_attention(*leaves, backend=kernels)
     out.sum().backward()
     assert len(reads) == len(set(reads)) == 6

@@ -16,9 +16,9 @@ def qkv() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, v_first
 
 
-def test_double_backward_says_that_it_is_not_there(native: str) -> None:
+def test_double_backward_says_that_it_is_not_there(kernels: str) -> None:
     leaves = [x.requires_grad_() for x in qkv()]
-    out = value_residual_attention(*leaves, backend=native)
+    out = value_residual_attention(*leaves, backend=kernels)
     (dq,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="does not support double backward"):
         dq.sum().backward()
@@ -36,11 +36,11 @@ def test_vmap_says_that_it_is_not_there(backend: str) -> None:
         torch.func.vmap(loss)(stacked)
 
 
-def test_vmap_over_a_gradient_says_so_too(native: str) -> None:
+def test_vmap_over_a_gradient_says_so_too(kernels: str) -> None:
     q, k, v, _ = qkv()
 
     def loss(one: Tensor) -> Tensor:
-        out: Tensor = value_residual_attention(one, k, v, backend=native)
+        out: Tensor = value_residual_attention(one, k, v, backend=kernels)
         return out.sum()
 
     with pytest.raises(RuntimeError, match=r"does not support torch\.func\.vmap"):
@@ -48,19 +48,19 @@ def test_vmap_over_a_gradient_says_so_too(native: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch loads its own decompositions
-def test_forward_mode_says_that_it_is_not_there(native: str) -> None:
+def test_forward_mode_says_that_it_is_not_there(kernels: str) -> None:
     q, k, v, _ = qkv()
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q, q)
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            value_residual_attention(dual, k, v, backend=native)
+            value_residual_attention(dual, k, v, backend=kernels)
 
 
-def test_func_grad(native: str) -> None:
+def test_func_grad(kernels: str) -> None:
     q, k, v, v_first = qkv()
 
     def loss(one: Tensor) -> Tensor:
-        out: Tensor = value_residual_attention(one, k, v, v_first, backend=native)
+        out: Tensor = value_residual_attention(one, k, v, v_first, backend=kernels)
         return out.square().sum()
 
     leaf = q.clone().requires_grad_()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels.attention import triton_configs
 from resformer_kernels.testing import AttentionCase, compare_case
 from tests.attention.cases import FEW_TOKENS, TABLE, attention_cases
+from tests.attention.variants import Variant
 
-lib = pytest.importorskip("resformer_kernels._triton_lib")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,26 +26,6 @@ sweep = settings(
     phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """How a call is served that a caller does not say: tiles, loads and where V' is mixed."""
-
-    rows: int = 32
-    keys: int = 32
-    capability: tuple[int, int] = (9, 0)
-    mix: str = "prologue"
-
-    @contextlib.contextmanager
-    def in_force(self) -> Iterator[None]:
-        config = triton_configs.Config(self.rows, self.keys, warps=4, stages=1)
-        with (
-            mock.patch.object(triton_configs, "choose", return_value=config),
-            mock.patch.dict(os.environ, {triton_configs.VARIABLE: self.mix}),
-            lib.assumed_capability(self.capability),
-        ):
-            yield
 
 
 VARIANTS = st.builds(
