@@ -25,14 +25,13 @@ def decoded(codes, dtype: tl.constexpr, STORED: tl.constexpr):
     elif STORED == INT8:
         found = round_to(codes.to(tl.float32), dtype)
     else:
-        bits = codes.to(tl.uint16)
         if STORED == E5M2:
-            wide = (bits << 8).to(tl.float16, bitcast=True).to(tl.float32)
+            wide = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
         else:
-            # float16 has one exponent bit more, whose bias is larger by 8.
-            half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-            wide = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-            wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), wide)
+            # The fields at float32's places; its exponents count from 120 lower.
+            bits = codes.to(tl.uint32)
+            wide = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
+            wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), wide * 1.329227995784916e36)
         found = round_to(wide, dtype)
     return found
 

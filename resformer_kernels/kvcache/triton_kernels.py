@@ -74,6 +74,60 @@ def _load_scales(scale, head, pages, places, inside):
     return tl.load(base + at, mask=inside, other=0.0)
 
 
+@triton.jit
+def _load_step(
+    cache,
+    sequence,
+    head,
+    step,
+    stop,
+    k_len,
+    pages,
+    page_size,
+    mask_columns,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    KEYS: tl.constexpr,
+    STORED: tl.constexpr,
+    WHOLE_PAGES: tl.constexpr,
+    KEY_POLICY: tl.constexpr,
+    VALUE_POLICY: tl.constexpr,
+):
+    """(keys, K, V, K's scales, V's) of tile `step`, which is empty from `stop` on.
+
+    Keys that nobody may see are moved beyond all others; what lies there is not read.
+    """
+    keys = step * KEYS + tl.arange(0, KEYS)
+    inside = keys < tl.minimum(k_len, stop * KEYS)
+    if cache.table.pointer is None:
+        page = sequence
+        place = keys
+    elif WHOLE_PAGES:
+        page, _place, there = page_of(
+            cache.table, sequence, step * KEYS, step < stop, pages, page_size
+        )
+        inside = inside & there
+        place = keys % page_size
+    else:
+        page, place, inside = page_of(cache.table, sequence, keys, inside, pages, page_size)
+    if cache.mask.pointer is not None:
+        at = tl.cast(sequence, tl.int64) * cache.mask.sequence + keys.to(tl.int64) * cache.mask.key
+        known = inside & (keys < mask_columns)
+        inside = known & (tl.load(cache.mask.pointer + at, mask=known, other=0) != 0)
+    shown = tl.where(inside, keys, _NOWHERE)
+    k_tile = _load_cached(cache.k, head, page, place, inside, DIM_K, BLOCK_K, KEY_POLICY)
+    v_tile = _load_cached(cache.v, head, page, place, inside, DIM_V, BLOCK_V, VALUE_POLICY)
+    if STORED == PLAIN:
+        k_scale = shown
+        v_scale = shown
+    else:
+        k_scale = _load_scales(cache.k_scale, head, page, place, inside)
+        v_scale = _load_scales(cache.v_scale, head, page, place, inside)
+    return shown, k_tile, v_tile, k_scale, v_scale
+
+
 @triton.jit(
     do_not_specialize=[
         "q_len", "tokens", "capacity", "mask_columns", "pages", "page_size", "row_tiles", "splits",
@@ -82,13 +136,8 @@ def _load_scales(scale, head, pages, places, inside):
 )  # fmt: skip
 def attend_kernel(
     q,
-    k_cache,
-    v_cache,
-    k_scale,
-    v_scale,
+    cache,
     seqlens,
-    table,
-    key_mask,
     span,
     sinks,
     out,
@@ -125,6 +174,7 @@ def attend_kernel(
     STORED: tl.constexpr,
     WHOLE_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     KEY_POLICY: tl.constexpr,
     VALUE_POLICY: tl.constexpr,
 ):
@@ -133,6 +183,9 @@ def attend_kernel(
     Not SPLIT: `out` and, unless it is None, `lse`. Else sums (sequences, heads, rows, splits,
     DIM_V), peaks and totals (without the last axis); where a split has no keys its total is 0 and
     its sums are not written. `least` is the fewest tiles of keys that a split has.
+
+    AHEAD: the next tile is loaded into registers while this one is computed. Copies to shared
+    memory, which the compiler makes of other loads, cannot say how long a cache is to keep them.
     """
     program = tl.program_id(0)
     tile = program % row_tiles
@@ -165,48 +218,39 @@ def attend_kernel(
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if AHEAD:
+        shown, k_codes, v_codes, k_scale, v_scale = _load_step(
+            cache, sequence, head, start, stop, k_len, pages, page_size, mask_columns, DIM_K,
+            DIM_V, BLOCK_K, BLOCK_V, KEYS, STORED, WHOLE_PAGES, KEY_POLICY, VALUE_POLICY,
+        )  # fmt: skip
     for step in tl.range(start, stop):
-        keys = step * KEYS + tl.arange(0, KEYS)
-        inside = keys < k_len
-        if table.pointer is None:
-            page = sequence
-            place = keys
-        elif WHOLE_PAGES:
-            page, _place, there = page_of(
-                table, sequence, step * KEYS, step >= start, pages, page_size
-            )
-            inside = inside & there
-            place = keys % page_size
-        else:
-            page, place, inside = page_of(table, sequence, keys, inside, pages, page_size)
-        shown = keys
-        if key_mask.pointer is not None:
-            mask_at = tl.cast(sequence, tl.int64) * key_mask.sequence
-            mask_at += keys.to(tl.int64) * key_mask.key
-            known = inside & (keys < mask_columns)
-            inside = known & (tl.load(key_mask.pointer + mask_at, mask=known, other=0) != 0)
-            shown = tl.where(inside, keys, _NOWHERE)
-        k_tile = _load_cached(k_cache, head, page, place, inside, DIM_K, BLOCK_K, KEY_POLICY)
-        k_tile = decoded(k_tile, q_tile.dtype, STORED)
+        following = _load_step(
+            cache, sequence, head, step + 1 if AHEAD else step, stop, k_len, pages, page_size,
+            mask_columns, DIM_K, DIM_V, BLOCK_K, BLOCK_V, KEYS, STORED, WHOLE_PAGES, KEY_POLICY,
+            VALUE_POLICY,
+        )  # fmt: skip
+        if not AHEAD:
+            shown, k_codes, v_codes, k_scale, v_scale = following
+        k_tile = decoded(k_codes, q_tile.dtype, STORED)
         product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
         if STORED != PLAIN:
-            product = product * _load_scales(k_scale, head, page, place, inside)[None, :]
+            product = product * k_scale[None, :]
         x, _slope = scores(
             product, shown[None, :], lo[:, None], hi[:, None], None, 0, 0, alpha, softcap, True,
             HAS_LEFT, CAPPED, NO_BIAS, RAW, PRECISE, tl.int32,
         )  # fmt: skip
         p, peak, total, acc = softmax_step(x, peak, total, acc, alpha, RAW, PRECISE)
-        v_tile = _load_cached(v_cache, head, page, place, inside, DIM_V, BLOCK_V, VALUE_POLICY)
-        v_tile = decoded(v_tile, q_tile.dtype, STORED)
+        v_tile = decoded(v_codes, q_tile.dtype, STORED)
         if STORED == PLAIN:
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
         else:
             # Relative to the largest scale of the tile, probabilities keep to their dtype's range.
-            scale = _load_scales(v_scale, head, page, place, inside)
-            largest = tl.max(tl.abs(scale), 0)
+            largest = tl.max(tl.abs(v_scale), 0)
             largest = tl.where(largest == 0.0, 1.0, largest)
-            weighted = round_to(p * (scale / largest)[None, :], v_tile.dtype)
+            weighted = round_to(p * (v_scale / largest)[None, :], v_tile.dtype)
             acc += dot(weighted, v_tile, tl.zeros([ROWS, BLOCK_V], tl.float32)) * largest
+        if AHEAD:
+            shown, k_codes, v_codes, k_scale, v_scale = following
 
     columns = tl.arange(0, BLOCK_V)
     inside_out = (rows < count)[:, None] & (columns < DIM_V)[None, :]

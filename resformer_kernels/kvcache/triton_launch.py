@@ -48,6 +48,17 @@ class Mask(NamedTuple):
     key: int
 
 
+class Cache(NamedTuple):
+    """What a call reads keys and values from."""
+
+    k: View
+    v: View
+    k_scale: View
+    v_scale: View
+    table: Table
+    mask: Mask
+
+
 class _Problem:
     """A call in the terms of the kernels: what several of its launches share."""
 
@@ -56,6 +67,9 @@ class _Problem:
         self.stored = _STORED.get(call.k_cache.dtype, codes.PLAIN.value)
         self.k_cache, self.v_cache = (self._cache(x) for x in (call.k_cache, call.v_cache))
         self.k_scale, self.v_scale = (self._scale(x) for x in (call.k_scale, call.v_scale))
+        self.table = Table(None, 0, 0)
+        if call.block_table is not None:
+            self.table = Table(call.block_table, *call.block_table.stride())
         self.sequences, self.queries, heads_q, self.dim_k = call.q.shape
         self.heads, self.dim_v = call.k_cache.shape[2], call.v_cache.shape[-1]
         self.group = heads_q // self.heads
@@ -72,16 +86,8 @@ class _Problem:
     def places(self) -> dict[str, Any]:
         """The arguments that say where a key lies."""
         call = self.call
-        table = Table(None, 0, 0)
-        if call.block_table is not None:
-            table = Table(call.block_table, *call.block_table.stride())
         return {
-            "k_cache": self.k_cache,
-            "v_cache": self.v_cache,
-            "k_scale": self.k_scale,
-            "v_scale": self.v_scale,
             "seqlens": call.cache_seqlens,
-            "table": table,
             "tokens": call.new_tokens,
             "capacity": call.capacity,
             "pages": call.k_cache.shape[0],
@@ -121,8 +127,13 @@ def _append(p: _Problem) -> None:
         codes.append_kernel,
         (p.sequences * call.new_tokens * head_tiles,),
         call.q.device,
+        k_cache=p.k_cache,
+        v_cache=p.v_cache,
+        k_scale=p.k_scale,
+        v_scale=p.v_scale,
         k=view_of(call.k),
         v=view_of(call.v),
+        table=p.table,
         head_tiles=head_tiles,
         HEADS=at_once,
         LARGEST=largest_code(call.k_cache.dtype) if p.stored != codes.PLAIN.value else 0.0,
@@ -155,7 +166,7 @@ def _attend(p: _Problem, out: Tensor, lse: Tensor | None) -> None:
     call = p.call
     places = p.places()
     tiles = plan.choose_tiles(
-        p.rows, places["BLOCK_K"], places["BLOCK_V"], call.q.dtype, call.k_cache.element_size()
+        p.rows, places["BLOCK_K"], places["BLOCK_V"], call.q.dtype, call.k_cache.dtype
     )
     row_tiles = -(-p.rows // tiles.rows)
     programs = p.sequences * p.heads * row_tiles
@@ -179,7 +190,7 @@ def _attend(p: _Problem, out: Tensor, lse: Tensor | None) -> None:
         (programs * splits,),
         call.q.device,
         q=view_of(call.q),
-        key_mask=key_mask,
+        cache=Cache(p.k_cache, p.v_cache, p.k_scale, p.v_scale, p.table, key_mask),
         span=span,
         sinks=call.sinks if splits == 1 else None,
         sums=sums,
@@ -204,9 +215,10 @@ def _attend(p: _Problem, out: Tensor, lse: Tensor | None) -> None:
         PRECISE=precise,
         WHOLE_PAGES=call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0,
         SPLIT=splits > 1,
-        # One tile of rows reads its keys once and for all; values may serve the next layer too.
-        KEY_POLICY="evict_first" if row_tiles == 1 else "",
-        VALUE_POLICY="evict_last",
+        AHEAD=tiles.ahead,
+        # A tile of all rows reads its keys once and for all; values may serve the next layer too.
+        KEY_POLICY="evict_first" if tiles.ahead and row_tiles == 1 else "",
+        VALUE_POLICY="evict_last" if tiles.ahead else "",
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **views,

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-# Of K and V in one stage of the pipeline: two programs of three stages fit a multiprocessor's
-# shared memory, and what they have in flight covers the memory's latency.
+# Of K and V in one tile: what the two or three programs of a multiprocessor then have in flight
+# covers the memory's latency.
 _STAGE_BYTES = 32 * 1024
-_STAGES = 3
 
 _BUSY = 0.8
 """Tiles that keep this share of the multiprocessors busy are not split."""
@@ -29,15 +28,17 @@ _H100 = 132
 
 
 class Tiles(NamedTuple):
-    """Rows and keys of a tile, warps of a program, and stages of its loop's pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of its loop's pipeline, or `ahead`: the
+    next tile is loaded into registers, with hints to the second-level cache."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    ahead: bool
 
 
-def choose_tiles(rows: int, block_k: int, block_v: int, dtype: torch.dtype, stored: int) -> Tiles:
+def choose_tiles(rows: int, block_k: int, block_v: int, dtype: torch.dtype, stored: torch.dtype) -> Tiles:
     """The tiles of a call.
 
     Args:
@@ -45,17 +46,18 @@ def choose_tiles(rows: int, block_k: int, block_v: int, dtype: torch.dtype, stor
         block_k: head_dim of K, padded to a power of two.
         block_v: the same of V.
         dtype: of q.
-        stored: bytes of an element of the cache.
+        stored: the cache's.
     """
-    precise = dtype is torch.float32
-    most = 32 if precise else 64
-    tile_rows = min(most, max(16, 1 << (rows - 1).bit_length()))
-    room = _STAGE_BYTES // ((block_k + block_v) * stored)
-    keys = min(32 if precise else 128, max(16, 1 << (room.bit_length() - 1)))
-    if tile_rows == most:
-        # As many scores as registers hold beside the sums of a tile's rows.
-        keys = min(keys, 64)
-    return Tiles(tile_rows, keys, 8 if precise else 4, 2 if precise else _STAGES)
+    room = _STAGE_BYTES // ((block_k + block_v) * stored.itemsize)
+    keys = max(16, 1 << (room.bit_length() - 1))
+    wanted = max(16, 1 << (rows - 1).bit_length())
+    if dtype is torch.float32:
+        return Tiles(min(32, wanted), min(32, keys), 8, 2, wanted <= 16)
+    if wanted <= 32:
+        # What float8 is decoded from takes registers beside the numbers that it becomes.
+        most = 32 if stored in (torch.float8_e4m3fn, torch.float8_e5m2) else 64
+        return Tiles(wanted, min(most, keys), 4, 1, True)
+    return Tiles(min(64 if block_v > 128 else 128, wanted), min(64, keys), 8, 2, False)
 
 
 def choose_splits(tiles: int, blocks: int, processors: int) -> int:
