@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resformer_kernels import _triton_lib as lib
 from resformer_kernels.attention import triton_tiles as tiles
 
-_FAR = 2**30
+FAR = 2**30
+"""Stands for any larger side of a window, within 32 bits."""
 _LOG2E = 1.4426950408889634
 
 
@@ -104,6 +105,20 @@ def bias_of(tensor: Tensor | None) -> tuple[Bias, int, Any]:
     kind = tiles.BOOLEAN if boolean else tiles.ADDITIVE
     data = tensor.view(torch.uint8) if boolean else tensor
     return Bias(data, *strides), kind.value, tl.int32 if span < 2**31 else tl.int64
+
+
+def score_scale(
+    scale: float, softcap: float, *, biased: bool, precise: bool
+) -> tuple[float, bool]:
+    """(alpha, RAW) of `triton_tiles.scores`; `biased`: an additive bias follows the softcap."""
+    capped = softcap > 0
+    alpha = scale / softcap if capped else scale
+    if capped or biased or precise:
+        return alpha, False
+    alpha *= _LOG2E
+    # The maximum of scores is alpha times that of the products only where alpha > 0, and -inf
+    # times an alpha that is 0 in float32 would be NaN.
+    return alpha, alpha > 1e-30
 
 
 def padded(dim: int) -> int:
@@ -227,8 +242,8 @@ class Problem:
             "q_len": self.max_q,
             "k_len": self.max_k,
             "heads": self.heads,
-            "window_left": min(self.window_left, _FAR),
-            "window_right": min(self.window_right, _FAR),
+            "window_left": min(self.window_left, FAR),
+            "window_right": min(self.window_right, FAR),
             "GROUP": self.group,
             "HAS_LEFT": self.window_left >= 0,
             "HAS_RIGHT": self.window_right >= 0,
@@ -238,20 +253,15 @@ class Problem:
     def scores(self) -> dict[str, Any]:
         """The arguments that turn a product q.k into a score."""
         bias, kind, index = bias_of(self.attn_bias)
-        capped = self.softcap > 0
-        transformed = capped or kind == tiles.ADDITIVE.value
-        alpha = self.scale / self.softcap if capped else self.scale
-        if not transformed and not self.precise:
-            alpha *= _LOG2E
+        biased = kind == tiles.ADDITIVE.value
+        alpha, raw = score_scale(self.scale, self.softcap, biased=biased, precise=self.precise)
         return {
             "bias": bias,
             "alpha": alpha,
             "softcap": self.softcap,
-            "CAPPED": capped,
+            "CAPPED": self.softcap > 0,
             "BIAS": kind,
-            # The maximum of scores is alpha times that of the products only where alpha > 0, and
-            # -inf times an alpha that is 0 in float32 would be NaN.
-            "RAW": not transformed and not self.precise and alpha > 1e-30,
+            "RAW": raw,
             "PRECISE": self.precise,
             "INDEX": index,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton_lib import dot, round_to, widen
+from resformer_kernels._triton_lib import dot, round_to
 from resformer_kernels.attention.triton_loads import (
     at_head,
     load_keys,
@@ -19,16 +19,15 @@ from resformer_kernels.attention.triton_loads import (
 )
 from resformer_kernels.attention.triton_tiles import (
     BOOLEAN,
-    LN2,
-    LOG2E,
     NO_BIAS,
     bias_tile,
+    close_rows,
     key_bounds,
     key_tiles,
-    probabilities,
     scheduled,
     scores,
     sequence_of,
+    softmax_step,
 )
 
 
@@ -184,36 +183,16 @@ def forward_kernel(
                 bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
                 PRECISE, INDEX,
             )  # fmt: skip
-            top = tl.max(x, 1)
-            if RAW:
-                top = top * alpha
-            higher = tl.maximum(peak, top)
-            # A row that has seen no key yet has no maximum; 0 stands in for it.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            p = probabilities(x, base[:, None], alpha, RAW, PRECISE)
-            shrink = probabilities(peak, base, alpha, False, PRECISE)
-            peak = higher
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None]
+            p, peak, total, acc = softmax_step(x, peak, total, acc, alpha, RAW, PRECISE)
             v_tile = load_values(
                 values, v_descriptor, first_descriptor, batch, k_start, key, head, k_len, DIM_V,
                 BLOCK_V, KEYS, OWN_FORM, FIRST_FORM, MIXES, phase != 1, PACKED,
             )  # fmt: skip
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
 
-    # The sink is one more score, whose value is zero.
-    weight = tl.full([ROWS], 1.0, tl.float32)
-    if sinks is not None:
-        sink = widen(tl.load(sinks + head * GROUP + rows % GROUP))
-        if not PRECISE:
-            sink = sink * LOG2E
-        top = tl.maximum(peak, sink)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weight = probabilities(peak, base, alpha, False, PRECISE)
-        total = total * weight + probabilities(sink, base, alpha, False, PRECISE)
-        peak = top
-    empty = total == 0.0
-    factor = tl.where(empty, 0.0, tl.math.div_rn(weight, total))
+    factor, logarithm = close_rows(
+        peak, total, sinks, head * GROUP + rows % GROUP, alpha, PRECISE, lse.pointer is not None
+    )
     columns = tl.arange(0, BLOCK_V)
     out_base = at_head(out, batch, q_start, head * GROUP)
     inside = (rows < count)[:, None] & (columns < DIM_V)[None, :]
@@ -223,11 +202,6 @@ def forward_kernel(
         mask=inside,
     )
     if lse.pointer is not None:
-        if PRECISE:
-            # Backward takes exp of this: a rounding error here is one of a whole row.
-            logarithm = (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
-        else:
-            logarithm = (peak + tl.log2(total)) * LN2
         queries = (rows // GROUP).to(tl.int64) * lse.time + (rows % GROUP).to(tl.int64) * lse.head
         at = at_head(lse, batch, q_start, head * GROUP) + queries
-        tl.store(at, tl.where(empty, float("-inf"), logarithm), mask=rows < count)
+        tl.store(at, logarithm, mask=rows < count)

@@ -199,6 +199,55 @@ def probabilities(x, base, alpha, RAW: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(x, peak, total, acc, alpha, RAW: tl.constexpr, PRECISE: tl.constexpr):
+    """(exp(x - peak), and the running peak, total and acc rescaled to a peak that x is part of).
+
+    x (rows, keys) are scores; acc is yet to gain the product of the first and the values.
+    """
+    top = tl.max(x, 1)
+    if RAW:
+        top = top * alpha
+    higher = tl.maximum(peak, top)
+    # A row that has seen no key yet has no maximum; 0 stands in for it.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = probabilities(x, base[:, None], alpha, RAW, PRECISE)
+    shrink = probabilities(peak, base, alpha, False, PRECISE)
+    return p, higher, total * shrink + tl.sum(p, 1), acc * shrink[:, None]
+
+
+@triton.jit
+def close_rows(
+    peak, total, sinks, heads, alpha, PRECISE: tl.constexpr, WANTS_LSE: tl.constexpr
+):
+    """(what acc is to be multiplied by, the natural LSE) of rows whose keys have all been seen.
+
+    `sinks` may be None; `heads` are the query heads of the rows.
+    """
+    # The sink is one more score, whose value is zero.
+    weight = tl.full(peak.shape, 1.0, tl.float32)
+    if sinks is not None:
+        sink = widen(tl.load(sinks + heads))
+        if not PRECISE:
+            sink = sink * LOG2E
+        top = tl.maximum(peak, sink)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        weight = probabilities(peak, base, alpha, False, PRECISE)
+        total = total * weight + probabilities(sink, base, alpha, False, PRECISE)
+        peak = top
+    empty = total == 0.0
+    factor = tl.where(empty, 0.0, tl.math.div_rn(weight, total))
+    logarithm = peak
+    if WANTS_LSE:
+        if PRECISE:
+            # Backward takes exp of this: a rounding error here is one of a whole row.
+            logarithm = (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+        else:
+            logarithm = (peak + tl.log2(total)) * LN2
+        logarithm = tl.where(empty, float("-inf"), logarithm)
+    return factor, logarithm
+
+
+@triton.jit
 def row_tiles(
     first_key,
     last_key,

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from resformer_kernels._checks import check_tensor
 from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.kvcache import native, ops, reference
+from resformer_kernels.kvcache import native, ops, reference, triton
 from resformer_kernels.kvcache.call import prepare_call
 
-BACKENDS = (native, reference)
+BACKENDS = (native, triton, reference)
 
 
 def _prepare(

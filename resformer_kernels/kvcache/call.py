@@ -19,7 +19,7 @@ from resformer_kernels._checks import (
     describe,
     readable,
 )
-from resformer_kernels._launch import unit_stride
+from resformer_kernels._launch import copy_note, needs_copy, unit_stride
 from resformer_kernels.attention.call import (
     check_scale,
     check_sinks,
@@ -155,6 +155,23 @@ def op_arguments(call: KVCacheCall) -> KVCacheCall:
         v=None if call.v is None else unit_stride(call.v),
         cache_seqlens=call.cache_seqlens.contiguous(),
     )
+
+
+def copy_notes(call: KVCacheCall) -> list[str]:
+    """What `op_arguments` copies, for `explain`."""
+    named = (("q", call.q), ("k", call.k), ("v", call.v))
+    return [copy_note(name, x) for name, x in named if x is not None and needs_copy(x)]
+
+
+def strided_cache_reason(call: KVCacheCall) -> str | None:
+    """Why kernels that read caches in place cannot serve the call; None when they can."""
+    for name, cache in (("k_cache", call.k_cache), ("v_cache", call.v_cache)):
+        if needs_copy(cache):
+            return (
+                f"{name}'s last axis has stride {cache.stride(-1)}, not 1, and a cache is never "
+                "copied"
+            )
+    return None
 
 
 def _autocast(x: Tensor, cache: Tensor) -> Tensor:

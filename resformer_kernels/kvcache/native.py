@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import _extension
-from resformer_kernels._launch import copy_note, needs_copy
-from resformer_kernels.kvcache.call import KVCacheCall, op_arguments
+from resformer_kernels.kvcache.call import (
+    KVCacheCall,
+    copy_notes,
+    op_arguments,
+    strided_cache_reason,
+)
 from resformer_kernels.kvcache.ops import ATTEND, NATIVE
 
 NAME = "native"
@@ -24,13 +28,7 @@ def unsupported_reason(call: KVCacheCall) -> str | None:
         return f"it serves float32, bfloat16 and float16 queries, these are {call.q.dtype}"
     if call.k_cache.dtype not in (call.q.dtype, torch.int8):
         return f"it serves caches of q's dtype and of int8, these are {call.k_cache.dtype}"
-    for name, cache in (("k_cache", call.k_cache), ("v_cache", call.v_cache)):
-        if needs_copy(cache):
-            return (
-                f"{name}'s last axis has stride {cache.stride(-1)}, not 1, and a cache is never "
-                "copied"
-            )
-    return _extension.unavailable_reason() or _missing()
+    return strided_cache_reason(call) or _extension.unavailable_reason() or _missing()
 
 
 def _missing() -> str | None:
@@ -45,8 +43,7 @@ _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def notes(call: KVCacheCall) -> list[str]:
     """What this backend does to the arguments before the kernel."""
-    named = (("q", call.q), ("k", call.k), ("v", call.v))
-    return [copy_note(name, x) for name, x in named if x is not None and needs_copy(x)]
+    return copy_notes(call)
 
 
 def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """The schema and the fake of `attention_with_kvcache`; torch alone is needed.
 
-One schema, two namespaces: `resformer`, whose implementation C++ supplies, and `resformer_triton`.
+One schema, two namespaces: `resformer`, whose implementation C++ supplies, and `resformer_triton`,
+whose launcher is imported, and Triton with it, when an op is first called.
 
 The caches and their scales are written in place, and only there: at the positions of appended
 tokens. What was not asked for comes back with no elements.
@@ -42,6 +43,12 @@ def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise RuntimeError(VMAP_ERROR)
 
 
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from resformer_kernels.kvcache import triton_launch
+
+    return triton_launch.attend(*arguments)
+
+
 def _define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(_SCHEMA)
@@ -52,3 +59,6 @@ def _define(namespace: str) -> torch.library.Library:
 
 # Libraries unregister what they hold when they are collected.
 _libraries = {namespace: _define(namespace) for namespace in (NATIVE, TRITON)}
+# CPU tensors are for Triton's interpreter.
+for _key in ("CUDA", "CPU"):
+    _libraries[TRITON].impl(ATTEND, _triton, _key)
