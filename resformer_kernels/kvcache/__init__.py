@@ -1,1 +1,0 @@
-"""Attention over a cache of keys and values, and the cache that shares values over layers."""
