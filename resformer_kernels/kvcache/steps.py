@@ -112,7 +112,7 @@ class Steps:
         if self.dtype in QUANTISED:
             if new.dtype not in DTYPES:
                 raise TypeError(f"{name} must be a float tensor, got {new.dtype}")
-        elif autocast_dtype(new.device, new.dtype) != new.dtype:
+        elif autocast_dtype(new.device, torch.float32) is not torch.float32:
             return new.to(self.dtype)
         elif new.dtype != self.dtype:
             raise TypeError(f"{name} must have the cache's dtype {self.dtype}, got {new.dtype}")
