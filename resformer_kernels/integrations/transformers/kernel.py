@@ -41,21 +41,27 @@ NAME = "resformer"
 
 def _parts(function: Any) -> tuple[Any, ...]:
     """The code objects a mask function is composed of: what it does, whatever the numbers."""
-    cells = getattr(function, "__closure__", None) or ()
+    cells = function.__closure__ or ()
     inner = [cell.cell_contents for cell in cells]
     flat = [x for item in inner for x in (item if isinstance(item, tuple) else (item,))]
     return (function.__code__, *(_parts(x) for x in flat if hasattr(x, "__code__")))
 
 
-_PLAIN = tuple(
-    _parts(function)
+_WINDOWED = tuple(
+    _parts(function(1))
     for function in (
-        causal_mask_function,
-        bidirectional_mask_function,
-        sliding_window_causal_mask_function(1),
-        sliding_window_bidirectional_mask_function(1),
+        sliding_window_causal_mask_function,
+        sliding_window_bidirectional_mask_function,
     )
 )
+
+
+def _says_what_the_module_says(function: Any) -> bool:
+    """Whether a mask function stands for `is_causal` and `sliding_window` and nothing more."""
+    if function is causal_mask_function or function is bidirectional_mask_function:
+        return True
+    # A compiler cannot look into closures: there a window's mask is made in full.
+    return not is_torchdynamo_compiling() and _parts(function) in _WINDOWED
 
 
 def resformer_mask(
@@ -66,6 +72,8 @@ def resformer_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: Any = "cpu",
     **_: Any,
@@ -73,10 +81,12 @@ def resformer_mask(
     """The mask of a forward pass, in the smallest form that says it.
 
     Args are those that transformers gives every mask function: queries stand at q_offset and
-    after, keys at kv_offset and after, attention_mask is bool, (B, all tokens so far).
+    after, keys at kv_offset and after, attention_mask is bool, (B, all tokens so far). Where
+    neither skip is allowed the mask is made in full.
     """
     seen = None
-    if not use_vmap and _parts(mask_function) in _PLAIN:
+    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
+    if may_skip and not use_vmap and _says_what_the_module_says(mask_function):
         seen = _keys_so_far(q_length, q_offset, kv_offset)
     padding = attention_mask
     known = padding is None or (seen is not None and padding.shape[-1] >= kv_offset + seen)
@@ -104,12 +114,11 @@ def resformer_mask(
 
 
 def _keys_so_far(q_length: int, q_offset: int | Tensor, kv_offset: int) -> int | None:
-    """How many keys there are, the new ones included; None where reading it costs too much."""
+    """How many keys there are, the new ones included; None where it cannot be read."""
     if isinstance(q_offset, Tensor):
-        # A static cache counts on its device. One read for all layers pays before a long prompt.
-        if is_torchdynamo_compiling() or is_tracing(q_offset):
-            return None
-        if q_offset.device.type != "cpu" and q_length == 1:
+        # A static cache counts on its device. One read for all layers pays before a long prompt;
+        # for single tokens transformers allows no skip, and this is not reached.
+        if is_tracing(q_offset):
             return None
         q_offset = int(q_offset)
     return q_offset + q_length - kv_offset
