@@ -275,7 +275,7 @@ def test_what_cannot_be_converted() -> None:
     with pytest.raises(TypeError, match="has a value residual already"):
         convert_to_resformer(converted("Llama"))
     with pytest.raises(TypeError, match="lambda_v must be a number"):
-        convert_to_resformer(stock("Llama"), lambda_v="1")
+        convert_to_resformer(stock("Llama"), lambda_v=torch.tensor(1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 2 layers"):
         convert_to_resformer(stock("Llama", num_hidden_layers=1))
     model = stock("ModernBert")

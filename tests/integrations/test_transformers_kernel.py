@@ -45,7 +45,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
-WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+WINDOWED: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "windowed Qwen2"])
@@ -92,7 +92,7 @@ def test_packed_sequences_by_position_and_by_length(masks: Recorded) -> None:
     assert masks == [(1, 1, 9, 9)]
     assert_same(found, alone)
     lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
-    packing = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+    packing: dict[str, Any] = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
     packing = {**packing, "max_length_q": 5, "max_length_k": 5}
     found = logits(model, kernel.NAME, **inputs, **packing)
     assert_same(found, alone)
