@@ -20,6 +20,7 @@ from torch import Tensor
 import resformer_kernels
 from resformer_kernels import _extension
 from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.kvcache import pages
 
 Section = dict[str, str]
 
@@ -30,10 +31,13 @@ _ENVIRONMENT = ("RESFORMER_CPU", "RESFORMER_CHECK", "RESFORMER_POISON")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "value_residual_attention": lambda x: (x, x, x, x),
+    "attention_with_kvcache": lambda x: (x, x, x),
     "mix_values": lambda x: ([x, x], [0.5, 0.5]),
     "mix_value_embedding": lambda x: (x, x[0], x.new_zeros((1, 1), dtype=torch.int64), 0.5),
 }
 """Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
+_OPTIONS: dict[str, dict[str, Any]] = {"attention_with_kvcache": {"cache_seqlens": 1}}
+"""Arguments that are named."""
 # The flags that decide a CPU path, or that a reader of a benchmark asks about.
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
@@ -139,7 +143,7 @@ def _processor() -> tuple[str, frozenset[str]]:
 def _native() -> tuple[Section, bool]:
     library = str(_extension.LIBRARY)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment = {"CUDA library": _cuda_library(), **environment}
+    environment = {"CUDA library": _cuda_library(), "host module": _host(), **environment}
     reason = _extension.unavailable_reason()
     if reason is not None:
         return {"library": f"not in use: {reason}", **environment}, True
@@ -155,6 +159,11 @@ def _native() -> tuple[Section, bool]:
         "paths that run here": ", ".join(_extension.available_cpu_paths()),
     }
     return {**section, **environment}, True
+
+
+def _host() -> str:
+    reason = pages.unavailable_reason()
+    return "page allocator and decode planner" if reason is None else f"not in use: {reason}"
 
 
 def _cuda_library() -> str:
@@ -183,7 +192,9 @@ def _served() -> list[Served]:
 
 def _serve(op: str, device: str, dtype: torch.dtype) -> Served:
     sample = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
-    explained = resformer_kernels.explain(getattr(resformer_kernels, op), *_SAMPLES[op](sample))
+    explained = resformer_kernels.explain(
+        getattr(resformer_kernels, op), *_SAMPLES[op](sample), **_OPTIONS.get(op, {})
+    )
     name = str(dtype).removeprefix("torch.")
     return Served(op, device, name, explained.backend or "none", explained.reasons)
 

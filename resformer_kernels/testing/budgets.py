@@ -99,9 +99,9 @@ def compare(
     unit = torch.finfo(tensors["q"].dtype).eps / 2
     found = []
     for name, true in exact.items():
-        norm = _norm(true)
-        budget = 2 * near[name] + unit * sizes.get(name.removeprefix("d"), norm)
-        found.append(Comparison(name, _error(got[name], true), budget, norm))
+        size = norm(true)
+        budget = 2 * near[name] + unit * sizes.get(name.removeprefix("d"), size)
+        found.append(Comparison(name, misfit(got[name], true), budget, size))
     if all(item.ok for item in found):
         return found
     luck = torch.Generator().manual_seed(0)
@@ -143,10 +143,10 @@ def _reference_errors(
     """Errors of the reference in the tensors' own precision."""
     near = _named(options, *_run(function, tensors, options, grads, "reference"))
     by_lse = _named(options, *_run(_by_lse(function), tensors, options, grads, "reference"))
-    errors = {name: _error(near[name], true) for name, true in exact.items()}
+    errors = {name: misfit(near[name], true) for name, true in exact.items()}
     for name in errors:
         if name not in ("out", "lse", "mixed"):
-            errors[name] = max(errors[name], _error(by_lse[name], exact[name]))
+            errors[name] = max(errors[name], misfit(by_lse[name], exact[name]))
     return errors
 
 
@@ -252,7 +252,7 @@ def _summed_terms(
         share = torch.exp(tensors["sinks"][:, None] - lse)
         every = torch.cat([(grad_out * out).movedim(-2, -3), grad_lse[..., None]], dim=-1)
         every = share[..., None] * every
-        sizes["sinks"] = _norm(every.where(lse[..., None] > -torch.inf, 0))
+        sizes["sinks"] = norm(every.where(lse[..., None] > -torch.inf, 0))
     return sizes
 
 
@@ -276,15 +276,17 @@ def _frozen_norms(
     nothing = [torch.zeros_like(g) for g in (grad_out, *mixed)]
     only_lse = (nothing[0], grad_lse, *nothing[1:])
     _, through_lse = _run(function, tensors, options, only_lse, "reference")
-    return {name: _norm(frozen[name]) + _norm(through_lse[name]) for name in frozen}
+    return {name: norm(frozen[name]) + norm(through_lse[name]) for name in frozen}
 
 
-def _norm(x: Tensor) -> float:
+def norm(x: Tensor) -> float:
+    """The Frobenius norm of the finite elements."""
     x = x.double()
     return float(x[x.isfinite()].norm())
 
 
-def _error(got: Tensor, true: Tensor) -> float:
+def misfit(got: Tensor, true: Tensor) -> float:
+    """The norm of the difference; infinite where NaN and infinities do not lie alike."""
     if got.shape != true.shape:
         return float("inf")
     got = got.double()

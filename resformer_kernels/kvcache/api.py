@@ -1,0 +1,127 @@
+"""The public function: attend over a cache of keys and values, and append to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._checks import check_tensor
+from resformer_kernels._select import Request, explained_by, select
+from resformer_kernels.kvcache import native, ops, reference
+from resformer_kernels.kvcache.call import prepare_call
+
+BACKENDS = (native, reference)
+
+
+def _prepare(
+    q: Any, k_cache: Any, v_cache: Any, *arguments: Any, backend: str = "auto", **options: Any
+) -> Request:
+    check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(q):
+        raise RuntimeError(ops.VMAP_ERROR)
+    call = prepare_call(q, k_cache, v_cache, *arguments, **options)
+    return Request("attention_with_kvcache", backend, BACKENDS, call)
+
+
+@explained_by(_prepare)
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    block_table: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Append new tokens to a cache of keys and values, in place, then attend over it.
+
+    The meaning is that of FlashAttention's `flash_attn_with_kvcache`, without its rotary part. The
+    cache may be contiguous or paged. For SVFormer (Zhou et al., arXiv 2410.17897) every layer is
+    given the same `v_cache`; layer 0 appends k and v, the others k alone. For ResFormer the new
+    tokens' mixed values V' are what is appended.
+
+    Queries align with the end: query i stands at key length - Tq + i, where length is
+    cache_seqlens plus the appended tokens. For each query, in this order: `scale * q.k`, then
+    `softcap * tanh(. / softcap)`, then the masks; the softmax runs over what is left and the sink.
+
+    Args:
+        q: (B, Tq, Hq, Dk); float32, bfloat16, float16 or float64 (float64: reference only).
+        k_cache: (B, T, Hkv, Dk), or with `block_table` (pages, page_size, Hkv, Dk); Hq is a
+            multiple of Hkv. q's dtype, or int8, float8_e4m3fn or float8_e5m2 (float8: GPUs and
+            reference) with scales. Any strides with a contiguous last axis; never copied.
+        v_cache: (B, T, Hkv, Dv) or (pages, page_size, Hkv, Dv), k_cache's dtype.
+        k: (B, Tnew, Hkv, Dk), written to positions cache_seqlens[b] to cache_seqlens[b] + Tnew of
+            k_cache before attending; None appends no keys.
+        v: (B, Tnew, Hkv, Dv), likewise; None where those positions' values are in v_cache already.
+        cache_seqlens: (B,) int32, or one int for all: tokens in the cache before the append.
+        block_table: (B, max_pages) int32: page block_table[b, i] holds tokens i * page_size and
+            on of sequence b. Entries past a sequence's end are never read.
+        key_mask: (B, T') or (B, 1, 1, T') bool, True = attend; T' at least the length after the
+            append. For left padding. It intersects with causal and window.
+        causal: query i sees keys up to its own position.
+        window: (left, right), inclusive: a query at position p sees p - left to p + right. -1 is
+            unbounded. `causal` makes right 0.
+        scale: multiplies q.k; any finite number. None: 1 / sqrt(Dk).
+        softcap: positive, or 0 for none.
+        sinks: (Hq,) raw logits, float32 or q's dtype: each adds exp(sink) to its head's softmax
+            denominator. Not scaled or capped.
+        k_scale: float32 (B, T, Hkv) or (pages, page_size, Hkv): a quantised cache's values are
+            code * scale. Appended tokens are quantised symmetrically, per token and head.
+        v_scale: the same of v_cache.
+        num_splits: into how many parts each sequence's keys are cut, to be attended on their own
+            and merged by their LSE; 0 chooses by length. The result differs by rounding alone.
+        return_lse: also return the natural log of the softmax denominator, sink included,
+            (B, Hq, Tq), float32 (float64 for float64 inputs).
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
+
+    Returns:
+        out (B, Tq, Hq, Dv) in q's dtype, or (out, lse). A query that may attend to nothing gives
+        zeros and an LSE of -inf (with a sink: the sink). What the cache holds past a sequence's
+        end, or where key_mask is False, never matters, NaN included.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, a full
+            cache, a page that does not exist; the message names it, and the cache is as it was.
+            The contents of cache_seqlens and block_table are checked on a CPU, and on a GPU under
+            RESFORMER_CHECK=1. RuntimeError: the named backend cannot serve the call, the call is
+            under vmap, or an argument requires a gradient: there is none.
+
+    Under autocast q, k and v are cast to the cache's dtype (quantised caches: to autocast's).
+    """
+    request = _prepare(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens=cache_seqlens,
+        block_table=block_table,
+        key_mask=key_mask,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        num_splits=num_splits,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    chosen = select(request.op, request.backend, request.backends, request.call)
+    out, lse = chosen.run(request.call)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,143 @@
+"""Attention over a cache in plain PyTorch: slow, obvious, and the definition of correct.
+
+Appended tokens are written first, then attention runs over what the cache holds:
+
+    length = cache_seqlens + new tokens,    cache[cache_seqlens : length] = new tokens
+    out, LSE = softmax attention of q over cache[: length], masks aligned at the last query and key
+
+A quantised cache holds codes and float32 scales, value = code * scale; a token is quantised as
+scale = max|x| / largest code, code = x / scale rounded to nearest even, per token and head.
+
+It computes in float64 for float64 queries and in float32 for all others.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention.reference import allowed_positions, attend
+from resformer_kernels.kvcache.call import QUANTISED, KVCacheCall
+
+NAME = "reference"
+
+_LARGE = 2**24
+
+
+def unsupported_reason(_call: KVCacheCall) -> str | None:
+    """None: the reference serves everything."""
+    return None
+
+
+def is_large(call: KVCacheCall) -> bool:
+    """Whether the scores that it materialises are many enough to be worth a warning."""
+    return call.q[..., 0].numel() * call.capacity >= _LARGE
+
+
+def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None); the caches have the new tokens in them."""
+    kind = call.q.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        append(call.k_cache, call.k_scale, call.k, call)
+        append(call.v_cache, call.v_scale, call.v, call)
+        return _attend(call)
+
+
+def append(cache: Tensor, scale: Tensor | None, new: Tensor | None, call: KVCacheCall) -> None:
+    """Write `new` (B, Tnew, Hkv, D) at the end of every sequence."""
+    if new is None:
+        return
+    at = call.cache_seqlens[:, None] + torch.arange(new.shape[1], device=new.device)
+    rows = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(at)
+    if call.block_table is not None:
+        page_size = cache.shape[1]
+        rows, at = call.block_table.gather(1, at // page_size).long(), at % page_size
+    if scale is None:
+        cache[rows, at] = new
+        return
+    codes, scales = quantise(new, cache.dtype)
+    cache[rows, at] = codes
+    scale[rows, at] = scales
+
+
+def largest_code(dtype: torch.dtype) -> float:
+    """The code that the largest magnitude of a token becomes: symmetric, so -128 is not used."""
+    return 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(codes of `dtype` in x's shape, float32 scales (..., heads)) of x (..., heads, D).
+
+    x = code * scale up to half a code; a token of zeros has the scale 0. A token that holds a NaN
+    or an infinity has such a scale too, and comes back as NaN.
+    """
+    wide = x.float()
+    most = wide.abs().amax(-1)
+    largest = largest_code(dtype)
+    inverse = torch.where(most > 0, largest / most, 0.0)
+    codes = (wide * inverse[..., None]).nan_to_num(nan=0.0)
+    if dtype is torch.int8:
+        codes = codes.round()
+    return codes.clamp(-largest, largest).to(dtype), most / largest
+
+
+def dequantise(codes: Tensor, scales: Tensor, compute: torch.dtype) -> Tensor:
+    """codes (..., heads, D) times scales (..., heads)."""
+    return codes.to(compute) * scales.to(compute)[..., None]
+
+
+def held(cache: Tensor, scale: Tensor | None, call: KVCacheCall, seen: Tensor) -> Tensor:
+    """The cache as (B, capacity, Hkv, D), dequantised; zeros where `seen` (B, capacity) is not."""
+    compute = torch.float64 if call.q.dtype is torch.float64 else torch.float32
+    rows, codes = (scale, cache)
+    if call.block_table is not None:
+        # Entries of the table past a sequence's end may hold anything.
+        table = call.block_table.clamp(0, max(cache.shape[0] - 1, 0)).long()
+        codes = cache[table].flatten(1, 2)
+        rows = None if scale is None else scale[table].flatten(1, 2)
+    if cache.dtype in QUANTISED:
+        assert rows is not None
+        codes = dequantise(codes, rows, compute)
+    # Memory past the end may hold NaN, and zero times NaN is NaN.
+    return codes.masked_fill(~seen[:, :, None, None], 0)
+
+
+def _attend(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
+    capacity = call.capacity
+    lengths = call.cache_seqlens + call.new_tokens
+    seen = torch.arange(capacity, device=call.q.device) < lengths[:, None]
+    if call.key_mask is not None:
+        rest = call.key_mask.new_zeros(seen.shape[0], capacity - call.key_mask.shape[1])
+        seen = seen & torch.cat([call.key_mask, rest], dim=1)
+    k = held(call.k_cache, call.k_scale, call, seen)
+    v = held(call.v_cache, call.v_scale, call, seen)
+    options = AttentionCall(
+        q=call.q,
+        k=k,
+        v=v,
+        v_first=None,
+        lambda_v=None,
+        lambda_first=None,
+        lambda_v_value=1.0,
+        lambda_first_value=1.0,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=call.q.shape[1],
+        max_seqlen_k=capacity,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        scale=call.scale,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        attn_bias=None,
+        return_lse=call.return_lse,
+        return_mixed_value=False,
+    )
+    placed = allowed_positions(
+        options, call.q.shape[1], lengths[:, None, None, None], call.q.device
+    )
+    out, lse = attend(options, call.q, k, v, placed & seen[:, None, None, :])
+    return out, lse if call.return_lse else None

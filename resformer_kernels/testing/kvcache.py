@@ -1,0 +1,270 @@
+"""`attention_with_kvcache` held against float64: cases as data, their inputs, the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.kvcache.api import attention_with_kvcache
+from resformer_kernels.testing.budgets import Comparison, misfit, norm
+from resformer_kernels.testing.inputs import laid_out
+from resformer_kernels.testing.poison import poisoned
+
+CACHES = ("k_cache", "v_cache", "k_scale", "v_scale")
+"""The arguments that a call writes."""
+APPENDS = ("both", "k", "v", "none")
+MASKS = ("none", "left", "random", "empty")
+"""key_mask: none; each sequence's first few tokens masked; any masked; all of them masked."""
+CACHE_LAYOUTS = ("contiguous", "heads_first", "sliced")
+
+_ORDERS = 4
+
+
+@dataclass(frozen=True)
+class KVCacheCase:
+    """What a call should be like. Lengths are in tokens."""
+
+    lengths: tuple[int, ...] = (20, 7)
+    """In the cache before the append, one a sequence."""
+    q_len: int = 1
+    new_tokens: int = 1
+    append: str = "both"
+    """What is appended: one of `APPENDS`."""
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    quantised: torch.dtype | None = None
+    """The cache's dtype where it is not `dtype`."""
+    page_size: int = 0
+    """0: contiguous."""
+    slack: int = 3
+    """Capacity beyond the longest sequence."""
+    mask: str = "none"
+    mask_rank: int = 2
+    causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    num_splits: int = 0
+    return_lse: bool = False
+    length_form: str = "tensor"
+    """Of cache_seqlens: "tensor", or "int" where the lengths are equal."""
+    layout: str = "contiguous"
+    """Of q, k and v: one of `testing.LAYOUTS`."""
+    cache_layout: str = "contiguous"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class KVCacheInputs:
+    """A call: `attention_with_kvcache(**tensors, **options)`."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def caches(self) -> dict[str, Tensor]:
+        """Those of the tensors that the call writes."""
+        return {name: self.tensors[name] for name in CACHES if name in self.tensors}
+
+
+def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVCacheInputs:
+    """Inputs for `case`. What the cache holds past a sequence's end is NaN."""
+    draw = torch.Generator().manual_seed(case.seed)
+    batch, longest = len(case.lengths), max(case.lengths, default=0) + case.new_tokens
+    new = case.new_tokens if case.append != "none" else 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(case.dtype)
+
+    tensors = {
+        "q": laid_out(normal(batch, case.q_len, case.heads, case.head_dim), case.layout),
+        **_caches(case, longest + case.slack, draw),
+    }
+    if case.append in ("both", "k"):
+        tensors["k"] = laid_out(normal(batch, new, case.kv_heads, case.head_dim), case.layout)
+    if case.append in ("both", "v"):
+        tensors["v"] = laid_out(normal(batch, new, case.kv_heads, case.value_dim), case.layout)
+    if case.sinks:
+        tensors["sinks"] = torch.randn(case.heads, generator=draw)
+    if case.mask != "none":
+        tensors["key_mask"] = _mask(case, longest, draw)
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window": case.window,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "num_splits": case.num_splits,
+        "return_lse": case.return_lse,
+    }
+    if case.length_form == "int":
+        options["cache_seqlens"] = case.lengths[0]
+    else:
+        tensors["cache_seqlens"] = torch.tensor(case.lengths, dtype=torch.int32)
+    inputs = KVCacheInputs(tensors, options)
+    if case.page_size:
+        inputs = paginated(inputs, case.page_size, case.seed)
+    caches = {name: _cache_laid_out(x, case.cache_layout) for name, x in inputs.caches().items()}
+    tensors = {name: x.to(device) for name, x in {**inputs.tensors, **caches}.items()}
+    return KVCacheInputs(tensors, options)
+
+
+def _mask(case: KVCacheCase, longest: int, draw: torch.Generator) -> Tensor:
+    batch = len(case.lengths)
+    columns = torch.arange(longest)
+    if case.mask == "left":
+        starts = torch.randint(0, longest + 1, (batch, 1), generator=draw)
+        mask = columns >= starts
+    elif case.mask == "random":
+        mask = torch.rand(batch, longest, generator=draw) < 0.7
+    else:
+        mask = torch.zeros(batch, longest, dtype=torch.bool)
+    return mask[:, None, None] if case.mask_rank == 4 else mask
+
+
+def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """k_cache and v_cache, contiguous, and their scales."""
+    shape = (len(case.lengths), capacity, case.kv_heads)
+    seen = torch.arange(capacity) < torch.tensor(case.lengths, dtype=torch.int32)[:, None]
+    found: dict[str, Tensor] = {}
+    for name, dim in (("k", case.head_dim), ("v", case.value_dim)):
+        if case.quantised is torch.int8:
+            x = torch.randint(-127, 128, (*shape, dim), generator=draw).to(torch.int8)
+        else:
+            x = torch.randn(*shape, dim, generator=draw).to(case.quantised or case.dtype)
+        if case.quantised is None:
+            x = x.masked_fill(~seen[:, :, None, None], torch.nan)
+        else:
+            scale = torch.rand(shape, generator=draw) / 64
+            found[f"{name}_scale"] = scale.masked_fill(~seen[:, :, None], torch.nan)
+        found[f"{name}_cache"] = x
+    return found
+
+
+def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheInputs:
+    """The same call on a paged cache, its pages in random order among some that nobody has."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = dict(inputs.tensors)
+    batch, capacity = tensors["k_cache"].shape[:2]
+    most = -(-capacity // page_size)
+    pages = batch * most + 2
+    table = torch.randperm(pages, generator=draw)[: batch * most].view(batch, most).int()
+    t = torch.arange(capacity)
+    for name, x in inputs.caches().items():
+        fill = torch.nan if x.is_floating_point() else 77
+        paged = torch.full((pages, page_size, *x.shape[2:]), fill).to(x.dtype)
+        paged[table[:, t // page_size].long(), (t % page_size).expand(batch, -1)] = x
+        tensors[name] = paged
+    one = torch.tensor(inputs.options.get("cache_seqlens", 0))
+    lengths = tensors.get("cache_seqlens", one)
+    new = next((tensors[name].shape[1] for name in ("k", "v") if name in tensors), 0)
+    used = torch.arange(most) * page_size < (lengths.expand(batch) + new)[:, None]
+    tensors["block_table"] = table.masked_fill(~used, -7)
+    return replace(inputs, tensors=tensors)
+
+
+def _cache_laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "heads_first" and x.dim() == 4:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "sliced":
+        base = x.new_zeros([size + 3 for size in x.shape])
+        return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
+    return x
+
+
+def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> list[Comparison]:
+    """One call against float64, and its caches against what they must hold to the bit.
+
+    Returns:
+        A `Comparison` of out and, where the case asks for it, the LSE, within
+        2 * error(reference in the same precision) + u(dtype) * norm; and one of every cache, whose
+        error counts the elements that differ and whose budget is 0.
+    """
+    inputs = kvcache_inputs(case, device)
+    with poisoned():
+        got, after = run_copied(inputs, backend)
+    near, expected = run_copied(inputs, "reference")
+    exact, _ = run_copied(_wide(inputs), "reference")
+    unit = torch.finfo(case.dtype).eps / 2
+    errors = {name: misfit(x, exact[name]) for name, x in near.items()}
+    found = _compared(got, exact, errors, unit)
+    if not all(item.ok for item in found):
+        # The reference's own error is luck: see `budgets`.
+        luck = torch.Generator().manual_seed(0)
+        for _ in range(_ORDERS):
+            other = _reordered(inputs, luck)
+            near, _ = run_copied(other, "reference")
+            true, _ = run_copied(_wide(other), "reference")
+            errors = {name: max(errors[name], misfit(x, true[name])) for name, x in near.items()}
+        found = _compared(got, exact, errors, unit)
+    for name, cache in expected.items():
+        wrong = (_bits(cache) != _bits(after[name])).sum()
+        found.append(Comparison(name, float(wrong), 0.0, norm(cache)))
+    return found
+
+
+def _compared(
+    got: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    near: Mapping[str, float],
+    unit: float,
+) -> list[Comparison]:
+    return [
+        Comparison(name, misfit(got[name], true), 2 * near[name] + unit * norm(true), norm(true))
+        for name, true in exact.items()
+    ]
+
+
+def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({"out": ..., "lse": ...}, caches after) of a call on copies of the caches."""
+    copies = {name: _copy(x) for name, x in inputs.caches().items()}
+    with torch.no_grad():
+        arguments: dict[str, Any] = {**inputs.tensors, **copies, **inputs.options}
+        result = attention_with_kvcache(**arguments, backend=backend)
+    named = dict(zip(("out", "lse"), result, strict=True)) if isinstance(result, tuple) else {}
+    return named or {"out": result}, copies
+
+
+def _copy(x: Tensor) -> Tensor:
+    """The same numbers at the same strides."""
+    storage = x.new_zeros(x.untyped_storage().nbytes() // x.element_size())
+    copy = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    return copy.copy_(x)
+
+
+def _bits(x: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.contiguous().view(kinds[x.element_size()])
+
+
+def _wide(inputs: KVCacheInputs) -> KVCacheInputs:
+    keep = ("k_scale", "v_scale")
+    quantised = "k_scale" in inputs.tensors
+    tensors = {
+        name: x.double()
+        if x.is_floating_point() and name not in keep and not (quantised and name in CACHES)
+        else x
+        for name, x in inputs.tensors.items()
+    }
+    return KVCacheInputs(tensors, inputs.options)
+
+
+def _reordered(inputs: KVCacheInputs, luck: torch.Generator) -> KVCacheInputs:
+    """The same problem up to rounding: other orders of channels."""
+    keys = torch.randperm(inputs.tensors["q"].shape[-1], generator=luck)
+    values = torch.randperm(inputs.tensors["v_cache"].shape[-1], generator=luck)
+    orders: Mapping[str, Tensor] = {
+        **dict.fromkeys(("q", "k", "k_cache"), keys),
+        **dict.fromkeys(("v", "v_cache"), values),
+    }
+    tensors = {
+        name: x[..., orders[name].to(x.device)] if name in orders else x
+        for name, x in inputs.tensors.items()
+    }
+    return replace(inputs, tensors=tensors)

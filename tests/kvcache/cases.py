@@ -1,0 +1,114 @@
+"""The sweep that every backend of `attention_with_kvcache` goes through: cases as data."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from resformer_kernels.testing import LAYOUTS
+from resformer_kernels.testing.kvcache import APPENDS, CACHE_LAYOUTS, MASKS, KVCacheCase
+
+LENGTHS = st.one_of(
+    st.sampled_from((0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)), st.integers(0, 300)
+)
+QUERIES = st.sampled_from((0, 1, 1, 1, 2, 3, 5, 17, 40))
+HEAD_DIMS = st.sampled_from((1, 3, 8, 16, 17, 32, 40, 64, 80, 128))
+WINDOW_SIDES = st.sampled_from((-1, -1, 0, 1, 7, 20, 64, 200))
+PAGE_SIZES = st.sampled_from((0, 0, 1, 4, 16, 24))
+
+
+@st.composite
+def kvcache_cases(
+    draw: st.DrawFn,
+    dtype: torch.dtype,
+    quantised: torch.dtype | None = None,
+    tokens: st.SearchStrategy[int] = LENGTHS,
+    queries: st.SearchStrategy[int] = QUERIES,
+    most: int = 3,
+) -> KVCacheCase:
+    """Any combination of the arguments of the contract, in small sizes.
+
+    `tokens` gives lengths, `queries` counts of queries, `most` is the most sequences and KV heads.
+    """
+    kv_heads = draw(st.sampled_from(range(1, most + 1)))
+    lengths = tuple(draw(st.lists(tokens, min_size=1, max_size=most)))
+    same = draw(st.sampled_from((False, False, False, True)))
+    q_len = draw(queries)
+    return KVCacheCase(
+        lengths=lengths[:1] * len(lengths) if same else lengths,
+        q_len=q_len,
+        new_tokens=draw(st.sampled_from((q_len, q_len, 1, 3))),
+        append=draw(st.sampled_from(APPENDS)),
+        heads=kv_heads * draw(st.sampled_from((1, 2, 3, 4, 8))),
+        kv_heads=kv_heads,
+        head_dim=draw(HEAD_DIMS),
+        value_dim=draw(HEAD_DIMS),
+        dtype=dtype,
+        quantised=quantised,
+        page_size=draw(PAGE_SIZES),
+        slack=draw(st.sampled_from((0, 3))),
+        mask=draw(st.sampled_from(("none", "none", *MASKS))),
+        mask_rank=draw(st.sampled_from((2, 4))),
+        causal=draw(st.sampled_from((True, True, False))),
+        window=(draw(WINDOW_SIDES), draw(WINDOW_SIDES)),
+        scale=draw(st.sampled_from((None, None, 0.3, -0.2, 0.0))),
+        softcap=draw(st.sampled_from((0.0, 0.0, 2.0, 30.0))),
+        sinks=draw(st.booleans()),
+        num_splits=draw(st.sampled_from((0, 0, 1, 2, 5))),
+        return_lse=draw(st.booleans()),
+        length_form="int" if same and draw(st.booleans()) else "tensor",
+        layout=draw(st.sampled_from(LAYOUTS)),
+        cache_layout=draw(st.sampled_from(CACHE_LAYOUTS)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+TABLE: dict[str, KVCacheCase] = {
+    "one token": KVCacheCase(lengths=(0,), return_lse=True),
+    "nothing cached, nothing new": KVCacheCase(lengths=(0, 0), append="none", return_lse=True),
+    "nothing cached, a sink": KVCacheCase(lengths=(0,), append="none", return_lse=True, sinks=True),
+    "no sequence": KVCacheCase(lengths=(), return_lse=True),
+    "no query": KVCacheCase(q_len=0, return_lse=True),
+    "a full cache": KVCacheCase(lengths=(31, 31), slack=0, length_form="int"),
+    "full pages": KVCacheCase(lengths=(31, 15), slack=0, page_size=16),
+    "pages of one token": KVCacheCase(lengths=(9, 0, 30), page_size=1),
+    "keys alone": KVCacheCase(append="k", page_size=4),
+    "values alone": KVCacheCase(append="v"),
+    "several tiles": KVCacheCase(lengths=(700, 1), return_lse=True, sinks=True),
+    "many splits": KVCacheCase(lengths=(700, 3), num_splits=37, return_lse=True, sinks=True),
+    "more splits than tokens": KVCacheCase(lengths=(2, 0), num_splits=9, return_lse=True),
+    "prefill": KVCacheCase(lengths=(0, 0), q_len=90, new_tokens=90, return_lse=True),
+    "chunked prefill": KVCacheCase(
+        lengths=(130, 64), q_len=70, new_tokens=70, page_size=16, heads=12, kv_heads=2
+    ),
+    "more queries than keys": KVCacheCase(
+        lengths=(3, 0), q_len=20, new_tokens=2, return_lse=True, sinks=True
+    ),
+    "narrow window": KVCacheCase(
+        lengths=(400, 2), q_len=5, new_tokens=5, window=(3, 2), causal=False, num_splits=2
+    ),
+    "window of the diagonal": KVCacheCase(lengths=(60, 9), q_len=8, new_tokens=8, window=(0, 0)),
+    "left padding": KVCacheCase(lengths=(500, 500), mask="left", mask_rank=4, return_lse=True),
+    "left padding and a window": KVCacheCase(lengths=(200, 180), mask="left", window=(30, 0)),
+    "everything masked": KVCacheCase(mask="empty", return_lse=True),
+    "multi-query": KVCacheCase(heads=16, kv_heads=1, lengths=(150, 33)),
+    "many heads": KVCacheCase(heads=24, kv_heads=24, lengths=(40, 33)),
+    "wide values": KVCacheCase(head_dim=8, value_dim=256),
+    "wide keys": KVCacheCase(head_dim=256, value_dim=8),
+    "every argument": KVCacheCase(
+        lengths=(150, 77),
+        q_len=3,
+        new_tokens=3,
+        page_size=16,
+        mask="random",
+        window=(100, 0),
+        scale=0.2,
+        softcap=5.0,
+        sinks=True,
+        num_splits=3,
+        return_lse=True,
+        layout="strided",
+        cache_layout="sliced",
+    ),
+}
+"""Shapes at the edges, by name; each is run in every dtype."""
