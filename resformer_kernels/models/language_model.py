@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resformer_kernels.kvcache.cache import SharedValueCache
+from resformer_kernels.kvcache.layout import KVLayout
 from resformer_kernels.models.config import LanguageModelConfig
+from resformer_kernels.models.generation import Generation, generate
 from resformer_kernels.nn import (
     DenseMix,
     EmbeddingMix,
@@ -71,6 +75,7 @@ class Block(nn.Module):
 
     def __init__(self, config: LanguageModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.attention_norm = nn.RMSNorm(config.dim)
         self.attention = ValueResidualAttention(
             config.dim,
@@ -86,11 +91,22 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.dim, config.resolved_mlp_hidden)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, token_ids: Tensor, *earlier_values: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        token_ids: Tensor,
+        *earlier_values: Tensor,
+        cache: SharedValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream after this block, (B, T, dim), and this layer's values (B, T, Hkv, D)."""
         attended, values = self.attention(
-            self.attention_norm(x), *earlier_values, rotary=(cos, sin), token_ids=token_ids
+            self.attention_norm(x),
+            *earlier_values,
+            rotary=(cos, sin),
+            token_ids=token_ids,
+            cache=cache,
+            layer=self.layer,
         )
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), values
@@ -138,23 +154,74 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: token_ids is not (B, T), or longer than max_seqlen.
         """
+        logits = self.head(self.hidden(token_ids))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
+        """What the head reads, (B, T, dim), of tokens (B, T).
+
+        With a cache these are the next T tokens of each of its sequences, and are appended to it:
+        all of them, or none where this raises. Needs torch.no_grad() then.
+
+        Raises:
+            ValueError: token_ids is not (B, T), or longer than max_seqlen with what is cached.
+            RuntimeError: the cache is full, or gradients are enabled with a cache.
+        """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got shape {tuple(token_ids.shape)}")
-        cos, sin = self.rotary(token_ids.shape[1])
+        if cache is None:
+            return self._stream(token_ids, self.rotary(token_ids.shape[1]), None)
+        try:
+            rotary = self.rotary.after(cache.lengths, token_ids.shape[1])
+            return self._stream(token_ids, rotary, cache)
+        finally:
+            cache.rollback()
+
+    def _stream(
+        self, token_ids: Tensor, rotary: tuple[Tensor, Tensor], cache: SharedValueCache | None
+    ) -> Tensor:
         x = self.embedding(token_ids)
         earlier: tuple[Tensor, ...] = ()
         for layer, block in enumerate(self.blocks):
-            arguments = (x, cos, sin, token_ids, *earlier)
-            if self.config.checkpointing and torch.is_grad_enabled():
+            arguments = (x, *rotary, token_ids, *earlier)
+            if cache is not None:
+                x, values = block(*arguments, cache=cache)
+            elif self.config.checkpointing and torch.is_grad_enabled():
                 x, values = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, values = block(*arguments)
             if layer == 0 or self.config.variant == "dense":
                 earlier = (*earlier, values)
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.norm(x)
+
+    def new_cache(
+        self, batch: int, max_seqlen: int | None = None, **options: Any
+    ) -> SharedValueCache:
+        """An empty cache for this model: SVFormer's values once, else keys and V' of every layer.
+
+        Args:
+            batch: sequences.
+            max_seqlen: tokens of each; None: the model's.
+            options: of `SharedValueCache`: `dtype` (the weights' by default), `num_pages` and
+                `page_size` for pages.
+        """
+        config = self.config
+        layout = KVLayout.svformer if config.variant == "svformer" else KVLayout.standard
+        defaults = {"dtype": self.embedding.weight.dtype, "device": self.embedding.weight.device}
+        return SharedValueCache(
+            layout(config.num_layers),
+            batch=batch,
+            max_seqlen=config.max_seqlen if max_seqlen is None else max_seqlen,
+            num_kv_heads=config.resolved_kv_heads,
+            head_dim=config.resolved_head_dim,
+            **{**defaults, **options},
+        )
+
+    def generate(self, token_ids: Tensor, max_new_tokens: int, **options: Any) -> Generation:
+        """Continue each row of token_ids: `models.generation.generate` has the arguments."""
+        return generate(self, token_ids, max_new_tokens, **options)
 
 
 def parameter_count(config: LanguageModelConfig) -> int:

@@ -40,6 +40,13 @@ class MixedValues(NamedTuple):
     lambda_v: float | Tensor = 1.0
     lambda_first: float | Tensor = 1.0
 
+    def cached(self) -> Tensor | None:
+        """V', which a cache keeps: this layer's values once gates and λ have done their work. None
+        for V₁ alone, which the first layer has cached."""
+        if self.v is None or self.v_first is None:
+            return self.v
+        return mix_values((self.v, self.v_first), (self.lambda_v, self.lambda_first))
+
 
 def _own(sources: ValueSources, mix: nn.Module) -> Tensor:
     if sources.own is None:
