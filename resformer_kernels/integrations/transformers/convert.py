@@ -1,0 +1,113 @@
+"""Turning a stock model into a value-residual one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from resformer_kernels.integrations.transformers.config import RESFORMER_VARIANTS, SVFORMER
+from resformer_kernels.integrations.transformers.families import (
+    FAMILIES,
+    KINDS,
+    Family,
+    restructure,
+)
+from resformer_kernels.integrations.transformers.model import (
+    ValueResidualPreTrained,
+    refuse_reentrant,
+)
+
+
+def convert_to_resformer(
+    model: Any,
+    variant: str = "learnable",
+    layers: Iterable[int] | None = None,
+    *,
+    lambda_v: float | None = None,
+    lambda_first: float | None = None,
+) -> Any:
+    """Give a Llama, Qwen2 or ModernBERT a value residual (Zhou et al., arXiv 2410.17897), in place.
+
+    Layer n of those chosen attends over `V' = lambda_v * V + lambda_first * V1`, V1 being the
+    values of layer 0; SVFormer's over V1 alone, and its `v_proj` is dropped. With `lambda_v=1.0,
+    lambda_first=0.0` the model computes what it did before, to the bit, and learns from there;
+    the variants' own coefficients change a trained model's output.
+
+    Args:
+        model: a model of transformers, with a head or without one, such as `LlamaForCausalLM`;
+            convert before PEFT wraps it.
+        variant: "identity", "constant", "sparse" (fixed coefficients), "learnable" (a pair a
+            layer), "learnable-plus" (a pair a KV head), "dense" (learned, over all earlier
+            layers) or "svformer"; see `resformer_kernels.models.VARIANTS`.
+        layers: which layers, counted from 0, of which layer 0 cannot be one. None: all others; of
+            "sparse" the last three eighths.
+        lambda_v: in place of the variant's own coefficient of this layer's values, as the start
+            where it is learned. Not for "dense" and "svformer".
+        lambda_first: the same for the first layer's values.
+
+    Returns:
+        The model itself, now for instance a `ResFormerLlamaForCausalLM`, with a copy of its config
+        that holds the variant. Parameters keep their names and identity; learned coefficients are
+        new ones, `...v_mix.lambda_v` and `...v_mix.lambda_first`, in float32, for an optimiser to
+        take up.
+
+    Raises:
+        TypeError: model is not of a class that can be converted, or is converted already, or its
+            weights are of a kind that "svformer" cannot split.
+        ValueError: variant, layers or a coefficient is out of range, or the model checkpoints its
+            layers with use_reentrant=True.
+    """
+    family = _family(model)
+    kind = _kind(variant)
+    stock_config = model.config
+    config = copy.deepcopy(stock_config)
+    config.__class__ = family.configs[kind]
+    config.value_residual = variant
+    config.value_residual_layers = None if layers is None else list(layers)
+    config.lambda_v, config.lambda_first = lambda_v, lambda_first
+    config.resolve_value_residual()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            refuse_reentrant(module._gradient_checkpointing_func)
+    if variant == SVFORMER:
+        for i in config.value_residual_layers:
+            stock = getattr(model.base_model.layers[i], family.layer.attention_name)
+            family.attention.check_value_projection(stock)
+
+    for module in model.modules():
+        if getattr(module, "config", None) is stock_config:
+            module.config = config
+    model.__class__ = family.models[kind][type(model)]
+    restructure(model)
+    for part in {model, model.base_model}:
+        part._no_split_modules = set(part._no_split_modules) | set(type(part)._no_split_modules)
+        part._keep_in_fp32_modules_strict = {
+            *part._keep_in_fp32_modules_strict,
+            *ValueResidualPreTrained._keep_in_fp32_modules_strict,
+        }
+    return model
+
+
+def _family(model: Any) -> Family:
+    if isinstance(model, ValueResidualPreTrained):
+        raise TypeError(f"model has a value residual already, got {type(model).__name__}")
+    known: list[str] = []
+    for family in FAMILIES:
+        classes = family.models["ResFormer"]
+        if type(model) in classes:
+            return family
+        known.extend(stock.__name__ for stock in classes)
+    hint = "; convert the model inside it first" if isinstance(model, nn.Module) else ""
+    raise TypeError(f"model must be one of {', '.join(known)}, got {type(model).__name__}{hint}")
+
+
+def _kind(variant: str) -> str:
+    for kind, variants in KINDS.items():
+        if variant in variants:
+            return kind
+    raise ValueError(
+        f"variant must be one of {', '.join((*RESFORMER_VARIANTS, SVFORMER))}, got {variant!r}"
+    )

@@ -1,0 +1,223 @@
+"""The classes of each family, made from the shared parts and the family's own classes.
+
+A family has one attention and one layer class, and for ResFormer and for SVFormer a config, an
+inner model and the models with a head, under `ResFormer` or `SVFormer` and the stock name. They
+are registered with transformers' Auto classes when this module is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.llama import modeling_llama
+from transformers.models.modernbert import modeling_modernbert
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from resformer_kernels.integrations.transformers.attention import (
+    DecoderAttention,
+    EncoderAttention,
+)
+from resformer_kernels.integrations.transformers.config import (
+    RESFORMER_VARIANTS,
+    SVFORMER,
+    ValueResidualFields,
+    build_value_mix,
+)
+from resformer_kernels.integrations.transformers.model import (
+    DecoderModel,
+    EncoderModel,
+    ResidualLayer,
+    ValueResidualPreTrained,
+)
+
+KINDS = {"ResFormer": RESFORMER_VARIANTS, "SVFormer": (SVFORMER,)}
+"""The prefixes of the classes, and which variants each serves."""
+
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What tells one family from another.
+
+    Attributes:
+        name: how its classes are named.
+        modeling: its module in transformers.
+        layer: the suffix of the name of its layer class.
+        layer_attributes: where its layers keep attention and norms.
+        attention, model: the shared implementations that it takes.
+        heads: the suffixes of its models with a head.
+    """
+
+    name: str
+    modeling: Any
+    layer: str
+    layer_attributes: dict[str, Any]
+    attention: type
+    model: type
+    heads: tuple[str, ...]
+
+    def stock(self, suffix: str) -> type:
+        """The family's own class of that suffix."""
+        found: type = getattr(self.modeling, self.name + suffix)
+        return found
+
+
+_DECODER: dict[str, Any] = {
+    "layer": "DecoderLayer",
+    "layer_attributes": {
+        "attention_name": "self_attn",
+        "norm_names": ("input_layernorm", "post_attention_layernorm"),
+    },
+    "attention": DecoderAttention,
+    "model": DecoderModel,
+    "heads": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+}
+_ENCODER: dict[str, Any] = {
+    "layer": "EncoderLayer",
+    "layer_attributes": {
+        "attention_name": "attn",
+        "norm_names": ("attn_norm", "mlp_norm"),
+    },
+    "attention": EncoderAttention,
+    "model": EncoderModel,
+    "heads": (
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    ),
+}
+PARTS = (
+    Parts("Llama", modeling_llama, **_DECODER),
+    Parts("Qwen2", modeling_qwen2, **_DECODER),
+    Parts("ModernBert", modeling_modernbert, **_ENCODER),
+)
+"""Every family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes made for a family."""
+
+    parts: Parts
+    attention: Any
+    layer: Any
+    configs: dict[str, type] = field(default_factory=dict)
+    """By prefix: "ResFormer", "SVFormer"."""
+    models: dict[str, dict[type, type]] = field(default_factory=dict)
+    """By prefix: the stock class, with a head or inner, to the class that takes its place."""
+
+
+def _publish(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
+    """A class of this module, found under its name by pickle and by `from_pretrained`."""
+    made = type(name, bases, {"__module__": __name__, **attributes})
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def _head_init(self: Any, config: Any, *inputs: Any, **kwargs: Any) -> None:
+    """Build the family's own model, then put the residual into its layers."""
+    super(self._built_by, self).__init__(config, *inputs, **kwargs)
+    restructure(self)
+
+
+def _make_family(parts: Parts) -> Family:
+    prefix = f"ValueResidual{parts.name}"
+    attention = _publish(
+        f"{prefix}Attention",
+        (parts.attention, parts.stock("Attention")),
+        __doc__=f"{parts.name}'s attention over mixed or shared values.",
+        rotate=staticmethod(parts.modeling.apply_rotary_pos_emb),
+        eager=staticmethod(parts.modeling.eager_attention_forward),
+    )
+    layer = _publish(
+        f"{prefix}{parts.layer}",
+        (ResidualLayer, parts.stock(parts.layer)),
+        __doc__=f"{parts.name}'s layer, which takes and hands on values.",
+        **parts.layer_attributes,
+    )
+    family = Family(parts, attention, layer)
+    for kind, variants in KINDS.items():
+        _make_models(family, kind, variants)
+    return family
+
+
+def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
+    parts = family.parts
+    stock_config = parts.stock("Model").config_class  # type: ignore[attr-defined]
+    config = _publish(
+        f"{kind}{parts.name}Config",
+        (ValueResidualFields, stock_config),
+        __doc__=f"{stock_config.__name__} and the fields of `ValueResidualFields`.",
+        model_type=f"{kind.lower()}_{stock_config.model_type}",
+        variants=variants,
+        # The default of SVFormer's one variant: a field of its own, for the config is a dataclass.
+        __annotations__={"value_residual": str},
+        value_residual="learnable" if "learnable" in variants else variants[0],
+    )
+    family.configs[kind] = config
+    family.models[kind] = {}
+    transformers.AutoConfig.register(config.model_type, config)  # type: ignore[attr-defined]
+    for suffix in ("Model", *parts.heads):
+        stock = parts.stock(suffix)
+        shared = parts.model if suffix == "Model" else ValueResidualPreTrained
+        made = _publish(
+            f"{kind}{parts.name}{suffix}",
+            (shared, stock),
+            __doc__=f"{stock.__name__} with a value residual: {', '.join(variants)}.",
+            __init__=_head_init,
+            config_class=config,
+            _no_split_modules=[*(stock._no_split_modules or ()), family.layer.__name__],  # type: ignore[attr-defined]
+        )
+        made._built_by = made  # type: ignore[attr-defined]
+        family.models[kind][stock] = made
+        # The registry that output_hidden_states reads is filled when a model is built; a model
+        # that is converted never is. It is a dict by the class's text.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)  # type: ignore[attr-defined]
+        auto = "AutoModel" if suffix == "Model" else _AUTO_CLASSES[suffix]
+        getattr(transformers, auto).register(config, made)
+
+
+FAMILIES = tuple(_make_family(parts) for parts in PARTS)
+"""The families with their classes."""
+
+
+def family_of(config: Any) -> tuple[Family, str]:
+    """The family of a value-residual config, and the prefix of its classes."""
+    for family in FAMILIES:
+        for kind, config_class in family.configs.items():
+            if isinstance(config, config_class):
+                return family, kind
+    raise TypeError(f"config must be of a value-residual model, got {type(config).__name__}")
+
+
+def restructure(model: Any) -> None:
+    """Put the residual that model.config names into the layers of a stock model, in place.
+
+    Modules keep their identity, weights and hooks, and change their class.
+    """
+    family, kind = family_of(model.config)
+    inner_class = family.models[kind][family.parts.stock("Model")]
+    inner: Any = model if isinstance(model, inner_class) else model.base_model
+    if isinstance(inner.layers[0], family.layer):
+        return  # A head whose inner model was built by AutoModel: done already.
+    inner.__class__ = inner_class
+    for i, layer in enumerate(inner.layers):
+        layer.__class__ = family.layer
+        attention = getattr(layer, layer.attention_name)
+        attention.__class__ = family.attention
+        with torch.device(next(attention.parameters()).device):
+            v_mix = build_value_mix(model.config, i)
+        attention.adopt(v_mix.train(attention.training), i == 0 and kind == "SVFormer")

@@ -1,0 +1,212 @@
+"""The layers and the inner models: stock ones, but for the values that travel between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from resformer_kernels.nn import DenseMix, LearnedMix
+
+
+def refuse_reentrant(checkpoint_function: Any) -> None:
+    """Raise where a checkpointing function of transformers is the reentrant kind.
+
+    Reentrant checkpointing runs a layer without autograd and knows its gradients by the layer's
+    positional inputs alone: where these need none, as under LoRA without input gradients, the
+    first layer's values, which every layer reads, would silently train no further.
+    """
+    options = getattr(checkpoint_function, "keywords", None)
+    # Without the option torch's own default applies, which is reentrant.
+    if options is not None and options.get("use_reentrant", True) in (True, None):
+        raise ValueError(
+            "gradient checkpointing of a value-residual model must be non-reentrant, got "
+            f"use_reentrant={options.get('use_reentrant')}: reentrant checkpointing can lose the "
+            "gradient of the first layer's values. Pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+class ResidualLayer:
+    """A layer of any family: attention and MLP, each after a norm and added to the stream."""
+
+    norm_names: tuple[str, str]
+    attention_name: str
+
+    def forward(
+        self, hidden_states: Tensor, *earlier: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The stream (B, T, dim), and the values that the attention hands on, (B, T, Hkv, D).
+
+        Tensors that need a gradient are positional: a checkpoint sees them.
+        """
+        attention_norm, mlp_norm = (getattr(self, name) for name in self.norm_names)
+        attention: Callable[..., Any] = getattr(self, self.attention_name)
+        attended, _, values = attention(attention_norm(hidden_states), *earlier, **kwargs)
+        hidden_states = hidden_states + attended
+        mlp: Callable[[Tensor], Tensor] = self.mlp  # type: ignore[attr-defined]
+        return hidden_states + mlp(mlp_norm(hidden_states)), values
+
+
+class ValueResidualPreTrained:
+    """What inner models and models with a head share."""
+
+    # Coefficients are few and train badly in 16 bits; the kernels take float32 beside any dtype.
+    _keep_in_fp32_modules_strict = ("v_mix",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (LearnedMix, DenseMix)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        if enable:
+            refuse_reentrant(kwargs.get("gradient_checkpointing_func"))
+        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
+
+
+class ValueResidualModel(ValueResidualPreTrained):
+    """What the inner models share."""
+
+    layers: nn.ModuleList
+    config: Any
+    training: bool
+
+    def run_layers(
+        self, hidden_states: Tensor, arguments: Callable[[int], dict[str, Any]], **kwargs: Any
+    ) -> Tensor:
+        """Run every layer, and hand the values of the first (Dense: of all) to the later ones.
+
+        Args:
+            hidden_states: (B, T, dim).
+            arguments: what layer i takes beside kwargs, which all of them take.
+        """
+        earlier: tuple[Tensor, ...] = ()
+        keeps_all = self.config.value_residual == "dense"
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if self.training and layer.gradient_checkpointing:
+                refuse_reentrant(layer._gradient_checkpointing_func)
+            hidden_states, values = layer(hidden_states, *earlier, **arguments(i), **kwargs)
+            if i == 0 or keeps_all:
+                earlier = (*earlier, values)
+        return hidden_states
+
+
+class DecoderModel(ValueResidualModel):
+    """The inner model of Llama and Qwen2."""
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            length = hidden_states.shape[1]
+            position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+
+        kinds = getattr(self.config, "layer_types", None)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            inputs = {
+                "config": self.config,
+                "inputs_embeds": hidden_states,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"full_attention": create_causal_mask(**inputs)}
+            if kinds is not None and "sliding_attention" in kinds:
+                masks["sliding_attention"] = create_sliding_window_causal_mask(**inputs)
+
+        hidden_states = self.run_layers(
+            hidden_states,
+            lambda i: {"attention_mask": masks["full_attention" if kinds is None else kinds[i]]},
+            position_embeddings=self.rotary_emb(hidden_states, position_ids=position_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+class EncoderModel(ValueResidualModel):
+    """The inner model of ModernBERT."""
+
+    embeddings: nn.Module
+    rotary_emb: nn.Module
+    final_norm: nn.Module
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if position_ids is None:
+            length = hidden_states.shape[1]
+            position_ids = torch.arange(length, device=hidden_states.device).unsqueeze(0)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            inputs = {
+                "config": self.config,
+                "inputs_embeds": hidden_states,
+                "attention_mask": attention_mask,
+            }
+            masks = {
+                "full_attention": create_bidirectional_mask(**inputs),
+                "sliding_attention": create_bidirectional_sliding_window_mask(**inputs),
+            }
+        kinds = self.config.layer_types
+        rotary = {kind: self.rotary_emb(hidden_states, position_ids, kind) for kind in set(kinds)}
+        hidden_states = self.run_layers(
+            hidden_states,
+            lambda i: {
+                "attention_mask": masks[kinds[i]],
+                "position_embeddings": rotary[kinds[i]],
+            },
+            **kwargs,
+        )
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))

@@ -1,0 +1,76 @@
+"""Tiny models of transformers, for tests alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers (pip install 'resformer-kernels[transformers]')"
+)
+
+from resformer_kernels.integrations.transformers import convert_to_resformer  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+# transformers announces its own deprecations to those who use what it offers.
+QUIET = (
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+)
+
+DECODERS = ("Llama", "Qwen2")
+FAMILIES = (*DECODERS, "ModernBert")
+_SIZE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    # Wide enough for greedy choices that rounding cannot change.
+    "initializer_range": 0.4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def stock(family: str, head: str | None = None, **changes: Any) -> Any:
+    """A random model of a family of transformers, evaluating, with the head of its usual task."""
+    extra: dict[str, Any] = {"num_key_value_heads": 2}
+    if family == "ModernBert":
+        extra = {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
+    suffix = head or ("ForMaskedLM" if family == "ModernBert" else "ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(**{**_SIZE, **extra, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}{suffix}")(config).eval()
+
+
+def converted(family: str, variant: str = "learnable", **options: Any) -> Any:
+    """The same model with a value residual whose learned coefficients are not all alike."""
+    model = convert_to_resformer(stock(family), variant, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".v_mix." in name:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
+    """(batch, length) token ids that are neither padding nor special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 64, (batch, length), generator=generator)
+
+
+def left_padded(length: int = 11, padding: int = 4) -> dict[str, Tensor]:
+    """Two prompts, the second shorter by `padding`."""
+    ids = tokens(length=length)
+    ids[1, :padding] = 0
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
