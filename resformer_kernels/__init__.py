@@ -6,11 +6,13 @@ from resformer_kernels.attention.api import (
     value_residual_attention_varlen,
 )
 from resformer_kernels.mix.api import mix_value_embedding, mix_values
+from resformer_kernels.scan.api import linear_scan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "explain",
+    "linear_scan",
     "mix_value_embedding",
     "mix_values",
     "value_residual_attention",
