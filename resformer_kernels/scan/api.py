@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.scan import reference
+from resformer_kernels.scan import native, reference, triton
 from resformer_kernels.scan.call import check_scan
 from resformer_kernels.scan.ops import SCAN
 
-BACKENDS = (reference,)
+BACKENDS = (native, triton, reference)
 
 
 def _prepare(
@@ -56,7 +56,7 @@ def linear_scan(
         cu_seqlens: (S + 1,), int32: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1
             and shares no state with the others. Tokens after the last one are not read; their
             states are zeros.
-        backend: "auto" or "reference". A name never falls back.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
         (states, final_state): the states in tokens' shape and dtype, and the state after the last

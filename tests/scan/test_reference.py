@@ -30,15 +30,12 @@ def test_is_the_recurrence_written_out(dtype: torch.dtype, invariant: bool, reve
     d_gates, d_tokens, d_initial = torch.autograd.grad(
         (states, final), (gates, tokens, initial), (d_states, d_final)
     )
-    every = gates.expand(2, 7, 3)
+    every, steps = gates.expand(2, 7, 3).detach(), tokens.detach()
     axes = (1,) if reverse else ()
+    if reverse:
+        every, steps, d_states = every.flip(1), steps.flip(1), d_states.flip(1)
     found = [
-        scan_by_hand(
-            *(x[b].flip(0) if axes else x[b] for x in (every.detach(), tokens.detach())),
-            initial[b].detach(),
-            d_states[b].flip(0) if axes else d_states[b],
-            d_final[b],
-        )
+        scan_by_hand(every[b], steps[b], initial[b].detach(), d_states[b], d_final[b])
         for b in range(2)
     ]
     stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
