@@ -1,20 +1,14 @@
 // The kernels of the scan for one instruction set. They are bound by memory: each operand is read once, in
 // order, and the state of the channels stays in the first-level cache.
-#include "scan/complex_lanes.h"
+#include "scan/lanes.h"
 #include "scan/scan.h"
 
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of a row that are asked for before the row that is worked on
+constexpr int64_t kAhead = 4096;  // bytes of an operand that are asked for before they are worked on
 
-// body(c, n): once a vector of kLanes lanes, and once for the n that are left over.
-template <class Body>
-RESFORMER_INLINE void for_vectors(int64_t lanes, const Body& body) {
-  int64_t c = 0;
-  for (; c + kLanes <= lanes; c += kLanes) body(c, static_cast<int64_t>(kLanes));
-  if (c < lanes) body(c, lanes - c);
-}
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 RESFORMER_INLINE Vec get(const T* p, int64_t n) {
@@ -56,71 +50,80 @@ struct Walk {
         by(rows.data == nullptr ? 0 : piece.direction * rows.step) {}
 
   void next() { at += by; }
+
+  // Asks for what lies `rows` further.
+  void ahead(int64_t rows, int64_t c) const { __builtin_prefetch(at + rows * by + c, 0, 0); }
 };
+
+template <class T>
+int64_t rows_ahead(int64_t lanes) {
+  return smaller(64, 1 + kAhead / (lanes * static_cast<int64_t>(sizeof(T))));
+}
 
 // Whether every full vector of the rows starts where a streaming store may go.
 template <class T>
 bool aligned(const Walk<T>& rows) {
-  constexpr uintptr_t mask = sizeof(Vec) - 1;
+  constexpr uintptr_t mask = kLanes * sizeof(T) - 1;
   return ((reinterpret_cast<uintptr_t>(rows.at) | static_cast<uintptr_t>(rows.by * sizeof(T))) & mask) == 0;
+}
+
+// next() walks on by a step, and at(c, n, carry) gives the new carry of the n lanes from c on. What does not
+// fill more than a vector stays in a register.
+template <class Next, class At>
+RESFORMER_INLINE void for_steps(int64_t steps, int64_t lanes, float* carry, const Next& next, const At& at) {
+  if (lanes <= kLanes) {
+    Vec kept = load(carry);
+    for (int64_t i = 0; i < steps; ++i, next()) kept = at(i, 0, lanes, kept);
+    return store(carry, kept);
+  }
+  for (int64_t i = 0; i < steps; ++i, next()) {
+    int64_t c = 0;
+    for (; c + kLanes <= lanes; c += kLanes) store(carry + c, at(i, c, kLanes, load(carry + c)));
+    if (c < lanes) store(carry + c, at(i, c, lanes - c, load(carry + c)));
+  }
 }
 
 template <class T, class G, bool COMPLEX, bool CONSTANT, bool STREAM>
 void forward_steps(const ScanForward& f, const ScanPiece& piece, int64_t begin, int64_t end, float* carry) {
-  const int64_t lanes = end - begin;
+  const int64_t lanes = end - begin, ahead = rows_ahead<T>(lanes);
   Walk<const T> x(f.tokens, piece, begin);
   Walk<const G> g(f.gates, piece, begin);
   Walk<T> h(f.states, piece, begin);
   const float* constant = CONSTANT ? f.constant_gates + begin : nullptr;
-  for (int64_t i = 0; i < piece.steps; ++i) {
-    for_vectors(lanes, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-      Vec gate;
-      if constexpr (CONSTANT) {
-        gate = load(constant + c);
-      } else {
-        gate = get(g.at + c, n);
-      }
-      const Vec state = fma_of<COMPLEX>(gate, load(carry + c), get(x.at + c, n));
-      store(carry + c, state);
-      put<STREAM>(h.at + c, state, n);
-    });
+  const auto next = [&]() __attribute__((always_inline)) {
     x.next();
     if constexpr (!CONSTANT) g.next();
     h.next();
-  }
+  };
+  for_steps(piece.steps, lanes, carry, next,
+            [&](int64_t, int64_t c, int64_t n, Vec before) __attribute__((always_inline)) {
+              x.ahead(ahead, c);
+              Vec gate;
+              if constexpr (CONSTANT) {
+                gate = load(constant + c);
+              } else {
+                g.ahead(ahead, c);
+                gate = get(g.at + c, n);
+              }
+              const Vec state = fma_of<COMPLEX>(gate, before, get(x.at + c, n));
+              put<STREAM>(h.at + c, state, n);
+              return state;
+            });
   if constexpr (STREAM) end_of_stream();
 }
 
 template <class T, class G, bool COMPLEX, bool CONSTANT>
 void forward_as(const ScanForward& f, const ScanPiece& piece, int64_t begin, int64_t end, float* carry) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (f.stream && aligned(Walk<T>(f.states, piece, begin)))
-      return forward_steps<T, G, COMPLEX, CONSTANT, true>(f, piece, begin, end, carry);
-  }
+  if (f.stream && aligned(Walk<T>(f.states, piece, begin)))
+    return forward_steps<T, G, COMPLEX, CONSTANT, true>(f, piece, begin, end, carry);
   forward_steps<T, G, COMPLEX, CONSTANT, false>(f, piece, begin, end, carry);
-}
-
-typedef double VecDouble __attribute__((vector_size(sizeof(Vec))));
-typedef float VecHalf __attribute__((vector_size(sizeof(Vec) / 2)));
-
-RESFORMER_INLINE void add_to(double* sums, Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = 0; half < 2; ++half) {
-    VecHalf narrow;
-    VecDouble sum;
-    memcpy(&narrow, lanes + half * (kLanes / 2), sizeof(narrow));
-    memcpy(&sum, sums + half * (kLanes / 2), sizeof(sum));
-    sum += __builtin_convertvector(narrow, VecDouble);
-    memcpy(sums + half * (kLanes / 2), &sum, sizeof(sum));
-  }
 }
 
 // One vector of one step: a = dh + carry, dx = a, dg = a conj(h before), carry = conj(g) a.
 template <class T, class G, bool COMPLEX, bool CONSTANT, bool STREAM>
 void backward_steps(const ScanBackward& b, const ScanPiece& piece, int64_t begin, int64_t end,
                     const ScanState& s) {
-  const int64_t lanes = end - begin;
+  const int64_t lanes = end - begin, ahead = rows_ahead<T>(lanes);
   Walk<const T> grad(b.grad, piece, begin);
   Walk<const G> g(b.gates, piece, begin);
   Walk<const T> h(b.states, piece, begin);
@@ -128,45 +131,48 @@ void backward_steps(const ScanBackward& b, const ScanPiece& piece, int64_t begin
   Walk<G> dg(b.d_gates, piece, begin);
   const float* constant = CONSTANT ? b.constant_gates + begin : nullptr;
   const bool wanted = dg.at != nullptr || s.sums != nullptr;
-  float* carry = s.carry;
-  for (int64_t i = 0; i < piece.steps; ++i) {
-    h.next();  // the step that the scan took before this one is visited after it
-    const float* entering = i + 1 == piece.steps ? s.before : nullptr;
-    for_vectors(lanes, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-      Vec a = load(carry + c);
-      if (grad.at != nullptr) a = add(a, get(grad.at + c, n));
-      if (dx.at != nullptr) put<STREAM>(dx.at + c, a, n);
-      if (wanted) {
-        const Vec d = conj_mul_of<COMPLEX>(entering ? load(entering + c) : get(h.at + c, n), a);
-        if (CONSTANT) {
-          add_to(s.sums + c, d);
-        } else {
-          put<STREAM && sizeof(G) == sizeof(float)>(dg.at + c, d, n);
-        }
-      }
-      Vec gate;
-      if constexpr (CONSTANT) {
-        gate = load(constant + c);
-      } else {
-        gate = get(g.at + c, n);
-      }
-      store(carry + c, conj_mul_of<COMPLEX>(gate, a));
-    });
+  h.next();  // the step that the scan took before this one is visited after it
+  const auto next = [&]() __attribute__((always_inline)) {
     grad.next();
     if constexpr (!CONSTANT) g.next();
+    h.next();
     dx.next();
     dg.next();
-  }
+  };
+  for_steps(piece.steps, lanes, s.carry, next,
+            [&](int64_t i, int64_t c, int64_t n, Vec a) __attribute__((always_inline)) {
+              if (grad.at != nullptr) {
+                grad.ahead(ahead, c);
+                a = add(a, get(grad.at + c, n));
+              }
+              if (dx.at != nullptr) put<STREAM>(dx.at + c, a, n);
+              if (wanted) {
+                h.ahead(ahead, c);
+                const bool first = s.before != nullptr && i + 1 == piece.steps;
+                const Vec d = conj_mul_of<COMPLEX>(first ? load(s.before + c) : get(h.at + c, n), a);
+                if constexpr (CONSTANT) {
+                  add_to(s.sums + c, d);
+                } else {
+                  put<STREAM>(dg.at + c, d, n);
+                }
+              }
+              Vec gate;
+              if constexpr (CONSTANT) {
+                gate = load(constant + c);
+              } else {
+                g.ahead(ahead, c);
+                gate = get(g.at + c, n);
+              }
+              return conj_mul_of<COMPLEX>(gate, a);
+            });
   if constexpr (STREAM) end_of_stream();
 }
 
 template <class T, class G, bool COMPLEX, bool CONSTANT>
 void backward_as(const ScanBackward& b, const ScanPiece& piece, int64_t begin, int64_t end,
                  const ScanState& s) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (b.stream && aligned(Walk<T>(b.d_tokens, piece, begin)) && aligned(Walk<G>(b.d_gates, piece, begin)))
-      return backward_steps<T, G, COMPLEX, CONSTANT, true>(b, piece, begin, end, s);
-  }
+  if (b.stream && aligned(Walk<T>(b.d_tokens, piece, begin)) && aligned(Walk<G>(b.d_gates, piece, begin)))
+    return backward_steps<T, G, COMPLEX, CONSTANT, true>(b, piece, begin, end, s);
   backward_steps<T, G, COMPLEX, CONSTANT, false>(b, piece, begin, end, s);
 }
 
