@@ -9,6 +9,7 @@ from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.cache import SharedValueCache
 from resformer_kernels.kvcache.layout import KVLayout
 from resformer_kernels.mix.api import mix_value_embedding, mix_values
+from resformer_kernels.scan.api import linear_scan
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "SharedValueCache",
     "attention_with_kvcache",
     "explain",
+    "linear_scan",
     "mix_value_embedding",
     "mix_values",
     "value_residual_attention",

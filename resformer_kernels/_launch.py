@@ -51,8 +51,8 @@ def wants_gradient(leaves: Iterable[Tensor | None]) -> bool:
 def vmap_error(op: str) -> str:
     """What an op that has no batching rule says."""
     return (
-        f"{op} does not support torch.func.vmap: it takes a batch axis of its own "
-        "(B, T, H, D); fold the mapped axis into B instead"
+        f"{op} does not support torch.func.vmap: it takes a batch axis of its own; fold the mapped "
+        "axis into that instead"
     )
 
 

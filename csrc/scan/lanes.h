@@ -1,0 +1,116 @@
+// What a scan needs of a vector beside simd.h: products of complex numbers whose parts lie side by side, rows
+// that do not fill a vector, sums in float64, and stores that pass the caches by.
+#pragma once
+
+#include "common/simd.h"
+
+namespace resformer::RESFORMER_ISA {
+
+template <class T>
+static inline Vec load_part(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class T>
+static inline void store_part(T* p, Vec x, int64_t n) {
+  T padded[kLanes];
+  store(padded, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+#if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
+
+static inline Vec load_part(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+static inline void store_part(float* p, Vec x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
+}
+static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+template <class T>
+static inline void stream(T* p, Vec x) {
+  alignas(32) T narrow[kLanes];
+  store(narrow, x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<__m256i*>(narrow)));
+}
+static inline void end_of_stream() { _mm_sfence(); }
+
+static inline void add_to(double* sums, Vec x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+// a * b + c, each lane pair a complex number.
+static inline Vec complex_fma(Vec a, Vec b, Vec c) {
+  const Vec cross = _mm512_fmaddsub_ps(_mm512_movehdup_ps(a), _mm512_permute_ps(b, 0xb1), c);
+  return _mm512_fmaddsub_ps(_mm512_moveldup_ps(a), b, cross);
+}
+// conj(a) * b.
+static inline Vec conj_mul(Vec a, Vec b) {
+  const Vec cross = _mm512_mul_ps(_mm512_movehdup_ps(a), _mm512_permute_ps(b, 0xb1));
+  return _mm512_fmsubadd_ps(_mm512_moveldup_ps(a), b, cross);
+}
+
+#elif defined(RESFORMER_ISA_AVX2)
+
+static inline __m256i first_lanes(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), lane);
+}
+static inline Vec load_part(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+static inline void store_part(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+static inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+template <class T>
+static inline void stream(T* p, Vec x) {
+  alignas(16) T narrow[kLanes];
+  store(narrow, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(narrow)));
+}
+static inline void end_of_stream() { _mm_sfence(); }
+
+static inline void add_to(double* sums, Vec x) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
+  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+}
+
+static inline Vec complex_fma(Vec a, Vec b, Vec c) {
+  const Vec cross = _mm256_fmaddsub_ps(_mm256_movehdup_ps(a), _mm256_permute_ps(b, 0xb1), c);
+  return _mm256_fmaddsub_ps(_mm256_moveldup_ps(a), b, cross);
+}
+static inline Vec conj_mul(Vec a, Vec b) {
+  const Vec cross = _mm256_mul_ps(_mm256_movehdup_ps(a), _mm256_permute_ps(b, 0xb1));
+  return _mm256_fmsubadd_ps(_mm256_moveldup_ps(a), b, cross);
+}
+
+#else
+
+template <class T>
+static inline void stream(T* p, Vec x) {
+  store(p, x);
+}
+static inline void end_of_stream() {}
+
+static inline void add_to(double* sums, Vec x) {
+  for (int i = 0; i < kLanes; ++i) sums[i] += x[i];
+}
+
+static inline Vec complex_fma(Vec a, Vec b, Vec c) {
+  const Vec re = {a[0], a[0], a[2], a[2]}, im = {-a[1], a[1], -a[3], a[3]},
+            swapped = {b[1], b[0], b[3], b[2]};
+  return re * b + (im * swapped + c);
+}
+static inline Vec conj_mul(Vec a, Vec b) {
+  const Vec re = {a[0], a[0], a[2], a[2]}, im = {a[1], -a[1], a[3], -a[3]},
+            swapped = {b[1], b[0], b[3], b[2]};
+  return re * b + im * swapped;
+}
+
+#endif
+
+}  // namespace resformer::RESFORMER_ISA

@@ -1,0 +1,202 @@
+// How a scan is shared out over threads: sequences, ranges of lanes and, where those are too few, stretches
+// of time. Whatever the cut, every lane goes through the same arithmetic in the same order: the bits depend
+// on nothing but the operands.
+//
+// Stretches of time are guessed first and proved then. All of them run at once, each but the first from a
+// state of zero, and note the state after every block of kScanBlock steps. Then, one after another, each is
+// run again from the state in which its left neighbour really ended, block by block, until the state after a
+// block has the bits that were noted: from there on everything is right. Gates below 1 in modulus forget
+// where they began, so that this takes few blocks; gates that forget nothing cost as much as one thread.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/parallel.h"
+#include "scan/scan.h"
+
+namespace resformer::scan_host {
+
+constexpr int64_t kLeastLanes = 128, kMostLanes = 1024;  // of a range, in floats
+constexpr int64_t kLeastChunk = 16;                      // blocks of a stretch of time
+constexpr int64_t kLaneStep = 32;  // whole cache lines of 16-bit numbers; a multiple of kScanPad
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The sequences of a call: batch entries of one length, or stretches of packed rows.
+struct ScanSequences {
+  int64_t count, length;
+  const int32_t* starts;  // packed: count + 1 offsets, checked; else null
+  bool reverse;
+
+  int64_t first_row(int64_t s) const { return starts ? starts[s] : 0; }
+  int64_t steps(int64_t s) const { return starts ? starts[s + 1] - starts[s] : length; }
+  int64_t blocks(int64_t s) const { return ceil_div(steps(s), kScanBlock); }
+
+  // One block in the order of the scan, or against it.
+  ScanPiece piece(int64_t s, int64_t block, bool against) const {
+    const int64_t begin = block * kScanBlock, end = std::min(begin + kScanBlock, steps(s));
+    const int64_t step = against ? end - 1 : begin;
+    const int64_t row = first_row(s) + (reverse ? steps(s) - 1 - step : step);
+    return {starts ? 0 : s, row, reverse != against ? -1 : 1, end - begin};
+  }
+};
+
+// Neighbouring sequences that one thread takes together: a long one alone, or short ones of about a block.
+// `slot`: of its first block, counted over all runs; short sequences share one.
+struct ScanRun {
+  int64_t first, last, slot;
+
+  bool alone() const { return last - first == 1; }
+};
+
+inline std::vector<ScanRun> runs_of(const ScanSequences& sequences) {
+  std::vector<ScanRun> runs;
+  int64_t slot = 0, s = 0;
+  while (s < sequences.count) {
+    int64_t last = s + 1, steps = sequences.steps(s);
+    while (last < sequences.count && steps + sequences.steps(last) <= kScanBlock)
+      steps += sequences.steps(last++);
+    runs.push_back({s, last, slot});
+    slot += last - s == 1 ? std::max<int64_t>(1, sequences.blocks(s)) : 1;
+    s = last;
+  }
+  return runs;
+}
+
+inline int64_t slots_of(const ScanSequences& sequences, const std::vector<ScanRun>& runs) {
+  if (runs.empty()) return 0;
+  const ScanRun& last = runs.back();
+  return last.slot + (last.alone() ? std::max<int64_t>(1, sequences.blocks(last.first)) : 1);
+}
+
+// Lanes of a range: as wide as fits, in as many ranges as keep all threads busy.
+inline int64_t lanes_of_range(int64_t width, int64_t runs, int64_t threads) {
+  const int64_t most = std::max<int64_t>(1, width / kLeastLanes);
+  int64_t count = std::max<int64_t>(1, ceil_div(width, kMostLanes));
+  while (count < most && runs * count % threads != 0 && runs * count < 4 * threads) ++count;
+  return std::max(kLaneStep, ceil_div(ceil_div(width, count), kLaneStep) * kLaneStep);
+}
+
+// `Scan` has `against` (whether it goes against the order of the sequences), enter(s, begin, end, carry),
+// step(run, s, block, begin, end, carry) and leave(s, begin, end, carry) for lanes [begin, end).
+template <class Scan>
+class ScanWalk {
+ public:
+  ScanWalk(const ScanSequences& sequences, const std::vector<ScanRun>& runs, int64_t width, const Scan& scan)
+      : sequences_(sequences), runs_(runs), width_(width), scan_(scan) {
+    const int64_t threads = torch::stable::get_num_threads();
+    range_ = lanes_of_range(width, static_cast<int64_t>(runs.size()), threads);
+    ranges_ = ceil_div(width, range_);
+    units_ = static_cast<int64_t>(runs.size()) * ranges_;
+    chunks_ = units_ < threads ? ceil_div(threads, std::max<int64_t>(1, units_)) : 1;
+  }
+
+  void run() {
+    if (chunks_ > 1) return run_in_chunks();
+    parallel_units(
+        units_, [&] { return Scratch(range_ + kScanPad); },
+        [&](int64_t unit, Scratch& carry) { whole(unit, carry.get()); });
+  }
+
+ private:
+  struct Chunk {
+    int64_t unit, begin, end;  // blocks, in the order in which they are visited
+  };
+
+  const ScanRun& run_of(int64_t unit) const { return runs_[unit / ranges_]; }
+  int64_t begin_of(int64_t unit) const { return unit % ranges_ * range_; }
+  int64_t end_of(int64_t unit) const { return std::min(begin_of(unit) + range_, width_); }
+
+  // Block `visit` of those of sequence s, in the order in which they are visited.
+  void step(int64_t unit, int64_t s, int64_t visit, float* carry) const {
+    const int64_t block = scan_.against ? sequences_.blocks(s) - 1 - visit : visit;
+    scan_.step(run_of(unit), s, block, begin_of(unit), end_of(unit), carry);
+  }
+
+  void enter(int64_t unit, int64_t s, float* carry) const {
+    std::fill_n(carry, range_ + kScanPad, 0.0f);
+    scan_.enter(s, begin_of(unit), end_of(unit), carry);
+  }
+
+  void whole(int64_t unit, float* carry) const {
+    for (int64_t s = run_of(unit).first; s < run_of(unit).last; ++s) {
+      enter(unit, s, carry);
+      for (int64_t visit = 0; visit < sequences_.blocks(s); ++visit) step(unit, s, visit, carry);
+      scan_.leave(s, begin_of(unit), end_of(unit), carry);
+    }
+  }
+
+  std::vector<Chunk> cut() const {
+    std::vector<Chunk> chunks;
+    for (int64_t unit = 0; unit < units_; ++unit) {
+      const ScanRun& run = run_of(unit);
+      const int64_t blocks = run.alone() ? sequences_.blocks(run.first) : 0;
+      const int64_t size = std::max(kLeastChunk, ceil_div(blocks, chunks_));
+      if (blocks < 2 * kLeastChunk) {
+        chunks.push_back({unit, 0, blocks});
+        continue;
+      }
+      for (int64_t begin = 0; begin < blocks; begin += size)
+        chunks.push_back({unit, begin, std::min(begin + size, blocks)});
+    }
+    return chunks;
+  }
+
+  void run_in_chunks() {
+    const std::vector<Chunk> chunks = cut();
+    // The state after each block of each unit that was cut.
+    std::vector<std::vector<float>> noted(units_);
+    for (const Chunk& chunk : chunks)
+      if (chunk.begin > 0) noted[chunk.unit].resize(sequences_.blocks(run_of(chunk.unit).first) * range_);
+    parallel_units(
+        static_cast<int64_t>(chunks.size()), [&] { return Scratch(range_ + kScanPad); },
+        [&](int64_t i, Scratch& carry) { guess(chunks[i], noted[chunks[i].unit], carry.get()); });
+    parallel_units(
+        units_, [&] { return Scratch(range_ + kScanPad); },
+        [&](int64_t unit, Scratch& carry) { prove(unit, chunks, noted[unit], carry.get()); });
+  }
+
+  void guess(const Chunk& chunk, std::vector<float>& noted, float* carry) const {
+    if (noted.empty()) return whole(chunk.unit, carry);
+    const int64_t s = run_of(chunk.unit).first;
+    if (chunk.begin == 0) {
+      enter(chunk.unit, s, carry);
+    } else {
+      std::fill_n(carry, range_ + kScanPad, 0.0f);
+    }
+    for (int64_t visit = chunk.begin; visit < chunk.end; ++visit) {
+      step(chunk.unit, s, visit, carry);
+      std::memcpy(noted.data() + visit * range_, carry, bytes());
+    }
+  }
+
+  void prove(int64_t unit, const std::vector<Chunk>& chunks, std::vector<float>& noted, float* carry) const {
+    if (noted.empty()) return;
+    const int64_t s = run_of(unit).first;
+    std::fill_n(carry, range_ + kScanPad, 0.0f);
+    for (const Chunk& chunk : chunks) {
+      if (chunk.unit != unit || chunk.begin == 0) continue;
+      std::memcpy(carry, noted.data() + (chunk.begin - 1) * range_, bytes());
+      for (int64_t visit = chunk.begin; visit < chunk.end; ++visit) {
+        step(unit, s, visit, carry);
+        float* after = noted.data() + visit * range_;
+        if (std::memcmp(after, carry, bytes()) == 0) break;
+        std::memcpy(after, carry, bytes());
+      }
+    }
+    std::memcpy(carry, noted.data() + (sequences_.blocks(s) - 1) * range_, bytes());
+    scan_.leave(s, begin_of(unit), end_of(unit), carry);
+  }
+
+  size_t bytes() const { return range_ * sizeof(float); }
+
+  const ScanSequences& sequences_;
+  const std::vector<ScanRun>& runs_;
+  int64_t width_;
+  const Scan& scan_;
+  int64_t range_, ranges_, units_, chunks_;
+};
+
+}  // namespace resformer::scan_host

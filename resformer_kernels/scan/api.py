@@ -1,0 +1,83 @@
+"""The public scan: its meaning, its checks, and the choice of a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from resformer_kernels._select import Request, explained_by, select
+from resformer_kernels.scan import native, reference, triton
+from resformer_kernels.scan.call import check_scan
+from resformer_kernels.scan.ops import SCAN
+
+BACKENDS = (native, triton, reference)
+
+
+def _prepare(
+    gates: Any,
+    tokens: Any,
+    initial_state: Any = None,
+    *,
+    reverse: Any = False,
+    cu_seqlens: Any = None,
+    backend: str = "auto",
+) -> Request:
+    call = check_scan(gates, tokens, initial_state, reverse, cu_seqlens)
+    return Request(SCAN, backend, BACKENDS, call)
+
+
+@explained_by(_prepare)
+def linear_scan(
+    gates: Tensor,
+    tokens: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """h_t = gates_t * h_{t-1} + tokens_t for every channel, in one pass over memory.
+
+    The recurrence of diagonal linear reservoirs, of gated linear RNNs and of diagonal state-space
+    models, real or complex. It is accumulated in float32 (complex64; float64 and complex128 for
+    inputs of these), and each state is rounded once.
+
+    Args:
+        gates: of tokens' shape; or (N,), the same at every step, which moves half the bytes. Of
+            tokens' dtype, or float32 beside 16-bit tokens. Any value, of modulus above 1 too.
+        tokens: (B, T, N), or packed (total_tokens, N) with cu_seqlens; float32, bfloat16, float16,
+            complex64, or float64 and complex128 (reference only). T from 0 on. Any strides; a last
+            axis that is not contiguous is copied once.
+        initial_state: (B, N), packed (S, N): the state before the first step. Of tokens' dtype, or
+            float32 beside 16-bit tokens. None: zeros.
+        reverse: run from the last step to the first: h_t = gates_t * h_{t+1} + tokens_t. The
+            initial state then comes after the last step, and the final state is the first step's.
+        cu_seqlens: (S + 1,), int32: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1
+            and shares no state with the others. Tokens after the last one are not read; their
+            states are zeros.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
+
+    Returns:
+        (states, final_state): the states in tokens' shape and dtype, and the state after the last
+        step, (B, N) or (S, N), not rounded: float32 for 16-bit tokens. Fed back as initial_state it
+        continues the sequence: on a CPU with the same bits as one call, however it is split. An
+        empty sequence's final state is its initial one. Gradients flow to gates, tokens and the
+        initial state, from both.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; the message
+            names it. What cu_seqlens holds is checked on a CPU, and on a GPU under
+            RESFORMER_CHECK=1.
+        RuntimeError: the named backend cannot serve the call, the call is under vmap, or its
+            gradient is differentiated.
+
+    Autocast leaves it alone: a state that is carried over many steps should not be rounded because
+    a matrix product may be.
+    """
+    request = _prepare(
+        gates, tokens, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, backend=backend
+    )
+    chosen = select(request.op, request.backend, request.backends, request.call)
+    states, final_state = chosen.run(request.call)
+    return states, final_state
