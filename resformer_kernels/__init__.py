@@ -9,18 +9,22 @@ from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.cache import SharedValueCache
 from resformer_kernels.kvcache.layout import KVLayout
 from resformer_kernels.mix.api import mix_value_embedding, mix_values
+from resformer_kernels.reservoir.api import reservoir_scan
+from resformer_kernels.reservoir.call import RingWeight
 from resformer_kernels.scan.api import linear_scan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KVLayout",
+    "RingWeight",
     "SharedValueCache",
     "attention_with_kvcache",
     "explain",
     "linear_scan",
     "mix_value_embedding",
     "mix_values",
+    "reservoir_scan",
     "value_residual_attention",
     "value_residual_attention_varlen",
 ]
