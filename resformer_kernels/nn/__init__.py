@@ -1,6 +1,7 @@
 """Modules built on the kernels: the attention layer, the ways its values are mixed, rotary."""
 
 from resformer_kernels.nn.attention import ValueResidualAttention
+from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
 from resformer_kernels.nn.value_mix import (
     DenseMix,
@@ -19,6 +20,7 @@ __all__ = [
     "FixedMix",
     "LearnedMix",
     "OwnValues",
+    "Ridge",
     "RotaryEmbedding",
     "ValueMix",
     "ValueResidualAttention",
