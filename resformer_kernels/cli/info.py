@@ -32,6 +32,7 @@ _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "value_residual_attention": lambda x: (x, x, x, x),
     "mix_values": lambda x: ([x, x], [0.5, 0.5]),
     "mix_value_embedding": lambda x: (x, x[0], x.new_zeros((1, 1), dtype=torch.int64), 0.5),
+    "reservoir_scan": lambda x: (x[0], x[0, 0].mT @ x[0, 0]),
 }
 """Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
 # The flags that decide a CPU path, or that a reader of a benchmark asks about.

@@ -1,0 +1,48 @@
+"""What `reduce` makes of states that are there, in differentiable PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def reduce_states(
+    states: Tensor,
+    final_state: Tensor,
+    cu_seqlens: Tensor | None,
+    targets: Tensor | None,
+    reduce: str,
+) -> Result:
+    """`states` (B, T, N), or packed (total, N), reduced as `reservoir_scan` says."""
+    if reduce == "none":
+        return states
+    if reduce == "last":
+        return final_state.clone()
+    if reduce == "mean":
+        sums = sums_over_time(states, cu_seqlens, states.dtype)
+        if cu_seqlens is None:
+            return sums / max(states.shape[1], 1)
+        return sums / cu_seqlens.diff().clamp(min=1).to(sums.dtype)[:, None]
+    steps = states.double().flatten(0, -2)
+    if targets is None:
+        return steps.T @ steps, steps.new_zeros((steps.shape[-1], 0))
+    wanted = targets.double()
+    if cu_seqlens is not None:
+        wanted = wanted.where((_positions(wanted) < cu_seqlens[-1])[:, None], 0)
+    return steps.T @ steps, steps.T @ wanted.flatten(0, -2)
+
+
+def sums_over_time(states: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Each sequence's states summed, (B, N) or (sequences, N)."""
+    if cu_seqlens is None:
+        return states.sum(1, dtype=dtype)
+    # The last segment holds what belongs to no sequence.
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), _positions(states), right=True)
+    sums = states.new_zeros((cu_seqlens.shape[0], states.shape[-1]), dtype=dtype)
+    return sums.index_add(0, segment, states.to(dtype))[:-1]
+
+
+def _positions(states: Tensor) -> Tensor:
+    return torch.arange(states.shape[0], device=states.device, dtype=torch.int32)
