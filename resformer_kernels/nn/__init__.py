@@ -1,8 +1,10 @@
 """Modules built on the kernels: the attention layer, the ways its values are mixed, rotary."""
 
 from resformer_kernels.nn.attention import ValueResidualAttention
+from resformer_kernels.nn.reservoir import Reservoir
 from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
+from resformer_kernels.nn.stability import StabilityReport, stability_report
 from resformer_kernels.nn.value_mix import (
     DenseMix,
     EmbeddingMix,
@@ -20,9 +22,12 @@ __all__ = [
     "FixedMix",
     "LearnedMix",
     "OwnValues",
+    "Reservoir",
     "Ridge",
     "RotaryEmbedding",
+    "StabilityReport",
     "ValueMix",
     "ValueResidualAttention",
     "apply_rotary",
+    "stability_report",
 ]
