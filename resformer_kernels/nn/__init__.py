@@ -2,6 +2,7 @@
 
 from resformer_kernels.nn.attention import ValueResidualAttention
 from resformer_kernels.nn.reservoir import Reservoir
+from resformer_kernels.nn.reservoir_memory import AttentionReadout, ReservoirMemory
 from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
 from resformer_kernels.nn.stability import StabilityReport, stability_report
@@ -16,6 +17,7 @@ from resformer_kernels.nn.value_mix import (
 )
 
 __all__ = [
+    "AttentionReadout",
     "DenseMix",
     "EmbeddingMix",
     "FirstValues",
@@ -23,6 +25,7 @@ __all__ = [
     "LearnedMix",
     "OwnValues",
     "Reservoir",
+    "ReservoirMemory",
     "Ridge",
     "RotaryEmbedding",
     "StabilityReport",
