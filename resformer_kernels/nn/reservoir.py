@@ -59,6 +59,9 @@ class Reservoir(nn.Module):
     input_weight: Tensor
     bias: Tensor | None
     leak: Tensor
+    _values: Tensor
+    _rows: Tensor
+    _columns: Tensor
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class Reservoir(nn.Module):
     @property
     def weight(self) -> Tensor | RingWeight:
         """W: (N, N), (groups, n, n), (N,), a CSR tensor, or a `RingWeight`."""
-        values: Tensor = self._values
+        values = self._values
         if self.topology == "ring":
             return RingWeight(values)
         if self.layout == "csr":
