@@ -156,7 +156,7 @@ def capacity(topology: str, activation: str) -> Callable[[int, int, float], Figu
     """Memory capacity of a ring or a random reservoir."""
 
     def run(units: int, seed: int, size: float) -> Figures:
-        train, test, washout = round(10000 * size), round(4000 * size), 2 * units
+        train, test, washout = round(30000 * size), round(10000 * size), 2 * units
         u, past = delays(washout + train + test, 2 * units, seed=seed)
         linear = activation == "identity"
         reservoir = Reservoir(
