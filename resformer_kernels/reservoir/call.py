@@ -20,7 +20,7 @@ from resformer_kernels._checks import (
     describe,
     readable,
 )
-from resformer_kernels.reservoir.ops import NAME, VMAP_ERROR
+from resformer_kernels.reservoir.ops import VMAP_ERROR
 
 ACTIVATIONS = ("tanh", "relu", "identity")
 MODES = ("auto", "sequential", "chunked")
@@ -230,6 +230,10 @@ def _check_projection(input_weight: Any, inputs: Tensor, units: int) -> None:
             )
         return
     check_tensor("input_weight", input_weight, 2, "(N, inputs)")
+    if inputs.shape[-1] < 1:
+        raise ValueError(
+            f"inputs must have at least one entry on the last axis, got {describe(inputs)}"
+        )
     expected = (units, inputs.shape[-1])
     if tuple(input_weight.shape) != expected:
         raise ValueError(
@@ -319,6 +323,3 @@ def _check_packing(cu_seqlens: Any, inputs: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens must end within inputs' {inputs.shape[0]} steps, got {offsets[-1]}"
         )
-
-
-__all__ = ["NAME", "ReservoirCall", "ReservoirInfo", "RingWeight", "check_call"]

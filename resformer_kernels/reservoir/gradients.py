@@ -40,7 +40,7 @@ class Scan(NamedTuple):
 def backward(
     grad_states: Tensor | None, grad_final: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The op `reservoir_scan_backward`: gradients of the six leaves, empty where not in the mask."""
+    """The op `reservoir_scan_backward`: gradients of the six leaves, empty where not wanted."""
     *call, states, grad_mask = arguments
     scan = Scan(*call)
     found = _Gradients(scan, grad_mask)
