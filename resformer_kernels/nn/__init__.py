@@ -1,7 +1,11 @@
 """Modules built on the kernels: the attention layer, the ways its values are mixed, rotary."""
 
 from resformer_kernels.nn.attention import ValueResidualAttention
+from resformer_kernels.nn.reservoir import Reservoir
+from resformer_kernels.nn.reservoir_memory import AttentionReadout, ReservoirMemory
+from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
+from resformer_kernels.nn.stability import StabilityReport, stability_report
 from resformer_kernels.nn.value_mix import (
     DenseMix,
     EmbeddingMix,
@@ -13,14 +17,20 @@ from resformer_kernels.nn.value_mix import (
 )
 
 __all__ = [
+    "AttentionReadout",
     "DenseMix",
     "EmbeddingMix",
     "FirstValues",
     "FixedMix",
     "LearnedMix",
     "OwnValues",
+    "Reservoir",
+    "ReservoirMemory",
+    "Ridge",
     "RotaryEmbedding",
+    "StabilityReport",
     "ValueMix",
     "ValueResidualAttention",
     "apply_rotary",
+    "stability_report",
 ]

@@ -1,0 +1,139 @@
+"""A sentence encoder, a reservoir over everything before the sentence, and a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resformer_kernels.models.config import LanguageModelConfig
+from resformer_kernels.models.sentence_encoder import SentenceEncoder
+from resformer_kernels.nn import ReservoirMemory
+
+
+def default_encoder(out_features: int = 128) -> SentenceEncoder:
+    """The small Transformer of this package over bytes (see `byte_tokens`)."""
+    config = LanguageModelConfig(
+        variant="learnable", vocab_size=257, dim=128, num_layers=2, num_heads=4, max_seqlen=256
+    )
+    return SentenceEncoder(config, out_features)
+
+
+class ReservoirClassifier(nn.Module):
+    """Label each utterance of a conversation, knowing all that was said before it.
+
+    The cascade of Liu and Xu, arXiv 2509.24074: an encoder reads the current utterance, fixed
+    reservoirs have heard every earlier one, a nonlinear readout says what they remember, and the
+    classifier sees both,
+
+        e_t = encoder(utterance t)
+        m_t = [readout_i(h^i_{t-1})]_i,   h^i_t = reservoir_i(h^i_{t-1}, heard_t)
+        logits_t = W_2 drop(relu(W_x drop(e_t, extra_t) + Σ_i W_i m^i_t))
+
+    (the paper gives no equations; these are its words in the usual form). Memory and time a step do
+    not depend on the length of the history. Without memories it classifies each utterance alone.
+
+    Args:
+        classes: how many labels.
+        encoder: any module from a batch of utterances (n, ...) to (n, features); None:
+            `default_encoder()`. `nn.Identity()` takes vectors that are there already.
+        features: the length of the encoder's vectors; None: encoder.out_features.
+        memories: `ReservoirMemory` modules, each with an out_features of its own.
+        hidden: units of the hidden layer.
+        extra_features: the length of what else is known of the utterance, such as its speaker.
+        dropout, input_dropout: on the hidden layer, and on its input.
+
+    Raises:
+        ValueError: a size below 1, or features is not given and the encoder does not say it.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        encoder: nn.Module | None = None,
+        features: int | None = None,
+        memories: Sequence[ReservoirMemory] = (),
+        hidden: int = 128,
+        extra_features: int = 0,
+        dropout: float = 0.5,
+        input_dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.encoder = default_encoder() if encoder is None else encoder
+        found = getattr(self.encoder, "out_features", None) if features is None else features
+        if not isinstance(found, int) or min(found, classes, hidden) < 1:
+            raise ValueError(
+                f"classes, hidden and features must be integers of at least 1, got {classes}, "
+                f"{hidden} and {found}; features may be None where the encoder has out_features"
+            )
+        self.features, self.extra_features, self.classes = found, extra_features, classes
+        self.memories = nn.ModuleList(memories)
+        self.from_utterance = nn.Linear(found + extra_features, hidden)
+        self.from_memory = nn.ModuleList(
+            nn.Linear(memory.out_features, hidden, bias=False) for memory in memories
+        )
+        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
+        self.output = nn.Linear(hidden, classes)
+
+    def forward(
+        self,
+        utterances: Tensor,
+        *,
+        extra: Tensor | None = None,
+        heard: Tensor | None = None,
+        streams: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of every utterance.
+
+        Args:
+            utterances: (B, T, ...): B conversations of T utterances, each in the encoder's form.
+            extra: (B, T, extra_features).
+            heard: what the reservoirs hear, (B, T, input_dim); None: the encoder's vectors.
+            streams: int64 (B, T), for the memories that have several: each utterance's stream.
+            lengths: int64 (B,), real utterances of each conversation; None: all T.
+
+        Returns:
+            (B, T, classes). Those of utterances beyond lengths mean nothing.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        batch, steps = utterances.shape[:2]
+        encoded = self.encoder(utterances.flatten(0, 1)).unflatten(0, (batch, steps))
+        if (extra is None) != (self.extra_features == 0):
+            raise ValueError(
+                f"extra must be (B, T, {self.extra_features}), or None for 0, got "
+                f"{None if extra is None else tuple(extra.shape)}"
+            )
+        known = encoded if extra is None else torch.cat((encoded, extra), -1)
+        hidden = self.from_utterance(self.input_dropout(known))
+        for memory, project in zip(self.memories, self.from_memory, strict=True):
+            assert isinstance(memory, ReservoirMemory)
+            recalled = memory(
+                encoded if heard is None else heard,
+                queries=encoded,
+                streams=streams if memory.streams > 1 else None,
+                lengths=lengths,
+            )
+            hidden = hidden + project(recalled)
+        return self.output(self.dropout(torch.relu(hidden)))
+
+    def reset(self, conversations: Tensor | None = None) -> None:
+        """Forget all conversations (None), or those that a bool mask (B,) or indices name."""
+        for memory in self.memories:
+            assert isinstance(memory, ReservoirMemory)
+            memory.reset(conversations)
+
+    def detach(self) -> None:
+        """Cut what the memories keep from its graph."""
+        for memory in self.memories:
+            assert isinstance(memory, ReservoirMemory)
+            memory.detach()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that are kept over calls, however long the conversations."""
+        return sum(m.nbytes for m in self.memories if isinstance(m, ReservoirMemory))

@@ -1,0 +1,296 @@
+"""A memory of everything that was said before: fixed reservoirs, and a trained readout of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resformer_kernels._checks import describe
+from resformer_kernels.attention.api import value_residual_attention
+from resformer_kernels.nn.reservoir import Reservoir, cleared
+
+READOUTS = ("linear", "mlp", "attention")
+
+
+class AttentionReadout(nn.Module):
+    """Attention of the step's query over the last `window` states, and a projection.
+
+    States before the conversation are zeros: their keys and values are zeros too, so a query may
+    look past the start, at nothing, and a conversation fed in parts gives what it gives in one.
+
+    Args:
+        units: N, the length of a state.
+        query_dim: the length of a query.
+        out_features: the length of the result.
+        window: how many states are attended over, the newest included.
+        heads: attention heads; each has out_features / heads channels.
+        backend: passed to `value_residual_attention`.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        query_dim: int,
+        out_features: int,
+        *,
+        window: int = 32,
+        heads: int = 4,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if heads < 1 or out_features % heads:
+            raise ValueError(f"out_features {out_features} must be a multiple of heads {heads}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.window, self.heads, self.backend = window, heads, backend
+        self.q_proj = nn.Linear(query_dim, out_features)
+        self.k_proj = nn.Linear(units, out_features, bias=False)
+        self.v_proj = nn.Linear(units, out_features, bias=False)
+        self.o_proj = nn.Linear(out_features, out_features)
+
+    def forward(self, states: Tensor, queries: Tensor) -> Tensor:
+        """(B, T, out_features).
+
+        Args:
+            states: (B, window - 1 + T, N), the last T those that the T steps read first.
+            queries: (B, T, query_dim).
+        """
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1))
+            for projection, x in (
+                (self.q_proj, queries),
+                (self.k_proj, states),
+                (self.v_proj, states),
+            )
+        )
+        # Bottom-right alignment: query i stands at key i + window - 1.
+        out = value_residual_attention(
+            q, k, v, causal=True, window=(self.window - 1, 0), softcap=0.0, backend=self.backend
+        )
+        return self.o_proj(out.flatten(2))
+
+
+class _Carried(NamedTuple):
+    """What lasts over calls: the streams' states (B, S, N), and the last states read (B, W, N)."""
+
+    streams: Tensor
+    recent: Tensor
+
+
+class ReservoirMemory(nn.Module):
+    """What a reservoir remembers of all steps before each step, read out nonlinearly.
+
+    Step t reads h_{t-1}, the state after every step before it and not after itself, as the
+    all-time memory beside a Transformer over the current sentence (Liu and Xu, arXiv 2509.24074).
+    The reservoir is fixed; the readout is trained. Memory is that of one state a stream (and of
+    `window` states where the readout attends), however long the history.
+
+    A conversation can have several streams, such as one a speaker: each is a state of its own that
+    only its own steps move, and a step reads the state of its stream. All run in one packed call.
+
+    Args:
+        reservoir: of N units; groups with several leaks hold several spans of time. Not stateful:
+            this module keeps the state.
+        out_features: the length of what is read out.
+        readout: "linear"; "mlp": LayerNorm, one hidden layer, GELU; "attention": over the last
+            `window` states that steps read, queried by the step itself; or a module that maps
+            states (B, T, N) to (B, T, out_features).
+        hidden: hidden units of the MLP; None: out_features.
+        query_dim: the length of the attention's queries; None: the reservoir's input_dim.
+        window, heads: of the attention.
+        dropout: on the states before the readout.
+        streams: S, how many streams a conversation has.
+        stateful: a call continues where the last one ended, until `reset`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        reservoir: Reservoir,
+        out_features: int,
+        *,
+        readout: str | nn.Module = "mlp",
+        hidden: int | None = None,
+        query_dim: int | None = None,
+        window: int = 32,
+        heads: int = 4,
+        dropout: float = 0.0,
+        streams: int = 1,
+        stateful: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(reservoir, Reservoir):
+            raise TypeError(f"reservoir must be a Reservoir, got {describe(reservoir)}")
+        if reservoir.stateful:
+            raise ValueError("reservoir must not be stateful: ReservoirMemory keeps the state")
+        if out_features < 1 or streams < 1:
+            raise ValueError(
+                f"out_features and streams must be at least 1, got {out_features} and {streams}"
+            )
+        self.reservoir, self.out_features = reservoir, out_features
+        self.streams, self.stateful = streams, stateful
+        self.dropout = nn.Dropout(dropout)
+        self.readout = self._build(readout, hidden, query_dim, window, heads)
+        attends = isinstance(self.readout, AttentionReadout)
+        self.window = window if attends else 1
+        self._carried: _Carried | None = None
+
+    def _build(
+        self,
+        readout: str | nn.Module,
+        hidden: int | None,
+        query_dim: int | None,
+        window: int,
+        heads: int,
+    ) -> nn.Module:
+        units, out = self.reservoir.units, self.out_features
+        if isinstance(readout, nn.Module):
+            return readout
+        if readout == "linear":
+            return nn.Linear(units, out)
+        if readout == "mlp":
+            width = hidden or out
+            return nn.Sequential(
+                nn.LayerNorm(units), nn.Linear(units, width), nn.GELU(), nn.Linear(width, out)
+            )
+        if readout == "attention":
+            asked = self.reservoir.input_dim if query_dim is None else query_dim
+            return AttentionReadout(units, asked, out, window=window, heads=heads)
+        raise ValueError(
+            f"readout must be one of {', '.join(READOUTS)} or a module, got {describe(readout)}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        queries: Tensor | None = None,
+        streams: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """What each step can know of the steps before it.
+
+        Args:
+            x: what the reservoir hears, (B, T, input_dim).
+            queries: (B, T, query_dim) for the attention; None: x.
+            streams: int64 (B, T), each step's stream, in [0, S); None: all in stream 0.
+            lengths: int64 (B,), how many of the T steps are real; None: all. Steps after that
+                move nothing, and their results mean nothing.
+
+        Returns:
+            (B, T, out_features).
+
+        Raises:
+            ValueError, TypeError: a wrong shape or dtype, a stream or length out of range, or
+                another batch size than the kept state's.
+        """
+        self._check(x, streams, lengths)
+        carried = self._start(x)
+        read, last = self._states_before(x, carried.streams, streams, lengths)
+        history = torch.cat((carried.recent, read), 1)
+        if self.stateful:
+            self._carried = _Carried(last, self._recent(history, lengths))
+        seen = self.dropout(history)
+        if isinstance(self.readout, AttentionReadout):
+            return self.readout(seen, x if queries is None else queries)
+        return self.readout(seen)
+
+    def _start(self, x: Tensor) -> _Carried:
+        batch, units = x.shape[0], self.reservoir.units
+        if self.stateful and self._carried is not None:
+            if self._carried.streams.shape[0] != batch:
+                raise ValueError(
+                    f"x must hold {self._carried.streams.shape[0]} conversations, as the calls "
+                    f"before, got {batch}: call reset() to start anew"
+                )
+            return self._carried
+        dtype = self.reservoir.leak.dtype
+        return _Carried(
+            x.new_zeros((batch, self.streams, units), dtype=dtype),
+            x.new_zeros((batch, self.window - 1, units), dtype=dtype),
+        )
+
+    def _states_before(
+        self, x: Tensor, start: Tensor, streams: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The state that each step reads, (B, T, N), and every stream's last state (B, S, N)."""
+        batch, steps, units = x.shape[0], x.shape[1], self.reservoir.units
+        if streams is None and lengths is None and self.streams == 1:
+            after, last = self.reservoir(x, start[:, 0])
+            return torch.cat((start, after), 1)[:, :steps], last[:, None]
+        # One packed sequence a stream: steps sorted by conversation and stream, in order of time.
+        # Steps that are not real go behind the last sequence, where nothing is computed.
+        which = torch.arange(batch, device=x.device)[:, None] * self.streams
+        which = which.expand(batch, steps) if streams is None else which + streams
+        count = batch * self.streams
+        if lengths is not None:
+            real = torch.arange(steps, device=x.device) < lengths[:, None]
+            which = which.where(real, count)
+        which = which.flatten()
+        order = torch.argsort(which, stable=True)
+        ends = torch.bincount(which, minlength=count)[:count].cumsum(0)
+        offsets = torch.cat((ends.new_zeros(1), ends))
+        first = start.flatten(0, 1)
+        after, last = self.reservoir(
+            x.flatten(0, 1)[order], first, cu_seqlens=offsets.to(torch.int32)
+        )
+        before = torch.cat((first.new_zeros(1, units), after[:-1]))[: batch * steps]
+        starts = offsets[:-1][offsets.diff() > 0]
+        before = before.index_copy(0, starts, first[offsets.diff() > 0])
+        read = torch.empty_like(before).index_copy(0, order, before)
+        return read.unflatten(0, (batch, steps)), last.unflatten(0, (batch, self.streams))
+
+    def _recent(self, history: Tensor, lengths: Tensor | None) -> Tensor:
+        """The last window - 1 states that real steps read."""
+        kept, steps = self.window - 1, history.shape[1] - (self.window - 1)
+        if lengths is None:
+            return history[:, steps:]
+        index = lengths[:, None] + torch.arange(kept, device=history.device)
+        return history.gather(1, index[..., None].expand(-1, -1, history.shape[2]))
+
+    def _check(self, x: Tensor, streams: Tensor | None, lengths: Tensor | None) -> None:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.reservoir.input_dim:
+            raise ValueError(f"x must be (B, T, {self.reservoir.input_dim}), got {describe(x)}")
+        batch, steps = x.shape[:2]
+        for name, value, shape, least, most in (
+            ("streams", streams, (batch, steps), 0, self.streams - 1),
+            ("lengths", lengths, (batch,), 0, steps),
+        ):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.dtype is not torch.int64:
+                raise TypeError(f"{name} must be an int64 tensor {shape}, got {describe(value)}")
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, got shape {tuple(value.shape)}")
+            if value.numel() and not least <= int(value.min()) <= int(value.max()) <= most:
+                raise ValueError(
+                    f"{name} must lie in [{least}, {most}], got {int(value.min())} to "
+                    f"{int(value.max())}"
+                )
+
+    def reset(self, conversations: Tensor | None = None) -> None:
+        """Forget: all (None), or the conversations that a bool mask (B,) or indices name."""
+        if conversations is None or self._carried is None:
+            self._carried = None
+        else:
+            self._carried = _Carried(*(cleared(part, conversations) for part in self._carried))
+
+    def detach(self) -> None:
+        """Cut what is kept from its graph, as between steps of truncated backpropagation."""
+        if self._carried is not None:
+            self._carried = _Carried(*(part.detach() for part in self._carried))
+
+    @property
+    def state(self) -> Tensor | None:
+        """What every stream remembers, (B, S, N); None at the start."""
+        return None if self._carried is None else self._carried.streams
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept over calls."""
+        parts = self._carried or ()
+        return sum(part.numel() * part.element_size() for part in parts)

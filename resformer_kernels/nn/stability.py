@@ -1,0 +1,145 @@
+"""Whether a reservoir forgets: its spectrum, and its contraction as measured under a drive."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.nn.reservoir import Reservoir
+from resformer_kernels.nn.reservoir_weights import spectral_radius
+
+_FLOOR = {torch.float32: 1e-5, torch.float64: 1e-13}
+_UNBOUNDED = ("relu", "identity")
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """What `stability_report` found.
+
+    Attributes:
+        spectral_radius: of W, over all groups.
+        eigenvalues: of (1-a)I + aW, complex128 (N,): the steps of the reservoir linearised at 0.
+        linear_radius: the largest modulus among them.
+        linear_norm: the largest singular value of (1-a)I + aW. Below 1, tanh and relu contract
+            under every drive; above, they may or may not.
+        contraction: the measured factor a step by which two trajectories approach each other under
+            the drive; below 1 the reservoir forgets its start (the echo state property holds for
+            this drive), above 1 it is chaotic or diverges.
+        forgetting_steps: steps in which a difference falls to a millionth at that rate; infinite
+            where it does not fall.
+        largest_state: the largest modulus that a state element reached.
+        bounded: the activation keeps the state within bounds whatever the weights.
+    """
+
+    spectral_radius: float
+    eigenvalues: Tensor
+    linear_radius: float
+    linear_norm: float
+    contraction: float
+    forgetting_steps: float
+    largest_state: float
+    bounded: bool
+
+    @property
+    def forgets(self) -> bool:
+        """Whether trajectories met under the drive."""
+        return self.contraction < 1
+
+    def __str__(self) -> str:
+        lines = [
+            ("spectral radius of W", f"{self.spectral_radius:.4g}"),
+            ("spectral radius of (1-a)I + aW", f"{self.linear_radius:.4g}"),
+            ("norm of (1-a)I + aW", f"{self.linear_norm:.4g}"),
+            ("measured contraction a step", f"{self.contraction:.4g}"),
+            ("steps to forget to 1e-6", f"{self.forgetting_steps:.4g}"),
+            ("largest state element", f"{self.largest_state:.4g}"),
+            ("verdict", "forgets its start" if self.forgets else "does not forget its start"),
+        ]
+        return "\n".join(f"{name:32}{value}" for name, value in lines)
+
+
+@torch.no_grad()
+def stability_report(
+    reservoir: Reservoir, inputs: Tensor | None = None, *, seed: int = 0
+) -> StabilityReport:
+    """Measure a reservoir under a drive.
+
+    Two trajectories, from 0 and from a state drawn in [-1, 1], are fed the same inputs. The rate
+    at which they approach is the exponential of the largest conditional Lyapunov exponent, which
+    the drive sets as much as W does: a spectral radius below 1 is neither necessary nor sufficient.
+
+    Args:
+        reservoir: its kept state is left alone.
+        inputs: the drive, (T, n_in); None: 1000 steps of uniform noise in [-1, 1].
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: inputs is not (T, n_in), or has no steps.
+
+    Warns:
+        UserWarning: the activation is unbounded and the trajectories do not approach.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    like = reservoir.input_weight
+    if inputs is None:
+        inputs = 2 * torch.rand(1000, reservoir.input_dim, generator=generator) - 1
+    if inputs.dim() != 2 or inputs.shape[1] != reservoir.input_dim or not len(inputs):
+        raise ValueError(
+            f"inputs must be (T, {reservoir.input_dim}) with at least one step, got "
+            f"{tuple(inputs.shape)}"
+        )
+    starts = torch.zeros(2, reservoir.units)
+    starts[1] = 2 * torch.rand(reservoir.units, generator=generator) - 1
+    kept = reservoir.state
+    starts = starts.to(like)
+    states, _ = reservoir(inputs.to(like).expand(2, -1, -1), starts)
+    reservoir.state = kept
+    contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR.get(like.dtype, 1e-5))
+    bounded = reservoir.activation not in _UNBOUNDED
+    steps = reservoir.step_matrices()
+    eigenvalues = torch.cat([torch.linalg.eigvals(step) for step in steps])
+    report = StabilityReport(
+        spectral_radius=spectral_radius(reservoir.dense_weight()),
+        eigenvalues=eigenvalues,
+        linear_radius=float(eigenvalues.abs().max()),
+        linear_norm=max(float(torch.linalg.matrix_norm(step, 2)) for step in steps),
+        contraction=contraction,
+        forgetting_steps=_steps_to_forget(contraction),
+        largest_state=float(states.abs().max()),
+        bounded=bounded,
+    )
+    if not bounded and not report.forgets:
+        warnings.warn(
+            f"activation {reservoir.activation!r} is unbounded and the reservoir does not contract "
+            f"(measured factor {contraction:.4g} a step): lower sr",
+            UserWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _rate(states: Tensor, floor: float) -> float:
+    """The geometric mean factor a step of |states[1] - states[0]|, (2, T + 1, N), over `floor`."""
+    distance = (states[1] - states[0]).double().norm(dim=1)
+    if not distance.isfinite().all():
+        return float("inf")
+    scale = distance[0] + states.double().norm(dim=2).max() * 1e-2
+    above = torch.nonzero(distance > floor * scale)
+    last = int(above[-1]) if len(above) else 0
+    if last == 0:
+        # They met in a single step: all that can be said is that it was at most this.
+        return float(distance[1] / distance[0].clamp_min(1e-300))
+    # Half-way on, the transient of a start outside the attractor is over.
+    first = last // 2
+    return float((distance[last] / distance[first]) ** (1 / (last - first)))
+
+
+def _steps_to_forget(contraction: float) -> float:
+    if contraction >= 1:
+        return float("inf")
+    if contraction <= 0:
+        return 1.0
+    return float(torch.tensor(1e-6).log() / torch.tensor(contraction).log())

@@ -1,0 +1,40 @@
+"""The data that reservoirs are tried on, and the scores: time series and dialogues."""
+
+from resformer_kernels.tasks.dialogues import Dialogue, DialogueCorpus, load_corpus, read_dialogues
+from resformer_kernels.tasks.scores import (
+    accuracy,
+    confusion,
+    mean_and_spread,
+    memory_capacity,
+    nmse,
+    nrmse,
+    valid_steps,
+    weighted_f1,
+)
+from resformer_kernels.tasks.series import (
+    LORENZ_EXPONENT,
+    delays,
+    lorenz,
+    mackey_glass,
+    narma10,
+)
+
+__all__ = [
+    "LORENZ_EXPONENT",
+    "Dialogue",
+    "DialogueCorpus",
+    "accuracy",
+    "confusion",
+    "delays",
+    "load_corpus",
+    "lorenz",
+    "mackey_glass",
+    "mean_and_spread",
+    "memory_capacity",
+    "narma10",
+    "nmse",
+    "nrmse",
+    "read_dialogues",
+    "valid_steps",
+    "weighted_f1",
+]

@@ -1,0 +1,61 @@
+"""How predictions are judged: series are (time, channels), classes are (rows,) of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def nmse(predicted: Tensor, wanted: Tensor) -> float:
+    """The mean squared error over the variance of `wanted`, both (T, m)."""
+    error = (predicted - wanted).double().square().mean()
+    return float(error / (wanted.double() - wanted.double().mean(0)).square().mean())
+
+
+def nrmse(predicted: Tensor, wanted: Tensor) -> float:
+    """The square root of `nmse`."""
+    return nmse(predicted, wanted) ** 0.5
+
+
+def memory_capacity(predicted: Tensor, wanted: Tensor) -> float:
+    """Σ over columns of the squared correlation of prediction and target (Jaeger, 2001)."""
+    a, b = (t.double() - t.double().mean(0) for t in (predicted, wanted))
+    power = a.square().sum(0) * b.square().sum(0)
+    return float(((a * b).sum(0).square() / power.clamp_min(1e-300)).sum())
+
+
+def valid_steps(predicted: Tensor, wanted: Tensor, *, threshold: float = 0.4) -> int:
+    """Steps until the error |p - w| first exceeds `threshold` times the spread of `wanted`.
+
+    The spread is the square root of the mean squared distance from the mean, over all channels.
+    """
+    spread = (wanted - wanted.mean(0)).double().square().sum(1).mean().sqrt()
+    error = (predicted - wanted).double().square().sum(1).sqrt() / spread
+    beyond = torch.nonzero(~(error <= threshold))
+    return int(beyond[0]) if len(beyond) else len(error)
+
+
+def confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
+    """Counts (classes, classes): row = the true class, column = the predicted one."""
+    return torch.bincount(wanted * classes + predicted, minlength=classes**2).view(classes, -1)
+
+
+def weighted_f1(counts: Tensor) -> float:
+    """The mean of the classes' F1, weighted by their true rows; counts as `confusion` gives."""
+    counts = counts.double()
+    hits, rows, columns = counts.diagonal(), counts.sum(1), counts.sum(0)
+    f1 = 2 * hits / (rows + columns).clamp_min(1)
+    return float((f1 * rows).sum() / rows.sum())
+
+
+def accuracy(counts: Tensor) -> float:
+    """The share of rows on the diagonal; counts as `confusion` gives."""
+    return float(counts.diagonal().sum() / counts.sum())
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the sample standard deviation (0 for a single value)."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.mean()), float(found.std()) if len(values) > 1 else 0.0

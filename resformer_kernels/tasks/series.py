@@ -1,0 +1,135 @@
+"""The series that reservoirs are tried on. Every function returns float64 tensors, time first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LORENZ_EXPONENT = 0.9056
+"""The largest Lyapunov exponent of the Lorenz system at (10, 28, 8/3), per unit of time."""
+
+
+def _check_length(length: int) -> None:
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+
+
+def narma10(length: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """NARMA-10 (Atiya and Parlos, 2000): inputs u and targets y, each (length, 1).
+
+    y(t+1) = 0.3 y(t) + 0.05 y(t) Σᵢ₌₀..₉ y(t-i) + 1.5 u(t-9) u(t) + 0.1, u uniform in [0, 0.5].
+    Row t holds u(t) and y(t+1), which u up to t determines. The recurrence diverges for rare
+    inputs: those are drawn anew.
+    """
+    _check_length(length)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        drawn = 0.5 * torch.rand(length + 10, generator=generator, dtype=torch.float64)
+        u, y = drawn.tolist(), [0.0] * 10
+        for t in range(9, length + 10):
+            y.append(
+                0.3 * y[t] + 0.05 * y[t] * sum(y[t - 9 : t + 1]) + 1.5 * u[t - 9] * u[t] + 0.1
+                if abs(y[t]) < 2.0
+                else 2.0
+            )
+        targets = torch.tensor(y[-length:], dtype=torch.float64)
+        if targets.max() < 2.0:
+            return drawn[10:, None], targets[:, None]
+
+
+def mackey_glass(
+    length: int,
+    *,
+    tau: float = 17.0,
+    seed: int = 0,
+    step: float = 1.0,
+    substeps: int = 10,
+    transient: int = 1000,
+) -> Tensor:
+    """The Mackey-Glass series x (length, 1), a sample every `step` units of time.
+
+    dx/dt = 0.2 x(t-τ) / (1 + x(t-τ)¹⁰) - 0.1 x(t), by fourth-order Runge-Kutta in steps of
+    step / substeps. The delayed value in mid-step comes from cubic Hermite interpolation, so the
+    whole keeps its order; `transient` units of time are dropped. The history before t = 0 is
+    constant, drawn around 1.2.
+
+    Raises:
+        ValueError: τ is not a multiple, from 2, of step / substeps.
+    """
+    _check_length(length)
+    h = step / substeps
+    lag = round(tau / h)
+    if lag < 2 or abs(lag * h - tau) > 1e-9:
+        raise ValueError(f"tau must be a multiple, from 2, of step / substeps = {h}, got {tau}")
+    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = [1.2 + 0.2 * (float(start) - 0.5)] * (lag + 1)
+    slopes = [0.0] * lag
+
+    def production(delayed: float) -> float:
+        return 0.2 * delayed / (1.0 + delayed**10)
+
+    dropped = round(transient / step) * substeps
+    for t in range(lag, lag + dropped + length * substeps):
+        now, before, after = x[t], x[t - lag], x[t - lag + 1]
+        # The slope jumps at time 0, row `lag`: the history before it ends flat.
+        slope_after = 0.0 if t - lag + 1 == lag else slopes[t - lag + 1]
+        middle = 0.5 * (before + after) + 0.125 * h * (slopes[t - lag] - slope_after)
+        p0, p1, p2 = production(before), production(middle), production(after)
+        k1 = p0 - 0.1 * now
+        k2 = p1 - 0.1 * (now + 0.5 * h * k1)
+        k3 = p1 - 0.1 * (now + 0.5 * h * k2)
+        k4 = p2 - 0.1 * (now + h * k3)
+        slopes.append(k1)
+        x.append(now + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+    samples = x[lag + dropped :: substeps][:length]
+    return torch.tensor(samples, dtype=torch.float64)[:, None]
+
+
+def lorenz(
+    length: int,
+    *,
+    step: float = 0.02,
+    substeps: int = 10,
+    seed: int = 0,
+    transient: int = 40,
+) -> Tensor:
+    """The Lorenz system at (10, 28, 8/3): x, y, z (length, 3), a sample every `step` of time.
+
+    Fourth-order Runge-Kutta in steps of step / substeps, from a drawn point;
+    `transient` units of time are dropped.
+    """
+    _check_length(length)
+    h = step / substeps
+    generator = torch.Generator().manual_seed(seed)
+    x, y, z = (1.0 + torch.rand(3, generator=generator, dtype=torch.float64)).tolist()
+
+    def slope(x: float, y: float, z: float) -> tuple[float, float, float]:
+        return 10.0 * (y - x), x * (28.0 - z) - y, x * y - 8.0 / 3.0 * z
+
+    rows: list[tuple[float, float, float]] = []
+    dropped = round(transient / step)
+    for sample in range(dropped + length):
+        if sample >= dropped:
+            rows.append((x, y, z))
+        for _ in range(substeps):
+            a = slope(x, y, z)
+            b = slope(x + 0.5 * h * a[0], y + 0.5 * h * a[1], z + 0.5 * h * a[2])
+            c = slope(x + 0.5 * h * b[0], y + 0.5 * h * b[1], z + 0.5 * h * b[2])
+            d = slope(x + h * c[0], y + h * c[1], z + h * c[2])
+            x += h / 6 * (a[0] + 2 * b[0] + 2 * c[0] + d[0])
+            y += h / 6 * (a[1] + 2 * b[1] + 2 * c[1] + d[1])
+            z += h / 6 * (a[2] + 2 * b[2] + 2 * c[2] + d[2])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def delays(length: int, longest: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The memory-capacity task (Jaeger, 2001): u (length, 1), uniform in [-1, 1], and its past.
+
+    Targets are (length, longest): column k holds u(t - 1 - k). What precedes t = 0 is drawn too.
+    """
+    _check_length(length)
+    _check_length(longest)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = 2 * torch.rand(length + longest, generator=generator, dtype=torch.float64) - 1
+    past = torch.stack([drawn[longest - k : longest - k + length] for k in range(1, longest + 1)])
+    return drawn[longest:, None], past.T.contiguous()

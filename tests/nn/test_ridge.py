@@ -1,0 +1,126 @@
+"""The streamed ridge regression against the normal equations written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from resformer_kernels.nn import Ridge
+
+
+def data(rows: int = 200, mean: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 7, generator=generator, dtype=torch.float64) + mean
+    noise = 0.1 * torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    return x, x[:, :2] * 2 - x[:, 3:5] + 5 + noise
+
+
+def by_least_squares(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Rows of sqrt(ridge) below the centred data: least squares by QR, no Gram matrix."""
+    centred = torch.cat((x - x.mean(0), ridge**0.5 * torch.eye(x.shape[1], dtype=x.dtype)))
+    targets = torch.cat((y - y.mean(0), torch.zeros(x.shape[1], y.shape[1], dtype=y.dtype)))
+    weight = torch.linalg.lstsq(centred, targets).solution.T
+    return weight, y.mean(0) - weight @ x.mean(0)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 10.0])
+def test_batches_give_the_least_squares_solution(ridge: float) -> None:
+    x, y = data()
+    readout = Ridge(7, 2, ridge)
+    for part in (slice(0, 3), slice(3, 3), slice(3, 120), slice(120, 200)):
+        readout.update(x[part], y[part])
+    readout.solve()
+    weight, bias = by_least_squares(x, y, ridge)
+    torch.testing.assert_close(readout.weight, weight, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(readout.bias, bias, atol=1e-9, rtol=1e-8)
+    torch.testing.assert_close(readout(x), x @ weight.T + bias)
+    assert readout.count == 200
+
+
+def test_gram_pairs_and_batches_mix() -> None:
+    x, y = data()
+    readout = Ridge(7, 2, 0.5)
+    a, b = x[:80], y[:80]
+    readout.update_gram(a.T @ a, a.T @ b, count=80, x_sum=a.sum(0), y_sum=b.sum(0))
+    readout.update(x[80:].view(2, 60, 7), y[80:].view(2, 60, 2)).solve()
+    weight, bias = by_least_squares(x, y, 0.5)
+    torch.testing.assert_close(readout.weight, weight)
+    torch.testing.assert_close(readout.bias, bias)
+
+
+def test_without_intercept_sums_are_enough() -> None:
+    x, y = data()
+    readout = Ridge(7, 2, 0.1, fit_intercept=False).update_gram(x.T @ x, x.T @ y).solve()
+    expected = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(7), x.T @ y).T
+    torch.testing.assert_close(readout.weight, expected)
+    assert not readout.bias.any()
+    torch.testing.assert_close(Ridge(7, 2, 0.1, fit_intercept=False).fit(x, y).weight, expected)
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    x, y = data(mean=1e6)
+    readout = Ridge(7, 2, 1e-3)
+    for part in range(0, 200, 50):
+        readout.update(x[part : part + 50], y[part : part + 50])
+    torch.testing.assert_close(
+        readout.solve().weight, by_least_squares(x, y, 1e-3)[0], atol=1e-7, rtol=1e-6
+    )
+
+
+def test_several_strengths_are_fitted_in_one_pass_and_the_best_is_selected() -> None:
+    x, y = data()
+    readout = Ridge(7, 2, (1e4, 1e-3, 1e8)).fit(x[:100], y[:100])
+    assert readout.strength == 1e4
+    errors = readout.errors(x[100:], y[100:])
+    assert errors.shape == (3,)
+    readout.select(x[100:], y[100:])
+    assert readout.strength == 1e-3
+    torch.testing.assert_close((readout(x[100:]) - y[100:]).square().mean(), errors[1])
+
+
+def test_weights_travel_by_state_dict_and_dtypes_are_kept() -> None:
+    x, y = data()
+    readout = Ridge(7, 2).fit(x.float(), y.float())
+    other = Ridge(7, 2)
+    other.load_state_dict(readout.state_dict())
+    assert torch.equal(other(x), readout(x))
+    assert readout(x.float()).dtype == torch.float32
+    assert readout.weight.dtype == torch.float64
+    x.requires_grad_()
+    readout(x).sum().backward()
+    torch.testing.assert_close(x.grad, readout.weight.sum(0).expand(200, 7))
+
+
+def test_too_few_rows_raise_unless_regularised() -> None:
+    x, y = data(4)
+    with pytest.raises(RuntimeError, match=r"4 rows is not positive definite at ridge 0\.0"):
+        Ridge(7, 2, 0.0, fit_intercept=False).fit(x * 0, y)
+    Ridge(7, 2, 1.0).fit(x, y)
+
+
+def test_errors_name_the_argument() -> None:
+    x, y = data(5)
+    with pytest.raises(ValueError, match="in_features must be an integer"):
+        Ridge(0, 1)
+    with pytest.raises(ValueError, match="ridge must be one or more finite"):
+        Ridge(1, 1, ())
+    with pytest.raises(ValueError, match="ridge must be one or more finite"):
+        Ridge(1, 1, -1.0)
+    with pytest.raises(TypeError, match="ridge must be a number"):
+        Ridge(1, 1, ("a",))  # type: ignore[arg-type]
+    readout = Ridge(7, 2)
+    with pytest.raises(RuntimeError, match="nothing is fitted yet"):
+        readout.take(0)
+    with pytest.raises(RuntimeError, match="nothing is fitted yet"):
+        readout.errors(x, y)
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 7\)"):
+        readout.update(y, y)
+    with pytest.raises(TypeError, match="y must be a floating-point tensor"):
+        readout.update(x, [1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="same leading axes"):
+        readout.update(x[:3], y)
+    with pytest.raises(ValueError, match="count, x_sum and y_sum must be given"):
+        readout.update_gram(x.T @ x, x.T @ y)
+    with pytest.raises(ValueError, match=r"cross must be a tensor of shape \(7, 2\)"):
+        Ridge(7, 2, fit_intercept=False).update_gram(x.T @ x, y)

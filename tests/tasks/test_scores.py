@@ -1,0 +1,53 @@
+"""The scores against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resformer_kernels.tasks import (
+    accuracy,
+    confusion,
+    mean_and_spread,
+    memory_capacity,
+    nmse,
+    nrmse,
+    valid_steps,
+    weighted_f1,
+)
+
+
+def test_nmse_is_one_for_the_mean() -> None:
+    wanted = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert nmse(wanted.mean(0).expand_as(wanted), wanted) == pytest.approx(1.0)
+    assert nrmse(wanted + 0.0, wanted) == 0.0
+
+
+def test_memory_capacity_counts_recalled_columns() -> None:
+    wanted = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    predicted = wanted.clone()
+    predicted[:, 1] *= -2
+    predicted[:, 2] = 4.0
+    assert memory_capacity(predicted, wanted) == pytest.approx(2.0)
+
+
+def test_valid_steps_stop_at_the_first_large_error() -> None:
+    wanted = torch.tensor([[0.0], [2.0], [0.0], [2.0]])
+    predicted = wanted.clone()
+    assert valid_steps(predicted, wanted) == 4
+    predicted[2] = torch.nan
+    assert valid_steps(predicted, wanted) == 2
+
+
+def test_weighted_f1_of_a_small_table() -> None:
+    wanted = torch.tensor([0, 0, 0, 1, 1, 2])
+    counts = confusion(torch.tensor([0, 0, 1, 1, 0, 0]), wanted, 3)
+    assert counts.tolist() == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    # F1: 2*2/(3+4), 2*1/(2+2), 0; rows 3, 2, 1
+    assert weighted_f1(counts) == pytest.approx((3 * 4 / 7 + 2 * 0.5) / 6)
+    assert accuracy(counts) == pytest.approx(0.5)
+
+
+def test_spread_of_one_value_is_zero() -> None:
+    assert mean_and_spread([2.0]) == (2.0, 0.0)
+    assert mean_and_spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
