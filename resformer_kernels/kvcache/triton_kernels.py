@@ -212,7 +212,8 @@ def attend_kernel(
         begin = tl.maximum(begin, tl.load(span + 2 * sequence) // KEYS)
         end = tl.minimum(end, tl.cdiv(tl.load(span + 2 * sequence + 1), KEYS))
     share = tl.maximum(tl.cdiv(tl.maximum(end - begin, 0), splits), least)
-    start = begin + split * share
+    # A sequence that is masked altogether begins nowhere.
+    start = tl.minimum(begin + split * share, end)
     stop = tl.minimum(start + share, end)
 
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
