@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.integrations.transformers import ResFormerCache, convert_to_resformer
 from resformer_kernels.kvcache import pages
-from tests.integrations.tiny import QUIET, converted, left_padded, stock, tokens
+from tests.integrations.tiny import (
+    QUIET,
+    ResFormerCache,
+    convert_to_resformer,
+    converted,
+    left_padded,
+    stock,
+    tokens,
+)
 
 pytestmark = [*QUIET]
 
