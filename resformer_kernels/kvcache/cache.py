@@ -248,6 +248,24 @@ class SharedValueCache:
             steps.wrote(step, layer, new)
         return (out, lse) if call.return_lse else out
 
+    def read(self, layer: int, *, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer attends over, (B, T, Hkv, D), for other attention code.
+
+        T is the longest sequence's length, tokens of an unfinished step included; what stands past
+        a shorter one's end means nothing. Views of the cache, to be read before it changes, where
+        the batch is whole and was never reordered; else copies. Quantised caches give float32.
+
+        Raises:
+            ValueError, TypeError: a layer or sequence that is not there.
+            RuntimeError: a step has begun and the layer's slots lack its tokens.
+        """
+        steps, chosen = self._steps, self._names(sequences)
+        steps.check(layer, {}, chosen)
+        lengths, table = steps.state(layer, {}, chosen)
+        tokens = int(lengths.max()) if chosen else 0
+        keys = self._keys.read(steps.slot("k", layer), table, tokens)
+        return keys, self._values.read(steps.slot("v", layer), table, tokens)
+
     def add(self, count: int = 1) -> tuple[int, ...]:
         """Names of `count` new empty sequences, put at the end of the batch. RuntimeError where a
         contiguous cache has no row left."""

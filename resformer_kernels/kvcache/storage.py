@@ -42,6 +42,17 @@ class Slots:
         """Views of one slot."""
         return self.codes[slot], None if self.scales is None else self.scales[slot]
 
+    def read(self, slot: int, table: Tensor | None, tokens: int) -> Tensor:
+        """The first `tokens` tokens of each sequence, (B, tokens, heads, head_dim): a view where
+        row b is sequence b, else a copy. Where they are quantised, float32."""
+        codes, scales = self.slot(slot)
+        if table is not None:
+            codes = _gather(codes, table, tokens)
+            scales = None if scales is None else _gather(scales, table, tokens)
+        if scales is None:
+            return codes[:, :tokens]
+        return codes[:, :tokens].float() * scales[:, :tokens].unsqueeze(-1)
+
     def write(self, slot: int, new: Tensor, rows: Tensor, places: Tensor) -> None:
         """Put new (B, T, heads, head_dim) at (rows, places), each (B, T)."""
         codes, scales = self.slot(slot)
@@ -58,3 +69,9 @@ class Slots:
             targets = torch.tensor([copy.target for copy in pairs], device=self.codes.device)
             for tensor in self.tensors():
                 tensor[:, targets, :tokens] = tensor[:, sources, :tokens]
+
+
+def _gather(rows: Tensor, table: Tensor, tokens: int) -> Tensor:
+    """Rows (R, length, ...) as a block table (B, n) puts them together, (B, tokens, ...)."""
+    needed = table[:, : -(-tokens // rows.shape[1])].long()
+    return rows[needed].flatten(1, 2)[:, :tokens]

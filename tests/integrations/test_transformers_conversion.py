@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resformer_kernels.integrations.transformers import convert_to_resformer, families
-from resformer_kernels.integrations.transformers.config import build_value_mix
 from resformer_kernels.models import LanguageModelConfig
 from resformer_kernels.models.language_model import build_value_mix as of_language_model
 from resformer_kernels.nn import FixedMix, LearnedMix
@@ -21,7 +19,10 @@ from tests.integrations.tiny import (
     DECODERS,
     FAMILIES,
     QUIET,
+    build_value_mix,
+    convert_to_resformer,
     converted,
+    families,
     left_padded,
     stock,
     tokens,

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.integrations.transformers import convert_to_resformer
-from tests.integrations.tiny import DECODERS, QUIET, converted, left_padded, stock, tokens
+from tests.integrations.tiny import (
+    DECODERS,
+    QUIET,
+    convert_to_resformer,
+    converted,
+    left_padded,
+    stock,
+    tokens,
+)
 
 pytestmark = [*QUIET]
 

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import masking_utils as masking
 
 from resformer_kernels import value_residual_attention
-from resformer_kernels.integrations.transformers import kernel
-from tests.integrations.tiny import FAMILIES, QUIET, left_padded, stock, tokens, transformers
+from tests.integrations.tiny import (
+    FAMILIES,
+    QUIET,
+    kernel,
+    left_padded,
+    stock,
+    tokens,
+    transformers,
+)
 
+masking = transformers.masking_utils
 pytestmark = [*QUIET]
 
 Recorded = list[tuple[int, ...] | None]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from resformer_kernels.integrations.transformers import convert_to_resformer
 from tests.integrations.tiny import (
     DECODERS,
     FAMILIES,
     QUIET,
+    convert_to_resformer,
     converted,
     left_padded,
     stock,

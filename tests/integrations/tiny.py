@@ -15,7 +15,32 @@ transformers = pytest.importorskip(
     "transformers", reason="needs transformers (pip install 'resformer-kernels[transformers]')"
 )
 
-from resformer_kernels.integrations.transformers import convert_to_resformer  # noqa: E402
+from resformer_kernels.integrations import transformers as integration  # noqa: E402
+from resformer_kernels.integrations.transformers import (  # noqa: E402
+    ResFormerCache,
+    convert_to_resformer,
+    families,
+    kernel,
+)
+from resformer_kernels.integrations.transformers.config import build_value_mix  # noqa: E402
+
+# Tests take these from here, so that they are skipped where transformers is not installed.
+__all__ = [
+    "DECODERS",
+    "FAMILIES",
+    "QUIET",
+    "ResFormerCache",
+    "build_value_mix",
+    "convert_to_resformer",
+    "converted",
+    "families",
+    "integration",
+    "kernel",
+    "left_padded",
+    "stock",
+    "tokens",
+    "transformers",
+]
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

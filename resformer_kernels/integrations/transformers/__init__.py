@@ -29,11 +29,13 @@ def _check_version() -> None:
 _check_version()
 
 from resformer_kernels.integrations.transformers import families, kernel  # noqa: E402
+from resformer_kernels.integrations.transformers.cache import ResFormerCache  # noqa: E402
 from resformer_kernels.integrations.transformers.convert import convert_to_resformer  # noqa: E402
 
 kernel.register()
 
 __all__ = [
+    "ResFormerCache",
     "convert_to_resformer",
     "families",
 ]

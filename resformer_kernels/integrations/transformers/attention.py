@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from resformer_kernels.integrations.transformers import kernel
+from resformer_kernels.integrations.transformers.cache import ResFormerCache
 from resformer_kernels.mix import mix_values
 from resformer_kernels.nn import ValueMix
 from resformer_kernels.nn.value_mix import ValueSources
@@ -62,6 +64,14 @@ class ValueResidualAttention:
             return mixed.v_first
         return mix_values((mixed.v, mixed.v_first), (mixed.lambda_v, mixed.lambda_first))
 
+    def options(self) -> dict[str, Any]:
+        """What every attention function is told beside tensors."""
+        return {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": getattr(self, "scaling", self.head_dim**-0.5),
+            "sliding_window": getattr(self, "sliding_window", None),
+        }
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
@@ -75,9 +85,7 @@ class ValueResidualAttention:
             k,
             v,
             mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=getattr(self, "scaling", self.head_dim**-0.5),
-            sliding_window=getattr(self, "sliding_window", None),
+            **self.options(),
             **kwargs,
         )
         return out.reshape(*out.shape[:2], -1).contiguous(), weights
@@ -122,11 +130,24 @@ class DecoderAttention(ValueResidualAttention):
         own = self.v_proj(hidden_states).view(heads) if self.projects_values else None
         q, k = type(self).rotate(q, k, *position_embeddings)
         v = self.mixed_values(own, earlier, hidden_states).transpose(1, 2)
+        if self.attends_in_cache(past_key_values, attention_mask):
+            new = v if self.projects_values else k[..., :0]
+            options = kernel.options_of(self, **self.options(), **kwargs)  # type: ignore[arg-type]
+            out = past_key_values.attend(self.layer_idx, q, k, new, attention_mask, **options)
+            return self.o_proj(out.flatten(2)), None, v.transpose(1, 2) if own is None else own
         if past_key_values is not None:
             k, v = self.remember(past_key_values, k, v)
         out, weights = self.attend(q, k, v, attention_mask, **kwargs)
         handed_on = v.transpose(1, 2) if own is None or self.hands_on_history else own
         return self.o_proj(out), weights, handed_on
+
+    def attends_in_cache(self, cache: Any, mask: Any) -> bool:
+        """Whether the cache attends itself: ours, beside our kernel, with a mask of lengths."""
+        return (
+            isinstance(cache, ResFormerCache)
+            and self.config._attn_implementation == kernel.NAME
+            and (mask is None or mask.dim() == 2)
+        )
 
     def remember(self, cache: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append to the cache; the keys and values of all tokens so far, (B, Hkv, T, D)."""
@@ -134,7 +155,9 @@ class DecoderAttention(ValueResidualAttention):
             keys, values = cache.update(k, v, self.layer_idx)
             return keys, values
         _check_keys_alone(cache, self.layer_idx)
-        keys, _ = cache.update(k, k[..., :0], self.layer_idx)
+        keys, values = cache.update(k, k[..., :0], self.layer_idx)
+        if values.shape[-1]:
+            return keys, values  # A cache that knows of sharing gives back what is shared.
         if keys.shape[-2] != v.shape[-2]:
             raise ValueError(
                 f"layer {self.layer_idx} shares the first layer's values, of which the cache "

@@ -124,7 +124,21 @@ def _keys_so_far(q_length: int, q_offset: int | Tensor, kv_offset: int) -> int |
     return q_offset + q_length - kv_offset
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def options_of(
+    module: torch.nn.Module,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The kernel's options that stand for those of an attention function of transformers.
+
+    Args are those of `resformer_attention`. ValueError for what the kernel has not.
+    """
     if dropout:
         raise ValueError(
             f"attn_implementation='{NAME}' has no dropout, got {dropout}: set "
@@ -138,6 +152,15 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     for name in ("position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='{NAME}' does not take {name}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    reach = -1 if sliding_window is None else sliding_window - 1
+    return {
+        "causal": causal,
+        "window": (reach, 0 if causal else reach),
+        "scale": scaling,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+    }
 
 
 def resformer_attention(
@@ -146,12 +169,6 @@ def resformer_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`value_residual_attention` with the arguments of transformers' attention functions.
@@ -162,23 +179,16 @@ def resformer_attention(
         key: (B, Hkv, Tk, D), not repeated for grouped heads.
         value: (B, Hkv, Tk, Dv).
         attention_mask: as `resformer_mask` makes it, or additive, (B or 1, Hq or 1, Tq, Tk).
-        dropout: must be 0.
-        sliding_window: keys that a query sees, its own included, on either side.
-        s_aux: sinks, (Hq,).
-        kwargs: cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k pack sequences, B = 1.
+        kwargs: `scaling`, the factor of q.k; `sliding_window`, the keys that a query sees, its own
+            included, on either side; `softcap`; `s_aux`, sinks, (Hq,); `is_causal`; `dropout`,
+            which must be 0; `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`,
+            which pack sequences, B = 1.
 
     Returns:
         (B, Tq, Hq, Dv), and None for the weights.
     """
-    _refuse(dropout, kwargs)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options = options_of(module, **kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-    order: dict[str, Any] = {"causal": bool(causal)}
-    if sliding_window is not None:
-        reach = sliding_window - 1
-        order["window"] = (reach, 0 if causal else reach)
-
     if kwargs.get("cu_seq_lens_q") is not None:
         packed = value_residual_attention_varlen(
             q.squeeze(0),
@@ -188,7 +198,6 @@ def resformer_attention(
             cu_seqlens_k=kwargs["cu_seq_lens_k"],
             max_seqlen_q=kwargs["max_length_q"],
             max_seqlen_k=kwargs["max_length_k"],
-            **order,
             **options,
         )
         return packed.unsqueeze(0), None
@@ -197,9 +206,9 @@ def resformer_attention(
         k, v = k[:, :count], v[:, :count]
         options["attn_bias"] = attention_mask[:, None, None, :]
     elif attention_mask is not None:
-        order = {}
+        options.update(causal=False, window=(-1, -1))
         options["attn_bias"] = attention_mask[..., : k.shape[1]]
-    return value_residual_attention(q, k, v, **order, **options), None
+    return value_residual_attention(q, k, v, **options), None
 
 
 def register() -> None:

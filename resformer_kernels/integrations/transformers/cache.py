@@ -1,0 +1,193 @@
+"""transformers' cache interface over `SharedValueCache`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from resformer_kernels.integrations.transformers.config import SVFORMER
+from resformer_kernels.kvcache.cache import SharedValueCache
+from resformer_kernels.kvcache.layout import KVLayout
+
+
+class _Layer(CacheLayerMixin):
+    """One layer of a `ResFormerCache`, which does the work for all of them."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: ResFormerCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.cache.make(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.cache.append(self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return self.cache.max_seqlen
+
+
+class ResFormerCache(Cache):
+    """A cache that keeps the values of a SVFormer once, for `generate(past_key_values=...)`.
+
+    The tensors are those of a `SharedValueCache`, allocated at the first use, when batch, heads and
+    dtype are known. With `attn_implementation="resformer"` a converted model attends in place, by
+    `attention_with_kvcache`; any other attention function is given the keys and values, as views
+    where the batch was not reordered and nothing is quantised. Full and sliding layers can be
+    mixed: every layer keeps all tokens. Beams, cropping and paging work; gradients do not.
+
+    Args:
+        config: the model's; a stock model's or a ResFormer's makes a standard cache.
+        max_seqlen: the most tokens of a sequence, prompt included.
+        dtype: what to store; None: the model's own. torch.int8 keeps codes and a float32 scale per
+            token and head.
+        page_size: tokens of a page; None: one stretch of max_seqlen a sequence. Beams that share a
+            beginning share its pages.
+        num_pages: pages for all sequences; None: enough for every sequence to be full.
+
+    Raises:
+        ValueError, RuntimeError: as `SharedValueCache`, at the first use; RuntimeError when full.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        max_seqlen: int,
+        *,
+        dtype: torch.dtype | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+    ) -> None:
+        if page_size is None and num_pages is not None:
+            raise ValueError(f"num_pages needs a page_size, got num_pages={num_pages}")
+        self.max_seqlen, self.dtype = max_seqlen, dtype
+        self.page_size, self.num_pages = page_size, num_pages
+        count = config.num_hidden_layers
+        shared: list[int] = []
+        if getattr(config, "value_residual", None) == SVFORMER:
+            shared = config.value_residual_layers
+        own = [layer for layer in range(count) if layer not in shared]
+        slots = (0 if layer in shared else own.index(layer) for layer in range(count))
+        self.layout = KVLayout(tuple(range(count)), tuple(slots))
+        self.store: SharedValueCache | None = None
+        super().__init__(layers=[_Layer(self, layer) for layer in range(count)])
+
+    def make(self, k: Tensor, v: Tensor) -> SharedValueCache:
+        """The store, made for keys and values (B, Hkv, T, D) like these where there is none."""
+        if self.store is not None:
+            return self.store
+        batch = k.shape[0]
+        sizes: dict[str, Any] = {"batch": batch, "max_seqlen": self.max_seqlen}
+        if self.page_size is not None:
+            full = batch * -(-self.max_seqlen // self.page_size)
+            sizes["num_pages"] = full if self.num_pages is None else self.num_pages
+            sizes["page_size"] = self.page_size
+        self.store = SharedValueCache(
+            self.layout,
+            **sizes,
+            num_kv_heads=k.shape[1],
+            head_dim=k.shape[-1],
+            value_head_dim=v.shape[-1],
+            dtype=k.dtype if self.dtype is None else self.dtype,
+            device=k.device,
+        )
+        for layer in self.layers:
+            layer.is_initialized = True
+        return self.store
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, Hkv, T, D) to a layer; its keys and values of all tokens so far.
+
+        A layer of width zero in v has no values of its own: those returned are the first layer's.
+        """
+        store = self.make(k, v)
+        own = v.transpose(1, 2) if v.shape[-1] else None
+        store.append(layer, k.transpose(1, 2), own)
+        keys, values = (x.to(k.dtype).transpose(1, 2) for x in store.read(layer))
+        return keys, values
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Append as `append` does, and attend in place.
+
+        Args:
+            layer: counted from 0.
+            q: (B, Hq, Tq, D).
+            k: (B, Hkv, Tq, D).
+            v: (B, Hkv, Tq, D), or of width zero.
+            padding: (B, T) bool, True where a key may be seen, or None.
+            options: of `attention_with_kvcache`.
+
+        Returns:
+            (B, Tq, Hq, D).
+        """
+        store = self.make(k, v)
+        own = v.transpose(1, 2) if v.shape[-1] else None
+        out: Tensor = store.attend(
+            layer, q.transpose(1, 2), k.transpose(1, 2), own, key_mask=padding, **options
+        )
+        return out
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self.store.lengths[0] if self.store is not None and self.store.sequences else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales, used or not; 0 before the first use."""
+        return 0 if self.store is None else self.store.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first use."""
+        return -1 if self.store is None else len(self.store.sequences)
+
+    def reset(self) -> None:
+        """Forget every token; a step that an error broke off with them."""
+        if self.store is not None:
+            self.store.rollback()
+            self.store.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens out: a number at most 0, as every cache of transformers takes it."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be negative or 0, the count to remove, got "
+                f"{tokens_to_remove}"
+            )
+        if self.store is not None and tokens_to_remove:
+            self.store.crop(max(0, self.length + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the batch of the sequences at these places, for beam search."""
+        self._pick(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence; without pages the store has no rows for more, and says so."""
+        self._pick([place for place in range(max(0, self.batch_size)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at these places, or where a bool mask is True."""
+        places = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._pick(places.tolist())
+
+    def _pick(self, places: list[int]) -> None:
+        if self.store is not None:
+            self.store.reorder(places)
