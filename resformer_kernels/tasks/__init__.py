@@ -3,6 +3,7 @@
 from resformer_kernels.tasks.dialogues import Dialogue, DialogueCorpus, load_corpus, read_dialogues
 from resformer_kernels.tasks.scores import (
     accuracy,
+    bootstrap_difference,
     confusion,
     mean_and_spread,
     memory_capacity,
@@ -24,6 +25,7 @@ __all__ = [
     "Dialogue",
     "DialogueCorpus",
     "accuracy",
+    "bootstrap_difference",
     "confusion",
     "delays",
     "load_corpus",

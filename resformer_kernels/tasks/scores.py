@@ -59,3 +59,33 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean and the sample standard deviation (0 for a single value)."""
     found = torch.tensor(values, dtype=torch.float64)
     return float(found.mean()), float(found.std()) if len(values) > 1 else 0.0
+
+
+def bootstrap_difference(
+    first: Tensor, second: Tensor, *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The second model's weighted F1 less the first's: its 2.5% quantile, itself, its 97.5%.
+
+    Each draw takes as many conversations as there are, with replacement, the same for both models;
+    the seeds of a model are averaged.
+
+    Args:
+        first, second: counts as `confusion` gives, (seeds, conversations, classes, classes).
+        draws: resampled sets of conversations.
+        seed: of the draws.
+    """
+    conversations = first.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, conversations, (draws, conversations), generator=generator)
+    weights = torch.zeros(draws, conversations, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    all_once = torch.ones(1, conversations, dtype=torch.float64)
+    weights = torch.cat((all_once, weights))
+
+    def score(counts: Tensor) -> Tensor:
+        sums = torch.einsum("dn,sncp->dscp", weights, counts.double())
+        return torch.tensor([[weighted_f1(c) for c in seeds] for seeds in sums]).mean(1)
+
+    found = score(second) - score(first)
+    low, high = torch.quantile(found[1:], found.new_tensor([0.025, 0.975])).tolist()
+    return low, float(found[0]), high
