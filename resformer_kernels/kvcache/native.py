@@ -8,7 +8,6 @@ from torch import Tensor
 from resformer_kernels import _extension
 from resformer_kernels._launch import copy_note, needs_copy
 from resformer_kernels.kvcache.call import KVCacheCall, op_arguments
-from resformer_kernels.kvcache.ops import ATTEND, NATIVE
 
 NAME = "native"
 
@@ -30,17 +29,7 @@ def unsupported_reason(call: KVCacheCall) -> str | None:
                 f"{name}'s last axis has stride {cache.stride(-1)}, not 1, and a cache is never "
                 "copied"
             )
-    return _extension.unavailable_reason() or _missing()
-
-
-def _missing() -> str | None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE}::{ATTEND}", "CPU"):
-        return None
-    return "the native library does not have this op"
-
-
-# torch.compile must see the answer as a constant.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return _extension.unavailable_reason()
 
 
 def notes(call: KVCacheCall) -> list[str]:
