@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,15 @@ from torch import Tensor
 
 from resformer_kernels import explain
 from resformer_kernels._select import prepare
+from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.reservoir import RingWeight, reservoir_scan
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
+from resformer_kernels.testing.kvcache import (
+    REPRESENTATIVE as KVCACHE,
+)
+from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache, kvcache_inputs
 from resformer_kernels.testing.poison import poisoned
 
 Run = Callable[[str], list[Comparison]]
@@ -67,7 +72,8 @@ def checks(
     device: str = "cpu",
     attention: Sequence[AttentionCase] = REPRESENTATIVE,
 ) -> list[Check]:
-    """The table: attention of every form and both mixes, in each dtype, and reservoirs.
+    """The table: attention of every form, over caches too, both mixes and scans in each dtype,
+    and reservoirs.
 
     Args:
         dtypes: cases of other dtypes are left out.
@@ -78,6 +84,7 @@ def checks(
     for dtype in dtypes:
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
+        table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
     if torch.float32 in dtypes:
         table += [_reservoir_check(kind, device) for kind in ("dense", "groups", "ring")]
     return table
@@ -132,7 +139,7 @@ def attention_check(case: AttentionCase, device: str = "cpu") -> Check:
     )
 
 
-def _describe(case: AttentionCase) -> str:
+def _describe(case: AttentionCase | KVCacheCase) -> str:
     parts = []
     for field in fields(case):
         value = getattr(case, field.name)
@@ -140,8 +147,25 @@ def _describe(case: AttentionCase) -> str:
             continue
         if field.name == "lengths":
             value = f"{len(value)} sequences"
+        if field.name == "quantised":
+            value = _name(value)
         parts.append(field.name if value is True else f"{field.name}={value}")
     return ", ".join(parts) or "two sources, constants"
+
+
+def _kvcache_check(case: KVCacheCase, device: str) -> Check:
+    def arguments() -> dict[str, Any]:
+        inputs = kvcache_inputs(case, device)
+        return {**inputs.tensors, **inputs.options}
+
+    return Check(
+        "attention_with_kvcache",
+        _describe(case),
+        _name(case.dtype),
+        lambda: explain(attention_with_kvcache, **arguments()).backend,
+        lambda backend: _refusal(backend, attention_with_kvcache, **arguments()),
+        lambda backend: compare_kvcache(case, backend=backend, device=device),
+    )
 
 
 def _mix_check(sources: int, dtype: torch.dtype, device: str) -> Check:
