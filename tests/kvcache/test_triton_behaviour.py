@@ -210,6 +210,21 @@ def test_splits_fill_the_gpu() -> None:
             assert splits == 1 or splits * triton_plan.LEAST_BLOCKS <= blocks
 
 
+@pytest.mark.parametrize(("queries", "hints"), [(1, ("evict_first", "evict_last")), (90, ("", ""))])
+def test_what_is_read_once_leaves_the_second_level_cache_first(
+    queries: int, hints: tuple[str, str]
+) -> None:
+    from resformer_kernels import _triton_lib as lib
+
+    inputs = kvcache_inputs(KVCacheCase(q_len=queries, append="none", dtype=torch.bfloat16))
+    with mock.patch.object(lib, "launch") as launch:
+        run_copied(inputs, "triton")
+    (attend,) = launch.call_args_list
+    assert (attend.kwargs["KEY_POLICY"], attend.kwargs["VALUE_POLICY"]) == hints
+    # Loads that the compiler makes copies to shared memory would lose them.
+    assert attend.kwargs["AHEAD"] == bool(hints[0])
+
+
 def test_only_keys_in_reach_count() -> None:
     assert triton_plan.keys_in_reach(8192, 1, -1) == 8192
     assert triton_plan.keys_in_reach(8192, 4, 1000) == 1004
