@@ -13,11 +13,12 @@ from setuptools.errors import PlatformError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_support import cuda, native  # noqa: E402
+from build_support import cuda, host, native  # noqa: E402
 from build_support.errors import BuildError  # noqa: E402
 
 SKIP_REASON = native.skip_reason()
 WITHOUT_CUDA = SKIP_REASON or cuda.skip_reason()
+WITHOUT_HOST = SKIP_REASON or host.skip_reason()
 
 
 class BuildPython(build_py.build_py):
@@ -29,7 +30,9 @@ class BuildPython(build_py.build_py):
                 f"installing resformer_kernels WITHOUT its native kernels: {SKIP_REASON}."
                 " Everything works through the pure PyTorch reference, which is slow."
             )
-        elif WITHOUT_CUDA is not None:
+        elif WITHOUT_HOST is not None:
+            self.warn(f"installing resformer_kernels WITHOUT paged caches: {WITHOUT_HOST}")
+        if SKIP_REASON is None and WITHOUT_CUDA is not None:
             self.announce(f"without CUDA kernels of C++: {WITHOUT_CUDA}", logging.INFO)
         super().run()
 
@@ -39,12 +42,12 @@ class BuildNative(build_ext.build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         *parents, name = fullname.split(".")
-        return str(Path(*parents, f"{name}.so"))
+        return str(Path(*parents, FILES[name]))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            # For the second library ninja finds nothing left to do.
+            # For the later libraries ninja finds nothing left to do.
             (library,) = [path for path in native.build(ROOT) if path.name == target.name]
         except BuildError as error:
             raise PlatformError(str(error)) from error
@@ -52,24 +55,28 @@ class BuildNative(build_ext.build_ext):
 
 
 class BuildWheel(bdist_wheel.bdist_wheel):
-    """Tags the wheel py3-none-<platform>: the library needs no particular Python."""
+    """Tags the wheel for this Python where it holds the host module, else py3-none-<platform>: the
+    kernels' libraries need no particular Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        _, _, platform_tag = super().get_tag()
-        return "py3", "none", platform_tag
+        python, abi, platform_tag = super().get_tag()
+        return ("py3", "none", platform_tag) if WITHOUT_HOST else (python, abi, platform_tag)
 
 
 def libraries() -> list[str]:
-    """The names of the libraries that go into the package."""
+    """The files of the libraries that go into the package."""
     if SKIP_REASON is not None:
         return []
-    return [native.CPU_LIBRARY] if WITHOUT_CUDA else [native.CPU_LIBRARY, cuda.LIBRARY]
+    optional = {host.LIBRARY: WITHOUT_HOST, cuda.LIBRARY: WITHOUT_CUDA}
+    return [native.CPU_LIBRARY, *(name for name, without in optional.items() if not without)]
+
+
+FILES = {name.partition(".")[0]: name for name in libraries()}
+"""The file of each library, by its name without what Python or the system puts after it."""
 
 
 setup(
-    ext_modules=[
-        Extension(f"{native.PACKAGE}.{Path(name).stem}", sources=[]) for name in libraries()
-    ],
+    ext_modules=[Extension(f"{native.PACKAGE}.{name}", sources=[]) for name in FILES],
     cmdclass={
         "bdist_wheel": BuildWheel,
         "build_ext": BuildNative,

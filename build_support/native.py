@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_support import cuda
+from build_support import cuda, host
 from build_support.errors import BuildError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,16 @@ rule compile
   description = compile $in $label
 rule link
   command = $cxx -shared -o $out $in $link_flags
+  description = link $out
+"""
+_HOST_RULES = """\
+rule compile_host
+  command = $cxx $host_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in $label
+rule link_host
+  command = $cxx -shared -o $out $in $host_link_flags
   description = link $out
 """
 _CUDA_RULES = """\
@@ -258,6 +268,26 @@ def cuda_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -
     return "\n".join(lines) + "\n"
 
 
+def host_units(root: Path) -> list[Unit]:
+    """Every object of the host module."""
+    sources = host.sources(root)
+    if not sources:
+        raise BuildError(f"no csrc/host/*.cpp under {root}: the sources are not there")
+    return [_unit(root, source, "", ()) for source in sources]
+
+
+def host_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
+    """What build.ninja has besides where the host module is built."""
+    flags, link_flags = _command(host.compile_flags()), _command(host.LINK_FLAGS)
+    lines = [
+        f"host_flags = {flags} {toolchain.extra_compile_flags}".rstrip(),
+        f"host_link_flags = {link_flags} {toolchain.extra_link_flags}".rstrip(),
+        _HOST_RULES,
+        *_library_rules(units, "_host", f"{output_dir}/{host.LIBRARY}"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _library_rules(units: list[Unit], suffix: str, library: str) -> list[str]:
     lines, objects = [], []
     for unit in units:
@@ -280,13 +310,16 @@ def _escape(path: str) -> str:
 
 
 def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Bring the libraries up to date and return where they are, that of the CPU first. Raises
-    BuildError."""
+    """Bring the libraries up to date and return where they are, that of the CPU first, the host
+    module second where it is built. Raises BuildError."""
     toolchain = find_toolchain(environ)
     machine = platform.machine()
     output_dir = f"build/native-{machine}"
     libraries = [CPU_LIBRARY]
     text = ninja_file(cpu_units(root, machine), toolchain, output_dir)
+    if host.skip_reason() is None:
+        libraries.append(host.LIBRARY)
+        text += host_ninja_lines(host_units(root), toolchain, output_dir)
     if toolchain.nvcc is not None:
         libraries.append(cuda.LIBRARY)
         text += cuda_ninja_lines(cuda_units(root), toolchain, output_dir)
@@ -336,11 +369,15 @@ def main() -> int:
         if reason is not None:
             print(f"not building the native library: {reason}", file=sys.stderr)
             return 0
-        without_cuda = cuda.skip_reason()
-        if without_cuda is not None:
-            print(f"not building the CUDA library: {without_cuda}", file=sys.stderr)
-            # What is left of an older build would be loaded all the same.
-            (ROOT / PACKAGE / cuda.LIBRARY).unlink(missing_ok=True)
+        optional = {
+            cuda.LIBRARY: ("CUDA library", cuda.skip_reason()),
+            host.LIBRARY: ("host module", host.skip_reason()),
+        }
+        for file, (name, without) in optional.items():
+            if without is not None:
+                print(f"not building the {name}: {without}", file=sys.stderr)
+                # What is left of an older build would be loaded all the same.
+                (ROOT / PACKAGE / file).unlink(missing_ok=True)
         for library in build():
             install(library, ROOT / PACKAGE / library.name)
     except BuildError as error:

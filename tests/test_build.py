@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from build_support import native
+from build_support import host, native
 from build_support.errors import BuildError
 
 SOURCE = '#include "tiny/tiny.h"\nextern "C" int tiny_baseline() { return tiny; }\n'
@@ -24,6 +24,11 @@ namespace RESFORMER_ISA {
 #endif
 [[gnu::visibility("default")]] int tiny_isa() { return tiny; }
 }
+"""
+HOST_SOURCE = """\
+#include <Python.h>
+static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__host(void) { return PyModule_Create(&tiny); }
 """
 
 
@@ -48,6 +53,8 @@ def copy_tree(root: Path) -> Path:
     (folder / "tiny.h").write_text("constexpr int tiny = 1;\n")
     (folder / "tiny_cpu.cpp").write_text(SOURCE)
     (folder / "tiny_cpu_isa.cpp").write_text(ISA_SOURCE)
+    (root / "csrc" / "host").mkdir()
+    (root / "csrc" / "host" / "module.cpp").write_text(HOST_SOURCE)
     return root
 
 
@@ -109,7 +116,8 @@ def test_library_uses_only_the_stable_interface_of_torch(library: Path) -> None:
 
 
 def test_second_build_does_nothing_and_an_edited_header_rebuilds(tree: Path) -> None:
-    (built,) = native.build(tree)
+    built, module = native.build(tree)
+    assert module.name == host.LIBRARY
     before = built.stat().st_mtime_ns
     native.build(tree)
     assert built.stat().st_mtime_ns == before
@@ -142,13 +150,38 @@ def test_install_leaves_an_equal_library_alone(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["built.so"]
 
 
-def test_wheel_holds_the_library_and_serves_any_python(tree: Path) -> None:
+def test_wheel_holds_the_libraries_and_is_tagged_for_this_python(tree: Path) -> None:
     wheel, _ = run_backend(tree, "build_wheel")
-    assert "-py3-none-linux_" in wheel.name
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{version}-{version}-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert f"{native.PACKAGE}/{native.CPU_LIBRARY}" in names
+    assert f"{native.PACKAGE}/{host.LIBRARY}" in names
     assert f"{native.PACKAGE}/py.typed" in names
+    assert f"{native.PACKAGE}/_host.pyi" in names
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "build_support/"))]
+
+
+def test_wheel_without_the_host_module_serves_any_python_and_warns_once(tree: Path) -> None:
+    build = tree / "build_support" / "host.py"
+    build.write_text(build.read_text().replace('find_spec("pybind11")', 'find_spec("no_pybind11")'))
+    (tree / native.PACKAGE / host.LIBRARY).write_bytes(b"left over from an older build")
+    wheel, printed = run_backend(tree, "build_wheel")
+    assert "-py3-none-linux_" in wheel.name
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert names == [f"{native.PACKAGE}/{native.CPU_LIBRARY}"]
+    assert printed.count("WITHOUT paged caches: pybind11 is not installed") == 1
+
+
+def test_host_module_needs_python_alone(library: Path) -> None:
+    reason = host.skip_reason()
+    if reason is not None:
+        pytest.skip(f"built without the host module: {reason}")
+    module = library.with_name(host.LIBRARY)
+    dynamic = readelf("--dynamic", module).splitlines()
+    needed = [line for line in dynamic if "NEEDED" in line]
+    assert not [line for line in needed if "torch" in line or "c10" in line]
+    assert not [line for line in dynamic if "RPATH" in line or "RUNPATH" in line]
 
 
 def test_wheel_without_native_is_pure_and_warns_once(tree: Path) -> None:
@@ -160,8 +193,8 @@ def test_wheel_without_native_is_pure_and_warns_once(tree: Path) -> None:
 
 
 def test_sdist_holds_the_sources_and_no_binary(tree: Path) -> None:
-    (built,) = native.build(tree)
-    native.install(built, tree / native.PACKAGE / built.name)
+    for built in native.build(tree):
+        native.install(built, tree / native.PACKAGE / built.name)
     sdist, _ = run_backend(tree, "build_sdist")
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
@@ -209,6 +242,8 @@ def test_missing_torch_is_named(tree: Path) -> None:
 def test_missing_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"no csrc/\*/\*_cpu.cpp"):
         native.build(tmp_path)
+    with pytest.raises(BuildError, match=r"no csrc/host/\*.cpp"):
+        native.host_units(tmp_path)
 
 
 def test_max_jobs_must_be_positive(tree: Path) -> None:

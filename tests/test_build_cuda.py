@@ -93,7 +93,7 @@ def test_wheel_with_cuda_holds_every_architecture_and_imports_without_a_gpu(
             if source.suffix == ".h" or source.name.endswith("_cuda.cu"):
                 shutil.copy(source, root / "csrc" / folder)
     wheel, _ = run_backend(root, "build_wheel", RESFORMER_CUDA="1", RESFORMER_CUDA_ARCHS="")
-    assert "-py3-none-linux_" in wheel.name
+    assert "-linux_" in wheel.name
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
@@ -119,7 +119,8 @@ def test_wheel_without_cuda_holds_none(tmp_path: Path) -> None:
     (root / native.PACKAGE / cuda.LIBRARY).write_bytes(b"left over from an older build")
     wheel, _ = run_backend(root, "build_wheel", RESFORMER_CUDA="0")
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    assert libraries == [f"{native.PACKAGE}/{native.CPU_LIBRARY}"]
+    assert f"{native.PACKAGE}/{native.CPU_LIBRARY}" in libraries
+    assert f"{native.PACKAGE}/{cuda.LIBRARY}" not in libraries
 
 
 def test_cuda_is_built_where_nvcc_is(tmp_path: Path) -> None:

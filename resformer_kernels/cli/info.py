@@ -20,6 +20,7 @@ from torch import Tensor
 import resformer_kernels
 from resformer_kernels import _extension
 from resformer_kernels.cli import COMMANDS, Subparsers
+from resformer_kernels.kvcache import pages
 
 Section = dict[str, str]
 
@@ -142,7 +143,7 @@ def _processor() -> tuple[str, frozenset[str]]:
 def _native() -> tuple[Section, bool]:
     library = str(_extension.LIBRARY)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment = {"CUDA library": _cuda_library(), **environment}
+    environment = {"CUDA library": _cuda_library(), "host module": _host(), **environment}
     reason = _extension.unavailable_reason()
     if reason is not None:
         return {"library": f"not in use: {reason}", **environment}, True
@@ -158,6 +159,11 @@ def _native() -> tuple[Section, bool]:
         "paths that run here": ", ".join(_extension.available_cpu_paths()),
     }
     return {**section, **environment}, True
+
+
+def _host() -> str:
+    reason = pages.unavailable_reason()
+    return "page allocator and decode planner" if reason is None else f"not in use: {reason}"
 
 
 def _cuda_library() -> str:

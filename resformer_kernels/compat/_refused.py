@@ -7,6 +7,14 @@ from typing import Any
 from resformer_kernels._checks import check_real
 
 
+def refuse_alibi(alibi_slopes: Any, instead: str) -> None:
+    """NotImplementedError unless alibi_slopes is None; `instead` says what to do."""
+    if alibi_slopes is not None:
+        raise NotImplementedError(
+            f"alibi_slopes must be None: the kernels have no ALiBi; {instead}"
+        )
+
+
 def refuse_dropout(dropout_p: Any) -> None:
     """NotImplementedError unless dropout_p is 0; ValueError where it is no probability."""
     check_real("dropout_p", dropout_p)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resformer_kernels.kvcache.cache import SharedValueCache
+from resformer_kernels.kvcache.layout import KVLayout
 from resformer_kernels.models.config import LanguageModelConfig
+from resformer_kernels.models.generation import Generation, generate
 from resformer_kernels.nn import (
     DenseMix,
     EmbeddingMix,
@@ -33,6 +37,7 @@ def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
             config.resolved_kv_heads,
             config.resolved_head_dim,
             gate_channels=min(config.gate_channels, config.dim),
+            gate_range=config.gate_range,
         )
     if layer == 0 or config.variant == "transformer":
         return OwnValues()
@@ -66,12 +71,26 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class SquaredReLU(nn.Module):
+    """down(relu(up(x))²) (So et al., arXiv 2109.08668). x and the result: (..., dim)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
 class Block(nn.Module):
     """Attention and MLP, each after an RMSNorm and added to the stream."""
 
     def __init__(self, config: LanguageModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim)
+        self.layer = layer
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = ValueResidualAttention(
             config.dim,
             config.num_heads,
@@ -80,17 +99,30 @@ class Block(nn.Module):
             v_mix=build_value_mix(config, layer),
             window=config.window(layer),
             qk_norm=config.qk_norm,
+            scale=config.attention_scale,
             backend=config.backend,
         )
-        self.mlp_norm = nn.RMSNorm(config.dim)
-        self.mlp = SwiGLU(config.dim, config.resolved_mlp_hidden)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        mlp = SwiGLU if config.mlp == "swiglu" else SquaredReLU
+        self.mlp = mlp(config.dim, config.resolved_mlp_hidden)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, token_ids: Tensor, *earlier_values: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        token_ids: Tensor,
+        *earlier_values: Tensor,
+        cache: SharedValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream after this block, (B, T, dim), and this layer's values (B, T, Hkv, D)."""
         attended, values = self.attention(
-            self.attention_norm(x), *earlier_values, rotary=(cos, sin), token_ids=token_ids
+            self.attention_norm(x),
+            *earlier_values,
+            rotary=(cos, sin),
+            token_ids=token_ids,
+            cache=cache,
+            layer=self.layer,
         )
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), values
@@ -107,7 +139,10 @@ class LanguageModel(nn.Module):
             config.resolved_head_dim, config.max_seqlen, base=config.rope_base
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if config.stream_scales:
+            self.stream_scale = nn.Parameter(torch.ones(config.num_layers))
+            self.input_scale = nn.Parameter(torch.zeros(config.num_layers))
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
@@ -122,6 +157,9 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=std * depth_scale if into_stream else std)
             elif isinstance(module, (nn.RMSNorm, LearnedMix, DenseMix, EmbeddingMix)):
                 module.reset_parameters()
+        if self.config.stream_scales:
+            nn.init.ones_(self.stream_scale)
+            nn.init.zeros_(self.input_scale)
         # Small logits: training starts from the uniform distribution.
         nn.init.normal_(self.head.weight, std=0.1 * self.config.dim**-0.5)
 
@@ -138,23 +176,84 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: token_ids is not (B, T), or longer than max_seqlen.
         """
+        logits = self.logits(self.hidden(token_ids))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab_size) of what `hidden` returns, (..., dim)."""
+        logits, softcap = self.head(hidden), self.config.logit_softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
+        """What the head reads, (B, T, dim), of tokens (B, T).
+
+        With a cache these are the next T tokens of each of its sequences, and are appended to it:
+        all of them, or none where this raises. Needs torch.no_grad() then.
+
+        Raises:
+            ValueError: token_ids is not (B, T), or longer than max_seqlen with what is cached.
+            RuntimeError: the cache is full, or gradients are enabled with a cache.
+        """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got shape {tuple(token_ids.shape)}")
-        cos, sin = self.rotary(token_ids.shape[1])
+        if cache is None:
+            return self._stream(token_ids, self.rotary(token_ids.shape[1]), None)
+        try:
+            rotary = self.rotary.after(cache.lengths, token_ids.shape[1])
+            return self._stream(token_ids, rotary, cache)
+        finally:
+            cache.rollback()
+
+    def _stream(
+        self, token_ids: Tensor, rotary: tuple[Tensor, Tensor], cache: SharedValueCache | None
+    ) -> Tensor:
         x = self.embedding(token_ids)
+        if self.config.embedding_norm:
+            x = F.rms_norm(x, (self.config.dim,))
+        embedded = x
         earlier: tuple[Tensor, ...] = ()
         for layer, block in enumerate(self.blocks):
-            arguments = (x, cos, sin, token_ids, *earlier)
-            if self.config.checkpointing and torch.is_grad_enabled():
+            if self.config.stream_scales:
+                x = self.stream_scale[layer] * x + self.input_scale[layer] * embedded
+            arguments = (x, *rotary, token_ids, *earlier)
+            if cache is not None:
+                x, values = block(*arguments, cache=cache)
+            elif self.config.checkpointing and torch.is_grad_enabled():
                 x, values = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, values = block(*arguments)
             if layer == 0 or self.config.variant == "dense":
                 earlier = (*earlier, values)
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.norm(x)
+
+    def new_cache(
+        self, batch: int, max_seqlen: int | None = None, **options: Any
+    ) -> SharedValueCache:
+        """An empty cache for this model: SVFormer's values once, else keys and V' of every layer.
+
+        Args:
+            batch: sequences.
+            max_seqlen: tokens of each; None: the model's.
+            options: of `SharedValueCache`: `dtype` (the weights' by default), `num_pages` and
+                `page_size` for pages.
+        """
+        config = self.config
+        layout = KVLayout.svformer if config.variant == "svformer" else KVLayout.standard
+        defaults = {"dtype": self.embedding.weight.dtype, "device": self.embedding.weight.device}
+        return SharedValueCache(
+            layout(config.num_layers),
+            batch=batch,
+            max_seqlen=config.max_seqlen if max_seqlen is None else max_seqlen,
+            num_kv_heads=config.resolved_kv_heads,
+            head_dim=config.resolved_head_dim,
+            **{**defaults, **options},
+        )
+
+    def generate(self, token_ids: Tensor, max_new_tokens: int, **options: Any) -> Generation:
+        """Continue each row of token_ids: `models.generation.generate` has the arguments."""
+        return generate(self, token_ids, max_new_tokens, **options)
 
 
 def parameter_count(config: LanguageModelConfig) -> int:
@@ -169,9 +268,9 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
 
     SVFormer's saved value projections then go into a wider MLP, and a value embedding's table
     makes the MLP narrower, so that variants are compared at equal size. Exact to within half of
-    3 · dim · num_layers. ValueError where even mlp_hidden = 1 is too many.
+    3 · dim · num_layers (relu2: 2). ValueError where even mlp_hidden = 1 is too many.
     """
-    slope = 3 * config.dim * config.num_layers
+    slope = (3 if config.mlp == "swiglu" else 2) * config.dim * config.num_layers
     fixed = parameter_count(replace(config, mlp_hidden=1)) - slope
     hidden = round((parameters - fixed) / slope)
     if hidden < 1:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resformer_kernels.attention.api import value_residual_attention
+from resformer_kernels.kvcache.cache import SharedValueCache
 from resformer_kernels.nn.rotary import apply_rotary
 from resformer_kernels.nn.value_mix import LearnedMix, ValueMix, ValueSources
 
@@ -28,6 +31,7 @@ class ValueResidualAttention(nn.Module):
         causal: query i attends to keys up to i.
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
+        scale: multiplies q.k; None: 1 / sqrt(head_dim).
         backend: passed to `value_residual_attention`.
     """
 
@@ -42,6 +46,7 @@ class ValueResidualAttention(nn.Module):
         causal: bool = True,
         window: tuple[int, int] = (-1, -1),
         qk_norm: bool = False,
+        scale: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -59,6 +64,7 @@ class ValueResidualAttention(nn.Module):
             head_dim = dim // num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.causal, self.window, self.qk_norm, self.backend = causal, window, qk_norm, backend
+        self.scale = scale
         self.v_mix = LearnedMix() if v_mix is None else v_mix
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
@@ -73,6 +79,8 @@ class ValueResidualAttention(nn.Module):
         *later_values: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         token_ids: Tensor | None = None,
+        cache: SharedValueCache | None = None,
+        layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -80,8 +88,12 @@ class ValueResidualAttention(nn.Module):
             x: (B, T, dim).
             v_first: the first layer's values, (B, T, Hkv, head_dim); None in the first layer.
             later_values: for `DenseMix`, the values of layers 2 to n - 1, in order.
-            rotary: cos and sin, each (T, head_dim / 2); None: no rotation.
+            rotary: cos and sin, each (T, head_dim / 2) or (B, T, head_dim / 2); None: no rotation.
             token_ids: (B, T) integers, for `EmbeddingMix`.
+            cache: x holds the tokens after those of this cache. Rotated keys and V' are appended,
+                V' mixed once for good (nothing where the mix is V₁ alone), and x attends over all.
+                v_first stays that of the T tokens of x. No gradient.
+            layer: this layer's number in the cache, from 0.
 
         Returns:
             The output (B, T, dim), and this layer's values (B, T, Hkv, head_dim), before any
@@ -90,6 +102,7 @@ class ValueResidualAttention(nn.Module):
         Raises:
             ValueError: the mix needs values or token_ids that are missing; among them v_first in
                 a first layer whose mix is not `OwnValues` or `EmbeddingMix`.
+            RuntimeError: the cache is full, or gradients are enabled with a cache.
         """
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
@@ -105,8 +118,15 @@ class ValueResidualAttention(nn.Module):
         mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
         # softcap is spelt out: under torch.compile(dynamic=True) the tracer makes an input of a
         # float default, which fails inside a checkpoint.
-        out = value_residual_attention(
-            q, k, *mixed, causal=self.causal, window=self.window, softcap=0.0, backend=self.backend
-        )
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "causal": self.causal,
+            "window": self.window,
+            "backend": self.backend,
+        }
+        if cache is None:
+            out = value_residual_attention(q, k, *mixed, softcap=0.0, **options)
+        else:
+            out = cache.attend(layer, q, k, mixed.cached(), **options)
         values = own if own is not None else earlier[0]
         return self.o_proj(out.flatten(2)), values

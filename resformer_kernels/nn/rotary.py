@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -41,9 +43,22 @@ class RotaryEmbedding(nn.Module):
             )
         return self.cos[start : start + length], self.sin[start : start + length]
 
+    def after(self, lengths: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the `length` positions after each of `lengths`: (B, length, head_dim / 2),
+        or as `forward` returns them where lengths are equal.
+
+        Raises ValueError beyond `max_seqlen`.
+        """
+        cos, sin = self(length, max(lengths, default=0))
+        if len(set(lengths)) < 2:
+            return cos, sin
+        starts = torch.tensor(lengths, device=self.cos.device)
+        places = starts[:, None] + torch.arange(length, device=self.cos.device)
+        return self.cos[places], self.sin[places]
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, H, D) by the angles of cos and sin (T, D / 2); x's dtype."""
+    """Rotate x (B, T, H, D) by the angles of cos and sin, (T, D / 2) or (B, T, D / 2)."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    cos, sin = cos[..., None, :].to(x.dtype), sin[..., None, :].to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

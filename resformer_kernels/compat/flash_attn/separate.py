@@ -13,7 +13,7 @@ from resformer_kernels.attention.api import (
     value_residual_attention_varlen,
 )
 from resformer_kernels.attention.call import check_scale, check_window
-from resformer_kernels.compat._refused import refuse_dropout
+from resformer_kernels.compat._refused import refuse_alibi, refuse_dropout
 
 _OURS = ("v_first", "lambda_v", "lambda_first", "backend")
 
@@ -32,13 +32,14 @@ def _options(
 ) -> dict[str, Any]:
     """The options of `value_residual_attention` for those of FlashAttention, in their order."""
     refuse_dropout(dropout_p)
-    if alibi_slopes is not None:
-        raise NotImplementedError(
-            "alibi_slopes must be None: the kernels have no ALiBi; value_residual_attention takes "
-            "the same bias written out, as attn_bias"
-        )
+    refuse_alibi(
+        alibi_slopes, "value_residual_attention takes the same bias written out, as attn_bias"
+    )
     if block_table is not None:
-        raise NotImplementedError("block_table must be None: keys and values are not read by page")
+        raise NotImplementedError(
+            "block_table must be None: keys and values are not read by page; "
+            "flash_attn_with_kvcache reads them so"
+        )
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
     if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0:

@@ -1,0 +1,75 @@
+// Which pages of a paged cache belong to which sequence. It knows numbers alone: no tensor, no device.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace resformer {
+
+using SequenceId = int64_t;
+// (from, to): the page whose tokens are to be copied before anything is written.
+using PageCopy = std::pair<int32_t, int32_t>;
+
+// Every call either does all that it was asked or throws and changes nothing: std::invalid_argument for a
+// sequence that is not there or a length out of range, std::runtime_error where pages run out.
+class PageTable {
+ public:
+  PageTable(int64_t num_pages, int64_t page_size);
+
+  // New empty sequences.
+  std::vector<SequenceId> create(int64_t count);
+
+  // Room for `tokens` more in each of the sequences. A page that is written and that others hold too is
+  // exchanged for a copy of its own.
+  std::vector<PageCopy> append(const std::vector<SequenceId>& sequences, int64_t tokens);
+
+  // A sequence with the same tokens on the same pages.
+  SequenceId fork(SequenceId sequence);
+
+  // Keeps the first lengths[i] tokens of sequences[i].
+  void crop(const std::vector<SequenceId>& sequences, const std::vector<int64_t>& lengths);
+
+  void free(const std::vector<SequenceId>& sequences);
+
+  // The sequences at `picks`, in that order. The first use of one keeps its name, a later one is a fork, and
+  // those that are not picked are freed.
+  std::vector<SequenceId> reorder(const std::vector<SequenceId>& sequences,
+                                  const std::vector<int64_t>& picks);
+
+  int64_t length(SequenceId sequence) const { return find(sequence).length; }
+  const std::vector<int32_t>& pages(SequenceId sequence) const { return find(sequence).pages; }
+
+  // Rows of `width` page numbers, 0 beyond a sequence's last page.
+  void block_table(const std::vector<SequenceId>& sequences, int64_t width, int32_t* rows) const;
+
+  int64_t num_pages() const { return static_cast<int64_t>(holders_.size()); }
+  int64_t page_size() const { return page_size_; }
+  int64_t free_pages() const { return static_cast<int64_t>(free_.size()); }
+
+ private:
+  struct Sequence {
+    int64_t length = 0;
+    std::vector<int32_t> pages;
+  };
+
+  const Sequence& find(SequenceId sequence) const;
+  Sequence& find(SequenceId sequence) { return const_cast<Sequence&>(std::as_const(*this).find(sequence)); }
+  void check_distinct(const std::vector<SequenceId>& sequences) const;
+  int64_t pages_for(int64_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
+  bool writes_into_last_page(const Sequence& s, int64_t tokens) const {
+    return tokens > 0 && s.length % page_size_ != 0;
+  }
+  int64_t pages_wanted(const std::vector<SequenceId>& sequences, int64_t tokens);
+  int32_t take_page();
+  void release_page(int32_t page);
+
+  int64_t page_size_;
+  std::vector<int32_t> holders_;  // how many sequences hold each page
+  std::vector<int32_t> free_;     // taken from the end
+  std::unordered_map<SequenceId, Sequence> sequences_;
+  SequenceId next_ = 0;
+};
+
+}  // namespace resformer

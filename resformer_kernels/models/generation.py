@@ -1,0 +1,226 @@
+"""Generation of text over a cache of keys and mixed values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._checks import check_real, check_tensor, describe
+from resformer_kernels.kvcache.cache import SharedValueCache
+
+if TYPE_CHECKING:
+    from resformer_kernels.models.language_model import LanguageModel
+
+
+class Generation(NamedTuple):
+    """What was generated."""
+
+    tokens: Tensor
+    """(B, N) int64, N at most max_new_tokens: the new tokens of each row, filled up with
+    stop_token."""
+    lengths: Tensor
+    """(B,) int64: how many of them are a row's own, its stop_token included."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. Raises TypeError or ValueError for what makes no sense."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_real("temperature", self.temperature)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_real("top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) tokens from logits (B, vocab)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        shares = self.probabilities(logits)
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that is drawn from, (B, vocab) float32: of the `top_k` largest logits,
+        the fewest whose probabilities reach `top_p`."""
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, -1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        shares = logits.softmax(-1)
+        if self.top_p is None:
+            return shares
+        ordered, order = shares.sort(-1, descending=True)
+        # A token is kept where those before it do not reach top_p: the first one always is.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+        shares = torch.zeros_like(shares).scatter(-1, order, ordered)
+        return shares / shares.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    token_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    lengths: Sequence[int] | Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+    prefill_chunk: int | None = None,
+    cache: SharedValueCache | None = None,
+) -> Generation:
+    """Continue each row of token_ids.
+
+    Args:
+        model: a `LanguageModel`.
+        token_ids: (B, T) integers, T at least 1: the prompts, padded on the right with anything.
+        max_new_tokens: how many tokens to generate, at least 1.
+        lengths: tokens of each prompt, 1 to T; None: T each.
+        temperature: 0 takes the likeliest token; else logits are divided by it and one is drawn.
+        top_k: draw from the top_k likeliest alone.
+        top_p: draw from the fewest tokens, likeliest first, whose probabilities reach top_p.
+        seed: of the draws; None: torch's global generator.
+        stop_token: a row ends with it; generation ends when all rows have.
+        prefill_chunk: prompt tokens at a time, which bounds memory; None: all at once.
+        cache: of `model.new_cache`, of B sequences that the prompts continue; None: a new one. It
+            then holds every token but the last of each row.
+
+    Returns:
+        Generation(tokens, lengths).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range; more tokens than the model's
+            max_seqlen.
+        RuntimeError: the cache is full.
+    """
+    prompts = _check_prompts(token_ids, lengths)
+    sampling = Sampling(temperature, top_k, top_p)
+    _check_count("max_new_tokens", max_new_tokens, 1)
+    if prefill_chunk is not None:
+        _check_count("prefill_chunk", prefill_chunk, 1)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(token_ids.device).manual_seed(seed)
+    if cache is None:
+        room = max(token_ids.shape[1], max(prompts, default=1) + max_new_tokens - 1)
+        cache = model.new_cache(token_ids.shape[0], room)
+    before = cache.lengths
+    _check_room(model, before, token_ids.shape, prompts, max_new_tokens)
+    try:
+        last = _prefill(model, token_ids, prompts, cache, prefill_chunk or token_ids.shape[1])
+        drawn = _continue(model, last, cache, max_new_tokens, sampling, generator, stop_token)
+    except BaseException:
+        cache.crop(before)
+        raise
+    made = drawn.lengths.tolist()
+    cache.crop([b + p + n - 1 for b, p, n in zip(before, prompts, made, strict=True)])
+    return drawn
+
+
+def _continue(
+    model: LanguageModel,
+    last: Tensor,
+    cache: SharedValueCache,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    stop_token: int | None,
+) -> Generation:
+    """Draw, append, and draw again, from what the head reads at each row's last token."""
+    drawn: list[Tensor] = []
+    counts = torch.zeros(len(last), dtype=torch.int64, device=last.device)
+    running = torch.ones_like(counts, dtype=torch.bool)
+    while True:
+        token = sampling.draw(model.logits(last), generator)
+        if stop_token is not None:
+            token = token.masked_fill(~running, stop_token)
+        drawn.append(token)
+        counts += running
+        if stop_token is not None:
+            running = running & (token != stop_token)
+        if len(drawn) == max_new_tokens or not bool(running.any()):
+            return Generation(torch.stack(drawn, 1), counts)
+        last = model.hidden(token[:, None], cache)[:, -1]
+
+
+def _prefill(
+    model: LanguageModel,
+    token_ids: Tensor,
+    prompts: list[int],
+    cache: SharedValueCache,
+    chunk: int,
+) -> Tensor:
+    """Append the prompts; what the head reads at the last token of each, (B, dim)."""
+    before = cache.lengths
+    ends = torch.tensor(prompts, device=token_ids.device) - 1
+    last: Tensor | None = None
+    for start in range(0, max(prompts, default=1), chunk):
+        piece = token_ids[:, start : min(start + chunk, max(prompts, default=1))]
+        hidden = model.hidden(piece, cache)
+        last = torch.zeros_like(hidden[:, 0]) if last is None else last
+        here = (ends >= start) & (ends < start + piece.shape[1])
+        at = (ends - start).clamp(0, piece.shape[1] - 1)
+        rows = torch.arange(len(prompts), device=token_ids.device)
+        last = torch.where(here[:, None], hidden[rows, at], last)
+    # No token saw the padding after it, and the cache forgets it.
+    cache.crop([b + p for b, p in zip(before, prompts, strict=True)])
+    assert last is not None
+    return last
+
+
+def _check_prompts(token_ids: Any, lengths: Any) -> list[int]:
+    check_tensor("token_ids", token_ids, 2, "(B, T)")
+    if token_ids.is_floating_point() or token_ids.dtype is torch.bool:
+        raise TypeError(f"token_ids must be integers, got {token_ids.dtype}")
+    batch, longest = token_ids.shape
+    if longest < 1:
+        raise ValueError(f"token_ids must hold a token at least, got shape {(batch, longest)}")
+    if lengths is None:
+        return [longest] * batch
+    found = [int(length) for length in lengths]
+    if len(found) != batch or any(not 1 <= length <= longest for length in found):
+        raise ValueError(f"lengths must be {batch} numbers of 1 to {longest}, got {found}")
+    return found
+
+
+def _check_room(
+    model: LanguageModel,
+    before: tuple[int, ...],
+    shape: torch.Size,
+    prompts: list[int],
+    new: int,
+) -> None:
+    if len(before) != shape[0]:
+        raise ValueError(f"cache must hold token_ids' {shape[0]} sequences, got {len(before)}")
+    # The last token is generated, and never read; padding is, and forgotten.
+    longest = max(prompts, default=0)
+    rows = zip(before, prompts, strict=True)
+    most = max((b + max(longest, p + new - 1) for b, p in rows), default=0)
+    if most > model.config.max_seqlen:
+        raise ValueError(
+            f"max_new_tokens: {most} tokens would be read, and the model's max_seqlen is "
+            f"{model.config.max_seqlen}; got {new}"
+        )
+
+
+def _check_count(name: str, count: Any, least: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, got {describe(count)}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")

@@ -1,0 +1,54 @@
+"""KVLayout: which layer has which slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from resformer_kernels import KVLayout
+
+
+def test_named_layouts() -> None:
+    assert KVLayout.standard(3) == KVLayout((0, 1, 2), (0, 1, 2))
+    assert KVLayout.svformer(3) == KVLayout((0, 1, 2), (0, 0, 0))
+    assert KVLayout.cla(5, 2) == KVLayout((0, 0, 1, 1, 2), (0, 1, 2, 3, 4))
+    assert KVLayout.cla(4, 2, share_values=True) == KVLayout((0, 0, 1, 1), (0, 0, 1, 1))
+    assert KVLayout.svformer_cla(5, 3) == KVLayout((0, 0, 0, 1, 1), (0, 0, 0, 0, 0))
+    assert KVLayout.cla(4, 1) == KVLayout.standard(4)
+
+
+def test_free_layout_counts_slots_and_says_who_writes() -> None:
+    layout = KVLayout([1, 0, 1, 0], [0, 1, 1, 0])  # type: ignore[arg-type]
+    assert (layout.num_layers, layout.num_key_slots, layout.num_value_slots) == (4, 2, 2)
+    assert layout.key_slots == (1, 0, 1, 0)
+    assert [layout.writes_keys(layer) for layer in range(4)] == [True, True, False, False]
+    assert [layout.writes_values(layer) for layer in range(4)] == [True, True, False, False]
+    assert len({layout, KVLayout((1, 0, 1, 0), (0, 1, 1, 0))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "error", "said"),
+    [
+        ((), (), ValueError, "key_slots must name at least one layer's slot"),
+        ((0, 2), (0, 1), ValueError, r"every slot from 0 up to the largest, got \(0, 2\)"),
+        ((0, -1), (0, 1), ValueError, "every slot from 0"),
+        ((0, 1), (0,), ValueError, "value_slots must name a slot for each of .* 2 layers, got 1"),
+        ((0, 1.0), (0, 1), TypeError, "key_slots must hold ints, got 1.0"),
+        ((0, True), (0, 1), TypeError, "key_slots must hold ints, got True"),
+        (3, (0, 1), TypeError, "key_slots must be a list of slots, one a layer, got 3"),
+        ((0, 1), "01", TypeError, "value_slots must be a list"),
+    ],
+)
+def test_bad_slots_are_named(keys: Any, values: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        KVLayout(keys, values)
+
+
+def test_bad_counts_are_named() -> None:
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        KVLayout.svformer(0)
+    with pytest.raises(TypeError, match="num_layers must be an int"):
+        KVLayout.standard(2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        KVLayout.svformer_cla(4, 0)
