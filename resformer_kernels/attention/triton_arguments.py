@@ -107,9 +107,7 @@ def bias_of(tensor: Tensor | None) -> tuple[Bias, int, Any]:
     return Bias(data, *strides), kind.value, tl.int32 if span < 2**31 else tl.int64
 
 
-def score_scale(
-    scale: float, softcap: float, *, biased: bool, precise: bool
-) -> tuple[float, bool]:
+def score_scale(scale: float, softcap: float, *, biased: bool, precise: bool) -> tuple[float, bool]:
     """(alpha, RAW) of `triton_tiles.scores`; `biased`: an additive bias follows the softcap."""
     capped = softcap > 0
     alpha = scale / softcap if capped else scale

@@ -216,9 +216,7 @@ def softmax_step(x, peak, total, acc, alpha, RAW: tl.constexpr, PRECISE: tl.cons
 
 
 @triton.jit
-def close_rows(
-    peak, total, sinks, heads, alpha, PRECISE: tl.constexpr, WANTS_LSE: tl.constexpr
-):
+def close_rows(peak, total, sinks, heads, alpha, PRECISE: tl.constexpr, WANTS_LSE: tl.constexpr):
     """(what acc is to be multiplied by, the natural LSE) of rows whose keys have all been seen.
 
     `sinks` may be None; `heads` are the query heads of the rows.

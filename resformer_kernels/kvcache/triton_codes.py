@@ -39,19 +39,13 @@ def decoded(codes, dtype: tl.constexpr, STORED: tl.constexpr):
 @triton.jit
 def _float8(x, STORED: tl.constexpr):
     """The bits of float32 x in float8, rounded to nearest even; |x| is at most the largest."""
-    if STORED == E4M3:
-        DROPPED: tl.constexpr = 20
-        BIAS: tl.constexpr = (127 - 7) << 3
-        LEAST: tl.constexpr = 0.015625
-        # In [2^14, 2^15) float32 counts in steps of 2^-9, the least e4m3.
-        STEP: tl.constexpr = 16384.0
-        STEP_BITS: tl.constexpr = 0x46800000
-    else:
-        DROPPED: tl.constexpr = 21
-        BIAS: tl.constexpr = (127 - 15) << 2
-        LEAST: tl.constexpr = 6.103515625e-05
-        STEP: tl.constexpr = 128.0
-        STEP_BITS: tl.constexpr = 0x43000000
+    # e4m3 has 3 bits of a fraction and the bias 7, e5m2 has 2 and 15.
+    DROPPED: tl.constexpr = 20 if STORED == E4M3 else 21
+    BIAS: tl.constexpr = (127 - 7) << 3 if STORED == E4M3 else (127 - 15) << 2
+    LEAST: tl.constexpr = 0.015625 if STORED == E4M3 else 6.103515625e-05
+    # Between this and its double float32 counts in steps of the least number, 2^-9 or 2^-16.
+    STEP: tl.constexpr = 16384.0 if STORED == E4M3 else 128.0
+    STEP_BITS: tl.constexpr = 0x46800000 if STORED == E4M3 else 0x43000000
     bits = x.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     size = bits & 0x7FFFFFFF
@@ -70,9 +64,8 @@ def quantised(x, LARGEST: tl.constexpr, STORED: tl.constexpr):
     wide = widen(x)
     most = tl.max(tl.abs(wide), 1)
     most = tl.where(tl.max((wide != wide).to(tl.int32), 1) != 0, float("nan"), most)
-    # As torch divides a number by a tensor.
-    reciprocal = tl.math.div_rn(tl.full(most.shape, 1.0, tl.float32), most)
-    inverse = tl.where(most > 0, reciprocal * LARGEST, 0.0)
+    largest = tl.full(most.shape, LARGEST, tl.float32)
+    inverse = tl.where(most > 0, tl.math.div_rn(largest, most), 0.0)
     scaled = wide * inverse[:, None]
     scaled = tl.where(scaled == scaled, scaled, 0.0)
     scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
@@ -81,14 +74,16 @@ def quantised(x, LARGEST: tl.constexpr, STORED: tl.constexpr):
         codes = ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
     else:
         codes = _float8(scaled, STORED)
-    return codes, tl.math.div_rn(most, tl.full(most.shape, LARGEST, tl.float32))
+    return codes, tl.math.div_rn(most, largest)
 
 
 @triton.jit
 def page_of(table, sequence, keys, inside, pages, page_size):
     """(page, place in it) of keys of a sequence; `inside` is False too where no page is there."""
     place = keys % page_size
-    at = tl.cast(sequence, tl.int64) * table.sequence + (keys // page_size).to(tl.int64) * table.page
+    at = (
+        tl.cast(sequence, tl.int64) * table.sequence + (keys // page_size).to(tl.int64) * table.page
+    )
     page = tl.load(table.pointer + at, mask=inside, other=0)
     return page, place, inside & (page >= 0) & (page < pages)
 

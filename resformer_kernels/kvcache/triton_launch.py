@@ -216,8 +216,8 @@ def _attend(p: _Problem, out: Tensor, lse: Tensor | None) -> None:
         WHOLE_PAGES=call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0,
         SPLIT=splits > 1,
         AHEAD=tiles.ahead,
-        # A tile of all rows reads its keys once and for all; values may serve the next layer too.
-        KEY_POLICY="evict_first" if tiles.ahead and row_tiles == 1 else "",
+        # Few rows are one tile: its keys are read once and for all, values serve other layers.
+        KEY_POLICY="evict_first" if tiles.ahead else "",
         VALUE_POLICY="evict_last" if tiles.ahead else "",
         num_warps=tiles.warps,
         num_stages=tiles.stages,

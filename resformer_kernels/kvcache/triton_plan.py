@@ -38,7 +38,9 @@ class Tiles(NamedTuple):
     ahead: bool
 
 
-def choose_tiles(rows: int, block_k: int, block_v: int, dtype: torch.dtype, stored: torch.dtype) -> Tiles:
+def choose_tiles(
+    rows: int, block_k: int, block_v: int, dtype: torch.dtype, stored: torch.dtype
+) -> Tiles:
     """The tiles of a call.
 
     Args:

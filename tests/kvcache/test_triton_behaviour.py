@@ -1,0 +1,243 @@
+"""What the Triton backend of the cache promises: bits, splits, bounds, and under torch.compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from resformer_kernels import attention_with_kvcache, explain
+from resformer_kernels.kvcache import triton, triton_plan
+from resformer_kernels.kvcache.call import KVCacheCall, op_arguments
+from resformer_kernels.testing.kvcache import (
+    KVCacheCase,
+    KVCacheInputs,
+    kvcache_inputs,
+    paginated,
+    run_copied,
+)
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+SPLIT = KVCacheCase(
+    lengths=(150, 33), q_len=2, new_tokens=2, num_splits=3, return_lse=True, sinks=True
+)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def call_of(inputs: KVCacheInputs) -> KVCacheCall:
+    prepare = attention_with_kvcache.__resformer_prepare__  # type: ignore[attr-defined]
+    call: KVCacheCall = prepare(**inputs.tensors, **inputs.options).call
+    return call
+
+
+def assert_same_bits(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    for name, x in some.items():
+        assert torch.equal(x, others[name]), name
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_change_no_bits(page_size: int, dtype: torch.dtype) -> None:
+    inputs = kvcache_inputs(dataclasses.replace(SPLIT, dtype=dtype))
+    expected, _ = run_copied(inputs, "triton")
+    got, _ = run_copied(paginated(inputs, page_size), "triton")
+    assert_same_bits(expected, got)
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8], ids=["float", "int8"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_loads_ahead_change_no_bits(stored: torch.dtype | None, ahead: bool) -> None:
+    inputs = kvcache_inputs(dataclasses.replace(SPLIT, dtype=torch.bfloat16, quantised=stored))
+    found = []
+    for way in (ahead, not ahead):
+        tiles = triton_plan.Tiles(16, 32, warps=4, stages=1, ahead=way)
+        with mock.patch.object(triton_plan, "choose_tiles", return_value=tiles):
+            found.append(run_copied(inputs, "triton")[0])
+    assert_same_bits(*found)
+
+
+def test_same_bits_run_to_run() -> None:
+    inputs = kvcache_inputs(SPLIT)
+    assert_same_bits(run_copied(inputs, "triton")[0], run_copied(inputs, "triton")[0])
+
+
+def test_attention_reads_what_was_appended() -> None:
+    inputs = kvcache_inputs(KVCacheCase(lengths=(0,), q_len=1, causal=True))
+    got, _ = run_copied(inputs, "triton")
+    value = inputs.tensors["v"].repeat_interleave(2, dim=2)
+    torch.testing.assert_close(got["out"], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_a_padding_mask_equals_a_shorter_cache(page_size: int) -> None:
+    """Whole tiles that a mask hides are skipped, and hide NaN as well."""
+    case = KVCacheCase(lengths=(200,), dtype=torch.bfloat16, append="none", return_lse=True)
+    whole = kvcache_inputs(case)
+    hidden = 131
+    short = dict(whole.tensors)
+    for name in ("k_cache", "v_cache"):
+        short[name] = short[name][:, hidden:]
+        whole.tensors[name][:, :hidden] = torch.nan
+    short["cache_seqlens"] = short["cache_seqlens"] - hidden
+    mask = torch.arange(200)[None] >= hidden
+    masked = KVCacheInputs({**whole.tensors, "key_mask": mask}, whole.options)
+    if page_size:
+        masked = paginated(masked, page_size)
+    got, _ = run_copied(masked, "triton")
+    expected, _ = run_copied(KVCacheInputs(short, whole.options), "triton")
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [-1, 10**6])
+def test_pages_that_do_not_exist_are_neither_read_nor_written(page: int) -> None:
+    """The check is the caller's on a GPU; without it the kernel still stays within the pool."""
+    inputs = kvcache_inputs(KVCacheCase(lengths=(40, 20), page_size=16, append="both"))
+    call = op_arguments(call_of(inputs))
+    assert call.block_table is not None
+    wrong = call.block_table.clone()
+    wrong[0] = page
+    before = call.k_cache.clone()
+    expected, _ = torch.ops.resformer_triton.attention_with_kvcache.default(
+        *call._replace(k_cache=call.k_cache.clone(), v_cache=call.v_cache.clone())
+    )
+    out, _ = torch.ops.resformer_triton.attention_with_kvcache.default(
+        *call._replace(block_table=wrong)
+    )
+    assert out[0].eq(0).all()
+    assert torch.equal(out[1], expected[1])
+    changed = (call.k_cache != before) & ~(call.k_cache.isnan() & before.isnan())
+    assert changed.any(-1).any(-1).sum() == 1  # the other sequence's new token
+
+
+def test_lengths_that_cannot_be_stay_within_the_cache() -> None:
+    inputs = kvcache_inputs(KVCacheCase(lengths=(40, 20), return_lse=True))
+    call = op_arguments(call_of(inputs))
+    wrong = torch.tensor([2**30, -(2**30)], dtype=torch.int32)
+    before = call.k_cache.clone()
+    torch.ops.resformer_triton.attention_with_kvcache.default(*call._replace(cache_seqlens=wrong))
+    torch.testing.assert_close(call.k_cache, before, rtol=0, atol=0, equal_nan=True)
+
+
+CASES = {
+    "contiguous": SPLIT,
+    "paged": KVCacheCase(lengths=(30, 5), page_size=16, mask="random", append="k"),
+    "int8": KVCacheCase(lengths=(30, 5), quantised=torch.int8, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    call = op_arguments(call_of(kvcache_inputs(CASES[name])))
+    # Memory past the ends holds NaN, which opcheck does not take for itself.
+    arguments = tuple(
+        x.nan_to_num(nan=0.5) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in call
+    )
+    op = torch.ops.resformer_triton.attention_with_kvcache.default
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_whole_and_mutates_the_cache_in_place(name: str) -> None:
+    inputs = kvcache_inputs(CASES[name])
+    expected, after = run_copied(inputs, "triton")
+    compiled = torch.compile(attention_with_kvcache, fullgraph=True, backend="aot_eager")
+    caches = inputs.caches()
+    places = {key: x.data_ptr() for key, x in caches.items()}
+    with torch.no_grad():
+        arguments: dict[str, Any] = {**inputs.tensors, **inputs.options}
+        found = compiled(**arguments, backend="triton")
+    assert torch.equal(found[0] if isinstance(found, tuple) else found, expected["out"])
+    for key, x in caches.items():
+        assert x.data_ptr() == places[key]
+        torch.testing.assert_close(x, after[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_the_kernels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(**changes: Any) -> str:
+        found = triton.unsupported_reason(call_of(kvcache_inputs(KVCacheCase(**changes))))
+        assert found is not None
+        return found
+
+    assert "these are torch.float64" in reason(dtype=torch.float64)
+    assert "up to 256, these have 257" in reason(head_dim=257)
+    assert "up to 256, these have 300" in reason(value_dim=300)
+    inputs = kvcache_inputs(KVCacheCase())
+    strided = inputs.tensors["k_cache"].repeat_interleave(2, dim=-1)[..., ::2]
+    call = call_of(dataclasses.replace(inputs, tensors={**inputs.tensors, "k_cache": strided}))
+    assert "k_cache's last axis has stride 2" in str(triton.unsupported_reason(call))
+    assert triton.unsupported_reason(call_of(inputs)) is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "on the CPU" in reason()
+
+
+def test_what_is_copied_is_told() -> None:
+    inputs = kvcache_inputs(KVCacheCase(layout="strided"))
+    notes = explain(
+        attention_with_kvcache, **inputs.tensors, **inputs.options, backend="triton"
+    ).notes
+    assert [note.split()[0] for note in notes] == ["q", "k", "v"]
+
+
+def test_splits_fill_the_gpu() -> None:
+    choose = triton_plan.choose_splits
+    assert choose(tiles=0, blocks=100, processors=132) == 1
+    # Enough tiles as it is, and too few keys to share.
+    assert choose(tiles=106, blocks=1000, processors=132) == 1
+    assert choose(tiles=8, blocks=4, processors=132) == 1
+    assert choose(tiles=8, blocks=8, processors=132) == 2
+    # 33 splits of 8 tiles fill two waves, 15 fill nine tenths of one.
+    assert choose(tiles=8, blocks=1000, processors=132) == 15
+    for tiles in (1, 3, 8, 32, 100):
+        for blocks in (1, 7, 64, 1000):
+            splits = choose(tiles, blocks, 132)
+            assert splits == 1 or splits * triton_plan.LEAST_BLOCKS <= blocks
+
+
+@pytest.mark.parametrize(("queries", "hints"), [(1, ("evict_first", "evict_last")), (90, ("", ""))])
+def test_what_is_read_once_leaves_the_second_level_cache_first(
+    queries: int, hints: tuple[str, str]
+) -> None:
+    from resformer_kernels import _triton_lib as lib
+
+    inputs = kvcache_inputs(KVCacheCase(q_len=queries, append="none", dtype=torch.bfloat16))
+    with mock.patch.object(lib, "launch") as launch:
+        run_copied(inputs, "triton")
+    (attend,) = launch.call_args_list
+    assert (attend.kwargs["KEY_POLICY"], attend.kwargs["VALUE_POLICY"]) == hints
+    # Loads that the compiler makes copies to shared memory would lose them.
+    assert attend.kwargs["AHEAD"] == bool(hints[0])
+
+
+def test_only_keys_in_reach_count() -> None:
+    assert triton_plan.keys_in_reach(8192, 1, -1) == 8192
+    assert triton_plan.keys_in_reach(8192, 4, 1000) == 1004
+    assert triton_plan.keys_in_reach(100, 4, 1000) == 100
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("block", [16, 64, 128, 256])
+def test_tiles_follow_the_shape(stored: torch.dtype, block: int) -> None:
+    for rows in (1, 16, 17, 40, 2048):
+        tiles = triton_plan.choose_tiles(rows, block, block, torch.bfloat16, stored)
+        assert 16 <= tiles.rows <= 128
+        assert tiles.keys >= 16
+        # Hints are for the keys that are read once: those of few rows.
+        assert tiles.ahead == (rows <= 32)
+        assert 2 * block * tiles.keys * stored.itemsize <= 32 * 1024
