@@ -7,32 +7,9 @@
 #include "attention/attention.h"
 #include "common/gemm.h"
 #include "common/parallel.h"
+#include "common/rows.h"
 
 namespace resformer::RESFORMER_ISA {
-
-// Words of a row of `dim` elements, whole vectors of them so that rows stay aligned and tails are zero.
-template <class Dot>
-static inline int64_t row_words(int64_t dim) {
-  return round_up((dim + Dot::kPack - 1) / Dot::kPack, kLanes);
-}
-
-template <class Dot, class T>
-static inline void pack_row(const T* src, int64_t dim, float* words) {
-  const int64_t total = row_words<Dot>(dim);
-  if constexpr (Dot::kPack == 2) {
-    memcpy(words, src, dim * sizeof(T));
-    memset(reinterpret_cast<char*>(words) + dim * sizeof(T), 0, total * sizeof(float) - dim * sizeof(T));
-  } else {
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(words + d, load(src + d));
-    for (; d < dim; ++d) words[d] = to_float(src[d]);
-    for (; d < total; ++d) words[d] = 0.0f;
-  }
-}
-
-static inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at);
-}
 
 // Two rows of bfloat16 to one row of words whose halves are (first, second): the summed axis runs over rows.
 static inline void interleave_rows(const bf16* first, const bf16* second, int64_t dim, int64_t columns,
@@ -60,14 +37,6 @@ static inline void interleave_words(const float* rows, int64_t stride, int64_t r
   float* out = pairs + r / 2 * columns;
   if (!last) return interleave_rows(first, second, columns, columns, out);
   for (int64_t d = 0; d < columns; ++d) out[d] = float_from_bits(first[d].bits);
-}
-
-// A row of float32 sums, times a factor, in the tensor's dtype.
-template <class T>
-static inline void scale_row(const float* src, float factor, int64_t dim, T* out) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, mul(load(src + d), set1(factor)));
-  for (; d < dim; ++d) out[d] = from_float<T>(src[d] * factor);
 }
 
 // `count` rows of words to columns [at, at + kLanes) of a tile's packed panels; missing rows are zero.

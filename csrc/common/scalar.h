@@ -39,6 +39,7 @@ static RESFORMER_INLINE uint32_t bits_from_float(float value) {
 }
 
 static RESFORMER_INLINE float to_float(float value) { return value; }
+static RESFORMER_INLINE float to_float(int8_t value) { return static_cast<float>(value); }
 
 static RESFORMER_INLINE float to_float(bf16 value) {
   return float_from_bits(static_cast<uint32_t>(value.bits) << 16);

@@ -57,6 +57,9 @@ static inline Vec load(const bf16* p) {
 static inline Vec load(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+static inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 static inline void store(f16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -180,6 +183,9 @@ static inline Vec load(const bf16* p) {
 }
 static inline Vec load(const f16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 static inline void store(f16* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
@@ -339,6 +345,14 @@ static inline Vec tanh(Vec x, Vec* slope) {
   const Vec e = fma(two_n, p, sub(two_n, set1(1.0f))), divisor = add(e, set1(2.0f));
   if (slope) *slope = div(mul(set1(4.0f), fma(two_n, p, two_n)), mul(divisor, divisor));
   return div(e, divisor);
+}
+
+// The first `count` elements, fewer than kLanes, and zeros: nothing past them is read.
+template <class T>
+static inline Vec load_first(const T* p, int64_t count) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, count * sizeof(T));
+  return load(padded);
 }
 
 }  // namespace resformer::RESFORMER_ISA

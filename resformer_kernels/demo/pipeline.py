@@ -13,9 +13,10 @@ from rich.table import Table
 
 from resformer_kernels.cli.tables import duration, speed_table
 from resformer_kernels.cli.verify import summary_table, verdict_table
-from resformer_kernels.demo import training
+from resformer_kernels.demo import training, writing
 from resformer_kernels.demo.record import Record
 from resformer_kernels.demo.report import RANKS_NOTHING, write_report
+from resformer_kernels.models import LanguageModel
 from resformer_kernels.testing.ceilings import gemm_rates
 from resformer_kernels.testing.timing import measure
 from resformer_kernels.testing.verification import checks, verify
@@ -23,6 +24,7 @@ from resformer_kernels.testing.workloads import AttentionBenchmark
 
 _VERIFY_SHARE = 0.2
 _TIME_SHARE = 0.25
+_WRITE_SHARE = 0.05
 _REPORT_SECONDS = 6.0
 _DTYPES = (torch.float32, torch.bfloat16)
 _SHAPES = ((8, 8, 8, 256, 64), (1, 16, 16, 2048, 64), (1, 16, 4, 2048, 64))
@@ -41,6 +43,7 @@ class Demo:
         self.start = time.perf_counter()
         self.deadline = self.start + 60 * record.minutes
         self.reserve = _REPORT_SECONDS
+        self.models: dict[str, LanguageModel] = {}
 
     def run(self) -> Path:
         """Every part, each followed by a report of what there is; the report's path.
@@ -51,6 +54,7 @@ class Demo:
             "verification": _verify,
             "timing": _time,
             "training": _train,
+            "generation": _generate,
         }
         for name, part in parts.items():
             try:
@@ -156,7 +160,7 @@ def _train(demo: Demo) -> None:
         f"{corpus.source}: {len(corpus.train) / 1e6:.1f} MB to train on, "
         f"{len(corpus.held_out) / 1e6:.1f} MB held out"
     )
-    seconds = max(1.0, demo.left())
+    seconds = max(1.0, (1 - _WRITE_SHARE) * demo.left())
     start = time.perf_counter()
     with demo.progress() as progress:
         task = progress.add_task("training", total=1.0, remark="")
@@ -170,11 +174,42 @@ def _train(demo: Demo) -> None:
             )
 
         try:
-            training.train(corpus, record.plan, seconds, record.runs, show)
+            demo.models = training.train(corpus, record.plan, seconds, record.runs, show)
         finally:
             record.training_seconds = time.perf_counter() - start
     demo.console.print(_model_table(record))
     demo.console.print(f"[bold]{RANKS_NOTHING}\n")
+
+
+def _generate(demo: Demo) -> None:
+    record = demo.record
+    demo.console.rule("[bold]4. Text from the cache", align="left")
+    seconds = max(0.0, demo.left())
+    with demo.progress() as progress:
+        task = progress.add_task("generating", total=1.0, remark="")
+        writing.write(
+            demo.models,
+            record.corpus,
+            seconds,
+            record.writings,
+            lambda share: progress.update(task, completed=share),
+        )
+    for one in record.writings:
+        if one.name == "SVFormer":
+            demo.console.print(one.prompt, style="dim", end="", markup=False, highlight=False)
+            demo.console.print(one.text, markup=False, highlight=False)
+    demo.console.print(_cache_table(record))
+    demo.console.print()
+
+
+def _cache_table(record: Record) -> Table:
+    table = Table(header_style="bold")
+    table.add_column("model")
+    for heading in ("tokens a second", "cache of one sequence"):
+        table.add_column(heading, justify="right")
+    for one in record.writings:
+        table.add_row(one.name, f"{one.tokens_per_second:,.0f}", f"{one.cache_bytes:,} bytes")
+    return table
 
 
 def _model_table(record: Record) -> Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.demo.training import ModelRun, Plan
+from resformer_kernels.demo.writing import Writing
 from resformer_kernels.testing.timing import Result
 from resformer_kernels.testing.verification import Verdict
 
@@ -34,6 +35,7 @@ class Record:
     benchmarks_planned: int = 0
     runs: list[ModelRun] = field(default_factory=list)
     training_seconds: float = 0.0
+    writings: list[Writing] = field(default_factory=list)
     interrupted_in: str | None = None
     """The part that Ctrl-C ended."""
     elapsed: float = 0.0
@@ -66,5 +68,10 @@ class Record:
                 for r in self.results
             ],
             "models": [asdict(run) for run in self.runs],
+            "generation": [
+                {**asdict(w), "tokens_per_s": w.tokens_per_second}
+                for w in self.writings
+                if w.seconds
+            ],
         }
         (folder / FILE).write_text(json.dumps(content, indent=1) + "\n")

@@ -9,6 +9,7 @@ from resformer_kernels.cli.tables import duration, rate_and_share
 from resformer_kernels.cli.verify import worst
 from resformer_kernels.demo import plots
 from resformer_kernels.demo.record import FILE, Record
+from resformer_kernels.demo.writing import DRAWS
 from resformer_kernels.testing.verification import Verdict
 
 REPORT = "report.md"
@@ -23,7 +24,7 @@ def write_report(record: Record, folder: Path) -> Path:
     """Write report.md, its plots and results.json into `folder`; the path of the report."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = _head(record)
-    for section in (_verification, _speed, _training, _reproduction):
+    for section in (_verification, _speed, _training, _generation, _reproduction):
         lines += section(record, folder)
     path = folder / REPORT
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -84,6 +85,13 @@ def summary(record: Record) -> list[str]:
             f"**Models:** held-out bits per byte after {record.runs[0].steps} steps: {figures}. "
             "Minutes of training rank nothing."
         )
+    timed = [writing for writing in record.writings if writing.seconds]
+    if timed:
+        figures = ", ".join(
+            f"{w.name} {w.tokens_per_second:,.0f} tokens a second from {w.cache_bytes:,} bytes"
+            for w in timed
+        )
+        found.append(f"**Cache:** {figures}.")
     return found or ["Nothing was measured."]
 
 
@@ -221,6 +229,36 @@ def _training(record: Record, folder: Path) -> list[str]:
         "![Held-out bits per byte](learning.png)",
         "",
         "![Step time and activation memory](cost.png)",
+        "",
+    ]
+
+
+def _generation(record: Record, folder: Path) -> list[str]:
+    del folder
+    lines = ["## Text from the cache", ""]
+    timed = [writing for writing in record.writings if writing.seconds]
+    if not timed:
+        return [*lines, "Not reached.", ""]
+    first, shown = timed[0], timed[-1]
+    rows = [
+        (writing.name, f"{writing.tokens_per_second:,.0f}", f"{writing.cache_bytes:,}")
+        for writing in timed
+    ]
+    quoted = (shown.prompt + "[…]" + shown.text).splitlines()
+    return [
+        *lines,
+        f"Each model continued {first.prompt_length} bytes of held-out text by {first.new_tokens}, "
+        "one at a time, from a `SharedValueCache`: the SVFormer's holds the values of its first "
+        f"layer alone. Tokens a second are those of the median of {len(first.seconds)} alternating "
+        "greedy generations, the prompt included; bytes are those of keys and values of one "
+        f"sequence of {record.plan.seqlen} tokens in float32.",
+        "",
+        *markdown_table(("model", "tokens a second", "cache, bytes"), rows),
+        "",
+        f"The {shown.name}, after `[…]`, drawn at temperature {DRAWS['temperature']} from the "
+        f"likeliest {DRAWS['top_p']:.0%}; it has trained for minutes:",
+        "",
+        *(f"    {line}" for line in quoted),
         "",
     ]
 

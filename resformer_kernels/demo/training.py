@@ -166,7 +166,7 @@ def train(
     seconds: float,
     runs: list[ModelRun],
     on_progress: Callable[[Progress], None],
-) -> None:
+) -> dict[str, LanguageModel]:
     """Train every model for `seconds` in all, a step of each in turn on the same batch.
 
     The learning rate follows the time that has passed, alike for all: warm-up, then linear decay
@@ -178,6 +178,9 @@ def train(
         seconds: the limit; the last evaluation is within it as far as can be foreseen.
         runs: receives a record for each model, kept up to date: what a cut-off leaves.
         on_progress: called after each round.
+
+    Returns:
+        The trained models by name.
     """
     start = time.perf_counter()
     trainees = [_Trainee(name, config, plan) for name, config in configs(plan).items()]
@@ -209,6 +212,7 @@ def train(
         share = (time.perf_counter() - start) / max(training, 1e-9)
         on_progress(Progress(min(1.0, share), steps))
     _finish(trainees, parts, start + seconds)
+    return {trainee.run.name: trainee.model for trainee in trainees}
 
 
 def _timed(call: Callable[[], object]) -> float:

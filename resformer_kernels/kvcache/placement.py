@@ -27,7 +27,7 @@ class Placement(Protocol):
         """New empty sequences."""
 
     def append(self, sequences: Sequence[int], tokens: int) -> list[Copy]:
-        """Make room for `tokens` more in each."""
+        """Make room for `tokens` more in each; none of them then has more than `capacity`."""
 
     def fork(self, sequence: int) -> tuple[int, list[Copy]]:
         """Another sequence with the same tokens."""

@@ -77,7 +77,8 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = x.float()
     most = wide.abs().amax(-1)
     largest = largest_code(dtype)
-    inverse = torch.where(most > 0, largest / most, 0.0)
+    # A quotient, rounded once: a number over a tensor is its reciprocal times the number.
+    inverse = torch.where(most > 0, torch.full_like(most, largest) / most, 0.0)
     codes = (wide * inverse[..., None]).nan_to_num(nan=0.0)
     if dtype is torch.int8:
         codes = codes.round()

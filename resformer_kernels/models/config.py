@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 VARIANTS = (
@@ -47,15 +48,23 @@ class LanguageModelConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
         head_dim: channels a head; None: dim / num_heads.
-        mlp_hidden: hidden channels of the SwiGLU MLP; None: 8/3 dim, rounded up to 16.
+        mlp: "swiglu", or "relu2" for down(relu(up(x))²) (So et al., arXiv 2109.08668).
+        mlp_hidden: hidden channels of the MLP; None: 8/3 dim, rounded up to 16 (relu2: 4 dim).
         window_pattern: a letter a layer, repeated as needed: S attends to `short_window` keys, L
             to all. The last layer is always L, as in nanochat.
         short_window: keys that an S layer sees, the query's own included; None: max_seqlen / 2.
         qk_norm: RMS-normalise queries and keys.
+        attention_scale: multiplies q.k; None: 1 / sqrt(head_dim).
+        norm_eps: of every RMSNorm with weights; None: torch's, the dtype's machine epsilon.
+        embedding_norm: RMS-normalise the embedded tokens, without weights.
+        stream_scales: before layer n the stream becomes a_n times itself plus b_n times the
+            embedded tokens, a and b learned, from 1 and 0 (nanochat).
+        logit_softcap: logits become c tanh(logits / c); 0 for none.
         rope_base: the base of the rotary wavelengths.
         sparse_layers: how many layers, from the last, mix in `sparse`; None: three eighths of
             them (the paper's best at 8 layers is 6 to 8).
         gate_channels: input channels that the gate of `value-embedding` reads.
+        gate_range: the gate runs from 0 to this.
         checkpointing: recompute each block in backward (non-reentrant).
         backend: passed to the kernels.
     """
@@ -68,19 +77,30 @@ class LanguageModelConfig:
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    mlp: str = "swiglu"
     mlp_hidden: int | None = None
     window_pattern: str = "L"
     short_window: int | None = None
     qk_norm: bool = False
+    attention_scale: float | None = None
+    norm_eps: float | None = None
+    embedding_norm: bool = False
+    stream_scales: bool = False
+    logit_softcap: float = 0.0
     rope_base: float = 10_000.0
     sparse_layers: int | None = None
     gate_channels: int = 32
+    gate_range: float = 3.0
     checkpointing: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if self.mlp not in ("swiglu", "relu2"):
+            raise ValueError(f"mlp must be 'swiglu' or 'relu2', got {self.mlp!r}")
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap must be 0 or more, got {self.logit_softcap}")
         positive = ("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "gate_channels")
         optional = ("num_kv_heads", "head_dim", "mlp_hidden", "short_window", "sparse_layers")
         for name in (*positive, *optional):
@@ -120,6 +140,8 @@ class LanguageModelConfig:
         """Hidden channels of the MLP."""
         if self.mlp_hidden is not None:
             return self.mlp_hidden
+        if self.mlp == "relu2":
+            return 4 * self.dim
         return -(-8 * self.dim // 3) + 15 & ~15
 
     @property

@@ -147,7 +147,7 @@ def _continue(
     counts = torch.zeros(len(last), dtype=torch.int64, device=last.device)
     running = torch.ones_like(counts, dtype=torch.bool)
     while True:
-        token = sampling.draw(model.head(last), generator)
+        token = sampling.draw(model.logits(last), generator)
         if stop_token is not None:
             token = token.masked_fill(~running, stop_token)
         drawn.append(token)

@@ -37,6 +37,7 @@ def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
             config.resolved_kv_heads,
             config.resolved_head_dim,
             gate_channels=min(config.gate_channels, config.dim),
+            gate_range=config.gate_range,
         )
     if layer == 0 or config.variant == "transformer":
         return OwnValues()
@@ -70,13 +71,26 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class SquaredReLU(nn.Module):
+    """down(relu(up(x))²) (So et al., arXiv 2109.08668). x and the result: (..., dim)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
 class Block(nn.Module):
     """Attention and MLP, each after an RMSNorm and added to the stream."""
 
     def __init__(self, config: LanguageModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = ValueResidualAttention(
             config.dim,
             config.num_heads,
@@ -85,10 +99,12 @@ class Block(nn.Module):
             v_mix=build_value_mix(config, layer),
             window=config.window(layer),
             qk_norm=config.qk_norm,
+            scale=config.attention_scale,
             backend=config.backend,
         )
-        self.mlp_norm = nn.RMSNorm(config.dim)
-        self.mlp = SwiGLU(config.dim, config.resolved_mlp_hidden)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        mlp = SwiGLU if config.mlp == "swiglu" else SquaredReLU
+        self.mlp = mlp(config.dim, config.resolved_mlp_hidden)
 
     def forward(
         self,
@@ -123,7 +139,10 @@ class LanguageModel(nn.Module):
             config.resolved_head_dim, config.max_seqlen, base=config.rope_base
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if config.stream_scales:
+            self.stream_scale = nn.Parameter(torch.ones(config.num_layers))
+            self.input_scale = nn.Parameter(torch.zeros(config.num_layers))
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
@@ -138,6 +157,9 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=std * depth_scale if into_stream else std)
             elif isinstance(module, (nn.RMSNorm, LearnedMix, DenseMix, EmbeddingMix)):
                 module.reset_parameters()
+        if self.config.stream_scales:
+            nn.init.ones_(self.stream_scale)
+            nn.init.zeros_(self.input_scale)
         # Small logits: training starts from the uniform distribution.
         nn.init.normal_(self.head.weight, std=0.1 * self.config.dim**-0.5)
 
@@ -154,10 +176,15 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: token_ids is not (B, T), or longer than max_seqlen.
         """
-        logits = self.head(self.hidden(token_ids))
+        logits = self.logits(self.hidden(token_ids))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab_size) of what `hidden` returns, (..., dim)."""
+        logits, softcap = self.head(hidden), self.config.logit_softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
         """What the head reads, (B, T, dim), of tokens (B, T).
@@ -183,8 +210,13 @@ class LanguageModel(nn.Module):
         self, token_ids: Tensor, rotary: tuple[Tensor, Tensor], cache: SharedValueCache | None
     ) -> Tensor:
         x = self.embedding(token_ids)
+        if self.config.embedding_norm:
+            x = F.rms_norm(x, (self.config.dim,))
+        embedded = x
         earlier: tuple[Tensor, ...] = ()
         for layer, block in enumerate(self.blocks):
+            if self.config.stream_scales:
+                x = self.stream_scale[layer] * x + self.input_scale[layer] * embedded
             arguments = (x, *rotary, token_ids, *earlier)
             if cache is not None:
                 x, values = block(*arguments, cache=cache)
@@ -236,9 +268,9 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
 
     SVFormer's saved value projections then go into a wider MLP, and a value embedding's table
     makes the MLP narrower, so that variants are compared at equal size. Exact to within half of
-    3 · dim · num_layers. ValueError where even mlp_hidden = 1 is too many.
+    3 · dim · num_layers (relu2: 2). ValueError where even mlp_hidden = 1 is too many.
     """
-    slope = 3 * config.dim * config.num_layers
+    slope = (3 if config.mlp == "swiglu" else 2) * config.dim * config.num_layers
     fixed = parameter_count(replace(config, mlp_hidden=1)) - slope
     hidden = round((parameters - fixed) / slope)
     if hidden < 1:

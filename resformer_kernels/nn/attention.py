@@ -31,6 +31,7 @@ class ValueResidualAttention(nn.Module):
         causal: query i attends to keys up to i.
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
+        scale: multiplies q.k; None: 1 / sqrt(head_dim).
         backend: passed to `value_residual_attention`.
     """
 
@@ -45,6 +46,7 @@ class ValueResidualAttention(nn.Module):
         causal: bool = True,
         window: tuple[int, int] = (-1, -1),
         qk_norm: bool = False,
+        scale: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class ValueResidualAttention(nn.Module):
             head_dim = dim // num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.causal, self.window, self.qk_norm, self.backend = causal, window, qk_norm, backend
+        self.scale = scale
         self.v_mix = LearnedMix() if v_mix is None else v_mix
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
@@ -116,6 +119,7 @@ class ValueResidualAttention(nn.Module):
         # softcap is spelt out: under torch.compile(dynamic=True) the tracer makes an input of a
         # float default, which fails inside a checkpoint.
         options: dict[str, Any] = {
+            "scale": self.scale,
             "causal": self.causal,
             "window": self.window,
             "backend": self.backend,

@@ -186,22 +186,30 @@ class DenseMix(ValueMix):
 
 
 class EmbeddingMix(ValueMix):
-    """V' = V + 3σ(W x) · E[token]: nanochat's gated value embedding, one gate a KV head.
+    """V' = V + cσ(W x) · E[token]: nanochat's gated value embedding, one gate a KV head.
 
     The gate reads the first `gate_channels` channels of the layer's input. W starts at zero, so
-    every gate at 1.5.
+    every gate at c / 2.
 
     Args:
         vocab_size: rows of the table E, (vocab_size, Hkv, Dv).
         num_kv_heads: Hkv.
         head_dim: Dv.
         gate_channels: input channels that the gate reads.
+        gate_range: c.
     """
 
     def __init__(
-        self, vocab_size: int, num_kv_heads: int, head_dim: int, *, gate_channels: int
+        self,
+        vocab_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        gate_channels: int,
+        gate_range: float = 3.0,
     ) -> None:
         super().__init__()
+        self.gate_range = gate_range
         self.gate_channels = gate_channels
         self.table = nn.Parameter(torch.empty(vocab_size, num_kv_heads, head_dim))
         self.gate_proj = nn.Linear(gate_channels, num_kv_heads, bias=False)
@@ -217,7 +225,7 @@ class EmbeddingMix(ValueMix):
         if sources.token_ids is None:
             raise ValueError("EmbeddingMix needs token_ids, (B, T) integers, got None")
         v = _own(sources, self)
-        gate = 3.0 * torch.sigmoid(self.gate_proj(sources.x[..., : self.gate_channels]))
+        gate = self.gate_range * torch.sigmoid(self.gate_proj(sources.x[..., : self.gate_channels]))
         return MixedValues(
             mix_value_embedding(v, self.table, sources.token_ids, gate.unsqueeze(-1))
         )

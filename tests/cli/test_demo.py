@@ -37,7 +37,10 @@ def test_demo_end_to_end(
     assert time.monotonic() - start < 60
     assert code == 0
     printed = capsys.readouterr().out
-    for expected in ("against float64", "ratio", "held-out bits per byte", "rank nothing"):
+    for expected in (
+        *("against float64", "ratio", "held-out bits per byte", "rank nothing"),
+        "tokens a second",
+    ):
         assert expected in printed
     assert "report.md" in printed.replace("\n", "")
     report = (out / "report.md").read_text()

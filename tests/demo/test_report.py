@@ -17,6 +17,7 @@ from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.demo.record import Record
 from resformer_kernels.demo.report import RANKS_NOTHING, summary, write_report
 from resformer_kernels.demo.training import ModelRun, Plan, configs
+from resformer_kernels.demo.writing import Writing
 from resformer_kernels.testing import machine
 from resformer_kernels.testing.timing import Result, Timing
 from resformer_kernels.testing.verification import Verdict
@@ -60,6 +61,10 @@ def full() -> Record:
         run.curve = [(0, 8.0), (2, 6.5)]
         run.final_bits, run.final_error, run.final_windows = 6.25, 0.01, 9
         record.runs.append(run)
+    for name, cache in (("Transformer", 800), ("SVFormer", 500)):
+        record.writings.append(
+            Writing(name, "Once ", "upon\na time", 5, 11, cache, [0.1, 0.2, 0.1])
+        )
     return record
 
 
@@ -73,6 +78,9 @@ def test_full_report(tmp_path: Path) -> None:
         "50% of GEMM",
         "| SVFormer | 1,000 | 3 | **6.250 ± 0.010** | 100 ms | 1.0 MiB |",
         RANKS_NOTHING,
+        "| SVFormer | 110 | 500 |",
+        "    Once […]upon\n    a time\n",
+        "Transformer 110 tokens a second from 800 bytes, SVFormer 110",
     ):
         assert expected in text
     for image in re.findall(r"\]\((\w+\.png)\)", text):
@@ -98,7 +106,7 @@ def test_empty_report_invents_nothing(tmp_path: Path) -> None:
     record = empty()
     record.interrupted_in = "verification"
     text = write_report(record, tmp_path).read_text()
-    assert text.count("Not reached.") == 3
+    assert text.count("Not reached.") == 4
     assert "Nothing was measured." in text
     assert not list(tmp_path.glob("*.png"))
 

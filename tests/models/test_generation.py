@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resformer_kernels import SharedValueCache
 from resformer_kernels.kvcache import pages
 from resformer_kernels.models import VARIANTS, Generation, LanguageModel, LanguageModelConfig
 from resformer_kernels.models.generation import Sampling
@@ -101,6 +102,32 @@ def test_a_cache_is_continued(options: dict[str, int]) -> None:
     for row, length in enumerate([9, 5, 9]):
         whole = torch.cat([prompts()[row, :length], first.tokens[row], prompts(3, 3)[row]])
         assert torch.equal(second.tokens[row], without_cache(module, whole[None], 6)[0])
+
+
+@torch.no_grad()
+def beams(module: LanguageModel, cache: SharedValueCache | None) -> Tensor:
+    """The tokens of three beams, best first; from a cache, or a forward over everything."""
+    tokens = prompts(1).expand(3, -1)
+    scores = torch.tensor([0.0, -torch.inf, -torch.inf])
+    hidden = module.hidden(tokens, cache)[:, -1]
+    for _ in range(10):
+        totals = (scores[:, None] + module.head(hidden).log_softmax(-1)).flatten()
+        scores, best = totals.topk(3)
+        picks, new = best // 50, best % 50
+        tokens = torch.cat([tokens[picks], new[:, None]], dim=1)
+        if cache is not None:
+            cache.reorder(picks)
+        hidden = module.hidden(tokens if cache is None else new[:, None], cache)[:, -1]
+    return tokens
+
+
+@pytest.mark.parametrize("variant", ["svformer", "learnable"])
+@pytest.mark.parametrize("options", [{}, {"num_pages": 40, "page_size": 4}])
+def test_beam_search_over_a_cache(variant: str, options: dict[str, int]) -> None:
+    if options and pages.unavailable_reason() is not None:
+        pytest.skip(str(pages.unavailable_reason()))
+    module = model(variant)
+    assert torch.equal(beams(module, module.new_cache(3, **options)), beams(module, None))
 
 
 def test_int8_cache_generates() -> None:

@@ -1,0 +1,68 @@
+// One call of attention_with_kvcache as plain data, passed from the op boundary (kvcache_cpu.cpp) to a build
+// of the kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/view.h"
+
+namespace resformer {
+
+// Keys or values: rows of (batch or page, time, head), float or int8 codes with a scale a row.
+struct CacheSide {
+  View cache, added;  // added has no data where the call appends none
+  float* scale = nullptr;
+  int64_t scale_stride[3] = {0, 0, 0};
+  int64_t dim = 0;
+};
+
+// One sequence: `length` tokens after the append, of which those in [first, last) may be attended to by
+// position and mask.
+struct CacheSequence {
+  int64_t length = 0, first = 0, last = 0;
+};
+
+struct CacheProblem {
+  DType dtype = DType::float32;  // of q, k, v and out
+  bool quantised = false;        // the caches hold int8
+  View q, out;
+  CacheSide keys, values;
+  std::vector<CacheSequence> sequences;
+  int64_t queries = 0, added = 0;  // lengths in time
+  int64_t heads_q = 0, heads_kv = 0, group = 1;
+  const int32_t* table = nullptr;  // pages of each sequence; nullptr: contiguous
+  int64_t table_stride[2] = {0, 0}, page_size = 1;
+  const uint8_t* mask = nullptr;  // nullptr: every key
+  int64_t mask_stride[2] = {0, 0};
+  int64_t window_left = -1, window_right = -1;
+  float scale = 1.0f, softcap = 0.0f;
+  const float* sinks = nullptr;
+  int64_t splits = 0;  // 0: by length
+  float* lse = nullptr;
+
+  // The keys [lo, hi) that a query may attend to by position: query i stands at key i + length - queries.
+  RESFORMER_INLINE int64_t key_lo(const CacheSequence& s, int64_t i) const {
+    const int64_t lo = window_left < 0 ? 0 : i + s.length - queries - window_left;
+    return lo < 0 ? 0 : lo > s.length ? s.length : lo;
+  }
+  RESFORMER_INLINE int64_t key_hi(const CacheSequence& s, int64_t i) const {
+    const int64_t hi = window_right < 0 ? s.length : i + s.length - queries + window_right + 1;
+    return hi < 0 ? 0 : hi > s.length ? s.length : hi;
+  }
+  // Where token t of sequence b lies on the first two axes of the caches.
+  RESFORMER_INLINE void place(int64_t b, int64_t t, int64_t* row, int64_t* at) const {
+    *row = b;
+    *at = t;
+    if (!table) return;
+    *row = table[b * table_stride[0] + t / page_size * table_stride[1]];
+    *at = t % page_size;
+  }
+};
+
+struct CacheKernels {
+  void (*append)(const CacheProblem&);
+  void (*attend)(const CacheProblem&);
+};
+
+}  // namespace resformer

@@ -1,0 +1,166 @@
+// The two products of a decoding tile, straight from the cache's rows: nothing of K or V is copied.
+//
+// Scores are dot products along contiguous memory, so each one is a vector of partial sums; a tile has as
+// many of them as a vector has lanes (or 8), and adds them up together. P V takes V's rows as they are.
+#pragma once
+
+#include "common/gemm.h"
+
+namespace resformer::RESFORMER_ISA {
+
+// How rows of a cache of elements C are multiplied. A word is a float32 of q, or for pairs two bfloat16.
+template <class Element>
+struct Widened {
+  using C = Element;
+  using Dot = F32;
+  static constexpr int kStep = kLanes;  // elements of a row that one vector of words meets
+  static inline Vec load_row(const C* p) { return load(p); }
+  static inline Vec load_row_first(const C* p, int64_t count) { return load_first(p, count); }
+};
+
+#if defined(RESFORMER_ISA_AVX512_BF16)
+struct Pairs {
+  using C = bf16;
+  using Dot = Bf16Pair;
+  static constexpr int kStep = 2 * kLanes;
+  static inline __m512i raw(const C* p) { return _mm512_loadu_si512(p); }
+  static inline __m512i raw_first(const C* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16((1u << count) - 1u, p);
+  }
+  static inline Vec load_row(const C* p) { return _mm512_castsi512_ps(raw(p)); }
+  static inline Vec load_row_first(const C* p, int64_t count) {
+    return _mm512_castsi512_ps(raw_first(p, count));
+  }
+};
+#endif
+
+constexpr int kSums = kLanes == 16 ? 16 : 8;
+
+// alpha times the lane-wise sums of kSums vectors, in order.
+static inline void reduce_all(const Vec* x, float alpha, float* sums) {
+#if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
+  Vec pair[8], four[4], half[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pair[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    half[i] = add(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                  _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+  const Vec all =
+      add(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+  store(sums, mul(all, set1(alpha)));
+#elif defined(RESFORMER_ISA_AVX2)
+  Vec four[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    four[i] =
+        _mm256_hadd_ps(_mm256_hadd_ps(x[4 * i], x[4 * i + 1]), _mm256_hadd_ps(x[4 * i + 2], x[4 * i + 3]));
+  const Vec all =
+      add(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
+  store(sums, mul(all, set1(alpha)));
+#else
+  for (int i = 0; i < kSums; ++i) sums[i] = alpha * reduce_add(x[i]);
+#endif
+}
+
+// Dot products of R rows of q (words, zero-padded to whole vectors) with kSums / R rows of the cache.
+template <class M, int R>
+static inline void score_tile(const float* q, int64_t q_row, const typename M::C* const* keys, int64_t offset,
+                              int64_t dim, float alpha, float* scores, int64_t stride) {
+  constexpr int kTokens = kSums / R;
+  Vec acc[kSums];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) acc[i] = zero();
+  const int64_t whole = dim / M::kStep;
+  for (int64_t w = 0; w < whole; ++w) {
+    Vec rows[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) rows[r] = load(q + r * q_row + w * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec key = M::load_row(keys[t] + offset + w * M::kStep);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * kTokens + t] = M::Dot::dot(rows[r], key, acc[r * kTokens + t]);
+    }
+  }
+  if (const int64_t rest = dim - whole * M::kStep) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec key = M::load_row_first(keys[t] + offset + whole * M::kStep, rest);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        acc[r * kTokens + t] = M::Dot::dot(load(q + r * q_row + whole * kLanes), key, acc[r * kTokens + t]);
+    }
+  }
+  alignas(64) float sums[kSums];
+  reduce_all(acc, alpha, sums);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) memcpy(scores + r * stride, sums + r * kTokens, kTokens * sizeof(float));
+}
+
+// acc[r][columns of one chunk] += P V over `tokens` rows of V. `rest`: elements of a chunk that is cut short
+// by the end of the row, else 0. fetch(n) is told of every n tokens.
+template <class M, int R, int V, class Fetch>
+static inline void value_tile(const float* p, int64_t p_row, const typename M::C* const* values,
+                              int64_t offset, int64_t tokens, int64_t rest, float* acc, int64_t acc_row,
+                              const Fetch& fetch) {
+  Vec sum[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[r][v] = load(acc + r * acc_row + v * kLanes);
+  }
+  const auto step = [&](int64_t word, const Vec* columns) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = M::Dot::broadcast(p + r * p_row + word);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = M::Dot::dot(weight, columns[v], sum[r][v]);
+    }
+  };
+  if constexpr (M::Dot::kPack == 1) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const typename M::C* row = values[t] + offset;
+      Vec columns[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        columns[v] = rest ? M::load_row_first(row, rest) : M::load_row(row + v * kLanes);
+      step(t, columns);
+      fetch(1);
+    }
+  } else {
+#if defined(RESFORMER_ISA_AVX512_BF16)
+    // Word i of two interleaved rows is (first[i], second[i]), the pair that vdpbf16ps sums.
+    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const typename M::C *first = values[t] + offset, *second = values[t + 1] + offset;
+      Vec columns[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v += 2) {
+        const __m512i a = rest ? M::raw_first(first, rest) : M::raw(first + v * kLanes);
+        const __m512i b = rest ? M::raw_first(second, rest) : M::raw(second + v * kLanes);
+        columns[v] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+        columns[v + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+      }
+      step(t / 2, columns);
+      fetch(2);
+    }
+#endif
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(acc + r * acc_row + v * kLanes, sum[r][v]);
+  }
+}
+
+}  // namespace resformer::RESFORMER_ISA

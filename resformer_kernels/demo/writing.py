@@ -1,0 +1,82 @@
+"""What the trained models write, how fast, and what their caches take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from resformer_kernels.demo.corpus import Corpus
+from resformer_kernels.models import LanguageModel
+
+WRITERS = ("Transformer", "SVFormer")
+"""The models whose caches are compared."""
+DRAWS = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
+"""How the text that is shown is drawn."""
+
+_ROUNDS = 7
+
+
+@dataclass
+class Writing:
+    """One model's text and what it took. Lengths are in bytes of text, which are the tokens."""
+
+    name: str
+    prompt: str
+    text: str
+    prompt_length: int
+    new_tokens: int
+    cache_bytes: int
+    """Of keys and values, for one sequence of the model's greatest length, in float32."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each greedy generation of new_tokens, the prompt included."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens, after the median."""
+        return self.new_tokens / statistics.median(self.seconds)
+
+
+def write(
+    models: Mapping[str, LanguageModel],
+    corpus: Corpus,
+    seconds: float,
+    writings: list[Writing],
+    on_progress: Callable[[float], None],
+) -> None:
+    """Let each of `WRITERS` continue the same held-out text.
+
+    Args:
+        models: by name.
+        corpus: whose held-out text begins with the prompt.
+        seconds: the limit of the timing, which alternates between the models; one round is made.
+        writings: receives a record for each model.
+        on_progress: called with the share that is done.
+    """
+    start = time.perf_counter()
+    chosen = {name: models[name].eval() for name in WRITERS}
+    length = min(model.config.max_seqlen for model in chosen.values())
+    prompt = corpus.held_out[: max(1, length // 4)].long()[None]
+    new = length - prompt.shape[1] + 1
+    for name, model in chosen.items():
+        drawn = model.generate(prompt, new, **DRAWS)
+        nbytes = model.new_cache(1).nbytes
+        shown = (_readable(prompt[0]), _readable(drawn.tokens[0]))
+        writings.append(Writing(name, *shown, prompt.shape[1], new, nbytes))
+    for done in range(_ROUNDS):
+        for writing in writings if done % 2 else writings[::-1]:
+            begun = time.perf_counter()
+            chosen[writing.name].generate(prompt, new)
+            writing.seconds.append(time.perf_counter() - begun)
+        on_progress((done + 1) / _ROUNDS)
+        if time.perf_counter() - start > seconds:
+            break
+
+
+def _readable(tokens: torch.Tensor) -> str:
+    """Bytes as text; what is none is shown as a replacement character."""
+    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
