@@ -180,15 +180,15 @@ class SharedValueCache:
             raise ValueError("k and v are both None: there is nothing to append")
         steps, chosen = self._steps, self._names(sequences)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
-        step = steps.begin(chosen, new)
-        places = step.lengths.long()[:, None] + torch.arange(step.tokens, device=self.device)
-        rows = torch.arange(len(chosen), device=self.device)[:, None].expand_as(places)
-        if step.table is not None:
-            length = self.keys.shape[2]
-            rows, places = step.table.gather(1, places // length).long(), places % length
-        for name, x in new.items():
-            steps.slots[name].write(steps.slot(name, layer), x, rows, places)
-        steps.wrote(step, layer, new)
+        with steps.writing(layer, new, chosen) as step:
+            assert step is not None
+            places = step.lengths.long()[:, None] + torch.arange(step.tokens, device=self.device)
+            rows = torch.arange(len(chosen), device=self.device)[:, None].expand_as(places)
+            if step.table is not None:
+                length = self.keys.shape[2]
+                rows, places = step.table.gather(1, places // length).long(), places % length
+            for name, x in new.items():
+                steps.slots[name].write(steps.slot(name, layer), x, rows, places)
 
     def attend(
         self,
@@ -239,13 +239,11 @@ class SharedValueCache:
         backend = select(request.op, request.backend, request.backends, request.call)
         call = request.call
         # Nothing but a lack of pages can stop it from here on.
-        step = steps.begin(chosen, new) if new else steps.step
-        if step is not None:
-            planned = step.num_splits if q.shape[1] == 1 else 0
-            call = call._replace(block_table=step.table, num_splits=call.num_splits or planned)
-        out, lse = backend.run(call)
-        if new and step is not None:
-            steps.wrote(step, layer, new)
+        with steps.writing(layer, new, chosen) as step:
+            if step is not None:
+                splits = call.num_splits or (step.num_splits if q.shape[1] == 1 else 0)
+                call = call._replace(block_table=step.table, num_splits=splits)
+            out, lse = backend.run(call)
         return (out, lse) if call.return_lse else out
 
     def read(self, layer: int, *, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,10 +146,8 @@ class Steps:
             )
         return step.lengths if new else step.lengths + step.tokens, step.table
 
-    def begin(self, chosen: tuple[int, ...], new: dict[str, Tensor]) -> Step:
-        """The step in progress, or a new one with room for the new tokens."""
-        if self.step is not None:
-            return self.step
+    def _begin(self, chosen: tuple[int, ...], new: dict[str, Tensor]) -> Step:
+        """A new step with room for the new tokens."""
         tokens = next(iter(new.values())).shape[1]
         self._check_room(chosen, tokens)
         lengths = self._lengths(chosen)
@@ -157,8 +157,24 @@ class Steps:
         self.step = Step(chosen, tokens, lengths, self._table(chosen), splits)
         return self.step
 
-    def wrote(self, step: Step, layer: int, new: dict[str, Tensor]) -> None:
-        """Note what a layer has written; the step is over once every slot has it."""
+    @contextmanager
+    def writing(
+        self, layer: int, new: dict[str, Tensor], chosen: tuple[int, ...]
+    ) -> Iterator[Step | None]:
+        """The step in which a layer writes `new`, begun where there is none; None where nothing is
+        written and none is in progress. The step is over once every slot has been written. What
+        fails has written nothing, and a step that began for it never was."""
+        step = self.step
+        if step is None and new:
+            step = self._begin(chosen, new)
+        try:
+            yield step
+        except BaseException:
+            if step is not None and not step.written:
+                self.rollback()
+            raise
+        if step is None:
+            return
         step.written.update((name, self.slot(name, layer)) for name in new)
         if len(step.written) == self.layout.num_key_slots + self.layout.num_value_slots:
             self.step = None

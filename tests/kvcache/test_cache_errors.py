@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache import pages, reference
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,
@@ -204,6 +204,29 @@ def test_what_the_op_refuses_appends_nothing(
     wrong = torch.randn(2, 1, HEADS, DIM + 1)
     refuses(cache, ValueError, "head_dim", lambda: cache.attend(0, wrong, k(), v()))
     refuses(cache, ValueError, "batch size", lambda: cache.attend(0, q(batch=3), k(), v()))
+
+
+def test_a_kernel_that_fails_leaves_no_step(
+    cache: SharedValueCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_call: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(reference, "run", fail)
+    refuses(
+        cache,
+        MemoryError,
+        "no memory",
+        lambda: cache.attend(0, q(), k(), v(), backend="reference"),
+    )
+    cache.append(0, k(), v())
+    refuses(
+        cache,
+        MemoryError,
+        "no memory",
+        lambda: cache.attend(1, q(), k(), backend="reference"),
+    )
+    cache.append(1, k())
 
 
 def test_quantised_caches_take_floats_alone(native: str) -> None:
