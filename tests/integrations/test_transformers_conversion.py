@@ -292,6 +292,10 @@ def test_caches_that_cannot_share_say_so(family: str) -> None:
     full = stock(family)(tokens(), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="prefix tuning"):
         model(tokens(), past_key_values=full)
+    quantised = transformers.DynamicCache(config=model.config)
+    quantised.layers[1]._quantize = None
+    with pytest.raises(ValueError, match="use a cache that is not quantised"):
+        model(tokens(), past_key_values=quantised)
     mixed = stock("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2)
     model = convert_to_resformer(mixed, "svformer")
     assert model(tokens()).logits.isfinite().all()

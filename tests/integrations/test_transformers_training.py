@@ -1,4 +1,4 @@
-"""Training converted models: checkpointing, PEFT, the Trainer, and torch.compile."""
+"""Training converted models: checkpointing, PEFT, the Trainer; and torch.compile."""
 
 from __future__ import annotations
 
@@ -174,3 +174,19 @@ def test_the_forward_compiles_whole(family: str, implementation: str) -> None:
     )
     found.logits[attended].square().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "v_mix" in n)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "resformer"])
+def test_decoding_with_a_static_cache_compiles_whole(implementation: str) -> None:
+    torch.compiler.reset()
+    model = convert_to_resformer(stock("Llama", num_hidden_layers=2), "svformer")
+    model.set_attn_implementation(implementation)
+    ids = tokens()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = transformers.StaticCache(model.config, 16)
+        model(ids[:, :8], past_key_values=cache)
+        for i in range(8, 11):
+            found = step(ids[:, i : i + 1], past_key_values=cache).logits[:, 0]
+            torch.testing.assert_close(found, expected[:, i], rtol=1e-4, atol=2e-4)

@@ -167,6 +167,7 @@ class ResFormerCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens out: a number at most 0, as every cache of transformers takes it."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 "tokens_to_remove must be negative or 0, the count to remove, got "

@@ -169,7 +169,7 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
     )
     family.configs[kind] = config
     family.models[kind] = {}
-    transformers.AutoConfig.register(config.model_type, config)  # type: ignore[attr-defined]
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)  # type: ignore[attr-defined]
     for suffix in ("Model", *parts.heads):
         stock = parts.stock(suffix)
         shared = parts.model if suffix == "Model" else ValueResidualPreTrained
@@ -187,7 +187,7 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
         # that is converted never is. It is a dict by the class's text.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)  # type: ignore[attr-defined]
         auto = "AutoModel" if suffix == "Model" else _AUTO_CLASSES[suffix]
-        getattr(transformers, auto).register(config, made)
+        getattr(transformers, auto).register(config, made, exist_ok=True)
 
 
 FAMILIES = tuple(_make_family(parts) for parts in PARTS)
