@@ -12,9 +12,11 @@ from torch import Tensor
 from resformer_kernels import explain
 from resformer_kernels._select import prepare
 from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.scan import linear_scan
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
+from resformer_kernels.testing.scan_checks import ScanCase, scan_cases
 
 Run = Callable[[str], list[Comparison]]
 
@@ -66,7 +68,7 @@ def checks(
     device: str = "cpu",
     attention: Sequence[AttentionCase] = REPRESENTATIVE,
 ) -> list[Check]:
-    """The table: attention of every form, both mixes, in each dtype.
+    """The table: attention of every form, both mixes and the scan, in each dtype.
 
     Args:
         dtypes: cases of other dtypes are left out.
@@ -77,6 +79,7 @@ def checks(
     for dtype in dtypes:
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
+        table += [_scan_check(case) for case in scan_cases(dtype, device)]
     return table
 
 
@@ -199,6 +202,21 @@ def _embedding_check(dtype: torch.dtype, device: str) -> Check:
             ["dv", "dtable", "dgate"],
             backend,
         ),
+    )
+
+
+def _scan_check(case: ScanCase) -> Check:
+    def prepared(use: Callable[..., Any], *first: Any) -> Any:
+        leaves, options = case.arguments()
+        return use(*first, linear_scan, *leaves, **options)
+
+    return Check(
+        "linear_scan",
+        case.name,
+        _name(torch.float32 if case.dtype.is_complex else case.dtype),
+        lambda: prepared(explain).backend,
+        lambda backend: prepared(_refusal, backend),
+        case.compare,
     )
 
 
