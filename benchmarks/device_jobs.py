@@ -17,6 +17,7 @@ from benchmarks import registry
 from benchmarks.supervisor import Job
 from resformer_kernels.attention import api as attention
 from resformer_kernels.mix import api as mix
+from resformer_kernels.scan import api as scan
 from resformer_kernels.testing import machine
 from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
 from resformer_kernels.testing.device_timer import readings, timer_for
@@ -89,7 +90,11 @@ def time_jobs(settings: Settings) -> list[Job]:
 
 def backends(op: str) -> list[str]:
     """The backends of an op that are not the reference."""
-    modules = mix.BACKENDS if op.startswith("mix") else attention.BACKENDS
+    modules: Sequence[Any] = attention.BACKENDS
+    if op.startswith("mix"):
+        modules = mix.BACKENDS
+    elif op.startswith("linear_scan"):
+        modules = scan.BACKENDS
     return [module.NAME for module in modules if module.NAME != "reference"]
 
 

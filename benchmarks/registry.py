@@ -13,6 +13,7 @@ from resformer_kernels.testing.decode_workload import DecodeBenchmark
 from resformer_kernels.testing.device_workloads import DeviceAttention
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
 from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
+from resformer_kernels.testing.scan_workloads import ASSOCIATIVE, COPY, LOOP, ScanBenchmark
 from resformer_kernels.testing.timing import Benchmark
 from resformer_kernels.testing.workloads import (
     AttentionBenchmark,
@@ -20,7 +21,7 @@ from resformer_kernels.testing.workloads import (
     MixBenchmark,
 )
 
-DeviceCase: TypeAlias = DeviceAttention | MixBenchmark | EmbeddingBenchmark
+DeviceCase: TypeAlias = DeviceAttention | MixBenchmark | EmbeddingBenchmark | ScanBenchmark
 
 DTYPES = (torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -78,6 +79,39 @@ def mix(length: int) -> list[Benchmark]:
             ]
             found.append(EmbeddingBenchmark(32768, 1, length, 16, 64, dtype, direction))
     return found
+
+
+SCAN_SHAPE, SCAN_PEER_SHAPE, QUICK_SCAN_SHAPE = (4, 16384, 1024), (1, 8192, 1024), (1, 1024, 256)
+"""Batch, length, channels: against a copy; against torch, which takes seconds for the first."""
+
+
+def scan(
+    shape: tuple[int, int, int], peers: tuple[str, ...], directions: tuple[str, ...] = DIRECTIONS
+) -> list[Benchmark]:
+    """`linear_scan` with gates by step and with constant ones, real and complex."""
+    forms = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False))
+    found: list[Benchmark] = [
+        ScanBenchmark(*shape, dtype, direction, constant, peers)
+        for direction in directions
+        for dtype, constant in forms
+    ]
+    # A complex number is two floats: as many bytes.
+    batch, length, channels = shape
+    complex_shape = (batch, length, channels // 2)
+    found += [
+        ScanBenchmark(*complex_shape, torch.complex64, direction, True, peers)
+        for direction in directions
+    ]
+    return found
+
+
+def scans() -> list[Benchmark]:
+    """Against a copy of as many bytes, and against torch's loop and its parallel scan."""
+    return [
+        *scan(SCAN_SHAPE, (COPY,)),
+        *scan(SCAN_PEER_SHAPE, (LOOP, ASSOCIATIVE), ("forward",)),
+        *scan(SCAN_PEER_SHAPE, (LOOP,), ("backward",)),
+    ]
 
 
 def reservoirs(length: int) -> list[Benchmark]:
@@ -224,13 +258,24 @@ def device_mix(device: str) -> list[DeviceCase]:
     return found
 
 
+def device_scan(device: str) -> list[DeviceCase]:
+    """`linear_scan` against a copy of as many bytes."""
+    return [
+        ScanBenchmark(*SCAN_SHAPE, dtype, direction, constant, (COPY,), device)
+        for direction in DIRECTIONS
+        for dtype in DTYPES
+        for constant in (False, True)
+    ]
+
+
 def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
     """Every case of a GPU, most important first; `tiny` ones try out the run itself."""
     if not tiny:
         attention = device_attention(device)
         # Half of attention first, so that a short run has both.
         middle = len(attention) // 2
-        return [*attention[:middle], *device_mix(device), *attention[middle:]]
+        small = [*device_mix(device), *device_scan(device)]
+        return [*attention[:middle], *small, *attention[middle:]]
     found: list[DeviceCase] = [
         DeviceAttention(1, 2, 1, 64, 16, torch.bfloat16, direction, True, device)
         for direction in DIRECTIONS

@@ -241,10 +241,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The implementation of the op: its arguments, in the schema's order."""
     sequences = states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    none = states.new_empty((0,))
-    d_tokens = lib.empty(states, states.shape) if grad_mask & WANTS_TOKENS else none
-    d_gates = lib.empty(gates, gates.shape) if grad_mask & WANTS_GATES else none
-    d_initial = none
+    d_tokens = lib.empty(states, states.shape if grad_mask & WANTS_TOKENS else (0,))
+    d_gates = lib.empty(gates, gates.shape if grad_mask & WANTS_GATES else (0,))
+    d_initial = states.new_empty((0,))
     if grad_mask & WANTS_INITIAL:
         assert initial_state is not None
         d_initial = lib.empty(initial_state, initial_state.shape)

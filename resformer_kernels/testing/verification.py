@@ -14,6 +14,7 @@ from resformer_kernels._select import prepare
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.reservoir import RingWeight, reservoir_scan
+from resformer_kernels.scan import linear_scan
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
 from resformer_kernels.testing.kvcache import (
@@ -21,6 +22,7 @@ from resformer_kernels.testing.kvcache import (
 )
 from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache, kvcache_inputs
 from resformer_kernels.testing.poison import poisoned
+from resformer_kernels.testing.scan_checks import ScanCase, scan_cases
 
 Run = Callable[[str], list[Comparison]]
 
@@ -85,6 +87,7 @@ def checks(
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
         table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
+        table += [_scan_check(case) for case in scan_cases(dtype, device)]
     if torch.float32 in dtypes:
         table += [_reservoir_check(kind, device) for kind in ("dense", "groups", "ring")]
     return table
@@ -268,6 +271,21 @@ def _reservoir_check(kind: str, device: str) -> Check:
             ["dinputs", "dweight", "dinput_weight", "dleak", "dbias", "dinitial_state"],
             backend,
         ),
+    )
+
+
+def _scan_check(case: ScanCase) -> Check:
+    def prepared(use: Callable[..., Any], *first: Any) -> Any:
+        leaves, options = case.arguments()
+        return use(*first, linear_scan, *leaves, **options)
+
+    return Check(
+        "linear_scan",
+        case.name,
+        _name(torch.float32 if case.dtype.is_complex else case.dtype),
+        lambda: prepared(explain).backend,
+        lambda backend: prepared(_refusal, backend),
+        case.compare,
     )
 
 

@@ -45,7 +45,10 @@ def test_opcheck(kernels: str) -> None:
         (ops.linear_scan_forward, (gates, x, state, None, False)),
         (ops.linear_scan_forward, (gates[0, 0], x.bfloat16(), None, None, True)),
         (ops.linear_scan_forward, (gates[0], x[0], state, cu_seqlens, True)),
-        (ops.linear_scan_forward, (gates.cfloat(), x.cfloat(), None, None, False)),
+        (
+            ops.linear_scan_forward,
+            (gates.to(torch.complex64), x.to(torch.complex64), None, None, False),
+        ),
         (ops.linear_scan_backward, (x, state, gates, x, state, None, False, 7)),
         (ops.linear_scan_backward, (None, state, gates[0, 0], x, None, None, True, 3)),
         (ops.linear_scan_backward, (x[0], None, gates[0], x[0], state, cu_seqlens, False, 4)),

@@ -22,6 +22,7 @@ def test_table_names_every_op_in_each_dtype() -> None:
         "attention_with_kvcache",
         "mix_values",
         "mix_value_embedding",
+        "linear_scan",
     }
     assert {check.dtype for check in table} == {"float32", "bfloat16", "float16"}
     assert len({(check.op, check.dtype, check.case) for check in table}) == len(table)
@@ -31,6 +32,15 @@ def test_mixes_are_within_their_budgets(backend: str) -> None:
     verdicts = [verdict for found in verify(mixes(), backend) for verdict in found]
     assert {v.tensor.split("[")[0] for v in verdicts} == {
         *("out", "dv", "dcoefficient", "dtable", "dgate")
+    }
+    assert [v for v in verdicts if not v.ok] == []
+
+
+def test_scans_are_within_their_budgets(backend: str) -> None:
+    table = [check for check in checks([torch.float32]) if check.op == "linear_scan"]
+    verdicts = [verdict for found in verify(table, backend) for verdict in found]
+    assert {v.tensor for v in verdicts} == {
+        *("states", "final_state", "dgates", "dtokens", "dinitial_state")
     }
     assert [v for v in verdicts if not v.ok] == []
 
