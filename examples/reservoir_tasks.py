@@ -168,7 +168,7 @@ def capacity(topology: str, activation: str) -> Run:
     """Memory capacity of a ring or a random reservoir."""
 
     def run(units: int, seed: int, size: float, dtype: torch.dtype) -> Figures:
-        train, test, washout = round(30000 * size), round(10000 * size), 2 * units
+        train, test, washout = round(30000 * size), round(10000 * size), 10 * units
         u, past = delays(washout + train + test, 2 * units, seed=seed)
         linear = activation == "identity"
         reservoir = Reservoir(
@@ -176,7 +176,7 @@ def capacity(topology: str, activation: str) -> Run:
             1,
             topology=topology,
             activation=activation,
-            sr=0.95 if linear else 0.99,
+            sr=0.99,
             input_scaling=1.0 if linear else 0.01,
             input_connectivity=1.0,
             seed=seed,
