@@ -11,6 +11,7 @@ import torch
 
 from resformer_kernels.testing.device_workloads import DeviceAttention
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
+from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
 from resformer_kernels.testing.timing import Benchmark
 from resformer_kernels.testing.workloads import (
     AttentionBenchmark,
@@ -67,11 +68,22 @@ def mix(length: int) -> list[Benchmark]:
     return found
 
 
+def reservoirs(length: int) -> list[Benchmark]:
+    """`reservoir_scan`: one sequence, a batch, bfloat16 weights, sparse weights."""
+    return [
+        ReservoirBenchmark(256, 1, length),
+        ReservoirBenchmark(1024, 1, length),
+        ReservoirBenchmark(1024, 1, length, torch.bfloat16),
+        ReservoirBenchmark(1024, 1, length, sparse=True),
+        ReservoirBenchmark(1024, 32, length // 32),
+    ]
+
+
 def cases(*, quick: bool = False) -> list[Benchmark]:
     """Every case, or the short ones alone."""
     if quick:
-        return [*attention(QUICK_SHAPES), *mix(1024)]
-    return [*attention(ATTENTION_SHAPES), *window(), *mix(4096)]
+        return [*attention(QUICK_SHAPES), *mix(1024), *reservoirs(4096)]
+    return [*attention(ATTENTION_SHAPES), *window(), *mix(4096), *reservoirs(16384)]
 
 
 def memory_lengths(*, quick: bool = False) -> tuple[int, ...]:

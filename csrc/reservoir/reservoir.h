@@ -86,7 +86,7 @@ struct ReservoirTeam {
 struct ReservoirMember {
   ReservoirTeam* team;
   int64_t begin, end;  // its parts
-  float* scratch;      // rows * two panels
+  float* scratch;      // rows * two panels; for csr also the states of rows, in whole kPadding of them
   float* differ;       // shared by the team: (2, parts, rows, 2), largest difference and largest state
   int32_t* active;     // rows
 };

@@ -18,7 +18,8 @@ namespace resformer::reservoir_host {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPayingUnits = 256;  // of a group: below, a step is too short for a matrix product to help
+// Entries of a group or of a CSR weight: with fewer, a step is too short for many at once to help.
+constexpr int64_t kPayingEntries = 1 << 14;
 
 // W as it was given; of sparse ones the entries are kept widened, for they may have been transposed.
 struct WeightArgs {
@@ -30,7 +31,11 @@ struct WeightArgs {
   std::vector<int32_t> columns;
 
   // Whether chunks at once are faster than step after step.
-  bool pays() const { return kind == WeightKind::groups && layout.size >= kPayingUnits; }
+  bool pays() const {
+    const int64_t stored = static_cast<int64_t>(columns.size());
+    const int64_t size = kind == WeightKind::groups ? layout.size * layout.size : stored;
+    return kind != WeightKind::entries && size >= kPayingEntries;
+  }
 };
 
 inline int64_t padded(int64_t units) { return (units + kPadding - 1) / kPadding * kPadding; }

@@ -6,6 +6,8 @@
 namespace resformer::RESFORMER_ISA {
 namespace {
 
+constexpr int64_t kFewRows = 4;  // so few of a CSR weight are multiplied one by one
+
 struct Panel {
   int64_t group, first, width;  // first: within the group
 
@@ -104,6 +106,7 @@ class Stepper {
     for (int64_t i = 0; i < n; ++i) active[i] = static_cast<int32_t>(i);
     const ReservoirTeam& team = *member_.team;
     for (int64_t t = 0; n > 0; ++t) {
+      if (s_.kind == WeightKind::csr && n >= kFewRows) turn_rows(t, n);
       for (int64_t part = member_.begin; part < member_.end; ++part) {
         float* differ = differ_of(t, part);
         for (int64_t i = 0; i < 2 * n; ++i) differ[i] = 0.0f;
@@ -163,6 +166,59 @@ class Stepper {
                  panel.width, pair, out, z_row, s_.inputs > 0);
       }
     }
+    if (s_.kind == WeightKind::csr) sparse_products(t, n, position, (pair ? 2 : 1) * panel.width, z, z_row);
+  }
+
+  float* turned(int64_t n) const { return member_.scratch + count_ * 2 * kPanel + n * s_.layout.width(); }
+
+  // What every row sends, as vectors of one unit of kLanes rows.
+  void turn_rows(int64_t t, int64_t n) {
+    const float* a[kLanes];
+    for (int64_t from = 0; from < n; from += kLanes) {
+      const int64_t rows = least(kLanes, n - from);
+      for (int64_t i = 0; i < rows; ++i) a[i] = rows_[member_.active[from + i]].sent[t & 1];
+      turn(a, rows, s_.layout.width(), turned(from));
+    }
+  }
+
+  void sparse_products(int64_t t, int64_t n, int64_t begin, int64_t width, float* z, int64_t z_row) {
+    const int64_t end = least(begin + width, s_.layout.units());
+    const float* weight = static_cast<const float*>(s_.weight);
+    const int32_t* columns = s_.columns;
+    if (n < kFewRows) {
+      for (int64_t i = 0; i < n; ++i) {
+        const float* sent = rows_[member_.active[i]].sent[t & 1];
+        float sums[2 * kPanel] = {};
+        sum_sparse(
+            s_.rows, begin, end, 0.0f,
+            [&](int64_t e, float sum) { return fma(weight[e], sent[columns[e]], sum); },
+            [&](int64_t unit, float sum) { sums[unit - begin] = sum; });
+        add_to(z + i * z_row, sums, width);
+      }
+      return;
+    }
+    float sums[kPanel * kLanes] = {}, back[kLanes * kPanel];
+    for (int64_t from = 0; from < n; from += kLanes) {
+      const float* sent = turned(from);
+      sum_sparse(
+          s_.rows, begin, end, zero(),
+          [&](int64_t e, Vec sum) { return fma(set1(weight[e]), load(sent + columns[e] * kLanes), sum); },
+          [&](int64_t unit, Vec sum) { store(sums + (unit - begin) * kLanes, sum); });
+      for (int64_t at = 0; at < width; at += kLanes) {
+        transpose_block(reinterpret_cast<const uint32_t*>(sums + at * kLanes), kLanes,
+                        reinterpret_cast<uint32_t*>(back + at), kPanel);
+      }
+      const int64_t rows = least(kLanes, n - from);
+      for (int64_t i = 0; i < rows; ++i) add_to(z + (from + i) * z_row, back + i * kPanel, width);
+    }
+  }
+
+  // z is what the inputs gave, if there are any.
+  void add_to(float* z, const float* sums, int64_t width) const {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const Vec sum = load(sums + j);
+      store(z + j, s_.inputs > 0 ? add(load(z + j), sum) : sum);
+    }
   }
 
   // What sparse weights add to z, a vector of it.
@@ -183,18 +239,10 @@ class Stepper {
     float *next = row.slot[(t + 1) & 1] + position, *out = row.states + t * s_.state_step + unit;
     const float* drive = row.inputs + t * s_.input_step + unit;
     const bool compare = compares(row, t);
-    float sums[2 * kPanel];
-    if (s_.kind == WeightKind::csr) {
-      const int64_t end = least(unit + width, s_.layout.units());
-      multiply_sparse(s_.rows, s_.columns, static_cast<const float*>(s_.weight), row.sent[t & 1], unit, end,
-                      sums);
-      for (int64_t j = end - unit; j < width; ++j) sums[j] = 0.0f;
-    }
     Vec apart = zero(), largest = zero(), poison = zero();
     for (int64_t j = 0; j < width; j += kLanes) {
       const int64_t left = real - j;
-      Vec sum = s_.kind == WeightKind::groups || s_.inputs > 0 ? load(z + j) : zero();
-      if (s_.kind == WeightKind::csr) sum = add(sum, load(sums + j));
+      Vec sum = s_.kind != WeightKind::entries || s_.inputs > 0 ? load(z + j) : zero();
       if (s_.kind == WeightKind::entries) sum = add(sum, sparse_product(row, t, position + j));
       if (s_.inputs == 0) sum = add(sum, load_some(drive + j, left));
       if (s_.bias) sum = add(sum, load(s_.bias + position + j));

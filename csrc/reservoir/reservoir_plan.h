@@ -13,9 +13,10 @@ namespace resformer::reservoir_host {
 
 enum class Mode : int64_t { automatic = 0, sequential = 1, chunked = 2 };
 
-constexpr int64_t kShortest = 16;         // steps of a chunk that was asked for
-constexpr int64_t kWorthwhile = 256;      // steps of a chunk that "auto" makes
-constexpr int64_t kChunks = 24;           // as many rows as a matrix product is fast from on
+constexpr int64_t kShortest = 16;     // steps of a chunk that was asked for
+constexpr int64_t kWorthwhile = 256;  // steps of a chunk that "auto" makes
+// Rows enough for a matrix product, and no more: each has to forget its own guess.
+constexpr int64_t kChunks = 12;
 constexpr float kMeeting = 0.25f;         // share of the tolerance within which trajectories meet
 constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size each thread keeps for itself
 constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that are worth another thread
@@ -231,7 +232,8 @@ class Sweeper {
   void run_member(ReservoirTeam* team, int64_t begin, int64_t stop, ReservoirRow* rows, int64_t count,
                   float* differ) {
     if (count == 0) return;
-    Scratch scratch(count * 2 * kernels_.panel), own(differ ? 1 : count * 4);
+    const int64_t turned = step_.kind == WeightKind::csr ? (count + kPadding) * width_ : 0;
+    Scratch scratch(count * 2 * kernels_.panel + turned), own(differ ? 1 : count * 4);
     std::vector<int32_t> active(count);
     ReservoirMember member{team, begin, stop, scratch.get(), differ ? differ : own.get(), active.data()};
     kernels_.run(step_, rows, count, member);

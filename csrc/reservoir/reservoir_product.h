@@ -121,29 +121,40 @@ static void multiply(const float* const* a, int64_t count, const E* packed, int6
   }
 }
 
-// z[unit - begin] = W h of a CSR weight, four units at a time: each alone waits for its own additions.
-static inline void multiply_sparse(const int64_t* rows, const int32_t* columns, const float* weight,
-                                   const float* h, int64_t begin, int64_t end, float* z) {
+// Four units of a CSR weight at a time: each alone waits for its own additions. `term(i)` is entry i's
+// factor.
+template <class Sum, class Term, class Put>
+static inline void sum_sparse(const int64_t* rows, int64_t begin, int64_t end, Sum nothing, const Term& term,
+                              const Put& put) {
   int64_t unit = begin;
   for (; unit + 4 <= end; unit += 4) {
     const int64_t* starts = rows + unit;
     int64_t shortest = starts[1] - starts[0];
     for (int j = 1; j < 4; ++j) shortest = least(shortest, starts[j + 1] - starts[j]);
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Sum sum[4] = {nothing, nothing, nothing, nothing};
     for (int64_t i = 0; i < shortest; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[j] = fma(weight[starts[j] + i], h[columns[starts[j] + i]], sum[j]);
+      for (int j = 0; j < 4; ++j) sum[j] = term(starts[j] + i, sum[j]);
     }
     for (int j = 0; j < 4; ++j) {
-      for (int64_t i = starts[j] + shortest; i < starts[j + 1]; ++i)
-        sum[j] = fma(weight[i], h[columns[i]], sum[j]);
-      z[unit - begin + j] = sum[j];
+      for (int64_t i = starts[j] + shortest; i < starts[j + 1]; ++i) sum[j] = term(i, sum[j]);
+      put(unit + j, sum[j]);
     }
   }
   for (; unit < end; ++unit) {
-    float sum = 0.0f;
-    for (int64_t i = rows[unit]; i < rows[unit + 1]; ++i) sum = fma(weight[i], h[columns[i]], sum);
-    z[unit - begin] = sum;
+    Sum sum = nothing;
+    for (int64_t i = rows[unit]; i < rows[unit + 1]; ++i) sum = term(i, sum);
+    put(unit, sum);
+  }
+}
+
+// turned[(unit * kLanes) + i] = a[i][unit] for `count` rows, at most kLanes; further lanes repeat the last.
+static inline void turn(const float* const* a, int64_t count, int64_t width, float* turned) {
+  float block[kLanes * kLanes];
+  for (int64_t at = 0; at < width; at += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) store(block + i * kLanes, load(a[least(i, count - 1)] + at));
+    transpose_block(reinterpret_cast<const uint32_t*>(block), kLanes,
+                    reinterpret_cast<uint32_t*>(turned + at * kLanes), kLanes);
   }
 }
 

@@ -36,20 +36,10 @@ def _op(name: str) -> Any:
     return getattr(getattr(torch.ops, NATIVE), name).default
 
 
-def _arguments(
-    inputs: Tensor,
-    weight: Tensor,
-    input_weight: Tensor | None,
-    leak: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-) -> tuple[Any, ...]:
-    """In the schema's order: the six leaves stand first in `ReservoirScan.apply`."""
-    tensors = (inputs, weight, rows, columns, input_weight, leak, bias, initial_state, cu_seqlens)
+def _arguments(*given: Any) -> tuple[Any, ...]:
+    """What `ReservoirScan.apply` takes, in the schema's order."""
+    inputs, weight, input_weight, leak, bias, initial_state, rows, columns, offsets, options = given
+    tensors = (inputs, weight, rows, columns, input_weight, leak, bias, initial_state, offsets)
     return (*tensors, *options)
 
 
@@ -112,7 +102,7 @@ def _leaves(call: ReservoirCall) -> tuple[Tensor | None, ...]:
         call.input_weight,
         call.leak,
         call.bias,
-        call.initial_state,
+        call.initial_state if call.initial_state is None else call.initial_state.contiguous(),
     )
 
 
@@ -125,7 +115,7 @@ def run_op(call: ReservoirCall) -> tuple[Result, Tensor, ReservoirInfo]:
     """(states or their reduction, final state, info) of `call`."""
     leaves = _leaves(call)
     offsets = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
-    tensors = (*leaves, call.rows, call.columns, offsets)
+    tensors: tuple[Any, ...] = (*leaves, call.rows, call.columns, offsets)
     options = Options(ACTIVATIONS.index(call.activation), MODES.index(call.mode), call.tolerance)
     if torch.compiler.is_compiling():
         tensors = distinct(tensors)

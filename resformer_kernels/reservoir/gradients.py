@@ -165,17 +165,18 @@ class _Gradients:
         self.scan = scan
         self.wanted = [bool(grad_mask >> bit & 1) for bit in range(6)]
         self.units = leak_units(scan.weight, scan.rows)
-        wide = {"dtype": torch.float64, "device": scan.inputs.device}
+
+        def zeros(*shape: int) -> Tensor:
+            return scan.inputs.new_zeros(shape, dtype=torch.float64)
+
         self.inputs = torch.zeros_like(scan.inputs) if self.wanted[0] else None
-        self.weight = torch.zeros(scan.weight.shape, **wide) if self.wanted[1] else None
+        self.weight = zeros(*scan.weight.shape) if self.wanted[1] else None
         projection = scan.input_weight
         self.projection = (
-            torch.zeros(projection.shape, **wide)
-            if projection is not None and self.wanted[2]
-            else None
+            zeros(*projection.shape) if projection is not None and self.wanted[2] else None
         )
-        self.leak = torch.zeros((self.units,), **wide) if self.wanted[3] else None
-        self.bias = torch.zeros((self.units,), **wide) if self.wanted[4] else None
+        self.leak = zeros(self.units) if self.wanted[3] else None
+        self.bias = zeros(self.units) if self.wanted[4] else None
         self.initial: Tensor | None = None
 
     def add(
@@ -242,8 +243,8 @@ class _Gradients:
         if leak is not None and scan.leak.dim() == 0:
             leak = leak.sum()
         found = (self.inputs, self.weight, self.projection, leak, self.bias, self.initial)
-        like = (*(scan.inputs, scan.weight, scan.input_weight, scan.leak, scan.bias),)
-        like = (*like, scan.initial_state)
+        matrices, vectors = (scan.weight, scan.input_weight), (scan.leak, scan.bias)
+        like = (scan.inputs, *matrices, *vectors, scan.initial_state)
         return tuple(
             scan.inputs.new_empty((0,))
             if gradient is None or leaf is None or not wanted

@@ -12,6 +12,7 @@ from torch import Tensor
 from resformer_kernels import explain
 from resformer_kernels._select import prepare
 from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.reservoir import RingWeight, reservoir_scan
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
@@ -66,7 +67,7 @@ def checks(
     device: str = "cpu",
     attention: Sequence[AttentionCase] = REPRESENTATIVE,
 ) -> list[Check]:
-    """The table: attention of every form, both mixes, in each dtype.
+    """The table: attention of every form and both mixes, in each dtype, and reservoirs.
 
     Args:
         dtypes: cases of other dtypes are left out.
@@ -77,6 +78,8 @@ def checks(
     for dtype in dtypes:
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
+    if torch.float32 in dtypes:
+        table += [_reservoir_check(kind, device) for kind in ("dense", "groups", "ring")]
     return table
 
 
@@ -197,6 +200,48 @@ def _embedding_check(dtype: torch.dtype, device: str) -> Check:
             [v, table[token_ids].flatten(0, 1), gate.expand(shape)],
             grad,
             ["dv", "dtable", "dgate"],
+            backend,
+        ),
+    )
+
+
+def _reservoir_check(kind: str, device: str) -> Check:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    weight = {
+        "dense": lambda: normal(48, 48) / 8,
+        "groups": lambda: normal(3, 16, 16) / 5,
+        "ring": lambda: normal(48) / 2,
+    }[kind]()
+    leak = (torch.rand(48, generator=generator) * 0.8 + 0.2).to(device)
+    leaves = [normal(2, 60, 3), weight, normal(48, 3), leak, normal(48), normal(2, 48)]
+
+    def arguments(x: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given: Any = RingWeight(x[1]) if kind == "ring" else x[1]
+        named = {"input_weight": x[2], "leak": x[3], "bias": x[4], "initial_state": x[5]}
+        return (x[0], given), named
+
+    def scan(x: list[Tensor], backend: str) -> Tensor:
+        given, named = arguments(x)
+        states: Tensor = reservoir_scan(*given, **named, backend=backend)[0]
+        return states
+
+    given, named = arguments(leaves)
+    return Check(
+        "reservoir_scan",
+        kind,
+        "float32",
+        lambda: explain(reservoir_scan, *given, **named).backend,
+        lambda backend: _refusal(backend, reservoir_scan, *given, **named),
+        lambda backend: _compare(
+            scan,
+            leaves,
+            leaves,
+            normal(2, 60, 48),
+            ["dinputs", "dweight", "dinput_weight", "dleak", "dbias", "dinitial_state"],
             backend,
         ),
     )

@@ -142,7 +142,9 @@ def problem(case: Case) -> Problem:
         "input_weight": None if case.inputs is None else narrowed(normal(units, width)),
         "leak": leak,
         "bias": normal(units) if case.bias else None,
-        "initial_state": normal(sequences, units) if case.start else None,
+        "initial_state": (
+            laid_out(normal(sequences, units)[None], case.layout)[0] if case.start else None
+        ),
     }
     grads = (normal(*rows, units), normal(sequences, units))
     return Problem(case, tensors, offsets, grads)
