@@ -341,7 +341,7 @@ def plot_confusion(
     for axes, (model, scores) in zip(figure.subplots(1, 2), results.items(), strict=True):
         counts = scores.counts.sum((0, 1)).double()
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-        axes.imshow(shares, cmap="BuGn", vmin=0, vmax=1)
+        axes.imshow(shares.numpy(), cmap="BuGn", vmin=0, vmax=1)
         for row in range(len(labels)):
             for column in range(len(labels)):
                 share = float(shares[row, column])
@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readout", choices=("mlp", "attention", "linear"), default="mlp")
     parser.add_argument("--units", type=int, default=64, help="of each reservoir, in four groups")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.epochs, options.units) < 1 or options.units % 4:
         parser.error("--seeds, --epochs and --units must be at least 1, --units a multiple of 4")

@@ -168,29 +168,30 @@ def capacity(topology: str, activation: str) -> Run:
     """Memory capacity of a ring or a random reservoir."""
 
     def run(units: int, seed: int, size: float, dtype: torch.dtype) -> Figures:
-        train, test, washout = round(30000 * size), round(10000 * size), 2 * units
-        u, past = delays(washout + train + test, 2 * units, seed=seed)
+        train, test, washout = round(30000 * size), round(10000 * size), 10 * units
+        longest = 5 * units  # a unit of a slow ring holds the inputs of several rounds
+        u, past = delays(washout + train + test, longest, seed=seed)
         linear = activation == "identity"
         reservoir = Reservoir(
             units,
             1,
             topology=topology,
             activation=activation,
-            sr=0.95 if linear else 0.99,
+            sr=0.99,
             input_scaling=1.0 if linear else 0.01,
             input_connectivity=1.0,
             seed=seed,
         )
         states = states_of(reservoir.to(dtype), u)
-        readout = Ridge(units, 2 * units, 1e-12).fit(states[washout:-test], past[washout:-test])
+        readout = Ridge(units, longest, 1e-12).fit(states[washout:-test], past[washout:-test])
         predicted = readout(states[-test:])
         recalled = torch.tensor(
             [
                 memory_capacity(predicted[:, k : k + 1], past[-test:, k : k + 1])
-                for k in range(2 * units)
+                for k in range(longest)
             ]
         )
-        ideal = (torch.arange(2 * units) < units).double()
+        ideal = (torch.arange(longest) < units).double()
         return Figures({"capacity": float(recalled.sum())}, ideal[:, None], recalled[:, None])
 
     return run

@@ -7,6 +7,7 @@ import torch
 
 from resformer_kernels.tasks import (
     accuracy,
+    bootstrap_difference,
     confusion,
     mean_and_spread,
     memory_capacity,
@@ -51,3 +52,22 @@ def test_weighted_f1_of_a_small_table() -> None:
 def test_spread_of_one_value_is_zero() -> None:
     assert mean_and_spread([2.0]) == (2.0, 0.0)
     assert mean_and_spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))
+
+
+def test_bootstrap_finds_a_difference_that_is_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randint(0, 2, (2, 30, 8), generator=generator)
+    better = wanted.where(torch.rand(wanted.shape, generator=generator) < 0.9, 1 - wanted)
+    worse = wanted.where(torch.rand(wanted.shape, generator=generator) < 0.6, 1 - wanted)
+    counts = [
+        torch.stack(
+            [
+                torch.stack([confusion(p, w, 2) for p, w in zip(ps, ws, strict=True)])
+                for ps, ws in zip(found, wanted, strict=True)
+            ]
+        )
+        for found in (worse, better)
+    ]
+    low, middle, high = bootstrap_difference(counts[0], counts[1], draws=200)
+    assert 0.15 < low < middle < high < 0.45
+    assert bootstrap_difference(counts[0], counts[0], draws=20) == (0.0, 0.0, 0.0)
