@@ -27,15 +27,23 @@ Section = dict[str, str]
 _OPTIONAL_PACKAGES = (
     *("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "transformers", "matplotlib"),
 )
-_ENVIRONMENT = ("RESFORMER_CPU", "RESFORMER_CHECK", "RESFORMER_POISON")
+_ENVIRONMENT = ("RESFORMER_CPU", "RESFORMER_CHECK", "RESFORMER_MIX", "RESFORMER_POISON")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _weight(x: Tensor) -> Tensor:
+    """Of a reservoir of 64 units, whose state is float32 for 16-bit inputs."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_zeros((64, 64), dtype=dtype)
+
+
 _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "value_residual_attention": lambda x: (x, x, x, x),
     "attention_with_kvcache": lambda x: (x, x, x),
     "mix_values": lambda x: ([x, x], [0.5, 0.5]),
     "mix_value_embedding": lambda x: (x, x[0], x.new_zeros((1, 1), dtype=torch.int64), 0.5),
     "linear_scan": lambda x: (x[0], x[0]),
-    "reservoir_scan": lambda x: (x[0], x[0, 0].mT @ x[0, 0]),
+    "reservoir_scan": lambda x: (x[0], _weight(x)),
 }
 """Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
 _OPTIONS: dict[str, dict[str, Any]] = {"attention_with_kvcache": {"cache_seqlens": 1}}

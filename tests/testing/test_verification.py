@@ -23,6 +23,7 @@ def test_table_names_every_op_in_each_dtype() -> None:
         "mix_values",
         "mix_value_embedding",
         "linear_scan",
+        "reservoir_scan",
     }
     assert {check.dtype for check in table} == {"float32", "bfloat16", "float16"}
     assert len({(check.op, check.dtype, check.case) for check in table}) == len(table)
