@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 
+from resformer_kernels.testing.decode_workload import DecodeBenchmark
 from resformer_kernels.testing.device_workloads import DeviceAttention
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
 from resformer_kernels.testing.timing import Benchmark
@@ -35,6 +36,17 @@ QUICK_SHAPES = ((1, 16, 16, 1024, 64), (8, 8, 8, 256, 64))
 
 WINDOW_SHAPE = (1, 4, 4, 16384, 64)
 WINDOW = 512
+
+DECODE_SHAPES = (
+    (1, 32, 8, 8192, 128),
+    (8, 16, 8, 1024, 64),
+    (1, 8, 8, 4096, 128),
+    (32, 16, 4, 1024, 64),
+    (1, 64, 8, 65536, 64),
+)
+"""Batch, query heads, KV heads, tokens in the cache, head_dim; the first two in float32 too."""
+SHARED_SHAPES = ((1, 8, 8, 8192, 64), (1, 16, 8, 8192, 64), (1, 32, 8, 8192, 64))
+"""A V of 8 MiB, which a last-level cache can hold."""
 
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 MEMORY_HEADS, MEMORY_HEAD_DIM = 2, 64
@@ -67,11 +79,23 @@ def mix(length: int) -> list[Benchmark]:
     return found
 
 
+def decode(*, quick: bool = False) -> list[Benchmark]:
+    """One token through 12 layers: a V a layer, against torch, and one V, against that."""
+    if quick:
+        return [DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES]
+    found: list[Benchmark] = []
+    for i, shape in enumerate(DECODE_SHAPES):
+        dtypes = DTYPES if i < 2 else DTYPES[:1]
+        found += [DecodeBenchmark(*shape, dtype) for dtype in dtypes]
+    shared = [DecodeBenchmark(*shape, torch.bfloat16, shared=True) for shape in SHARED_SHAPES]
+    return [*found, *shared]
+
+
 def cases(*, quick: bool = False) -> list[Benchmark]:
     """Every case, or the short ones alone."""
     if quick:
-        return [*attention(QUICK_SHAPES), *mix(1024)]
-    return [*attention(ATTENTION_SHAPES), *window(), *mix(4096)]
+        return [*attention(QUICK_SHAPES), *mix(1024), *decode(quick=True)]
+    return [*attention(ATTENTION_SHAPES), *window(), *mix(4096), *decode()]
 
 
 def memory_lengths(*, quick: bool = False) -> tuple[int, ...]:

@@ -30,7 +30,9 @@ def print_run(run: Run, console: Console) -> None:
             f"medians of {samples} alternating samples; mixing is inside ours and the peer's; the "
             "peer is the fastest of its forms"
         )
-        console.print(speed_table(compared, run.gemm, run.bandwidth.get("copy")))
+        console.print(
+            speed_table(compared, run.gemm, run.bandwidth.get("copy"), run.bandwidth.get("read"))
+        )
     if run.window_shares:
         console.print(window_table(run))
     if run.memory:

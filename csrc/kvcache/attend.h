@@ -3,13 +3,13 @@
 #pragma once
 
 #include <atomic>
-#include <type_traits>
+#include <utility>
 
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/softmax.h"
 #include "kvcache/block.h"
-#include "kvcache/tile.h"
+#include "kvcache/stream.h"
 
 namespace resformer::RESFORMER_ISA {
 
@@ -20,21 +20,32 @@ class CacheAttend {
   explicit CacheAttend(const CacheProblem& p) : p_(p), plan_(p, sizeof(C)) {}
 
   void run() {
-    const int64_t groups = static_cast<int64_t>(plan_.groups().size());
+    const int64_t units = plan_.units(), threads = torch::stable::get_num_threads();
     const Scratch partial(plan_.partial_floats());
-    std::vector<std::atomic<int64_t>> done(groups);
-    parallel_units(
-        plan_.units(), [&] { return Own(p_, plan_); },
-        [&](int64_t unit, Own& own) {
-          const int64_t index = plan_.group_of(unit);
-          const CacheGroup& g = plan_.groups()[index];
-          attend(g, unit - g.first_unit, own);
-          if (g.splits == 1) return finish_all(g, own);
+    std::vector<std::atomic<int64_t>> done(plan_.groups().size());
+    std::atomic<int64_t> next{0};
+    parallel_workers(smaller(units, threads), [&](int64_t) {
+      int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= units) return;
+      Own own(p_, plan_);
+      while (unit < units) {
+        // The next unit is taken already now, so that its first block comes while this one's last is worked
+        // on.
+        const int64_t following = next.fetch_add(1, std::memory_order_relaxed);
+        const int64_t index = plan_.group_of(unit);
+        const CacheGroup& g = plan_.groups()[index];
+        attend(g, unit - g.first_unit, following, own);
+        if (g.splits == 1) {
+          finish_all(g, own);
+        } else {
           hand_on(g, unit - g.first_unit, own, partial.get() + g.first_partial);
           // Whoever is last merges, in the order of the splits.
           if (done[index].fetch_add(1, std::memory_order_acq_rel) + 1 == g.splits)
             merge(g, partial.get() + g.first_partial, own);
-        });
+        }
+        unit = following;
+      }
+    });
   }
 
  private:
@@ -44,22 +55,13 @@ class CacheAttend {
   using Unit = Scores<kPrecision>;
   static constexpr bool kCodes = sizeof(C) == 1;
 
-  // Rows go through the tiles by fours, the last two or one by themselves; three are four, one of them idle.
-  static int64_t padded(int64_t rows) { return rows % 4 == 3 ? rows + 1 : rows; }
-  template <class Body>
-  static void by_fours(int64_t rows, const Body& body) {
-    int64_t r = 0;
-    for (; rows - r > 2; r += 4) body(r, std::integral_constant<int, 4>());
-    if (rows - r == 2) body(r, std::integral_constant<int, 2>());
-    if (rows - r == 1) body(r, std::integral_constant<int, 1>());
-  }
-
   struct Own {
     Own(const CacheProblem& p, const CachePlan& plan)
         : rows(plan.most_heads() * padded(plan.most_rows())),
           q(rows * row_words<Dot>(p.keys.dim)),
           acc(rows * plan.columns()),
-          scores(padded(plan.most_rows()) * kMostTokens),
+          scores(larger(padded(plan.most_rows()), round_up(rows, 16)) * plan.tokens()),
+          by_token(plan.streams() ? round_up(rows, 16) * plan.tokens() : 0),
           scales(kMostTokens),
           zeros(p.values.dim),
           states(rows * sizeof(RowState) / sizeof(float)) {
@@ -67,9 +69,11 @@ class CacheAttend {
       state = reinterpret_cast<RowState*>(states.get());
     }
     int64_t rows;
-    Scratch q, acc, scores, scales, zeros, states;
+    Scratch q, acc, scores, by_token, scales, zeros, states;
     RowState* state;
     Block<C> blocks[2];
+    Block<C>*now = &blocks[0], *next = &blocks[1];
+    bool filled = false;  // whether `now` holds the first block of the unit to come
     // The keys that each row of the unit may see: positions, and within a block.
     int64_t from[kUnitRows + 1], to[kUnitRows + 1], lo[kUnitRows + 1], hi[kUnitRows + 1];
   };
@@ -110,36 +114,128 @@ class CacheAttend {
     }
   }
 
-  void attend(const CacheGroup& g, int64_t split, Own& own) const {
-    start(g, own);
+  struct Range {
+    int64_t begin, end;
+  };
+  Range keys_of(const CacheGroup& g, int64_t split) const {
     const int64_t tokens = plan_.tokens(), first = plan_.first(g), last = plan_.last(g);
     const int64_t blocks = (last - first + tokens - 1) / tokens;
-    const int64_t begin = first + blocks * split / g.splits * tokens,
-                  end = smaller(first + blocks * (split + 1) / g.splits * tokens, last);
-    Block<C>*now = &own.blocks[0], *next = &own.blocks[1];
-    now->fill(p_, g.sequence, begin, end, tokens);
-    while (now->count > 0) {
-      next->fill(p_, g.sequence, now->end, end, tokens);
-      attend_block(g, *now, *next, own);
-      Block<C>* other = now;
-      now = next;
-      next = other;
+    return {first + blocks * split / g.splits * tokens,
+            smaller(first + blocks * (split + 1) / g.splits * tokens, last)};
+  }
+
+  void attend(const CacheGroup& g, int64_t split, int64_t following, Own& own) const {
+    start(g, own);
+    const Range keys = keys_of(g, split);
+    if (!own.filled) own.now->fill(p_, g.sequence, keys.begin, keys.end, plan_.tokens());
+    own.filled = false;
+    while (own.now->count > 0) {
+      const CacheGroup* owner = &g;
+      own.next->fill(p_, g.sequence, own.now->end, keys.end, plan_.tokens());
+      if (own.next->count == 0 && following < plan_.units()) {
+        owner = &plan_.groups()[plan_.group_of(following)];
+        const Range then = keys_of(*owner, following - owner->first_unit);
+        own.next->fill(p_, owner->sequence, then.begin, then.end, plan_.tokens());
+        own.filled = true;
+      }
+      attend_block(g, *own.now, *own.next, *owner, own);
+      std::swap(own.now, own.next);
+      if (own.filled) return;
     }
   }
 
-  void attend_block(const CacheGroup& g, Block<C>& block, const Block<C>& next, Own& own) const {
+  void attend_block(const CacheGroup& g, Block<C>& block, const Block<C>& next, const CacheGroup& owner,
+                    Own& own) const {
     block.pad();
     for (int64_t r = 0; r < padded(g.rows); ++r) {
       own.lo[r] = block.before(own.from[r]);
       own.hi[r] = block.before(own.to[r]);
     }
-    Ahead<C> keys(next.keys, next.count, g.head, g.heads, p_.keys.cache.stride[2], p_.keys.dim);
-    Ahead<C> values(next.values, next.count, g.head, g.heads, p_.values.cache.stride[2], p_.values.dim);
+    Ahead keys(next.keys, next.count, owner.head, owner.heads, p_.keys.cache.stride[2], p_.keys.dim);
+    Ahead values(next.values, next.count, owner.head, owner.heads, p_.values.cache.stride[2], p_.values.dim);
+    switch (plan_.streams() ? padded(g.rows) : 0) {
+      case 1:
+        return stream<1>(g, block, keys, values, own);
+      case 2:
+        return stream<2>(g, block, keys, values, own);
+      case 4:
+        return stream<4>(g, block, keys, values, own);
+      case 8:
+        return stream<8>(g, block, keys, values, own);
+      default:
+        return tiles(g, block, own);
+    }
+  }
+
+  // Few rows: every head of a token before the next token.
+  template <int R>
+  void stream(const CacheGroup& g, const Block<C>& block, Ahead& next_keys, Ahead& next_values,
+              Own& own) const {
+    const int64_t width = round_up(g.heads * R, 16), tokens = plan_.tokens(), columns = plan_.columns();
+    const int64_t key_stride = p_.keys.cache.stride[2], value_stride = p_.values.cache.stride[2];
+    float *by_token = own.by_token.get(), *s = own.scores.get();
+    Ahead::Run key_run = next_keys.next(), value_run = next_values.next();
+    // K is read once a layer, V again by every layer that shares it: a large K passes by the outer caches.
+    const auto fetch_key = [&] {
+      plan_.keys_once() ? __builtin_prefetch(key_run.at, 0, 0) : __builtin_prefetch(key_run.at, 0, 3);
+      next_keys.step(key_run);
+    };
+    const auto fetch_value = [&] {
+      __builtin_prefetch(value_run.at, 0, 3);
+      next_values.step(value_run);
+    };
+    for (int64_t t = 0; t < block.count; ++t) {
+      stream_scores<M, R>(own.q.get(), words(), block.keys[t] + g.head * key_stride, key_stride, g.heads,
+                          p_.keys.dim, alpha(), by_token + t * width, fetch_key);
+    }
+    for (int64_t t = 0; t < block.count; t += kLanes) {
+      for (int64_t i = 0; i < width; i += kLanes) {
+        transpose_block(reinterpret_cast<const uint32_t*>(by_token + t * width + i), width,
+                        reinterpret_cast<uint32_t*>(s + i * tokens + t), tokens);
+      }
+    }
+    int64_t from, to;
+    if (!span<R>(own, 0, &from, &to)) return;
     for (int64_t h = 0; h < g.heads; ++h) {
-      scores(g, h, block, keys, own);
-      if constexpr (kCodes)
-        gather(block.value_scales, block.count, p_.values.scale_stride[2] * (g.head + h), own);
-      by_fours(padded(g.rows), [&](int64_t r, auto count) { weigh<count()>(g, h, r, block, values, own); });
+      float* rows = s + h * R * tokens;
+      transform<R>(g, h, block, rows, from, to, own);
+      softmax<R>(g, h, 0, block, rows, from, to, own);
+    }
+    const int64_t end = smaller(to, block.count);
+    const C* last[2] = {block.values[end - 1], reinterpret_cast<const C*>(own.zeros.get())};
+    for (int64_t t = from; t < end; t += Dot::kPack) {
+      if (t + Dot::kPack <= end) {
+        stream_values<M, R>(s + t / Dot::kPack, tokens, block.values + t, g.head * value_stride, value_stride,
+                            g.heads, p_.values.dim, own.acc.get(), columns, fetch_value);
+        continue;
+      }
+      for (int64_t h = 0; h < g.heads; ++h) {
+        const C* pair[2] = {last[0] + (g.head + h) * value_stride, last[1]};
+        stream_values<M, R>(s + h * R * tokens + t / Dot::kPack, tokens, pair, 0, 0, 1, p_.values.dim,
+                            own.acc.get() + h * R * columns, columns, [] {});
+      }
+    }
+  }
+
+  // Many rows: the products take most of the time, and a head's rows of K and V stay in the first-level
+  // cache.
+  void tiles(const CacheGroup& g, const Block<C>& block, Own& own) const {
+    const int64_t tokens = plan_.tokens();
+    for (int64_t h = 0; h < g.heads; ++h) {
+      by_fours(padded(g.rows), [&](int64_t r, auto count) {
+        constexpr int R = count(), kTokens = kSums / R;
+        int64_t from, to;
+        if (!span<R>(own, r, &from, &to)) return;
+        float* s = own.scores.get() + r * tokens;
+        for (int64_t t = from / kTokens * kTokens; t < to; t += kTokens) {
+          score_tile<M, R>(q_of(g, h, own) + r * words(), words(), block.keys + t,
+                           (g.head + h) * p_.keys.cache.stride[2], p_.keys.dim, alpha(), s + t, tokens);
+        }
+        transform<R>(g, h, block, s, from, to, own);
+        softmax<R>(g, h, r, block, s, from, to, own);
+        weigh<R>(g, h, block, s, from, smaller(to, block.count), acc_of(g, h, own) + r * plan_.columns(),
+                 own);
+      });
     }
   }
 
@@ -151,87 +247,75 @@ class CacheAttend {
     return own.lo[r] < own.hi[r + R - 1];
   }
 
-  void gather(const float* const* scales, int64_t count, int64_t offset, Own& own) const {
-    for (int64_t t = 0; t < count; ++t) own.scales.get()[t] = scales[t][offset];
-    for (int64_t t = count; t < lane_ceil(count); ++t) own.scales.get()[t] = 0.0f;
+  float* gather(const float* const* scales, int64_t count, int64_t offset, Own& own) const {
+    float* out = own.scales.get();
+    for (int64_t t = 0; t < count; ++t) out[t] = scales[t][offset];
+    for (int64_t t = count; t < lane_ceil(count); ++t) out[t] = 0.0f;
+    return out;
   }
 
-  // Scores of all rows, scaled and capped, in the unit of the softmax.
-  void scores(const CacheGroup& g, int64_t h, const Block<C>& block, Ahead<C>& ahead, Own& own) const {
-    const int64_t offset = (g.head + h) * p_.keys.cache.stride[2];
-    const bool transformed = kCodes || p_.softcap > 0.0f;
-    const float alpha = transformed ? p_.scale : p_.scale * Unit::kUnit;
-    if constexpr (kCodes) gather(block.key_scales, block.count, p_.keys.scale_stride[2] * (g.head + h), own);
-    by_fours(padded(g.rows), [&](int64_t r, auto count) {
-      constexpr int R = count(), kTokens = kSums / R;
-      int64_t from, to;
-      if (!span<R>(own, r, &from, &to)) return;
-      float* s = own.scores.get() + r * kMostTokens;
-      for (int64_t t = from / kTokens * kTokens; t < to; t += kTokens) {
-        score_tile<M, R>(q_of(g, h, own) + r * words(), words(), block.keys + t, offset, p_.keys.dim, alpha,
-                         s + t, kMostTokens);
-        if (r == 0) ahead.fetch(kTokens);
-      }
-      if (!transformed) return;
-      for (int64_t i = 0; i < R; ++i, s += kMostTokens) {
-        for (int64_t t = from; t < to; t += kLanes) {
-          Vec x = load(s + t);
-          if constexpr (kCodes) x = mul(x, load(own.scales.get() + t));
-          if (p_.softcap > 0.0f) x = mul(tanh(mul(x, set1(1.0f / p_.softcap)), nullptr), set1(p_.softcap));
-          store(s + t, mul(x, set1(Unit::kUnit)));
-        }
-      }
-    });
-  }
+  bool transformed() const { return kCodes || p_.softcap > 0.0f; }
+  float alpha() const { return transformed() ? p_.scale : p_.scale * Unit::kUnit; }
 
-  // The softmax of R rows, and their share of P V.
+  // Scores, scaled, to capped ones in the unit of the softmax.
   template <int R>
-  void weigh(const CacheGroup& g, int64_t h, int64_t r, const Block<C>& block, Ahead<C>& ahead,
-             Own& own) const {
-    int64_t from, to;
-    if (!span<R>(own, r, &from, &to)) return;
-    float *s = own.scores.get() + r * kMostTokens, *acc = acc_of(g, h, own) + r * plan_.columns();
-    softmax_rows<Dot, kPrecision, R>(s, kMostTokens, from, to, own.lo + r, own.hi + r, 0,
-                                     own.state + h * padded(g.rows) + r, acc, plan_.columns());
+  void transform(const CacheGroup& g, int64_t h, const Block<C>& block, float* s, int64_t from, int64_t to,
+                 Own& own) const {
+    if (!transformed()) return;
+    const float* scales = nullptr;
+    if constexpr (kCodes)
+      scales = gather(block.key_scales, block.count, p_.keys.scale_stride[2] * (g.head + h), own);
+    for (int64_t i = 0; i < R; ++i, s += plan_.tokens()) {
+      for (int64_t t = from; t < to; t += kLanes) {
+        Vec x = load(s + t);
+        if constexpr (kCodes) x = mul(x, load(scales + t));
+        if (p_.softcap > 0.0f) x = mul(tanh(mul(x, set1(1.0f / p_.softcap)), nullptr), set1(p_.softcap));
+        store(s + t, mul(x, set1(Unit::kUnit)));
+      }
+    }
+  }
+
+  // R rows of scores, from row r of a head on, to words of P; a quantised V's scales become part of P.
+  template <int R>
+  void softmax(const CacheGroup& g, int64_t h, int64_t r, const Block<C>& block, float* s, int64_t from,
+               int64_t to, Own& own) const {
+    const int64_t tokens = plan_.tokens();
+    softmax_rows<Dot, kPrecision, R>(s, tokens, from, to, own.lo + r, own.hi + r, 0,
+                                     own.state + h * padded(g.rows) + r,
+                                     acc_of(g, h, own) + r * plan_.columns(), plan_.columns());
     if constexpr (kCodes) {
+      const float* scales =
+          gather(block.value_scales, block.count, p_.values.scale_stride[2] * (g.head + h), own);
       for (int64_t i = 0; i < R; ++i) {
-        float* p = s + i * kMostTokens;
-        for (int64_t t = from; t < to; t += kLanes)
-          store(p + t, mul(load(p + t), load(own.scales.get() + t)));
+        float* p = s + i * tokens;
+        for (int64_t t = from; t < to; t += kLanes) store(p + t, mul(load(p + t), load(scales + t)));
       }
-    }
-    const int64_t end = smaller(to, block.count);
-    if constexpr (Dot::kPack == 2) {
-      const int64_t whole = (end - from) / 2 * 2;
-      multiply<R>(s + from / 2, block.values + from, (g.head + h) * p_.values.cache.stride[2], whole, acc,
-                  r == 0 ? &ahead : nullptr);
-      if (whole == end - from) return;
-      const C* last[2] = {block.values[end - 1] + (g.head + h) * p_.values.cache.stride[2],
-                          reinterpret_cast<const C*>(own.zeros.get())};
-      multiply<R>(s + (end - 1) / 2, last, 0, 2, acc, nullptr);
-    } else {
-      multiply<R>(s + from, block.values + from, (g.head + h) * p_.values.cache.stride[2], end - from, acc,
-                  r == 0 ? &ahead : nullptr);
     }
   }
 
+  // acc += P V for R rows of one head.
   template <int R>
-  void multiply(const float* p, const C* const* values, int64_t offset, int64_t tokens, float* acc,
-                Ahead<C>* ahead) const {
+  void weigh(const CacheGroup& g, int64_t h, const Block<C>& block, const float* p, int64_t from, int64_t end,
+             float* acc, const Own& own) const {
+    const int64_t offset = (g.head + h) * p_.values.cache.stride[2];
+    const int64_t whole = (end - from) / Dot::kPack * Dot::kPack;
+    multiply<R>(p + from / Dot::kPack, block.values + from, offset, whole, acc);
+    if (whole == end - from) return;
+    const C* last[2] = {block.values[end - 1] + offset, reinterpret_cast<const C*>(own.zeros.get())};
+    multiply<R>(p + (end - 1) / Dot::kPack, last, 0, Dot::kPack, acc);
+  }
+
+  template <int R>
+  void multiply(const float* p, const C* const* values, int64_t offset, int64_t tokens, float* acc) const {
     constexpr int kMost = kTileVecs == 4 ? (R == 4 ? 4 : 8) : (R == 4 ? 2 : 4), kLeast = M::kStep / kLanes;
-    const auto fetch = [&](int64_t rows) {
-      if (ahead) ahead->fetch(rows);
-    };
     const int64_t dim = p_.values.dim, columns = plan_.columns();
     int64_t d = 0;
-    for (; d + kMost * kLanes <= dim; d += kMost * kLanes) {
-      value_tile<M, R, kMost>(p, kMostTokens, values, offset + d, tokens, 0, acc + d, columns, fetch);
-      ahead = nullptr;
-    }
+    for (; d + kMost * kLanes <= dim; d += kMost * kLanes)
+      value_tile<M, R, kMost>(p, plan_.tokens(), values, offset + d, tokens, 0, acc + d, columns);
     for (; d + M::kStep <= dim; d += M::kStep)
-      value_tile<M, R, kLeast>(p, kMostTokens, values, offset + d, tokens, 0, acc + d, columns, fetch);
+      value_tile<M, R, kLeast>(p, plan_.tokens(), values, offset + d, tokens, 0, acc + d, columns);
     if (d < dim)
-      value_tile<M, R, kLeast>(p, kMostTokens, values, offset + d, tokens, dim - d, acc + d, columns, fetch);
+      value_tile<M, R, kLeast>(p, plan_.tokens(), values, offset + d, tokens, dim - d, acc + d, columns);
   }
 
   float* partial_of(const CacheGroup& g, int64_t split, int64_t h, int64_t r, float* partial) const {

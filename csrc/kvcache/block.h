@@ -54,32 +54,55 @@ struct Block {
   }
 };
 
-// Fetches the rows of a block while another is worked on: a few at every call, in the order of memory.
-template <class C>
+// Fetches a block while another is worked on, in the order of memory: one line for each line that is read,
+// for in bursts the processor drops what it has no buffer for, and between bursts memory idles.
 class Ahead {
  public:
+  template <class C>
   Ahead(const C* const* rows, int64_t count, int64_t head, int64_t heads, int64_t head_stride, int64_t dim)
-      : rows_(rows),
-        left_(count * heads),
-        first_(head * head_stride),
-        heads_(heads),
-        stride_(head_stride),
-        bytes_(dim * static_cast<int64_t>(sizeof(C))) {}
-
-  inline void fetch(int64_t rows) {
-    for (; rows > 0 && left_ > 0; --rows, --left_) {
-      const char* row = reinterpret_cast<const char*>(*rows_ + first_ + head_ * stride_);
-      for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row + at, 0, 3);
-      if (++head_ == heads_) {
-        head_ = 0;
-        ++rows_;
-      }
+      : rows_(reinterpret_cast<const char* const*>(rows)),
+        left_(count),
+        first_(head * head_stride * static_cast<int64_t>(sizeof(C))),
+        stride_(head_stride * static_cast<int64_t>(sizeof(C))),
+        bytes_(dim * static_cast<int64_t>(sizeof(C))),
+        runs_(heads) {
+    if (head_stride == dim) {  // the heads of a token are one run of memory
+      bytes_ *= heads;
+      runs_ = 1;
     }
+    run_ = runs_;
+  }
+
+  // The lines of one run of memory. A loop keeps it in registers.
+  struct Run {
+    const char *at, *end;
+    int64_t step;
+  };
+
+  void step(Run& run) {
+    run.at += run.step;
+    if (run.at >= run.end) run = next();
+  }
+
+  Run next() {
+    if (run_ == runs_) {
+      run_ = 0;
+      if (left_ == 0) {  // the last line again, which costs nothing
+        run_ = runs_;
+        const char* here = reinterpret_cast<const char*>(this);
+        return {here, here + 1, 0};
+      }
+      --left_;
+      token_ = *rows_++ + first_;
+    }
+    const char* at = token_ + run_++ * stride_;
+    return {at, at + bytes_, 64};
   }
 
  private:
-  const C* const* rows_;
-  int64_t left_, first_, heads_, stride_, bytes_, head_ = 0;
+  const char* token_ = nullptr;
+  const char* const* rows_;
+  int64_t left_, first_, stride_, bytes_, runs_, run_ = 0;
 };
 
 }  // namespace resformer::RESFORMER_ISA

@@ -32,6 +32,7 @@ class CachePlan {
     tokens_ =
         larger(smaller(kBlockBytes / (heads_ * token) / kFewTokens * kFewTokens, kMostTokens), kFewTokens);
     for (size_t b = 0; b < p.sequences.size(); ++b) {
+      key_bytes_ += (p.sequences[b].last - p.sequences[b].first) * p.heads_kv * p.keys.dim * element_bytes;
       for (int64_t row = 0; row < rows; row += tile_rows_) {
         for (int64_t h = 0; h < p.heads_kv; h += heads_) {
           CacheGroup g{static_cast<int64_t>(b),
@@ -57,8 +58,12 @@ class CachePlan {
   int64_t tokens() const { return tokens_; }  // of a block
   int64_t most_heads() const { return heads_; }
   int64_t most_rows() const { return tile_rows_; }
+  bool streams() const { return tile_rows_ <= 8; }  // few rows: see stream.h
   int64_t columns() const { return round_up(p_.values.dim, 2 * kLanes); }
   int64_t partial_row() const { return columns() + 2; }
+
+  // Whether K is so large that it cannot be meant to stay in a cache until the next call.
+  bool keys_once() const { return key_bytes_ >= kOnceBytes; }
 
   // The keys of a group that any of its rows may see.
   int64_t first(const CacheGroup& g) const {
@@ -80,7 +85,7 @@ class CachePlan {
 
  private:
   static constexpr int64_t kStateBytes = 1 << 18, kBlockBytes = 1 << 17;
-  static constexpr int64_t kSplitBytes = 1 << 20, kMostSplits = 128;
+  static constexpr int64_t kSplitBytes = 1 << 20, kMostSplits = 128, kOnceBytes = 1 << 22;
 
   // A split reads at least a megabyte, and 64 times what it hands on to be merged.
   int64_t splits(const CacheGroup& g, int64_t token) const {
@@ -91,7 +96,7 @@ class CachePlan {
   }
 
   const CacheProblem& p_;
-  int64_t tile_rows_ = 1, heads_ = 1, tokens_ = kFewTokens, units_ = 0, partial_ = 0;
+  int64_t tile_rows_ = 1, heads_ = 1, tokens_ = kFewTokens, units_ = 0, partial_ = 0, key_bytes_ = 0;
   std::vector<CacheGroup> groups_;
 };
 

@@ -4,6 +4,8 @@
 // many of them as a vector has lanes (or 8), and adds them up together. P V takes V's rows as they are.
 #pragma once
 
+#include <type_traits>
+
 #include "common/gemm.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -16,6 +18,10 @@ struct Widened {
   static constexpr int kStep = kLanes;  // elements of a row that one vector of words meets
   static inline Vec load_row(const C* p) { return load(p); }
   static inline Vec load_row_first(const C* p, int64_t count) { return load_first(p, count); }
+  // Elements d and on of the kPack rows that a word of P weighs, as columns; `rest` of them where not 0.
+  static inline void load_columns(const C* const* rows, int64_t d, int64_t rest, Vec* columns) {
+    columns[0] = rest ? load_row_first(rows[0] + d, rest) : load_row(rows[0] + d);
+  }
 };
 
 #if defined(RESFORMER_ISA_AVX512_BF16)
@@ -30,6 +36,17 @@ struct Pairs {
   static inline Vec load_row(const C* p) { return _mm512_castsi512_ps(raw(p)); }
   static inline Vec load_row_first(const C* p, int64_t count) {
     return _mm512_castsi512_ps(raw_first(p, count));
+  }
+  static inline void load_columns(const C* const* rows, int64_t d, int64_t rest, Vec* columns) {
+    // Word i of two interleaved rows is (first[i], second[i]), the pair that vdpbf16ps sums.
+    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = rest ? raw_first(rows[0] + d, rest) : raw(rows[0] + d);
+    const __m512i b = rest ? raw_first(rows[1] + d, rest) : raw(rows[1] + d);
+    columns[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+    columns[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
   }
 };
 #endif
@@ -105,11 +122,10 @@ static inline void score_tile(const float* q, int64_t q_row, const typename M::C
 }
 
 // acc[r][columns of one chunk] += P V over `tokens` rows of V. `rest`: elements of a chunk that is cut short
-// by the end of the row, else 0. fetch(n) is told of every n tokens.
-template <class M, int R, int V, class Fetch>
+// by the end of the row, else 0.
+template <class M, int R, int V>
 static inline void value_tile(const float* p, int64_t p_row, const typename M::C* const* values,
-                              int64_t offset, int64_t tokens, int64_t rest, float* acc, int64_t acc_row,
-                              const Fetch& fetch) {
+                              int64_t offset, int64_t tokens, int64_t rest, float* acc, int64_t acc_row) {
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -124,43 +140,31 @@ static inline void value_tile(const float* p, int64_t p_row, const typename M::C
       for (int v = 0; v < V; ++v) sum[r][v] = M::Dot::dot(weight, columns[v], sum[r][v]);
     }
   };
-  if constexpr (M::Dot::kPack == 1) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const typename M::C* row = values[t] + offset;
-      Vec columns[V];
+  constexpr int kVecs = M::kStep / kLanes;
+  for (int64_t t = 0; t < tokens; t += M::Dot::kPack) {
+    const typename M::C* rows[M::Dot::kPack];
+#pragma GCC unroll 2
+    for (int i = 0; i < M::Dot::kPack; ++i) rows[i] = values[t + i] + offset;
+    Vec columns[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        columns[v] = rest ? M::load_row_first(row, rest) : M::load_row(row + v * kLanes);
-      step(t, columns);
-      fetch(1);
-    }
-  } else {
-#if defined(RESFORMER_ISA_AVX512_BF16)
-    // Word i of two interleaved rows is (first[i], second[i]), the pair that vdpbf16ps sums.
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t t = 0; t < tokens; t += 2) {
-      const typename M::C *first = values[t] + offset, *second = values[t + 1] + offset;
-      Vec columns[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v += 2) {
-        const __m512i a = rest ? M::raw_first(first, rest) : M::raw(first + v * kLanes);
-        const __m512i b = rest ? M::raw_first(second, rest) : M::raw(second + v * kLanes);
-        columns[v] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
-        columns[v + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
-      }
-      step(t / 2, columns);
-      fetch(2);
-    }
-#endif
+    for (int v = 0; v < V; v += kVecs) M::load_columns(rows, v * kLanes, rest, columns + v);
+    step(t / M::Dot::kPack, columns);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(acc + r * acc_row + v * kLanes, sum[r][v]);
   }
+}
+
+// Rows go through the tiles by fours, the last two or one by themselves; three are four, one of them idle.
+static inline int64_t padded(int64_t rows) { return rows % 4 == 3 ? rows + 1 : rows; }
+template <class Body>
+static inline void by_fours(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; rows - r > 2; r += 4) body(r, std::integral_constant<int, 4>());
+  if (rows - r == 2) body(r, std::integral_constant<int, 2>());
+  if (rows - r == 1) body(r, std::integral_constant<int, 1>());
 }
 
 }  // namespace resformer::RESFORMER_ISA

@@ -29,6 +29,11 @@ def add_parser(subparsers: Subparsers) -> None:
         action="append",
         help="only cases whose name has every word of TEXT; repeated: any of them",
     )
+    parser.add_argument(
+        "--suite",
+        choices=("attention", "window", "mix", "decode"),
+        help="only the cases of one kind; stored only with --out",
+    )
     parser.add_argument("--quick", action="store_true", help="short cases; stored only with --out")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
@@ -57,9 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if suite is None:
         return refuse("bench", NO_CHECKOUT)
     registry, runner, report = suite
-    cases = [case for case in registry.cases(quick=args.quick) if _matches(case.name, args.filter)]
+    cases = [
+        case
+        for case in registry.cases(quick=args.quick)
+        if _matches(case.name, args.filter) and args.suite in (None, case.group.split()[0])
+    ]
     lengths = registry.memory_lengths(quick=args.quick)
-    memory = _matches("peak memory forward backward bfloat16", args.filter)
+    memory = args.suite is None and _matches("peak memory forward backward bfloat16", args.filter)
     if args.list:
         names = [case.name for case in cases]
         names += [f"peak memory at T {', '.join(map(str, lengths))}"] if memory else []
@@ -67,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not cases and not memory:
         return refuse(
-            "bench", f"no case matches --filter {' '.join(args.filter)}; --list prints the names"
+            "bench",
+            f"no case matches --filter {' '.join(args.filter or [])}; --list prints the names",
         )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -94,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
                 on_case=on_case,
             )
     report.print_run(found, console)
-    if args.out is not None or not (args.quick or args.filter):
+    if args.out is not None or not (args.quick or args.filter or args.suite):
         console.print(f"stored: [bold]{report.store(found, args.out)}", soft_wrap=True)
     return 0
 

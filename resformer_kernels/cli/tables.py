@@ -18,7 +18,10 @@ def duration(seconds: float) -> str:
 
 
 def speed_table(
-    results: Sequence[Result], gemm: Mapping[str, float], copy_bandwidth: float | None = None
+    results: Sequence[Result],
+    gemm: Mapping[str, float],
+    copy_bandwidth: float | None = None,
+    read_bandwidth: float | None = None,
 ) -> Table:
     """Ours beside the fastest peer of each case, and our share of the ceiling measured beside.
 
@@ -26,6 +29,7 @@ def speed_table(
         results: what was timed.
         gemm: FLOP/s of a matrix product, by dtype.
         copy_bandwidth: bytes a second, the ceiling of cases without FLOPs.
+        read_bandwidth: bytes a second, the ceiling of decoding, which only reads.
     """
     table = Table(header_style="bold")
     table.add_column("case", overflow="fold")
@@ -37,7 +41,7 @@ def speed_table(
         if group and result.group != group:
             table.add_section()
         group = result.group
-        rate, share = rate_and_share(result, gemm, copy_bandwidth)
+        rate, share = rate_and_share(result, gemm, copy_bandwidth, read_bandwidth)
         colour = "green" if result.ratio >= 1 else "yellow"
         table.add_row(
             result.name,
@@ -52,7 +56,10 @@ def speed_table(
 
 
 def rate_and_share(
-    result: Result, gemm: Mapping[str, float], copy_bandwidth: float | None
+    result: Result,
+    gemm: Mapping[str, float],
+    copy_bandwidth: float | None,
+    read_bandwidth: float | None = None,
 ) -> tuple[str, str]:
     """Our rate with its unit, and its share of the ceiling with the ceiling's name."""
     if result.flops:
@@ -60,5 +67,8 @@ def rate_and_share(
         ceiling = gemm.get(result.dtype)
         return f"{rate / 1e9:.0f} GFLOP/s", f"{rate / ceiling:.0%} of GEMM" if ceiling else ""
     rate = result.bytes / result.ours.median
-    share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""
+    if result.group == "decode":
+        share = f"{rate / read_bandwidth:.0%} of read" if read_bandwidth else ""
+    else:
+        share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""
     return f"{rate / 1e9:.1f} GB/s", share

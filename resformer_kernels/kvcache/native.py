@@ -12,7 +12,6 @@ from resformer_kernels.kvcache.call import (
     op_arguments,
     strided_cache_reason,
 )
-from resformer_kernels.kvcache.ops import ATTEND, NATIVE
 
 NAME = "native"
 
@@ -28,17 +27,7 @@ def unsupported_reason(call: KVCacheCall) -> str | None:
         return f"it serves float32, bfloat16 and float16 queries, these are {call.q.dtype}"
     if call.k_cache.dtype not in (call.q.dtype, torch.int8):
         return f"it serves caches of q's dtype and of int8, these are {call.k_cache.dtype}"
-    return strided_cache_reason(call) or _extension.unavailable_reason() or _missing()
-
-
-def _missing() -> str | None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE}::{ATTEND}", "CPU"):
-        return None
-    return "the native library does not have this op"
-
-
-# torch.compile must see the answer as a constant.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return strided_cache_reason(call) or _extension.unavailable_reason()
 
 
 def notes(call: KVCacheCall) -> list[str]:

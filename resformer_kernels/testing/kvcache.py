@@ -62,6 +62,16 @@ class KVCacheCase:
     seed: int = 0
 
 
+REPRESENTATIVE: tuple[KVCacheCase, ...] = (
+    KVCacheCase(lengths=(300, 5), head_dim=64, value_dim=64, return_lse=True),
+    KVCacheCase(lengths=(700, 33), heads=8, append="k", page_size=16, num_splits=3, sinks=True),
+    KVCacheCase(lengths=(90, 90), mask="left", window=(60, 0), softcap=20.0, page_size=8),
+    KVCacheCase(lengths=(130, 40), q_len=50, new_tokens=50, head_dim=64, return_lse=True),
+    KVCacheCase(lengths=(400, 60), quantised=torch.int8, head_dim=64, value_dim=64),
+)
+"""Every argument at least once: what `verify` and the demo run."""
+
+
 @dataclass(frozen=True)
 class KVCacheInputs:
     """A call: `attention_with_kvcache(**tensors, **options)`."""

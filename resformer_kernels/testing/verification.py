@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,14 @@ from torch import Tensor
 
 from resformer_kernels import explain
 from resformer_kernels._select import prepare
+from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.budgets import Comparison, compare_case
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase, attention_inputs
+from resformer_kernels.testing.kvcache import (
+    REPRESENTATIVE as KVCACHE,
+)
+from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache, kvcache_inputs
 from resformer_kernels.testing.poison import poisoned
 
 Run = Callable[[str], list[Comparison]]
@@ -66,7 +71,7 @@ def checks(
     device: str = "cpu",
     attention: Sequence[AttentionCase] = REPRESENTATIVE,
 ) -> list[Check]:
-    """The table: attention of every form, both mixes, in each dtype.
+    """The table: attention of every form, over caches too, and both mixes, in each dtype.
 
     Args:
         dtypes: cases of other dtypes are left out.
@@ -77,6 +82,7 @@ def checks(
     for dtype in dtypes:
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
+        table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
     return table
 
 
@@ -129,7 +135,7 @@ def attention_check(case: AttentionCase, device: str = "cpu") -> Check:
     )
 
 
-def _describe(case: AttentionCase) -> str:
+def _describe(case: AttentionCase | KVCacheCase) -> str:
     parts = []
     for field in fields(case):
         value = getattr(case, field.name)
@@ -137,8 +143,25 @@ def _describe(case: AttentionCase) -> str:
             continue
         if field.name == "lengths":
             value = f"{len(value)} sequences"
+        if field.name == "quantised":
+            value = _name(value)
         parts.append(field.name if value is True else f"{field.name}={value}")
     return ", ".join(parts) or "two sources, constants"
+
+
+def _kvcache_check(case: KVCacheCase, device: str) -> Check:
+    def arguments() -> dict[str, Any]:
+        inputs = kvcache_inputs(case, device)
+        return {**inputs.tensors, **inputs.options}
+
+    return Check(
+        "attention_with_kvcache",
+        _describe(case),
+        _name(case.dtype),
+        lambda: explain(attention_with_kvcache, **arguments()).backend,
+        lambda backend: _refusal(backend, attention_with_kvcache, **arguments()),
+        lambda backend: compare_kvcache(case, backend=backend, device=device),
+    )
 
 
 def _mix_check(sources: int, dtype: torch.dtype, device: str) -> Check:

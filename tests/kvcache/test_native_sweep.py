@@ -19,7 +19,7 @@ KINDS = [
 ]
 by_kind = pytest.mark.parametrize(("dtype", "quantised"), KINDS)
 sweep = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

@@ -19,6 +19,7 @@ def test_table_names_every_op_in_each_dtype() -> None:
     assert {check.op for check in table} == {
         "value_residual_attention",
         "value_residual_attention_varlen",
+        "attention_with_kvcache",
         "mix_values",
         "mix_value_embedding",
     }

@@ -1,0 +1,139 @@
+"""What the native kernel promises beside the numbers: bits, splits, threads, schema, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from resformer_kernels import attention_with_kvcache
+from resformer_kernels.kvcache.call import op_arguments, prepare_call
+from resformer_kernels.testing.kvcache import (
+    KVCacheCase,
+    KVCacheInputs,
+    kvcache_inputs,
+    paginated,
+    run_copied,
+)
+
+LONG = KVCacheCase(
+    lengths=(3000, 700), heads=8, kv_heads=4, head_dim=64, value_dim=64, return_lse=True
+)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def outcome(inputs: KVCacheInputs, **options: Any) -> list[torch.Tensor]:
+    changed = KVCacheInputs(inputs.tensors, {**inputs.options, **options})
+    return list(run_copied(changed, "native")[0].values())
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_len", [1, 9])
+@pytest.mark.usefixtures("native", "cpu_path")
+def test_paged_equals_contiguous_bit_for_bit(dtype: torch.dtype, q_len: int) -> None:
+    case = KVCacheCase(**{**vars(LONG), "dtype": dtype, "q_len": q_len, "new_tokens": q_len})
+    inputs = kvcache_inputs(case)
+    for splits in (0, 1, 5):
+        expected = outcome(inputs, num_splits=splits)
+        for page_size in (1, 16, 50):
+            assert same(outcome(paginated(inputs, page_size), num_splits=splits), expected)
+
+
+@pytest.mark.usefixtures("native", "two_threads")
+def test_threads_and_neighbours_change_no_bit() -> None:
+    inputs = kvcache_inputs(LONG)
+    expected = outcome(inputs)
+    for _ in range(5):
+        assert same(outcome(inputs), expected)
+    torch.set_num_threads(1)
+    assert same(outcome(inputs), expected)
+    alone = {name: x[1:] if name != "sinks" else x for name, x in inputs.tensors.items()}
+    out, lse = outcome(KVCacheInputs(alone, inputs.options))
+    assert torch.equal(out, expected[0][1:])
+    assert torch.equal(lse, expected[1][1:])
+
+
+@pytest.mark.usefixtures("native")
+def test_splits_differ_by_rounding_alone() -> None:
+    inputs = kvcache_inputs(KVCacheCase(**{**vars(LONG), "sinks": True}))
+    out, lse = outcome(inputs, num_splits=1)
+    for splits in (2, 7, 64, 1024):
+        other, other_lse = outcome(inputs, num_splits=splits)
+        torch.testing.assert_close(other, out, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other_lse, lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "int8"])
+def test_opcheck(native: str, name: str) -> None:
+    del native
+    case = {
+        "plain": KVCacheCase(append="none"),
+        "everything": KVCacheCase(
+            page_size=4, mask="left", sinks=True, return_lse=True, softcap=3.0, append="k"
+        ),
+        "int8": KVCacheCase(quantised=torch.int8),
+    }[name]
+    inputs = kvcache_inputs(case)
+    # opcheck compares what is in the caches: no NaN there.
+    tensors = {
+        key: x.nan_to_num(0.5) if x.is_floating_point() else x for key, x in inputs.tensors.items()
+    }
+    q, k_cache, v_cache = (tensors.pop(key) for key in ("q", "k_cache", "v_cache"))
+    arguments: dict[str, Any] = {**tensors, **inputs.options}
+    call = op_arguments(prepare_call(q, k_cache, v_cache, **arguments))
+    torch.library.opcheck(torch.ops.resformer.attention_with_kvcache.default, tuple(call))
+
+
+def test_the_op_checks_for_itself(native: str) -> None:
+    del native
+    q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
+    cache = torch.zeros(2, 8, 2, 8)
+    pages = torch.tensor([[0, 1], [2, 9]], dtype=torch.int32)
+    op = torch.ops.resformer.attention_with_kvcache.default
+
+    def call(lengths: list[int], table: torch.Tensor | None = None, mask: Any = None) -> None:
+        at = torch.tensor(lengths, dtype=torch.int32)
+        rows = cache.view(4, 4, 2, 8) if table is not None else cache
+        op(
+            q, rows, rows.clone(), k, k, at, table, mask, None, None,
+            -1, 0, 1.0, 0.0, None, 0, False,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="sequence 1 has 8 tokens and 1 are appended"):
+        call([3, 8])
+    with pytest.raises(RuntimeError, match="sequence 0 has -1"):
+        call([-1, 3])
+    with pytest.raises(RuntimeError, match="names page 9 for page 1 of sequence 1, takes 0 to 3"):
+        call([3, 5], pages)
+    with pytest.raises(RuntimeError, match="key_mask must be a bool"):
+        call([3, 5], mask=torch.ones(1, 8).bool())
+    assert (cache == 0).all()
+
+
+@pytest.mark.usefixtures("native")
+def test_decoding_equals_prefill() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 70, 4, 32), torch.randn(1, 70, 2, 32), torch.randn(1, 70, 2, 32)
+    caches = torch.zeros(2, 1, 70, 2, 32)
+    whole = attention_with_kvcache(q, caches[0], caches[1], k, v, cache_seqlens=0)
+    again = torch.zeros(2, 1, 70, 2, 32)
+    for t in range(70):
+        now = slice(t, t + 1)
+        out = attention_with_kvcache(
+            q[:, now], again[0], again[1], k[:, now], v[:, now], cache_seqlens=t
+        )
+        torch.testing.assert_close(out, whole[:, now], rtol=1e-5, atol=1e-5)
+    assert torch.equal(caches, again)
