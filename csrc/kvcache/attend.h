@@ -1,5 +1,5 @@
-// Attention over a cache. A unit is one split of a group's keys; it walks them block by block, all its heads
-// within a block, so that memory is read in order and each row of K and V once. See kvcache/README.md.
+// Attention over a cache. A unit is one split of a group's keys, walked block by block in the order of
+// memory: each row of K and V is read once. See kvcache/README.md.
 #pragma once
 
 #include <atomic>
@@ -176,8 +176,13 @@ class CacheAttend {
     float *by_token = own.by_token.get(), *s = own.scores.get();
     Ahead::Run key_run = next_keys.next(), value_run = next_values.next();
     // K is read once a layer, V again by every layer that shares it: a large K passes by the outer caches.
+    const bool once = plan_.keys_once();
     const auto fetch_key = [&] {
-      plan_.keys_once() ? __builtin_prefetch(key_run.at, 0, 0) : __builtin_prefetch(key_run.at, 0, 3);
+      if (once) {
+        __builtin_prefetch(key_run.at, 0, 0);
+      } else {
+        __builtin_prefetch(key_run.at, 0, 3);
+      }
       next_keys.step(key_run);
     };
     const auto fetch_value = [&] {
@@ -371,8 +376,7 @@ class CacheAttend {
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives
-  // zeros.
+  // Adds the sink, divides by the softmax's denominator, writes out and LSE: zeros where no key was seen.
   void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, const float* acc) const {
     const int64_t head_q = head(g, h, r), i = query(g, r);
     float weight = 1.0f;

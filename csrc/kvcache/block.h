@@ -79,12 +79,12 @@ class Ahead {
     int64_t step;
   };
 
-  void step(Run& run) {
+  RESFORMER_INLINE void step(Run& run) {
     run.at += run.step;
     if (run.at >= run.end) run = next();
   }
 
-  Run next() {
+  RESFORMER_INLINE Run next() {
     if (run_ == runs_) {
       run_ = 0;
       if (left_ == 0) {  // the last line again, which costs nothing

@@ -350,14 +350,14 @@ def _check_contents(call: KVCacheCall, given: Any) -> None:
         lengths = call.cache_seqlens.tolist()
     else:
         return
-    new = call.new_tokens
+    new, capacity = call.new_tokens, call.capacity
     for b, length in enumerate(lengths):
         if length < 0:
             raise ValueError(f"cache_seqlens must be 0 or more, got {length} at index {b}")
-        if length + new > call.capacity:
+        if length + new > capacity:
             raise ValueError(
                 f"the cache is full: sequence {b} has {length} tokens (cache_seqlens) and "
-                f"{new} are appended, its capacity is {call.capacity}"
+                f"{new} are appended, its capacity is {capacity}"
             )
         if call.key_mask is not None and length + new > call.key_mask.shape[1]:
             raise ValueError(
