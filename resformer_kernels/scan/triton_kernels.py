@@ -50,7 +50,7 @@ def _store(at, columns, mask, re, im, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _state(rows, index, width, columns, mask, COMPLEX: tl.constexpr):
+def state_of(rows, index, width, columns, mask, COMPLEX: tl.constexpr):
     """Row `index` of (rows, width) states; zeros where there are none."""
     if rows is not None:
         at = rows + index.to(tl.int64) * width * (2 if COMPLEX else 1)
@@ -62,14 +62,14 @@ def _state(rows, index, width, columns, mask, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _keep(rows, index, width, columns, mask, re, im, COMPLEX: tl.constexpr):
+def keep(rows, index, width, columns, mask, re, im, COMPLEX: tl.constexpr):
     """Row `index` of (rows, width) states becomes (re, im)."""
     at = rows + index.to(tl.int64) * width * (2 if COMPLEX else 1)
     _store(at, columns, mask, re, im, COMPLEX)
 
 
 @triton.jit
-def _fma(ar, ai, br, bi, cr, ci, COMPLEX: tl.constexpr):
+def fma_of(ar, ai, br, bi, cr, ci, COMPLEX: tl.constexpr):
     """a * b + c."""
     if COMPLEX:
         re = tl.fma(ar, br, tl.fma(-ai, bi, cr))
@@ -164,9 +164,9 @@ def forward_kernel(
         time, width, chunk, chunks, column_tiles, BLOCK
     )
     if entering is not None:
-        hr, hi = _state(entering, track * chunks + number, width, columns, wide, COMPLEX)
+        hr, hi = state_of(entering, track * chunks + number, width, columns, wide, COMPLEX)
     else:
-        hr, hi = _state(None if PACKED else initial, track, width, columns, wide, COMPLEX)
+        hr, hi = state_of(None if PACKED else initial, track, width, columns, wide, COMPLEX)
     if CONSTANT:
         cr, ci = _load(gates.pointer, columns, wide, 0.0, COMPLEX)
     for start in range(begin, end, STEPS):
@@ -183,23 +183,23 @@ def forward_kernel(
             row = _row(start + u, time, REVERSED)
             inside, enters, leaves, owner = _kind(packing, row, there, PACKED, REVERSED)
             if PACKED:
-                er, ei = _state(initial, owner, width, columns, wide & enters, COMPLEX)
+                er, ei = state_of(initial, owner, width, columns, wide & enters, COMPLEX)
                 hr, hi = tl.where(enters, er, hr), tl.where(enters, ei, hi)
             if CONSTANT:
                 gr, gi = tl.where(there, cr, 1.0), tl.where(there, ci, 0.0)
             else:
                 gr, gi = loaded[4 * u + 2], loaded[4 * u + 3]
-            hr, hi = _fma(gr, gi, hr, hi, loaded[4 * u], loaded[4 * u + 1], COMPLEX)
+            hr, hi = fma_of(gr, gi, hr, hi, loaded[4 * u], loaded[4 * u + 1], COMPLEX)
             at = states.pointer + track.to(tl.int64) * states.track + row * states.time
             if PACKED:
                 outr, outi = tl.where(inside, hr, 0.0), tl.where(inside, hi, 0.0)
                 _store(at, columns, wide & there, outr, outi, COMPLEX)
-                _keep(final, owner, width, columns, wide & leaves, hr, hi, COMPLEX)
+                keep(final, owner, width, columns, wide & leaves, hr, hi, COMPLEX)
             else:
                 _store(at, columns, wide & there, hr, hi, COMPLEX)
     if not PACKED:
         last = wide & (end == time)
-        _keep(final, track, width, columns, last, hr, hi, COMPLEX)
+        keep(final, track, width, columns, last, hr, hi, COMPLEX)
 
 
 @triton.jit
@@ -235,9 +235,9 @@ def backward_kernel(
         time, width, chunk, chunks, column_tiles, BLOCK
     )
     if entering is not None:
-        cr, ci = _state(entering, track * chunks + number, width, columns, wide, COMPLEX)
+        cr, ci = state_of(entering, track * chunks + number, width, columns, wide, COMPLEX)
     else:
-        cr, ci = _state(None if PACKED else d_final, track, width, columns, wide, COMPLEX)
+        cr, ci = state_of(None if PACKED else d_final, track, width, columns, wide, COMPLEX)
     if CONSTANT:
         kr, ki = _load(gates.pointer, columns, wide, 0.0, COMPLEX)
     sum_r = tl.zeros((BLOCK,), tl.float64)
@@ -257,7 +257,7 @@ def backward_kernel(
             known = mask & ~leaves
             br, bi = _operands(states, track, before, columns, known, 0.0, WANTS_GATES, COMPLEX)
             if WANTS_GATES:
-                er, ei = _state(initial, owner, width, columns, mask & leaves, COMPLEX)
+                er, ei = state_of(initial, owner, width, columns, mask & leaves, COMPLEX)
                 br, bi = tl.where(leaves, er, br), tl.where(leaves, ei, bi)
             loaded += (br, bi)
         for u in tl.static_range(STEPS):
@@ -265,7 +265,7 @@ def backward_kernel(
             row = _row(start + u, time, REVERSED)
             inside, enters, leaves, owner = _kind(packing, row, there, PACKED, REVERSED)
             if PACKED:
-                er, ei = _state(d_final, owner, width, columns, wide & enters, COMPLEX)
+                er, ei = state_of(d_final, owner, width, columns, wide & enters, COMPLEX)
                 cr, ci = tl.where(enters, er, cr), tl.where(enters, ei, ci)
             ar, ai = cr + loaded[6 * u], ci + loaded[6 * u + 1]
             if CONSTANT:
@@ -288,10 +288,10 @@ def backward_kernel(
                     _store(at, columns, wide & there, dr, di, COMPLEX)
             cr, ci = _conj_mul(gr, gi, ar, ai, COMPLEX)
             if PACKED and d_initial is not None:
-                _keep(d_initial, owner, width, columns, wide & leaves, cr, ci, COMPLEX)
+                keep(d_initial, owner, width, columns, wide & leaves, cr, ci, COMPLEX)
     if d_initial is not None and not PACKED:
         last = wide & (end == time)
-        _keep(d_initial, track, width, columns, last, cr, ci, COMPLEX)
+        keep(d_initial, track, width, columns, last, cr, ci, COMPLEX)
     if sums is not None:
         index = (track * chunks + number).to(tl.int64)
         at = sums + index * width * (2 if COMPLEX else 1)
@@ -331,7 +331,7 @@ def summary_kernel(
     track, number, begin, end, columns, wide = _place(
         time, width, chunk, chunks, column_tiles, BLOCK
     )
-    hr, hi = _state(None, track, width, columns, wide, COMPLEX)
+    hr, hi = state_of(None, track, width, columns, wide, COMPLEX)
     pr, pi = hr + 1.0, hi
     reset = 0
     if CONSTANT:
@@ -349,7 +349,7 @@ def summary_kernel(
             row = _row(start + u, time, REVERSED)
             _, enters, _, owner = _kind(packing, row, there, PACKED, REVERSED)
             if PACKED:
-                er, ei = _state(entered, owner, width, columns, wide & enters, COMPLEX)
+                er, ei = state_of(entered, owner, width, columns, wide & enters, COMPLEX)
                 hr, hi = tl.where(enters, er, hr), tl.where(enters, ei, hi)
                 reset = tl.where(enters, 1, reset)
             xr, xi = loaded[4 * u], loaded[4 * u + 1]
@@ -361,52 +361,10 @@ def summary_kernel(
                 hr, hi = _conj_mul(gr, gi, hr + xr, hi + xi, COMPLEX)
                 pr, pi = _conj_mul(gr, gi, pr, pi, COMPLEX)
             else:
-                hr, hi = _fma(gr, gi, hr, hi, xr, xi, COMPLEX)
-                pr, pi = _fma(gr, gi, pr, pi, tl.zeros_like(pr), tl.zeros_like(pr), COMPLEX)
+                hr, hi = fma_of(gr, gi, hr, hi, xr, xi, COMPLEX)
+                pr, pi = fma_of(gr, gi, pr, pi, tl.zeros_like(pr), tl.zeros_like(pr), COMPLEX)
     index = track * chunks + number
-    _keep(products, index, width, columns, wide, pr, pi, COMPLEX)
-    _keep(ends, index, width, columns, wide, hr, hi, COMPLEX)
+    keep(products, index, width, columns, wide, pr, pi, COMPLEX)
+    keep(ends, index, width, columns, wide, hr, hi, COMPLEX)
     if PACKED:
         tl.store(resets + index, reset)
-
-
-@triton.jit
-def carry_kernel(
-    products,
-    ends,
-    resets,
-    entered,
-    entering,
-    width,
-    chunks,
-    column_tiles,
-    COMPLEX: tl.constexpr,
-    PACKED: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The state that enters each chunk of a track."""
-    track = tl.program_id(0) // column_tiles
-    columns = tl.program_id(0) % column_tiles * BLOCK + tl.arange(0, BLOCK)
-    wide = columns < width
-    hr, hi = _state(None if PACKED else entered, track, width, columns, wide, COMPLEX)
-    for start in range(0, chunks, STEPS):
-        loaded = ()
-        for u in tl.static_range(STEPS):
-            mask = wide & (start + u < chunks)
-            index = track * chunks + start + u
-            loaded += _state(products, index, width, columns, mask, COMPLEX)
-            loaded += _state(ends, index, width, columns, mask, COMPLEX)
-        for u in tl.static_range(STEPS):
-            there = start + u < chunks
-            index = track * chunks + start + u
-            _keep(entering, index, width, columns, wide & there, hr, hi, COMPLEX)
-            er, ei = loaded[4 * u + 2], loaded[4 * u + 3]
-            nr, ni = _fma(loaded[4 * u], loaded[4 * u + 1], hr, hi, er, ei, COMPLEX)
-            # A product that overflowed does nothing to a state of zero.
-            lost = hr == 0.0
-            if COMPLEX:
-                lost = lost & (hi == 0.0)
-            if PACKED:
-                lost = lost | (tl.load(resets + index, mask=there, other=0) != 0)
-            hr, hi = tl.where(lost, er, nr), tl.where(lost, ei, ni)

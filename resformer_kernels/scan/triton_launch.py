@@ -16,6 +16,7 @@ from torch import Tensor
 from resformer_kernels import _triton_lib as lib
 from resformer_kernels.scan import triton_kernels as kernels
 from resformer_kernels.scan.ops import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, state_dtype
+from resformer_kernels.scan.triton_carry import carry_kernel
 
 PROGRAMS = 2048
 """Of one warp each: what keeps any GPU busy."""
@@ -162,7 +163,7 @@ def _entering(
         **flags,
     )
     lib.launch(
-        kernels.carry_kernel,
+        carry_kernel,
         (how.tracks * how.column_tiles,),
         gates.device,
         products=products,
