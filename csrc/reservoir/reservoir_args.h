@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/pages.h"
 #include "common/tensor_args.h"
 #include "reservoir/reservoir_plan.h"
 
@@ -18,8 +19,8 @@ namespace resformer::reservoir_host {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Entries of a group or of a CSR weight: with fewer, a step is too short for many at once to help.
-constexpr int64_t kPayingEntries = 1 << 14;
+// Entries of W: with fewer, a step is too short for many at once to help.
+constexpr int64_t kPayingEntries = 1024;
 
 // W as it was given; of sparse ones the entries are kept widened, for they may have been transposed.
 struct WeightArgs {
@@ -33,7 +34,7 @@ struct WeightArgs {
   // Whether chunks at once are faster than step after step.
   bool pays() const {
     const int64_t stored = static_cast<int64_t>(columns.size());
-    const int64_t size = kind == WeightKind::groups ? layout.size * layout.size : stored;
+    const int64_t size = kind == WeightKind::groups ? layout.units() * layout.size : stored;
     return kind != WeightKind::entries && size >= kPayingEntries;
   }
 };
@@ -180,6 +181,7 @@ inline Tensor states_like(const Tensor& like, int64_t units, Streams& streams, b
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = units;
   Tensor states = output(like, sizes, ScalarType::Float);
+  prefer_large_pages(states.mutable_data_ptr(), states.numel() * static_cast<int64_t>(sizeof(float)));
   streams.states = static_cast<float*>(states.mutable_data_ptr());
   streams.state_stride = units;
   int64_t used = 0;

@@ -17,7 +17,9 @@ constexpr int64_t kShortest = 16;     // steps of a chunk that was asked for
 constexpr int64_t kWorthwhile = 256;  // steps of a chunk that "auto" makes
 // Rows enough for a matrix product, and no more: each has to forget its own guess.
 constexpr int64_t kChunks = 12;
-constexpr float kMeeting = 0.25f;         // share of the tolerance within which trajectories meet
+// Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for what is
+// left of a difference may grow for a while before it goes.
+constexpr float kAccepted = 0.5f, kMeeting = 0.125f;
 constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size each thread keeps for itself
 constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that are worth another thread
 
@@ -137,7 +139,7 @@ class Sweeper {
         if (d != d) break;
         size = std::max(size, std::fabs(static_cast<double>(theirs[i])));
       }
-      if (met_[c] && apart <= tolerance_ * (step_.relative ? size : 1.0)) {
+      if (met_[c] && apart <= kAccepted * tolerance_ * (step_.relative ? size : 1.0)) {
         *accepted = std::max(*accepted, apart);
       } else {
         found.push_back(c);

@@ -11,8 +11,8 @@ from torch import Tensor
 from resformer_kernels.reservoir.ops import FORWARD, NATIVE
 from resformer_kernels.reservoir.reduction import sums_over_time
 
-_ELEMENTS = 2**23
-"""States of one stretch, about: 32 MiB."""
+_ELEMENTS = 2**22
+"""States of one stretch, about: 16 MiB."""
 _SHORTEST = 4096
 """Steps: a shorter stretch would leave few chunks worth running at once."""
 
@@ -48,6 +48,7 @@ def reduced(
     sums = state.new_zeros((sequences, units), dtype=wide)
     gram = state.new_zeros((units, units), dtype=wide)
     cross = state.new_zeros((units, outputs), dtype=wide)
+    wide_states = state.new_empty((0,), dtype=wide)
     infos: list[tuple[Tensor, int]] = []
     for stretch in _stretches(inputs, cu_seqlens, sequences, units):
         of, piece, offsets = stretch
@@ -69,7 +70,9 @@ def reduced(
         if reduce == "mean":
             sums[of] += sums_over_time(states, offsets, wide)
         elif reduce == "gram":
-            steps = states.flatten(0, -2).double()
+            if states.numel() > wide_states.numel():
+                wide_states = states.new_empty((states.numel(),), dtype=wide)
+            steps = wide_states[: states.numel()].view(-1, units).copy_(states.flatten(0, -2))
             gram.addmm_(steps.T, steps)
             if targets is not None:
                 cross.addmm_(steps.T, targets[piece].flatten(0, -2).double())
