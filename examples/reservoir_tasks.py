@@ -169,7 +169,7 @@ def capacity(topology: str, activation: str) -> Run:
 
     def run(units: int, seed: int, size: float, dtype: torch.dtype) -> Figures:
         train, test, washout = round(30000 * size), round(10000 * size), 10 * units
-        longest = 5 * units  # a unit of a slow ring holds the inputs of several rounds
+        longest = 2 * units
         u, past = delays(washout + train + test, longest, seed=seed)
         linear = activation == "identity"
         reservoir = Reservoir(
@@ -177,7 +177,7 @@ def capacity(topology: str, activation: str) -> Run:
             1,
             topology=topology,
             activation=activation,
-            sr=0.99,
+            sr=0.95 if linear else 0.99,
             input_scaling=1.0 if linear else 0.01,
             input_connectivity=1.0,
             seed=seed,
