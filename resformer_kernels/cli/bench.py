@@ -31,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=("attention", "window", "mix", "decode"),
+        choices=("attention", "window", "mix", "decode", "scan", "reservoir"),
         help="only the cases of one kind; stored only with --out",
     )
     parser.add_argument("--quick", action="store_true", help="short cases; stored only with --out")

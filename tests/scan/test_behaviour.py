@@ -53,6 +53,7 @@ def test_same_bits_on_any_number_of_threads(dtype: torch.dtype, kind: str, const
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_million_steps(constant: bool, reverse: bool, native: str) -> None:
+    torch.manual_seed(0)
     length = 1_000_003
     gates = torch.rand(3) if constant else torch.rand(length, 3)
     tokens, initial = torch.randn(length, 3), torch.randn(3)
@@ -75,7 +76,9 @@ def test_a_million_steps(constant: bool, reverse: bool, native: str) -> None:
         (found[2][0], exact.d_initial),
     ]
     for got, true in pairs:
-        assert float((got.detach().double() - true).norm()) <= 3e-7 * float(true.norm())
+        # Of terms of size 1 a short sum may cancel: what they round to is left.
+        size = max(float(true.norm()), true.numel() ** 0.5)
+        assert float((got.detach().double() - true).norm()) <= 3e-7 * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
