@@ -151,17 +151,16 @@ class CacheAttend {
       own.lo[r] = block.before(own.from[r]);
       own.hi[r] = block.before(own.to[r]);
     }
-    Ahead keys(next.keys, next.count, owner.head, owner.heads, p_.keys.cache.stride[2], p_.keys.dim);
-    Ahead values(next.values, next.count, owner.head, owner.heads, p_.values.cache.stride[2], p_.values.dim);
+    const Following<C> then{next, owner.head - g.head};
     switch (plan_.streams() ? padded(g.rows) : 0) {
       case 1:
-        return stream<1>(g, block, keys, values, own);
+        return stream<1>(g, block, then, own);
       case 2:
-        return stream<2>(g, block, keys, values, own);
+        return stream<2>(g, block, then, own);
       case 4:
-        return stream<4>(g, block, keys, values, own);
+        return stream<4>(g, block, then, own);
       case 8:
-        return stream<8>(g, block, keys, values, own);
+        return stream<8>(g, block, then, own);
       default:
         return tiles(g, block, own);
     }
@@ -169,29 +168,14 @@ class CacheAttend {
 
   // Few rows: every head of a token before the next token.
   template <int R>
-  void stream(const CacheGroup& g, const Block<C>& block, Ahead& next_keys, Ahead& next_values,
-              Own& own) const {
-    const int64_t width = round_up(g.heads * R, 16), tokens = plan_.tokens(), columns = plan_.columns();
-    const int64_t key_stride = p_.keys.cache.stride[2], value_stride = p_.values.cache.stride[2];
+  void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
+    const int64_t width = round_up(g.heads * R, 16), tokens = plan_.tokens();
     float *by_token = own.by_token.get(), *s = own.scores.get();
-    Ahead::Run key_run = next_keys.next(), value_run = next_values.next();
     // K is read once a layer, V again by every layer that shares it: a large K passes by the outer caches.
-    const bool once = plan_.keys_once();
-    const auto fetch_key = [&] {
-      if (once) {
-        __builtin_prefetch(key_run.at, 0, 0);
-      } else {
-        __builtin_prefetch(key_run.at, 0, 3);
-      }
-      next_keys.step(key_run);
-    };
-    const auto fetch_value = [&] {
-      __builtin_prefetch(value_run.at, 0, 3);
-      next_values.step(value_run);
-    };
-    for (int64_t t = 0; t < block.count; ++t) {
-      stream_scores<M, R>(own.q.get(), words(), block.keys[t] + g.head * key_stride, key_stride, g.heads,
-                          p_.keys.dim, alpha(), by_token + t * width, fetch_key);
+    if (plan_.keys_once()) {
+      stream_keys<R, Keep::no>(g, block, then, width, own);
+    } else {
+      stream_keys<R, Keep::yes>(g, block, then, width, own);
     }
     for (int64_t t = 0; t < block.count; t += kLanes) {
       for (int64_t i = 0; i < width; i += kLanes) {
@@ -206,19 +190,53 @@ class CacheAttend {
       transform<R>(g, h, block, rows, from, to, own);
       softmax<R>(g, h, 0, block, rows, from, to, own);
     }
-    const int64_t end = smaller(to, block.count);
-    const C* last[2] = {block.values[end - 1], reinterpret_cast<const C*>(own.zeros.get())};
-    for (int64_t t = from; t < end; t += Dot::kPack) {
-      if (t + Dot::kPack <= end) {
-        stream_values<M, R>(s + t / Dot::kPack, tokens, block.values + t, g.head * value_stride, value_stride,
-                            g.heads, p_.values.dim, own.acc.get(), columns, fetch_value);
-        continue;
+    by_width<M>(p_.values.dim, [&](auto steps) {
+      stream_block_values<R, steps()>(g, block, then, from, smaller(to, block.count), own);
+    });
+  }
+
+  template <int R, Keep keep>
+  void stream_keys(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t width,
+                   Own& own) const {
+    const int64_t stride = p_.keys.cache.stride[2];
+    by_width<M>(p_.keys.dim, [&](auto steps) {
+      for (int64_t t = 0; t < block.count; ++t) {
+        stream_scores<M, R, steps(), keep>(own.q.get(), words(), block.keys[t] + g.head * stride, stride,
+                                           g.heads, p_.keys.dim, then.key(block, t, stride), alpha(),
+                                           own.by_token.get() + t * width);
       }
-      for (int64_t h = 0; h < g.heads; ++h) {
-        const C* pair[2] = {last[0] + (g.head + h) * value_stride, last[1]};
-        stream_values<M, R>(s + h * R * tokens + t / Dot::kPack, tokens, pair, 0, 0, 1, p_.values.dim,
-                            own.acc.get() + h * R * columns, columns, [] {});
-      }
+    });
+  }
+
+  template <int R, int W>
+  void stream_block_values(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t from,
+                           int64_t end, Own& own) const {
+    constexpr int kMost = kAbreast * Dot::kPack;
+    const int64_t stride = p_.values.cache.stride[2], tokens = plan_.tokens();
+    const float* p = own.scores.get();
+    ValueRow<C> rows[kMost];
+    int64_t t = from;
+    const auto take = [&](int64_t count) {
+      for (int64_t i = 0; i < count; ++i)
+        rows[i] = {block.values[t + i] + g.head * stride, then.value(block, t + i, stride)};
+    };
+    for (; t + kMost <= end; t += kMost) {
+      take(kMost);
+      stream_values<M, R, W, kAbreast>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
+                                       own.acc.get(), plan_.columns());
+    }
+    for (; t + Dot::kPack <= end; t += Dot::kPack) {
+      take(Dot::kPack);
+      stream_values<M, R, W, 1>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
+                                own.acc.get(), plan_.columns());
+    }
+    if (t == end) return;
+    // Half a pair: beside it a row of zeros, for what lies there may not be a number.
+    const ValueRow<C> zeros{reinterpret_cast<const C*>(own.zeros.get()), 0};
+    for (int64_t h = 0; h < g.heads; ++h) {
+      const ValueRow<C> pair[2] = {{block.values[t] + (g.head + h) * stride, 0}, zeros};
+      stream_values<M, R, W, 1>(p + h * R * tokens + t / Dot::kPack, tokens, pair, 0, 1, p_.values.dim,
+                                acc_of(g, h, own), plan_.columns());
     }
   }
 

@@ -54,55 +54,26 @@ struct Block {
   }
 };
 
-// Fetches a block while another is worked on, in the order of memory: one line for each line that is read,
-// for in bursts the processor drops what it has no buffer for, and between bursts memory idles.
-class Ahead {
- public:
-  template <class C>
-  Ahead(const C* const* rows, int64_t count, int64_t head, int64_t heads, int64_t head_stride, int64_t dim)
-      : rows_(reinterpret_cast<const char* const*>(rows)),
-        left_(count),
-        first_(head * head_stride * static_cast<int64_t>(sizeof(C))),
-        stride_(head_stride * static_cast<int64_t>(sizeof(C))),
-        bytes_(dim * static_cast<int64_t>(sizeof(C))),
-        runs_(heads) {
-    if (head_stride == dim) {  // the heads of a token are one run of memory
-      bytes_ *= heads;
-      runs_ = 1;
-    }
-    run_ = runs_;
+// The block to be worked on next. Row t of it is fetched while row t of the block before is worked on: one
+// line for each line that is read, in the order of memory, for in bursts the processor drops what it has no
+// buffer for, and between bursts memory idles.
+template <class C>
+struct Following {
+  const Block<C>& block;
+  int64_t heads_on;  // its first head, counted from that of the block before
+
+  // How many bytes after row t of `now` the row to fetch lies; none where there is none.
+  int64_t key(const Block<C>& now, int64_t t, int64_t head_stride) const {
+    return t < block.count ? distance(now.keys[t], block.keys[t], head_stride) : 0;
   }
-
-  // The lines of one run of memory. A loop keeps it in registers.
-  struct Run {
-    const char *at, *end;
-    int64_t step;
-  };
-
-  RESFORMER_INLINE void step(Run& run) {
-    run.at += run.step;
-    if (run.at >= run.end) run = next();
-  }
-
-  RESFORMER_INLINE Run next() {
-    if (run_ == runs_) {
-      run_ = 0;
-      if (left_ == 0) {  // the last line again, which costs nothing
-        run_ = runs_;
-        const char* here = reinterpret_cast<const char*>(this);
-        return {here, here + 1, 0};
-      }
-      --left_;
-      token_ = *rows_++ + first_;
-    }
-    const char* at = token_ + run_++ * stride_;
-    return {at, at + bytes_, 64};
+  int64_t value(const Block<C>& now, int64_t t, int64_t head_stride) const {
+    return t < block.count ? distance(now.values[t], block.values[t], head_stride) : 0;
   }
 
  private:
-  const char* token_ = nullptr;
-  const char* const* rows_;
-  int64_t left_, first_, stride_, bytes_, runs_, run_ = 0;
+  int64_t distance(const C* from, const C* to, int64_t head_stride) const {
+    return reinterpret_cast<const char*>(to + heads_on * head_stride) - reinterpret_cast<const char*>(from);
+  }
 };
 
 }  // namespace resformer::RESFORMER_ISA

@@ -1,99 +1,143 @@
 // The two products of a decoding block in the order of memory: a token's row of every head, then the next
 // token's. Only this order keeps the processor's own prefetching at work; taking a head at a time over the
 // block's tokens costs a third of the bandwidth. Instead the sums move: scores come out by token and are
-// transposed, and the accumulators of all heads are passed through once a token.
+// transposed, and the accumulators of all heads are passed through once for a few tokens.
+//
+// While a line is worked on, the line at the same place of the next block is fetched: `ahead` bytes further.
 #pragma once
 
 #include "kvcache/tile.h"
 
 namespace resformer::RESFORMER_ISA {
 
-// acc[r] = q[r] . row for R rows of q (words), unsummed.
-template <class M, int R, class Fetch>
+// Tokens (or pairs of them) whose V is weighed in one pass over the accumulators.
+constexpr int kAbreast = 2;
+
+// What is fetched for later: kept in the outer caches, or passing by them.
+enum class Keep { yes, no };
+
+template <Keep keep, class C>
+static RESFORMER_INLINE void fetch(const C* at, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, keep == Keep::yes ? 3 : 0);
+}
+
+// sum[r] = q[r] . row for R rows of q (words), lane by lane. W: steps of a row, where the compiler may know.
+template <class M, int R, int W, Keep keep>
 static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const typename M::C* row, int64_t dim,
-                                         Vec* acc, const Fetch& fetch) {
+                                         int64_t ahead, Vec* sum) {
   constexpr int kBytes = M::kStep * sizeof(typename M::C);
-  const int64_t whole = dim / M::kStep, rest = dim - whole * M::kStep;
-  Vec sum[R];
+  const int64_t whole = W ? W : dim / M::kStep;
+  if constexpr (W) words = W * kLanes;
+  Vec acc[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sum[r] = zero();
+  for (int r = 0; r < R; ++r) acc[r] = zero();
+#pragma GCC unroll 8
   for (int64_t w = 0; w < whole; ++w) {
     const Vec k = M::load_row(row + w * M::kStep);
-    if (w % (64 / kBytes) == 0) fetch();
+    if (w * kBytes % 64 == 0) fetch<keep>(row + w * M::kStep, ahead);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = M::Dot::dot(load(q + r * words + w * kLanes), k, sum[r]);
+    for (int r = 0; r < R; ++r) acc[r] = M::Dot::dot(load(q + r * words + w * kLanes), k, acc[r]);
   }
-  if (rest) {
+  if (const int64_t rest = W ? 0 : dim - whole * M::kStep) {
     const Vec k = M::load_row_first(row + whole * M::kStep, rest);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = M::Dot::dot(load(q + r * words + whole * kLanes), k, sum[r]);
+    for (int r = 0; r < R; ++r) acc[r] = M::Dot::dot(load(q + r * words + whole * kLanes), k, acc[r]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r] = sum[r];
+  for (int r = 0; r < R; ++r) sum[r] = acc[r];
 }
 
 // Scores of one token: R rows of q for each of its heads, to out[head * R + row]. `q` has R rows of `words` a
-// head. fetch() is called once for every line of K.
-template <class M, int R, class Fetch>
+// head.
+template <class M, int R, int W, Keep keep>
 static RESFORMER_INLINE void stream_scores(const float* q, int64_t words, const typename M::C* key,
-                                           int64_t head_stride, int64_t heads, int64_t dim, float alpha,
-                                           float* out, const Fetch& fetch) {
+                                           int64_t head_stride, int64_t heads, int64_t dim, int64_t ahead,
+                                           float alpha, float* out) {
   constexpr int kHeads = kSums / R;
-  int64_t first = 0;
-  for (; first + kHeads <= heads; first += kHeads) {
+  if constexpr (W) words = W * kLanes;
+  for (; heads >= kHeads; heads -= kHeads, out += kSums) {
     Vec acc[kSums];
 #pragma GCC unroll 16
-    for (int h = 0; h < kHeads; ++h)
-      stream_head<M, R>(q + (first + h) * R * words, words, key + (first + h) * head_stride, dim, acc + h * R,
-                        fetch);
-    reduce_all(acc, alpha, out + first * R);
+    for (int h = 0; h < kHeads; ++h, q += R * words, key += head_stride)
+      stream_head<M, R, W, keep>(q, words, key, dim, ahead, acc + h * R);
+    reduce_all(acc, alpha, out);
   }
-  if (first == heads) return;
+  if (heads == 0) return;
   Vec acc[kSums];
   for (int i = 0; i < kSums; ++i) acc[i] = zero();
-  for (int h = 0; first + h < heads; ++h)
-    stream_head<M, R>(q + (first + h) * R * words, words, key + (first + h) * head_stride, dim, acc + h * R,
-                      fetch);
-  reduce_all(acc, alpha, out + first * R);
+  for (int h = 0; h < heads; ++h, q += R * words, key += head_stride)
+    stream_head<M, R, W, keep>(q, words, key, dim, ahead, acc + h * R);
+  reduce_all(acc, alpha, out);
 }
 
-// acc += P V for one token, or two of them where a word of P holds two. p[(head * R + row) * p_row] is the
-// word.
-template <class M, int R, class Fetch>
-static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const typename M::C* const* values,
-                                           int64_t offset, int64_t head_stride, int64_t heads, int64_t dim,
-                                           float* acc, int64_t acc_row, const Fetch& fetch) {
-  constexpr int kVecs = M::kStep / kLanes, kBytes = M::kStep * sizeof(typename M::C);
-  for (int64_t h = 0; h < heads; ++h) {
-    Vec weight[R];
+// A row of V, and how far away the one to fetch lies.
+template <class C>
+struct ValueRow {
+  const C* at;
+  int64_t ahead;
+};
+
+// acc += P V for G words of P, each a token or two. p[(head * R + row) * p_row + word]; rows: of head 0.
+template <class M, int R, int W, int G>
+static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const ValueRow<typename M::C>* rows,
+                                           int64_t head_stride, int64_t heads, int64_t dim, float* acc,
+                                           int64_t acc_row) {
+  using C = typename M::C;
+  constexpr int kVecs = M::kStep / kLanes, kBytes = M::kStep * sizeof(C), kRows = G * M::Dot::kPack;
+  if constexpr (W) acc_row = round_up(W * M::kStep, 2 * kLanes);
+  const C* at[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) at[i] = rows[i].at;
+  for (int64_t h = 0; h < heads; ++h, p += R * p_row, acc += R * acc_row) {
+    Vec weight[R][G];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) weight[r] = M::Dot::broadcast(p + (h * R + r) * p_row);
-    float* sums = acc + h * R * acc_row;
-    const typename M::C* rows[M::Dot::kPack];
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int i = 0; i < M::Dot::kPack; ++i) rows[i] = values[i] + offset + h * head_stride;
+      for (int g = 0; g < G; ++g) weight[r][g] = M::Dot::broadcast(p + r * p_row + g);
+    }
     const auto step = [&](int64_t d, int64_t rest) {
-      Vec columns[kVecs];
-      M::load_columns(rows, d, rest, columns);
+      Vec columns[G][kVecs];
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) M::load_columns(at + g * M::Dot::kPack, d, rest, columns[g]);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) {
-          float* at = sums + r * acc_row + d + v * kLanes;
-          store(at, M::Dot::dot(weight[r], columns[v], load(at)));
+          float* out = acc + r * acc_row + d + v * kLanes;
+          Vec sum = load(out);
+#pragma GCC unroll 2
+          for (int g = 0; g < G; ++g) sum = M::Dot::dot(weight[r][g], columns[g][v], sum);
+          store(out, sum);
         }
       }
     };
-    int64_t d = 0;
-    for (; d + M::kStep <= dim; d += M::kStep) {
-      step(d, 0);
-      if (d % (M::kStep * (64 / kBytes)) == 0) {
-#pragma GCC unroll 2
-        for (int i = 0; i < M::Dot::kPack; ++i) fetch();
+    const auto whole = [&](int64_t d) {
+      if (d / M::kStep * kBytes % 64 == 0) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) fetch<Keep::yes>(at[i] + d, rows[i].ahead);
       }
+      step(d, 0);
+    };
+    if constexpr (W) {
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) whole(w * M::kStep);
+    } else {
+      int64_t d = 0;
+      for (; d + M::kStep <= dim; d += M::kStep) whole(d);
+      if (d < dim) step(d, dim - d);
     }
-    if (d < dim) step(d, dim - d);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) at[i] += head_stride;
   }
+}
+
+// body with the steps of a row as a constant for the usual head dimensions, else 0.
+template <class M, class Body>
+static RESFORMER_INLINE void by_width(int64_t dim, const Body& body) {
+  if (dim == 2 * M::kStep) return body(std::integral_constant<int, 2>());
+  if (dim == 4 * M::kStep) return body(std::integral_constant<int, 4>());
+  if (dim == 8 * M::kStep) return body(std::integral_constant<int, 8>());
+  body(std::integral_constant<int, 0>());
 }
 
 }  // namespace resformer::RESFORMER_ISA
