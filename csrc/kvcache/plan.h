@@ -26,7 +26,7 @@ class CachePlan {
     // All heads of a token are neighbours in memory, so a unit takes as many as its state and a block of a
     // few tokens leave room for in the caches.
     const int64_t state = larger(tile_rows_, 1) * (p.keys.dim + p.values.dim) * 4;
-    heads_ = larger(smaller(kStateBytes / state, kBlockBytes / (kFewTokens * token)), 1);
+    heads_ = larger(smaller(kStateBytes / state, kWidestBytes / (kFewTokens * token)), 1);
     const int64_t parts = (p.heads_kv + heads_ - 1) / heads_;
     heads_ = (p.heads_kv + parts - 1) / parts;
     tokens_ =
@@ -84,7 +84,7 @@ class CachePlan {
   }
 
  private:
-  static constexpr int64_t kStateBytes = 1 << 18, kBlockBytes = 1 << 17;
+  static constexpr int64_t kStateBytes = 1 << 18, kBlockBytes = 1 << 16, kWidestBytes = 1 << 17;
   static constexpr int64_t kSplitBytes = 1 << 20, kMostSplits = 128, kOnceBytes = 1 << 22;
 
   // A split reads at least a megabyte, and 64 times what it hands on to be merged.
