@@ -148,9 +148,11 @@ def test_only_known_mask_functions_are_taken_for_their_window() -> None:
     assert counted.tolist() == [[True] * 6]
 
 
-def test_heads_windows_caps_and_sinks_reach_the_kernel() -> None:
+@pytest.mark.parametrize("queries", [7, kernel.DECODE_ROWS // 2])
+def test_heads_windows_caps_and_sinks_reach_the_kernel(queries: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 7, 8, generator=generator) for h in (4, 2, 2))
+    q = q[:, :, -queries:]
     sinks = torch.randn(4, generator=generator)
     padding = torch.ones(2, 7, dtype=torch.bool)
     padding[0, :2] = False
