@@ -25,6 +25,21 @@ static inline void pack_row(const T* src, int64_t dim, float* words) {
   }
 }
 
+// `count` rows of words to columns [at, at + kLanes) of a tile's packed panels; missing rows are zero.
+static inline void pack_transposed(const float* rows, int64_t row_stride, int64_t count, int64_t words,
+                                   int64_t at, int64_t columns, float* panels) {
+  const int64_t panel = at / kPanel * kPanel, width = smaller(kPanel, columns - panel);
+  const uint32_t* src = reinterpret_cast<const uint32_t*>(rows);
+  uint32_t* dst = reinterpret_cast<uint32_t*>(panels) + panel * words + (at - panel);
+  int64_t w = 0;
+  if (count == kLanes) {
+    for (; w + kLanes <= words; w += kLanes) transpose_block(src + w, row_stride, dst + w * width, width);
+  }
+  for (; w < words; ++w) {
+    for (int64_t r = 0; r < kLanes; ++r) dst[w * width + r] = r < count ? src[r * row_stride + w] : 0u;
+  }
+}
+
 static inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at);
 }

@@ -62,6 +62,8 @@ class CacheAttend {
           acc(rows * plan.columns()),
           scores(larger(padded(plan.most_rows()), round_up(rows, 16)) * plan.tokens()),
           by_token(plan.streams() ? round_up(rows, 16) * plan.tokens() : 0),
+          key_rows(plan.streams() ? 0 : kLanes * row_words<Dot>(p.keys.dim)),
+          panels(plan.streams() ? 0 : plan.tokens() * row_words<Dot>(p.keys.dim)),
           scales(kMostTokens),
           zeros(p.values.dim),
           states(rows * sizeof(RowState) / sizeof(float)) {
@@ -69,7 +71,7 @@ class CacheAttend {
       state = reinterpret_cast<RowState*>(states.get());
     }
     int64_t rows;
-    Scratch q, acc, scores, by_token, scales, zeros, states;
+    Scratch q, acc, scores, by_token, key_rows, panels, scales, zeros, states;
     RowState* state;
     Block<C> blocks[2];
     Block<C>*now = &blocks[0], *next = &blocks[1];
@@ -144,9 +146,8 @@ class CacheAttend {
     }
   }
 
-  void attend_block(const CacheGroup& g, Block<C>& block, const Block<C>& next, const CacheGroup& owner,
+  void attend_block(const CacheGroup& g, const Block<C>& block, const Block<C>& next, const CacheGroup& owner,
                     Own& own) const {
-    block.pad();
     for (int64_t r = 0; r < padded(g.rows); ++r) {
       own.lo[r] = block.before(own.from[r]);
       own.hi[r] = block.before(own.to[r]);
@@ -240,25 +241,39 @@ class CacheAttend {
     }
   }
 
-  // Many rows: the products take most of the time, and a head's rows of K and V stay in the first-level
-  // cache.
+  // Many rows: the products take most of the time, and a head's keys are worth transposing.
   void tiles(const CacheGroup& g, const Block<C>& block, Own& own) const {
-    const int64_t tokens = plan_.tokens();
+    const int64_t tokens = plan_.tokens(), rows = padded(g.rows), columns = lane_ceil(block.count);
+    float* s = own.scores.get();
+    Span spans[kUnitRows];
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t last = smaller(r + kTileRows, rows) - 1;
+      spans[r / kTileRows] = {static_cast<int32_t>(own.lo[r]), static_cast<int32_t>(own.hi[last])};
+    }
     for (int64_t h = 0; h < g.heads; ++h) {
-      by_fours(padded(g.rows), [&](int64_t r, auto count) {
-        constexpr int R = count(), kTokens = kSums / R;
+      pack_keys(block, (g.head + h) * p_.keys.cache.stride[2], own);
+      gemm_scores<Dot>(q_of(g, h, own), words(), packed_panels(own.panels.get(), words(), columns),
+                       (p_.keys.dim + Dot::kPack - 1) / Dot::kPack, rows, spans, alpha(), s, tokens);
+      by_fours(rows, [&](int64_t r, auto count) {
+        constexpr int R = count();
         int64_t from, to;
         if (!span<R>(own, r, &from, &to)) return;
-        float* s = own.scores.get() + r * tokens;
-        for (int64_t t = from / kTokens * kTokens; t < to; t += kTokens) {
-          score_tile<M, R>(q_of(g, h, own) + r * words(), words(), block.keys + t,
-                           (g.head + h) * p_.keys.cache.stride[2], p_.keys.dim, alpha(), s + t, tokens);
-        }
-        transform<R>(g, h, block, s, from, to, own);
-        softmax<R>(g, h, r, block, s, from, to, own);
-        weigh<R>(g, h, block, s, from, smaller(to, block.count), acc_of(g, h, own) + r * plan_.columns(),
-                 own);
+        transform<R>(g, h, block, s + r * tokens, from, to, own);
+        softmax<R>(g, h, r, block, s + r * tokens, from, to, own);
+        weigh<R>(g, h, block, s + r * tokens, from, smaller(to, block.count),
+                 acc_of(g, h, own) + r * plan_.columns(), own);
       });
+    }
+  }
+
+  // The block's keys of the head that lies `offset` elements into a row, as columns.
+  void pack_keys(const Block<C>& block, int64_t offset, Own& own) const {
+    for (int64_t t = 0; t < block.count; t += kLanes) {
+      const int64_t count = smaller(kLanes, block.count - t);
+      for (int64_t i = 0; i < count; ++i)
+        pack_row<Dot>(block.keys[t + i] + offset, p_.keys.dim, own.key_rows.get() + i * words());
+      pack_transposed(own.key_rows.get(), words(), count, words(), t, lane_ceil(block.count),
+                      own.panels.get());
     }
   }
 

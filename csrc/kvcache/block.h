@@ -36,11 +36,6 @@ struct Block {
     end = t;
   }
 
-  // Tiles of scores take several tokens: past the end, the last one again.
-  void pad() {
-    for (int64_t i = count; i < round_up(count, kFewTokens); ++i) keys[i] = keys[count - 1];
-  }
-
   // How many of the tokens lie before position `t`.
   int64_t before(int64_t t) const {
     if (count == 0 || t <= at[0]) return 0;

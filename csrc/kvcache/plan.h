@@ -27,6 +27,7 @@ class CachePlan {
     // few tokens leave room for in the caches.
     const int64_t state = larger(tile_rows_, 1) * (p.keys.dim + p.values.dim) * 4;
     heads_ = larger(smaller(kStateBytes / state, kWidestBytes / (kFewTokens * token)), 1);
+    if (!streams()) heads_ = 1;  // there the products take the time, and long rows of scores serve them
     const int64_t parts = (p.heads_kv + heads_ - 1) / heads_;
     heads_ = (p.heads_kv + parts - 1) / parts;
     tokens_ =

@@ -1,7 +1,6 @@
-// The two products of a decoding tile, straight from the cache's rows: nothing of K or V is copied.
-//
-// Scores are dot products along contiguous memory, so each one is a vector of partial sums; a tile has as
-// many of them as a vector has lanes (or 8), and adds them up together. P V takes V's rows as they are.
+// What the products of decoding are made of. P V takes V's rows as they are, and so do the scores of a few
+// queries (stream.h): dot products along contiguous memory, so each one is a vector of partial sums, and as
+// many of them as a vector has lanes (or 8) are added up together.
 #pragma once
 
 #include <type_traits>
@@ -86,41 +85,6 @@ static inline void reduce_all(const Vec* x, float alpha, float* sums) {
 #endif
 }
 
-// Dot products of R rows of q (words, zero-padded to whole vectors) with kSums / R rows of the cache.
-template <class M, int R>
-static inline void score_tile(const float* q, int64_t q_row, const typename M::C* const* keys, int64_t offset,
-                              int64_t dim, float alpha, float* scores, int64_t stride) {
-  constexpr int kTokens = kSums / R;
-  Vec acc[kSums];
-#pragma GCC unroll 16
-  for (int i = 0; i < kSums; ++i) acc[i] = zero();
-  const int64_t whole = dim / M::kStep;
-  for (int64_t w = 0; w < whole; ++w) {
-    Vec rows[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) rows[r] = load(q + r * q_row + w * kLanes);
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec key = M::load_row(keys[t] + offset + w * M::kStep);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r * kTokens + t] = M::Dot::dot(rows[r], key, acc[r * kTokens + t]);
-    }
-  }
-  if (const int64_t rest = dim - whole * M::kStep) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec key = M::load_row_first(keys[t] + offset + whole * M::kStep, rest);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        acc[r * kTokens + t] = M::Dot::dot(load(q + r * q_row + whole * kLanes), key, acc[r * kTokens + t]);
-    }
-  }
-  alignas(64) float sums[kSums];
-  reduce_all(acc, alpha, sums);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) memcpy(scores + r * stride, sums + r * kTokens, kTokens * sizeof(float));
-}
-
 // acc[r][columns of one chunk] += P V over `tokens` rows of V. `rest`: elements of a chunk that is cut short
 // by the end of the row, else 0.
 template <class M, int R, int V>
@@ -157,8 +121,12 @@ static inline void value_tile(const float* p, int64_t p_row, const typename M::C
   }
 }
 
-// Rows go through the tiles by fours, the last two or one by themselves; three are four, one of them idle.
-static inline int64_t padded(int64_t rows) { return rows % 4 == 3 ? rows + 1 : rows; }
+// Rows are worked on together, some of them idle: up to eight in powers of two, more by fours, the last two
+// or one by themselves.
+static inline int64_t padded(int64_t rows) {
+  if (rows <= 8) return rows <= 2 ? rows : rows <= 4 ? 4 : 8;
+  return rows % 4 == 3 ? rows + 1 : rows;
+}
 template <class Body>
 static inline void by_fours(int64_t rows, const Body& body) {
   int64_t r = 0;
