@@ -57,6 +57,6 @@ $(STAMPS)/native: $(STAMPS)/venv $(NATIVE_SOURCES)
 	@$(PY) -m build_support.native
 	@touch $@
 
-$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py | $(STAMPS)/native
+$(STAMPS)/package: $(STAMPS)/venv pyproject.toml setup.py resformer_kernels/__init__.py | $(STAMPS)/native
 	@$(PY) -m pip --disable-pip-version-check -qq install --no-build-isolation --no-deps -e .
 	@touch $@

@@ -50,7 +50,9 @@ _COMPILE_FLAGS = (
     "-ffp-contract=fast",
     "-Wall",
     "-Wextra",
-    # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake.
+    # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake. Clang
+    # knows one of the two warnings.
+    "-Wno-unknown-warning-option",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -183,9 +185,9 @@ def _find_torch() -> Path:
     if spec is None or spec.origin is None:
         raise BuildError(
             "torch is not installed in the environment that builds. Install it first (for a CPU,"
-            " the CPU build: it is a tenth of the size), then run"
-            " `pip install --no-build-isolation .`: without that option pip builds in an empty"
-            " environment. RESFORMER_SKIP_NATIVE=1 installs the pure PyTorch reference alone."
+            " the CPU build: it is a tenth of the size), or build in isolation (`pip install .`),"
+            " where pip installs one for the build alone. RESFORMER_SKIP_NATIVE=1 installs the"
+            " pure PyTorch reference alone."
         )
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:

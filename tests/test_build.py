@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from build_support import host, native
+from build_support import backend, host, native
 from build_support.errors import BuildError
 
 SOURCE = '#include "tiny/tiny.h"\nextern "C" int tiny_baseline() { return tiny; }\n'
@@ -60,7 +61,7 @@ def copy_tree(root: Path) -> Path:
 
 def run_backend(root: Path, hook: str, **environ: str) -> tuple[Path, str]:
     """Call a PEP 517 hook of the tree as pip would; the artefact and everything it printed."""
-    code = f"from setuptools import build_meta; build_meta.{hook}('dist')"
+    code = f"from build_support import backend; backend.{hook}('dist')"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
@@ -237,6 +238,45 @@ def test_missing_torch_is_named(tree: Path) -> None:
     )
     assert result.returncode != 0
     assert "torch is not installed in the environment that builds" in result.stderr
+
+
+def test_a_wheel_in_isolation_asks_for_the_pinned_torch(tree: Path) -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from build_support import backend
+wheel, editable = backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable()
+print([wheel, editable, backend.get_requires_for_build_sdist()])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=True
+    )
+    torch = f"torch=={backend.TORCH}"
+    assert result.stdout.splitlines()[-1] == str([[torch], [torch], []])
+
+
+def test_torch_is_asked_for_where_it_is_needed_and_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backend.torch_requirement() == []
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert backend.torch_requirement() == [f"torch=={backend.TORCH}"]
+    other = {**os.environ, "TORCH_VERSION": "2.12.1+cpu"}
+    assert backend.torch_requirement(other) == ["torch==2.12.1+cpu"]
+    assert backend.torch_requirement({**os.environ, "RESFORMER_SKIP_NATIVE": "1"}) == []
+    assert backend.torch_requirement({"PATH": str(tmp_path)}) == []
+
+
+def test_no_source_reads_the_headers_of_openmp(library: Path) -> None:
+    objects = native.ROOT / f"build/native-{platform.machine()}/build.ninja"
+    if not objects.exists():
+        pytest.skip(f"{library.name} was not built in this checkout")
+    command = [native.find_toolchain().ninja, "-f", str(objects), "-t", "deps"]
+    read = subprocess.run(
+        command, cwd=native.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "torch/csrc/stable/tensor.h" in read
+    assert "/omp.h" not in read
 
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import resformer_kernels
+from build_support import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
@@ -17,16 +18,17 @@ SOURCES = sorted(
 )
 
 
-def test_version_is_the_same_everywhere() -> None:
-    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert declared is not None
-    assert resformer_kernels.__version__ == declared[1]
-    assert importlib.metadata.version("resformer-kernels") == declared[1]
+def test_version_stands_in_one_place() -> None:
+    assert importlib.metadata.version("resformer-kernels") == resformer_kernels.__version__
+    quoted = f'"{resformer_kernels.__version__}"'
+    written = [path for path in (*SOURCES, ROOT / "pyproject.toml") if quoted in path.read_text()]
+    assert written == [ROOT / "resformer_kernels" / "__init__.py"]
 
 
-def test_makefile_and_readme_pin_the_same_torch() -> None:
+def test_set_up_build_and_readme_pin_the_same_torch() -> None:
     pinned = re.search(r"TORCH_VERSION:-([\d.]+)", (ROOT / "scripts/venv.sh").read_text())
     assert pinned is not None
+    assert pinned[1] == backend.TORCH
     assert f"torch {pinned[1]}" in (ROOT / "README.md").read_text()
 
 

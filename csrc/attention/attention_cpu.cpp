@@ -8,50 +8,18 @@
 
 #include "attention/attention.h"
 #include "attention/segments.h"
-#include "common/cpu_features.h"
+#include "common/dispatch.h"
 #include "common/tensor_args.h"
 
 namespace resformer {
 
-#define RESFORMER_DECLARE(isa)            \
-  namespace isa {                         \
-  extern const Kernels attention_kernels; \
-  }
-RESFORMER_DECLARE(portable)
-#if defined(RESFORMER_HAVE_AVX2)
-RESFORMER_DECLARE(avx2)
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-RESFORMER_DECLARE(avx512)
-#endif
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-RESFORMER_DECLARE(avx512_bf16)
-#endif
+RESFORMER_DISPATCH(Kernels, attention_kernels)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-const Kernels& kernels() {
-  switch (current_isa()) {
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::attention_kernels;
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::attention_kernels;
-#endif
-#if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::attention_kernels;
-#endif
-    default:
-      return portable::attention_kernels;
-  }
-}
 
 View view_of(const Tensor& t) {
   View v;
@@ -235,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   }
   // Not where V' itself is asked for: every key of it has one writer then.
   if (!return_mixed) p.sequences = cut_to_windows(p);
-  kernels().forward(p, o);
+  current_attention_kernels().forward(p, o);
   return {out, lse, mixed};
 }
 
@@ -353,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     for (int i = 0; i < 4; ++i) o.bias.stride[i] = bias->size(i) == 1 ? 0 : bias_grad.stride(i);
     o.bias_shared = bias->size(0) < call.batch || bias->size(1) < p.heads_q;
   }
-  kernels().backward(p, in, o);
+  current_attention_kernels().backward(p, in, o);
 
   auto none = [&](const MaybeTensor& t) { return output(q, {0}, t ? t->scalar_type() : ScalarType::Float); };
   Tensor dlambda_v = cv.kind == Partial::none ? none(lambda_v) : cv.reduced(*lambda_v);

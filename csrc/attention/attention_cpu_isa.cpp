@@ -39,7 +39,6 @@ void backward(const Problem& p, const BackwardInput& in, const BackwardOutput& o
 
 }  // namespace
 
-extern const Kernels attention_kernels;
-const Kernels attention_kernels = {forward, backward};
+extern const Kernels attention_kernels = {forward, backward};
 
 }  // namespace resformer::RESFORMER_ISA

@@ -8,51 +8,19 @@
 #include <optional>
 #include <tuple>
 
-#include "common/cpu_features.h"
+#include "common/dispatch.h"
 #include "common/tensor_args.h"
 #include "kvcache/kvcache.h"
 
 namespace resformer {
 
-#define RESFORMER_DECLARE(isa)               \
-  namespace isa {                            \
-  extern const CacheKernels kvcache_kernels; \
-  }
-RESFORMER_DECLARE(portable)
-#if defined(RESFORMER_HAVE_AVX2)
-RESFORMER_DECLARE(avx2)
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-RESFORMER_DECLARE(avx512)
-#endif
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-RESFORMER_DECLARE(avx512_bf16)
-#endif
+RESFORMER_DISPATCH(CacheKernels, kvcache_kernels)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-const CacheKernels& kernels() {
-  switch (current_isa()) {
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::kvcache_kernels;
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::kvcache_kernels;
-#endif
-#if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::kvcache_kernels;
-#endif
-    default:
-      return portable::kvcache_kernels;
-  }
-}
 
 View view_of(const Tensor& t) {
   View v;
@@ -205,8 +173,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const 
              ScalarType::Float);
   p.out = view_of(out);
   if (return_lse) p.lse = static_cast<float*>(lse.data_ptr());
-  kernels().append(p);
-  kernels().attend(p);
+  current_kvcache_kernels().append(p);
+  current_kvcache_kernels().attend(p);
   return {out, lse};
 }
 

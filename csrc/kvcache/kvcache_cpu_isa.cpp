@@ -45,7 +45,6 @@ void attend_cache(const CacheProblem& p) {
 
 }  // namespace
 
-extern const CacheKernels kvcache_kernels;
-const CacheKernels kvcache_kernels = {append_tokens, attend_cache};
+extern const CacheKernels kvcache_kernels = {append_tokens, attend_cache};
 
 }  // namespace resformer::RESFORMER_ISA

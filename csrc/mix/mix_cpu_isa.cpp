@@ -352,6 +352,6 @@ void scatter(const MixScatter& s, int64_t begin, int64_t end, int64_t head_begin
 
 }  // namespace
 
-MixKernels mix_kernels() { return {forward, backward, scatter}; }
+extern const MixKernels mix_kernels = {forward, backward, scatter};
 
 }  // namespace resformer::RESFORMER_ISA

@@ -127,7 +127,7 @@ struct EmbeddingBackward {
     const MixScatter s{dtype_of(grad, "grad"), shape,   source,           segments.order.data(),
                        segments.starts.data(), targets, segments.count(), dtype_of(out, "table"),
                        out.mutable_data_ptr()};
-    const MixKernels kernels = current_kernels();
+    const MixKernels& kernels = current_mix_kernels();
     const Parts parts(segments, shape);
     torch::stable::parallel_for(0, parts.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

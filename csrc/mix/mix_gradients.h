@@ -77,7 +77,7 @@ class BackwardRun {
     const std::vector<MixSourceGradient> gradients = prepare(blocks);
     const MixBackward m{
         dtype_, shape, grad_, sources_.data(), gradients.data(), static_cast<int64_t>(sources_.size())};
-    const MixKernels kernels = current_kernels();
+    const MixKernels& kernels = current_mix_kernels();
     std::vector<double> accumulators(blocks.count() * accumulators_);
     torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
       double* own = accumulators.data() + begin * accumulators_;

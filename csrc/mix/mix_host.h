@@ -4,43 +4,16 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/cpu_features.h"
+#include "common/dispatch.h"
 #include "mix/mix_args.h"
 
 namespace resformer {
 
-#define RESFORMER_DECLARE_MIX(isa) \
-  namespace isa {                  \
-  MixKernels mix_kernels();        \
-  }
-RESFORMER_DECLARE_MIX(portable)
-RESFORMER_DECLARE_MIX(avx2)
-RESFORMER_DECLARE_MIX(avx512)
-RESFORMER_DECLARE_MIX(avx512_bf16)
-#undef RESFORMER_DECLARE_MIX
+RESFORMER_DISPATCH(MixKernels, mix_kernels)
 
 namespace mix_host {
 
 constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth waking another thread for
-
-inline MixKernels current_kernels() {
-  switch (current_isa()) {
-#if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::mix_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::mix_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::mix_kernels();
-#endif
-    default:
-      return portable::mix_kernels();
-  }
-}
 
 // Bytes of 0xff read as NaN in float32 and float64.
 template <class T>
@@ -73,7 +46,7 @@ inline Tensor run_forward(const Tensor& like, const std::vector<MixSource>& sour
   }
   const MixForward f{dtype_of(like, "values"), shape, sources.data(), static_cast<int64_t>(sources.size()),
                      out.mutable_data_ptr()};
-  const MixKernels kernels = current_kernels();
+  const MixKernels& kernels = current_mix_kernels();
   torch::stable::parallel_for(0, shape.rows(), rows_per_thread(shape),
                               [&](int64_t begin, int64_t end) { kernels.forward(f, begin, end); });
   return out;

@@ -5,42 +5,15 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/cpu_features.h"
+#include "common/dispatch.h"
 #include "reservoir/reservoir_args.h"
 
 namespace resformer {
 
-#define RESFORMER_DECLARE_RESERVOIR(isa) \
-  namespace isa {                        \
-  ReservoirKernels reservoir_kernels();  \
-  }
-RESFORMER_DECLARE_RESERVOIR(portable)
-RESFORMER_DECLARE_RESERVOIR(avx2)
-RESFORMER_DECLARE_RESERVOIR(avx512)
-RESFORMER_DECLARE_RESERVOIR(avx512_bf16)
-#undef RESFORMER_DECLARE_RESERVOIR
+RESFORMER_DISPATCH(ReservoirKernels, reservoir_kernels)
 
 namespace reservoir_host {
 namespace {
-
-ReservoirKernels current_kernels() {
-  switch (current_isa()) {
-#if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::reservoir_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::reservoir_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::reservoir_kernels();
-#endif
-    default:
-      return portable::reservoir_kernels();
-  }
-}
 
 Tensor info_tensor(const Tensor& like, const Report& report) {
   Tensor info = torch::stable::new_empty(like, {5}, ScalarType::Double);
@@ -59,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
                                            std::optional<Tensor> initial_state,
                                            std::optional<Tensor> cu_seqlens, int64_t activation, int64_t mode,
                                            double tolerance) {
-  const ReservoirKernels kernels = current_kernels();
+  const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = read_weight(weight, rows, columns);
   const ReservoirLayout& layout = w.layout;
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
@@ -110,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
 std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std::optional<Tensor> rows,
                                    std::optional<Tensor> columns, Tensor leak,
                                    std::optional<Tensor> cu_seqlens, int64_t mode, double tolerance) {
-  const ReservoirKernels kernels = current_kernels();
+  const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = transposed(read_weight(weight, rows, columns));
   const ReservoirLayout& layout = w.layout;
   Streams streams = read_streams(grad, "grad", cu_seqlens);

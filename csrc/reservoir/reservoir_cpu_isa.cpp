@@ -312,6 +312,6 @@ void run(const ReservoirStep& step, ReservoirRow* rows, int64_t count, Reservoir
 
 }  // namespace
 
-ReservoirKernels reservoir_kernels() { return {kPanel, pack, run}; }
+extern const ReservoirKernels reservoir_kernels = {kPanel, pack, run};
 
 }  // namespace resformer::RESFORMER_ISA

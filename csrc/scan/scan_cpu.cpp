@@ -7,21 +7,13 @@
 #include <optional>
 #include <tuple>
 
-#include "common/cpu_features.h"
+#include "common/dispatch.h"
 #include "common/tensor_args.h"
 #include "scan/scan_walk.h"
 
 namespace resformer {
 
-#define RESFORMER_DECLARE_SCAN(isa) \
-  namespace isa {                   \
-  ScanKernels scan_kernels();       \
-  }
-RESFORMER_DECLARE_SCAN(portable)
-RESFORMER_DECLARE_SCAN(avx2)
-RESFORMER_DECLARE_SCAN(avx512)
-RESFORMER_DECLARE_SCAN(avx512_bf16)
-#undef RESFORMER_DECLARE_SCAN
+RESFORMER_DISPATCH(ScanKernels, scan_kernels)
 
 namespace scan_host {
 namespace {
@@ -30,25 +22,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kStreamBytes = 16 << 20;  // results that are larger go past the caches
-
-ScanKernels current_kernels() {
-  switch (current_isa()) {
-#if defined(RESFORMER_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::scan_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::scan_kernels();
-#endif
-#if defined(RESFORMER_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::scan_kernels();
-#endif
-    default:
-      return portable::scan_kernels();
-  }
-}
 
 bool is_complex(const Tensor& t) { return t.scalar_type() == ScalarType::ComplexFloat; }
 
@@ -189,7 +162,8 @@ std::tuple<Tensor, Tensor> linear_scan_forward(Tensor gates, Tensor tokens, std:
   const ScanForward scan{
       part_dtype(tokens, "tokens"), part_dtype(gates, "gates"), is_complex(tokens),   call.stream,
       call.rows_of(tokens),         call.gate_rows(gates),      call.rows_of(states), call.constant()};
-  const Forward forward{call, scan, current_kernels(), initial, static_cast<float*>(final_state.data_ptr())};
+  const Forward forward{call, scan, current_scan_kernels(), initial,
+                        static_cast<float*>(final_state.data_ptr())};
   ScanWalk<Forward>(call.sequences, call.runs, call.width, forward).run();
   call.clear_rest(states);
   return {states, final_state};
@@ -285,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(std::optional<Tensor> gr
   std::vector<double> sums(summed ? slots * sum_width : 0, 0.0);
   const Backward backward{call,
                           scan,
-                          current_kernels(),
+                          current_scan_kernels(),
                           grad_final,
                           initial,
                           wants(kWantsInitial) ? &d_initial : nullptr,

@@ -208,6 +208,6 @@ void backward(const ScanBackward& b, const ScanPiece& piece, int64_t begin, int6
 
 }  // namespace
 
-ScanKernels scan_kernels() { return {forward, backward}; }
+extern const ScanKernels scan_kernels = {forward, backward};
 
 }  // namespace resformer::RESFORMER_ISA
