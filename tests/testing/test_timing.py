@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from resformer_kernels.testing import fresh_pages
+from resformer_kernels.testing.fresh_pages import freed_memory_kept
 from resformer_kernels.testing.timing import Result, Timing, alternate, measure
 
 
@@ -74,3 +77,31 @@ def test_measure_keeps_the_benchmarks_data() -> None:
     assert (result.name, result.group, result.dtype) == ("sleep", "naps", "bfloat16")
     assert (result.flops, result.bytes) == (7, 9)
     assert result.ratio > 1
+
+
+def output(mib: int) -> Callable[[], object]:
+    return lambda: torch.ones(mib << 18)
+
+
+def test_kept_memory_is_reused_and_what_is_not_is_counted() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can keep freed memory")
+    blocks = {"ours": output(40), "peer": output(48)}
+    fresh = alternate(blocks, samples=2, min_sample_s=0.0)
+    assert [timing.disturbed for timing in fresh.values()] == [2, 2]
+    with freed_memory_kept() as kept:
+        reused = alternate(blocks, samples=2, min_sample_s=0.0, settle_rounds=10)
+    assert kept
+    assert [timing.disturbed for timing in reused.values()] == [0, 0]
+    again = alternate(blocks, samples=2, min_sample_s=0.0)
+    assert all(timing.disturbed for timing in again.values())
+
+
+def test_settling_ends_when_no_fresh_page_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = iter([0, 500, 500, 900, 900, 901, 901, 902] + [902] * 20)
+    monkeypatch.setattr(fresh_pages, "touched", lambda: next(pages))
+    calls: list[str] = []
+    contestants = {"ours": lambda: calls.append("a"), "peer": lambda: calls.append("b")}
+    found = alternate(contestants, samples=2, min_sample_s=0.0, settle_rounds=9)
+    assert "".join(calls) == "aaabbb" + "abab" + "abba"
+    assert found["ours"].fresh_pages == (0.0, 0.0)
