@@ -127,7 +127,8 @@ def alternate(
         raise ValueError(f"samples must be at least 2, got {samples}")
     timer = timer or host_timer
     repeats = {
-        name: max(1, round(min_sample_s / _warm(call, timer))) for name, call in contestants.items()
+        name: max(1, round(min_sample_s / _warm(call, timer, min_sample_s)))
+        for name, call in contestants.items()
     }
     _settle(contestants, settle_rounds)
     collected: dict[str, list[float]] = {name: [] for name in contestants}
@@ -173,9 +174,12 @@ def measure(
     )
 
 
-def _warm(call: Callable[[], object], timer: Timer) -> float:
+def _warm(call: Callable[[], object], timer: Timer, min_sample_s: float) -> float:
     call()
-    return max(1e-9, min(timer(call, 1) for _ in range(2)))
+    found = timer(call, 1)
+    if found < min_sample_s:
+        found = min(found, timer(call, 1))
+    return max(1e-9, found)
 
 
 def _settle(contestants: Mapping[str, Callable[[], object]], rounds: int) -> None:

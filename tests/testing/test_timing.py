@@ -26,8 +26,8 @@ def test_contestants_alternate_and_each_starts_in_turn() -> None:
         return call
 
     timings = alternate({"ours": named("a"), "peer": named("b")}, samples=3, min_sample_s=0.001)
-    assert calls[:6] == ["a", "a", "a", "b", "b", "b"], "a warm-up and two probes each"
-    assert "".join(calls[6:]) == "abbaab"
+    assert calls[:4] == ["a", "a", "b", "b"], "a warm-up and, of a long call, one probe each"
+    assert "".join(calls[4:]) == "abbaab"
     assert len(timings["ours"].samples) == 3
     assert timings["ours"].median >= 0.002
 
@@ -87,14 +87,15 @@ def test_kept_memory_is_reused_and_what_is_not_is_counted() -> None:
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc can keep freed memory")
     blocks = {"ours": output(40), "peer": output(48)}
-    fresh = alternate(blocks, samples=2, min_sample_s=0.0)
-    assert [timing.disturbed for timing in fresh.values()] == [2, 2]
+    fresh = alternate(blocks, samples=8, min_sample_s=0.0)
+    assert [timing.disturbed for timing in fresh.values()] == [8, 8]
     with freed_memory_kept() as kept:
-        reused = alternate(blocks, samples=2, min_sample_s=0.0, settle_rounds=10)
+        reused = alternate(blocks, samples=8, min_sample_s=0.0, settle_rounds=10)
     assert kept
-    assert [timing.disturbed for timing in reused.values()] == [0, 0]
-    again = alternate(blocks, samples=2, min_sample_s=0.0)
-    assert all(timing.disturbed for timing in again.values())
+    # Small allocations of the interpreter may still settle in a free block, once or twice.
+    assert all(timing.disturbed < 4 for timing in reused.values())
+    again = alternate(blocks, samples=8, min_sample_s=0.0)
+    assert [timing.disturbed for timing in again.values()] == [8, 8]
 
 
 def test_settling_ends_when_no_fresh_page_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,5 +104,5 @@ def test_settling_ends_when_no_fresh_page_is_touched(monkeypatch: pytest.MonkeyP
     calls: list[str] = []
     contestants = {"ours": lambda: calls.append("a"), "peer": lambda: calls.append("b")}
     found = alternate(contestants, samples=2, min_sample_s=0.0, settle_rounds=9)
-    assert "".join(calls) == "aaabbb" + "abab" + "abba"
+    assert "".join(calls) == "aabb" + "abab" + "abba"
     assert found["ours"].fresh_pages == (0.0, 0.0)
