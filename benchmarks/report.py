@@ -33,10 +33,23 @@ def print_run(run: Run, console: Console) -> None:
         console.print(
             speed_table(compared, run.gemm, run.bandwidth.get("copy"), run.bandwidth.get("read"))
         )
+    console.print(pages_line(run), soft_wrap=True)
     if run.window_shares:
         console.print(window_table(run))
     if run.memory:
         console.print(memory_table(run.memory))
+
+
+def pages_line(run: Run) -> str:
+    """Which samples time fresh pages too, and not the call alone."""
+    disturbed = [
+        f"{result.name}, {name}: {timing.disturbed} of {len(timing.samples)} samples"
+        for result in run.results
+        for name, timing in result.timings.items()
+        if timing.disturbed
+    ]
+    kept = "is kept" if run.freed_memory_kept else "goes back to the system"
+    return f"freed memory {kept}; fresh pages touched in " + ("; ".join(disturbed) or "no sample")
 
 
 def window_table(run: Run) -> Table:

@@ -4,12 +4,14 @@
 
 NARMA-10 (a nonlinear system of memory 10), Mackey-Glass with delay 17 (a chaotic series: the next
 step, and 84 steps fed back), Lorenz (how long a fed-back prediction stays valid) and memory
-capacity (how many past inputs can be read from one state). Figures are medians over seeds.
+capacity (how many past inputs can be read from one state). Figures are means over seeds, with their
+sample standard deviation; `--json` stores those of every seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,14 +32,18 @@ from resformer_kernels.tasks import (
     delays,
     lorenz,
     mackey_glass,
+    mean_and_spread,
     memory_capacity,
     narma10,
     nmse,
     nrmse,
     valid_steps,
 )
+from resformer_kernels.testing import machine
 
 STRENGTHS = (1e-10, 1e-8, 1e-6, 1e-4)
+LORENZ_STEP = 0.02
+"""Units of time between two samples."""
 
 
 def states_of(reservoir: Reservoir, inputs: Tensor) -> Tensor:
@@ -132,7 +138,7 @@ def mackey(units: int, seed: int, size: float, dtype: torch.dtype) -> Figures:
 
 def lorenz_run(units: int, seed: int, size: float, dtype: torch.dtype) -> Figures:
     """Median valid time, in Lyapunov times, of 20 predictions fed back."""
-    step, train, washout, starts = 0.02, round(8000 * size), 200, 20
+    step, train, washout, starts = LORENZ_STEP, round(8000 * size), 200, 20
     steps = math.ceil(20 / (LORENZ_EXPONENT * step))
     x = lorenz(washout + train + 100 * starts + steps + 1, step=step, seed=seed)
     mean, spread = x[:train].mean(0), x[:train].std()
@@ -237,29 +243,48 @@ def run_all(
 def table_of(chosen: Sequence[Case], results: Sequence[Sequence[Figures]]) -> Table:
     """Ours beside the figure to hold it against."""
     table = Table(header_style="bold")
-    for heading in (
-        "task",
-        "N",
-        "figure",
-        "here (median)",
-        "range over seeds",
-        "echo state network",
-    ):
+    for heading in ("task", "N", "figure", "here", "echo state network"):
         table.add_column(heading, justify="left" if heading in ("task", "figure") else "right")
     for case, runs in zip(chosen, results, strict=True):
         for name, anchor in case.anchors.items():
-            values = [run.values[name] for run in runs]
-            here = statistics.median(values)
-            better = here >= anchor if case.greater_is_better else here <= anchor
+            middle, spread = mean_and_spread([run.values[name] for run in runs])
+            better = middle >= anchor if case.greater_is_better else middle <= anchor
             table.add_row(
                 case.task,
                 str(case.units),
                 name,
-                f"[{'green' if better else 'yellow'}]{here:.4g}",
-                f"{min(values):.3g} to {max(values):.3g}",
+                f"[{'green' if better else 'yellow'}]{middle:.4g}[/] ± {spread:.1g}",
                 f"{anchor:.4g}",
             )
     return table
+
+
+def store(
+    chosen: Sequence[Case],
+    results: Sequence[Sequence[Figures]],
+    options: argparse.Namespace,
+    path: Path,
+) -> None:
+    """The figures of every seed, with the machine, its versions and the settings."""
+    record = {
+        "machine": machine.describe(),
+        "settings": {"seeds": options.seeds, "dtype": options.dtype, "quick": options.quick},
+        "tasks": [
+            {
+                "task": case.task,
+                "units": case.units,
+                "figure": name,
+                "by_seed": [run.values[name] for run in runs],
+                "mean_and_spread": mean_and_spread([run.values[name] for run in runs]),
+                "echo_state_network": anchor,
+                "greater_is_better": case.greater_is_better,
+            }
+            for case, runs in zip(chosen, results, strict=True)
+            for name, anchor in case.anchors.items()
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(chosen: Sequence[Case], results: Sequence[Sequence[Figures]], folder: Path) -> list[Path]:
@@ -271,16 +296,23 @@ def plot(chosen: Sequence[Case], results: Sequence[Sequence[Figures]], folder: P
         figure = Figure(figsize=(8, 3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        recalls, chaos = task.startswith("capacity"), task == "Lorenz"
         shown = 250 if task == "NARMA-10" else len(run.wanted)
-        recalls = task.startswith("capacity")
-        label = "all of N" if recalls else "true"
-        axes.plot(run.wanted[:shown], color="#7b8794", linewidth=2, label=label)
-        axes.plot(run.predicted[:shown], color="#0f766e", linewidth=1, label="reservoir")
-        axes.set_xlabel("delay (steps)" if recalls else "step")
-        axes.set_ylabel("squared correlation" if recalls else "")
+        steps = torch.arange(1, shown + 1)[: len(run.wanted)]
+        across = steps * (LORENZ_STEP * LORENZ_EXPONENT if chaos else 1.0)
+        label = "all that N units can hold" if recalls else "true"
+        axes.plot(across, run.wanted[:shown], color="#9aa5b1", linewidth=2.5, label=label)
+        axes.plot(across, run.predicted[:shown], color="#0f766e", linewidth=1, label="reservoir")
+        axes.set_xlabel("delay (steps)" if recalls else "Lyapunov times" if chaos else "step")
+        axes.set_ylabel(
+            "squared correlation" if recalls else "x, standardised" if chaos else "output"
+        )
+        axes.margins(x=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
         figures = ", ".join(f"{name} {value:.3g}" for name, value in run.values.items())
         axes.set_title(f"{task}, N = {case.units}: {figures}", loc="left", fontsize=10)
-        axes.legend(frameon=False, loc="upper right")
+        # Beside the curves: they fill the whole height.
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         name = task.lower().replace(", ", "-").replace(" ", "-")
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=130)
@@ -294,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--task", default="", help="only tasks whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's figures")
     parser.add_argument("--quick", action="store_true", help="60 units and a tenth of the data")
     options = parser.parse_args(arguments)
     console = Console()
@@ -302,6 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--task must be part of a task's name, and --seeds at least 1")
     results = run_all(chosen, options, console)
     console.print(table_of(chosen, results))
+    if options.json is not None:
+        store(chosen, results, options, options.json)
+        console.print(f"stored: {options.json}")
     for path in plot(chosen, results, options.out):
         console.print(f"plot: {path}")
 

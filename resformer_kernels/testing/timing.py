@@ -11,6 +11,8 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from resformer_kernels.testing import fresh_pages
+
 OURS = "ours"
 """The contestant that this package provides; every other one is a peer."""
 
@@ -52,6 +54,13 @@ class Timing:
     """Seconds a call of one contestant."""
 
     samples: tuple[float, ...]
+    fresh_pages: tuple[float, ...] = ()
+    """Pages a call touched for the first time, in each sample; none where nobody counted."""
+
+    @property
+    def disturbed(self) -> int:
+        """Samples in which a call touched more than a few fresh pages: they time the system."""
+        return sum(pages > fresh_pages.FEW for pages in self.fresh_pages)
 
     @property
     def median(self) -> float:
@@ -99,6 +108,7 @@ def alternate(
     samples: int = MIN_SAMPLES,
     min_sample_s: float = 0.05,
     timer: Timer | None = None,
+    settle_rounds: int = 0,
 ) -> dict[str, Timing]:
     """Time each contestant, one sample each in turn, so that drift meets all of them alike.
 
@@ -107,6 +117,8 @@ def alternate(
         samples: samples of each; at least 2.
         min_sample_s: a sample repeats its call until about this many seconds have passed.
         timer: how a call is timed (default: by the clock of the host).
+        settle_rounds: before the first sample, at most so many rounds of one call each, until in
+            one of them nobody touches fresh pages (see `fresh_pages.freed_memory_kept`).
 
     Returns:
         The seconds a call in every sample, by name.
@@ -115,29 +127,43 @@ def alternate(
         raise ValueError(f"samples must be at least 2, got {samples}")
     timer = timer or host_timer
     repeats = {
-        name: max(1, round(min_sample_s / _warm(call, timer))) for name, call in contestants.items()
+        name: max(1, round(min_sample_s / _warm(call, timer, min_sample_s)))
+        for name, call in contestants.items()
     }
+    _settle(contestants, settle_rounds)
     collected: dict[str, list[float]] = {name: [] for name in contestants}
+    pages: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     enabled = gc.isenabled()
     gc.disable()
     try:
         for _ in range(samples):
             for name in order:
+                before = fresh_pages.touched()
                 collected[name].append(timer(contestants[name], repeats[name]))
+                pages[name].append((fresh_pages.touched() - before) / repeats[name])
             # Nobody always runs in the cache and the heat that the same neighbour leaves.
             order.append(order.pop(0))
     finally:
         if enabled:
             gc.enable()
-    return {name: Timing(tuple(values)) for name, values in collected.items()}
+    return {name: Timing(tuple(collected[name]), tuple(pages[name])) for name in contestants}
 
 
 def measure(
-    benchmark: Benchmark, *, samples: int = MIN_SAMPLES, min_sample_s: float = 0.05
+    benchmark: Benchmark,
+    *,
+    samples: int = MIN_SAMPLES,
+    min_sample_s: float = 0.05,
+    settle_rounds: int = 0,
 ) -> Result:
     """`alternate` on the contestants of `benchmark`."""
-    timings = alternate(benchmark.contestants(), samples=samples, min_sample_s=min_sample_s)
+    timings = alternate(
+        benchmark.contestants(),
+        samples=samples,
+        min_sample_s=min_sample_s,
+        settle_rounds=settle_rounds,
+    )
     return Result(
         benchmark.name,
         benchmark.group,
@@ -148,9 +174,23 @@ def measure(
     )
 
 
-def _warm(call: Callable[[], object], timer: Timer) -> float:
+def _warm(call: Callable[[], object], timer: Timer, min_sample_s: float) -> float:
     call()
-    return max(1e-9, min(timer(call, 1) for _ in range(2)))
+    found = timer(call, 1)
+    if found < min_sample_s:
+        found = min(found, timer(call, 1))
+    return max(1e-9, found)
+
+
+def _settle(contestants: Mapping[str, Callable[[], object]], rounds: int) -> None:
+    for _ in range(rounds):
+        most = 0
+        for call in contestants.values():
+            before = fresh_pages.touched()
+            call()
+            most = max(most, fresh_pages.touched() - before)
+        if most <= fresh_pages.FEW:
+            return
 
 
 def host_timer(call: Callable[[], object], repeats: int) -> float:
