@@ -28,9 +28,8 @@ from resformer_kernels.testing.device_workloads import (
     SDPA_FLASH,
     DeviceAttention,
 )
-from resformer_kernels.testing.timing import OURS, alternate
+from resformer_kernels.testing.timing import OURS, Call, Unavailable, alternate
 from resformer_kernels.testing.verification import Check, checks, verify
-from resformer_kernels.testing.workloads import Call, Unavailable
 
 TOLERANCE = 0.02
 """‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""

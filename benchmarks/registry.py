@@ -9,19 +9,28 @@ from typing import TypeAlias
 
 import torch
 
+from benchmarks import curves
+from resformer_kernels.testing.attention_workload import PEERS, QUICK, AttentionBenchmark
 from resformer_kernels.testing.decode_workload import DecodeBenchmark
 from resformer_kernels.testing.device_workloads import DeviceAttention
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
 from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
-from resformer_kernels.testing.scan_workloads import ASSOCIATIVE, COPY, LOOP, ScanBenchmark
+from resformer_kernels.testing.scan_workloads import COPY, ScanBenchmark
+from resformer_kernels.testing.scan_workloads import PEERS as SCAN_PEERS
 from resformer_kernels.testing.timing import Benchmark
-from resformer_kernels.testing.workloads import (
-    AttentionBenchmark,
-    EmbeddingBenchmark,
-    MixBenchmark,
-)
+from resformer_kernels.testing.workloads import EmbeddingBenchmark, MixBenchmark
 
 DeviceCase: TypeAlias = DeviceAttention | MixBenchmark | EmbeddingBenchmark | ScanBenchmark
+
+SUITES = {
+    "attention": ("value_residual_attention", "value_residual_attention_varlen"),
+    "window": (),
+    "mix": ("mix_values", "mix_value_embedding"),
+    "decode": ("attention_with_kvcache",),
+    "scan": ("linear_scan",),
+    "reservoir": ("reservoir_scan",),
+}
+"""The first word of its cases' groups, and the ops whose errors are measured with it."""
 
 DTYPES = (torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -54,10 +63,12 @@ MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 MEMORY_HEADS, MEMORY_HEAD_DIM = 2, 64
 
 
-def attention(shapes: tuple[tuple[int, int, int, int, int], ...]) -> list[Benchmark]:
-    """Causal attention, forward then backward, against SDPA with the mix in front of it."""
+def attention(
+    shapes: tuple[tuple[int, int, int, int, int], ...], peers: tuple[str, ...] = PEERS
+) -> list[Benchmark]:
+    """Causal attention, forward then backward, against what else mixes and attends."""
     return [
-        AttentionBenchmark(*shape, dtype, direction)
+        AttentionBenchmark(*shape, dtype, direction, peers=peers)
         for direction in DIRECTIONS
         for shape in shapes
         for dtype in DTYPES
@@ -109,19 +120,21 @@ def scans() -> list[Benchmark]:
     """Against a copy of as many bytes, and against torch's loop and its parallel scan."""
     return [
         *scan(SCAN_SHAPE, (COPY,)),
-        *scan(SCAN_PEER_SHAPE, (LOOP, ASSOCIATIVE), ("forward",)),
-        *scan(SCAN_PEER_SHAPE, (LOOP,), ("backward",)),
+        *scan(SCAN_PEER_SHAPE, SCAN_PEERS),
+        *curves.scan(),
     ]
 
 
 def reservoirs(length: int) -> list[Benchmark]:
-    """`reservoir_scan`: one sequence, a batch, bfloat16 weights, sparse weights."""
+    """`reservoir_scan`: one sequence, a batch, bfloat16 weights, sparse weights, gradients."""
     return [
         ReservoirBenchmark(256, 1, length),
         ReservoirBenchmark(1024, 1, length),
         ReservoirBenchmark(1024, 1, length, torch.bfloat16),
         ReservoirBenchmark(1024, 1, length, sparse=True),
         ReservoirBenchmark(1024, 32, length // 32),
+        ReservoirBenchmark(256, 1, length // 4, direction="backward"),
+        ReservoirBenchmark(1024, 8, length // 16, direction="backward"),
     ]
 
 
@@ -133,28 +146,35 @@ def decode(*, quick: bool = False) -> list[Benchmark]:
     for i, shape in enumerate(DECODE_SHAPES):
         dtypes = DTYPES if i < 2 else DTYPES[:1]
         found += [DecodeBenchmark(*shape, dtype) for dtype in dtypes]
-    shared = [DecodeBenchmark(*shape, torch.bfloat16, shared=True) for shape in SHARED_SHAPES]
-    return [*found, *shared]
+    found += [DecodeBenchmark(*shape, torch.bfloat16, shared=True) for shape in SHARED_SHAPES]
+    return [*found, *curves.decode_grid()]
 
 
 def cases(*, quick: bool = False) -> list[Benchmark]:
     """Every case, or the short ones alone."""
     if quick:
         return [
-            *attention(QUICK_SHAPES),
+            *attention(QUICK_SHAPES, QUICK),
             *mix(1024),
             *decode(quick=True),
-            *scan(QUICK_SCAN_SHAPE, (LOOP,)),
+            *scan(QUICK_SCAN_SHAPE, SCAN_PEERS),
             *reservoirs(4096),
         ]
-    return [
+    every = [
         *attention(ATTENTION_SHAPES),
+        *curves.attention(),
         *window(),
         *mix(4096),
         *decode(),
         *scans(),
         *reservoirs(16384),
+        *curves.reservoir(),
     ]
+    # A shape may stand in a list of its own and in a grid; the first one counts.
+    unique: dict[str, Benchmark] = {}
+    for case in every:
+        unique.setdefault(case.name, case)
+    return list(unique.values())
 
 
 def memory_lengths(*, quick: bool = False) -> tuple[int, ...]:

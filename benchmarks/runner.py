@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
 
-from resformer_kernels.testing import machine
+from resformer_kernels.testing import call_memory, machine
 from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
 from resformer_kernels.testing.fresh_pages import freed_memory_kept
 from resformer_kernels.testing.peak_memory import peak_extra_bytes
-from resformer_kernels.testing.timing import Benchmark, Result, measure
-from resformer_kernels.testing.workloads import AttentionBenchmark
+from resformer_kernels.testing.timing import Benchmark, Result, Timing, measure
+from resformer_kernels.testing.verification import Verdict, checks, verify
 
-FORMAT = 1
-"""Of the stored JSON."""
 SETTLE_ROUNDS = 10
 """Four or five are enough as a rule."""
+PEER_PACKAGES = (
+    *("x-transformers", "reservoirpy", "flash-attn", "flash-attn-3"),
+    *("flash-linear-attention", "accelerated-scan"),
+)
+OnCase = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class MemoryPoint:
     heads: int
     head_dim: int
     bytes: int
+    contestant: str = "ours"
 
 
 @dataclass
@@ -49,48 +52,36 @@ class Run:
     window_shares: dict[str, float] = field(default_factory=dict)
     """Attended pairs of each window case, as a share of those without the window."""
     memory: list[MemoryPoint] = field(default_factory=list)
+    errors: list[Verdict] = field(default_factory=list)
+    """Every tensor of the ops that were timed, against float64."""
 
-    def as_json(self) -> dict[str, Any]:
-        """For the file of this machine."""
-        timings = []
-        for result in self.results:
-            medians = {name: timing.median for name, timing in result.timings.items()}
-            timings.append(
-                {
-                    **asdict(result),
-                    "medians_s": medians,
-                    "peer": result.peer,
-                    "ratio": result.ratio,
-                }
-            )
-        return {
-            "format": FORMAT,
-            "machine": self.machine,
-            "started": self.started,
-            "gemm_flops_per_s": self.gemm,
-            "bandwidth_bytes_per_s": self.bandwidth,
-            "freed_memory_kept": self.freed_memory_kept,
-            "timings": timings,
-            "window_pair_shares": self.window_shares,
-            "peak_memory": [asdict(point) for point in self.memory],
-        }
+    @property
+    def compared(self) -> list[Result]:
+        """The results that have a peer other than our own attention without a window."""
+        return [r for r in self.results if r.name not in self.window_shares and r.peers]
 
 
 def start(dtypes: Sequence[torch.dtype], samples: int) -> Run:
     """A run with its machine and ceilings, and nothing timed yet."""
-    run = Run(machine.describe(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    about = {**machine.describe(), **machine.versions(PEER_PACKAGES)}
+    run = Run(about, datetime.now(timezone.utc).isoformat(timespec="seconds"))
     run.gemm = gemm_rates(tuple(dtypes), samples=samples)
     run.bandwidth = bandwidths(samples=samples)
     return run
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How each case is timed."""
+
+    samples: int
+    min_sample_s: float
+    peers: Sequence[str] | None = None
+    """Only peers whose name contains one of these; None: all."""
+
+
 def time_cases(
-    run: Run,
-    cases: Sequence[Benchmark],
-    *,
-    samples: int,
-    min_sample_s: float,
-    on_case: Callable[[str], None],
+    run: Run, cases: Sequence[Benchmark], settings: Settings, *, on_case: OnCase
 ) -> None:
     """Time each case and add it to the run; `on_case` is told the name before.
 
@@ -100,30 +91,68 @@ def time_cases(
         on_case(case.name)
         # By case, or one whose peers take many blocks would leave the next one's in pieces.
         with freed_memory_kept() as run.freed_memory_kept:
-            found = measure(
-                case,
-                samples=samples,
-                min_sample_s=min_sample_s,
-                settle_rounds=SETTLE_ROUNDS if run.freed_memory_kept else 0,
-            )
+            found = time_case(case, settings, kept=run.freed_memory_kept)
         run.results.append(found)
-        if isinstance(case, AttentionBenchmark) and case.window is not None:
-            run.window_shares[case.name] = case.share_of_full
+        share = getattr(case, "window_share", None)
+        if share is not None:
+            run.window_shares[case.name] = share
+
+
+def time_case(case: Benchmark, settings: Settings, *, kept: bool) -> Result:
+    """One case, with the memory of a call where the system tells it.
+
+    `kept`: freed memory stays with the process, and pages are settled before the first sample.
+    """
+    peak = None if call_memory.unavailable_reason() else call_memory.peak_call_bytes
+    return measure(
+        case,
+        samples=settings.samples,
+        min_sample_s=settings.min_sample_s,
+        settle_rounds=SETTLE_ROUNDS if kept else 0,
+        peers=settings.peers,
+        peak=peak,
+    )
+
+
+def time_again(run: Run, case: Benchmark, settings: Settings, *, on_case: OnCase) -> None:
+    """Time a case of the run once more; of each contestant the quicker timing is kept."""
+    on_case(case.name)
+    place = next(i for i, result in enumerate(run.results) if result.name == case.name)
+    before = run.results[place].timings
+    with freed_memory_kept() as kept:
+        after = time_case(case, settings, kept=kept).timings
+    best: dict[str, Timing] = {
+        name: min(before[name], timing, key=lambda found: found.median)
+        for name, timing in after.items()
+    }
+    run.results[place] = replace(run.results[place], timings=best)
 
 
 def measure_memory(
     run: Run,
     lengths: Sequence[int],
     dtypes: Sequence[torch.dtype],
+    contestants: Sequence[str],
     *,
     heads: int,
     head_dim: int,
-    on_case: Callable[[str], None],
+    on_case: OnCase,
 ) -> None:
     """Add the peak memory at each length, each in a process of its own."""
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        for length in lengths:
-            on_case(f"peak memory T{length} {name}")
-            extra = peak_extra_bytes(length, heads=heads, head_dim=head_dim, dtype=dtype)
-            run.memory.append(MemoryPoint(length, name, heads, head_dim, extra))
+    for contestant in contestants:
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            for length in lengths:
+                on_case(f"peak memory of {contestant} T{length} {name}")
+                extra = peak_extra_bytes(
+                    length, heads=heads, head_dim=head_dim, dtype=dtype, contestant=contestant
+                )
+                point = MemoryPoint(length, name, heads, head_dim, extra, contestant)
+                run.memory.append(point)
+
+
+def measure_errors(run: Run, ops: Sequence[str], *, on_case: OnCase) -> None:
+    """Hold the ops against float64."""
+    on_case("errors against float64")
+    for verdicts in verify([check for check in checks() if check.op in ops]):
+        run.errors += verdicts

@@ -26,8 +26,8 @@ from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention
 from resformer_kernels.testing.device_timer import timer_for
-from resformer_kernels.testing.timing import alternate
-from resformer_kernels.testing.workloads import Call, timed_call
+from resformer_kernels.testing.timing import Call, alternate
+from resformer_kernels.testing.workloads import timed_call
 
 TRY, TIME, PLACE = "tune try", "tune time", "tune place"
 """Kinds of job: compile and compare; time; time both placements of the mix."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from typing_extensions import Self
 
 NO_CHECKOUT = (
     "no benchmarks/ beside the package or in the current folder: it is in the repository, run this "
     "from a checkout"
 )
+
+_QUIET_SECONDS = 20.0
+"""Between lines about a run that goes on."""
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -67,6 +71,50 @@ def counter() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+class Meter:
+    """How far a run of unequal steps is: a bar with the time left, or lines where no one watches.
+
+    Args:
+        costs: what each step is expected to take, in any unit.
+    """
+
+    def __init__(self, costs: Sequence[float]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._costs, self._done = costs, 0
+        self._teller = None if console.is_terminal else Teller(_QUIET_SECONDS)
+        self._progress = Progress(
+            TextColumn("{task.fields[place]}"),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left  {task.description}"),
+            console=console,
+            transient=True,
+            speed_estimate_period=300.0,
+        )
+        self._task = self._progress.add_task("", total=sum(costs), place="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str) -> None:
+        """A step begins, and the one before it is done. Steps beyond the expected ones cost 0."""
+        count = len(self._costs)
+        if 0 < self._done <= count:
+            self._progress.advance(self._task, self._costs[self._done - 1])
+        self._done += 1
+        place = f"{min(self._done, count)} of {count}"
+        self._progress.update(self._task, description=name, place=place)
+        if self._teller is not None:
+            self._teller(name.split()[0], self._done, count)
 
 
 class Teller:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from resformer_kernels.testing.timing import Result
+from resformer_kernels.testing.timing import OURS, Result
 
 
 def duration(seconds: float) -> str:
@@ -33,7 +33,9 @@ def speed_table(
     """
     table = Table(header_style="bold")
     table.add_column("case", overflow="fold")
-    for heading in ("ours", "peer", "ratio", "ours, rate", "ceiling"):
+    remembered = any(result.peak_bytes for result in results)
+    headings = ("ours", "peer", "ratio", "ours, rate", "ceiling")
+    for heading in (*headings, *(("MiB, peer's",) if remembered else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fastest peer", no_wrap=True)
     group = ""
@@ -50,9 +52,16 @@ def speed_table(
             f"[{colour}]{result.ratio:.2f}x",
             rate,
             share,
+            *((_memory(result),) if remembered else ()),
             result.peer,
         )
     return table
+
+
+def _memory(result: Result) -> str:
+    """MiB that one call takes: ours, and its fastest peer's."""
+    cells = [result.peak_bytes.get(name) for name in (OURS, result.peer)]
+    return ", ".join("" if found is None else f"{found / 2**20:.1f}" for found in cells)
 
 
 def rate_and_share(

@@ -17,10 +17,10 @@ from resformer_kernels.demo import training, writing
 from resformer_kernels.demo.record import Record
 from resformer_kernels.demo.report import RANKS_NOTHING, write_report
 from resformer_kernels.models import LanguageModel
+from resformer_kernels.testing.attention_workload import AttentionBenchmark
 from resformer_kernels.testing.ceilings import gemm_rates
 from resformer_kernels.testing.timing import measure
 from resformer_kernels.testing.verification import checks, verify
-from resformer_kernels.testing.workloads import AttentionBenchmark
 
 _VERIFY_SHARE = 0.2
 _TIME_SHARE = 0.25

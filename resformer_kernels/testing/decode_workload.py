@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resformer_kernels.kvcache.api import attention_with_kvcache
-from resformer_kernels.testing.timing import OURS
-
-Call = Callable[[], object]
+from resformer_kernels.testing.timing import OURS, Call, Unavailable
+from resformer_kernels.testing.workloads import FLASH_ATTN, cuda_only
 
 GQA = "SDPA enable_gqa"
 FOLDED = "SDPA, group as length"
 OWN_VALUES = "ours, V a layer"
+
+_MOST_BYTES_FOR_GQA = 2**29
+"""Of half-precision caches: torch copies them for every query head, at about 0.5 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +57,51 @@ class DecodeBenchmark:
         rows = self.batch * self.length * self.kv_heads * self.head_dim * self.dtype.itemsize
         return rows * (self.layers + (1 if self.shared else self.layers))
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours and the peers, all over the same caches."""
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """Ours and the peers, all over the same caches, which the first of them allocates."""
         q = torch.randn(self.batch, 1, self.heads, self.head_dim).to(self.dtype)
-        keys = [self._cache() for _ in range(self.layers)]
-        values = [self._cache() for _ in range(self.layers)]
         lengths = torch.full((self.batch,), self.length, dtype=torch.int32)
+        grouped = self.heads != self.kv_heads
+        folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
+
+        @functools.cache
+        def caches() -> tuple[list[Tensor], list[Tensor]]:
+            first = self._cache()
+            # Drawing gigabytes of normal numbers would take longer than the measurement.
+            others = [first.clone() for _ in range(2 * self.layers - 1)]
+            return [first, *others[: self.layers - 1]], others[self.layers - 1 :]
 
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)
-
-        grouped = self.heads != self.kv_heads
-        folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
 
         def enable_gqa(k: Tensor, v: Tensor) -> object:
             q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=grouped)
 
+        def gqa() -> Call:
+            if grouped and self.dtype.itemsize < 4 and self.bytes > _MOST_BYTES_FOR_GQA:
+                raise Unavailable("takes seconds a call at this size")
+            return _through(enable_gqa, *caches())
+
         def fold(k: Tensor, v: Tensor) -> object:
             return F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2))
 
+        def one_value() -> Call:
+            keys, values = caches()
+            return _through(attend, keys, [values[0]] * self.layers)
+
         if self.shared:
-            one = [values[0]] * self.layers
-            return {OURS: _through(attend, keys, one), OWN_VALUES: _through(attend, keys, values)}
-        return {
-            OURS: _through(attend, keys, values),
-            GQA: _through(enable_gqa, keys, values),
-            FOLDED: _through(fold, keys, values),
+            return {OURS: one_value, OWN_VALUES: lambda: _through(attend, *caches())}
+        makers: dict[str, Callable[[], Call]] = {
+            OURS: lambda: _through(attend, *caches()),
+            GQA: gqa,
+            FOLDED: lambda: _through(fold, *caches()),
+            FLASH_ATTN: functools.partial(cuda_only, "flash_attn"),
         }
+        if not grouped:
+            # The same call as the other.
+            del makers[FOLDED]
+        return makers
 
     def _cache(self) -> Tensor:
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)

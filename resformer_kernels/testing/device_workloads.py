@@ -19,10 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from resformer_kernels import value_residual_attention
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.testing.timing import OURS, Call, Unavailable
 from resformer_kernels.testing.workloads import (
-    Call,
-    Unavailable,
     attended_pairs,
     compiled,
     require_kernel,
@@ -84,10 +82,6 @@ class DeviceAttention:
         per_head = self.batch * self.length * self.head_dim * self.dtype.itemsize
         forward = per_head * (2 * self.heads + 3 * self.kv_heads)
         return forward if self.direction == "forward" else 2 * forward
-
-    def contestants(self) -> dict[str, Call]:
-        """Every contestant; raises where one is not available."""
-        return {name: make() for name, make in self.makers().items()}
 
     def makers(self) -> dict[str, Callable[[], Call]]:
         """What makes each contestant, all on the same tensors.

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,12 +72,16 @@ def describe_device(device: torch.device | str) -> dict[str, str | int]:
             "memory bytes": properties.total_memory,
             "cuda": str(torch.version.cuda),
         }
-    packages = {name: _version(name) for name in _DEVICE_PACKAGES}
-    found |= {name: version for name, version in packages.items() if version}
-    return {**found, **describe()}
+    return {**found, **versions(_DEVICE_PACKAGES), **describe()}
 
 
 _DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {name: _version(name) for name in packages}
+    return {name: version for name, version in found.items() if version}
 
 
 def _version(package: str) -> str | None:

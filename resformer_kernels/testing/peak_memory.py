@@ -8,25 +8,31 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from resformer_kernels import explain, value_residual_attention
+from resformer_kernels.testing.call_memory import reset_peak, resident, unavailable_reason
+from resformer_kernels.testing.timing import OURS
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
+SDPA = "mix + SDPA"
 
 
 def peak_extra_bytes(
-    length: int, *, heads: int, head_dim: int, dtype: torch.dtype, threads: int | None = None
+    length: int,
+    *,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    threads: int | None = None,
+    contestant: str = OURS,
 ) -> int:
     """Peak memory of a causal forward and backward with learnable λ, less what its inputs hold.
 
-    The result includes the output, the gradients and what is saved for backward. Runs in a child
-    process. RuntimeError where the system does not say (it needs Linux's /proc) or the child
-    fails.
+    The result includes the output, the gradients and what is saved for backward. `contestant` is
+    `OURS` or `SDPA`, which mixes first. Runs in a child process. RuntimeError where the system
+    does not say (it needs Linux's /proc) or the child fails.
     """
     command = [
         sys.executable,
@@ -34,18 +40,12 @@ def peak_extra_bytes(
         *("--heads", str(heads), "--head-dim", str(head_dim)),
         *("--dtype", str(dtype).removeprefix("torch.")),
         *("--threads", str(threads or torch.get_num_threads())),
+        *("--contestant", contestant),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring peak memory failed: {done.stderr.strip()[-2000:]}")
     return int(done.stdout)
-
-
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
 
 
 def _inputs(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -54,23 +54,32 @@ def _inputs(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[
     return [*values, *(torch.tensor(0.5, requires_grad=True) for _ in range(2))]
 
 
-def _run(leaves: list[torch.Tensor], grad: torch.Tensor) -> None:
-    out = value_residual_attention(*leaves, causal=True)
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_first: torch.Tensor, *lambdas: torch.Tensor
+) -> torch.Tensor:
+    mixed = lambdas[0] * v + lambdas[1] * v_first
+    q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
+    return F.scaled_dot_product_attention(q, k, mixed, is_causal=True).transpose(1, 2)
+
+
+def _run(contestant: str, leaves: list[torch.Tensor], grad: torch.Tensor) -> None:
+    ours = contestant == OURS
+    out = value_residual_attention(*leaves, causal=True) if ours else _sdpa(*leaves)
     torch.autograd.grad(out, leaves, grad)
 
 
-def _measure(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def _measure(contestant: str, length: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
     leaves = _inputs(length, heads, head_dim, dtype)
     explained = explain(value_residual_attention, *leaves, causal=True)
-    if explained.backend == "reference":
+    if contestant == OURS and explained.backend == "reference":
         raise RuntimeError(f"the reference holds every score in memory: {explained.reasons}")
     grad = torch.randn_like(leaves[0])
     small = _inputs(64, heads, head_dim, dtype)
-    _run(small, torch.randn_like(small[0]))
-    _CLEAR.write_text(_RESET_PEAK)
-    before = _status("VmRSS")
-    _run(leaves, grad)
-    return _status("VmHWM") - before
+    _run(contestant, small, torch.randn_like(small[0]))
+    reset_peak()
+    before = resident("VmRSS")
+    _run(contestant, leaves, grad)
+    return resident("VmHWM") - before
 
 
 def main() -> None:
@@ -81,11 +90,15 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--contestant", choices=(OURS, SDPA), default=OURS)
     args = parser.parse_args()
-    if not _CLEAR.exists():
-        raise SystemExit(f"{_CLEAR} does not exist: peak memory is read from Linux's /proc")
+    reason = unavailable_reason()
+    if reason is not None:
+        raise SystemExit(reason)
     torch.set_num_threads(args.threads)
-    extra = _measure(args.length, args.heads, args.head_dim, getattr(torch, args.dtype))
+    extra = _measure(
+        args.contestant, args.length, args.heads, args.head_dim, getattr(torch, args.dtype)
+    )
     sys.stdout.write(f"{extra}\n")
 
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resformer_kernels.reservoir import reservoir_scan
-from resformer_kernels.testing.timing import OURS
-from resformer_kernels.testing.workloads import Call
+from resformer_kernels.testing.timing import OURS, Call, Unavailable
+from resformer_kernels.testing.workloads import require_package, timed_call
 
 _LEAK, _RADIUS = 0.3, 0.9
 _CONNECTIVITY = 0.1
 """ReservoirPy's default."""
 
+LOOP, RNN, RESERVOIRPY = "torch loop", "nn.RNN", "ReservoirPy"
+WIDE = "ours, float32 weights"
+
 
 @dataclass(frozen=True)
 class ReservoirBenchmark:
     """One input, N tanh units, every state, from noise: leak 0.3 and spectral radius 0.9, but for
-    `nn.RNN`, which knows no leak."""
+    `nn.RNN`, which knows no leak. ReservoirPy always has its default, a tenth of the weights."""
 
     units: int
     batch: int
@@ -28,8 +31,9 @@ class ReservoirBenchmark:
     dtype: torch.dtype = torch.float32
     """Of the weights, the states being float32; bfloat16 is held against float32 weights alone."""
     sparse: bool = False
-    """A tenth of the weights, as CSR; ReservoirPy is then a peer where it is installed, `nn.RNN`,
-    whose weights are dense, is not."""
+    """A tenth of the weights, as CSR."""
+    direction: str = "forward"
+    """"forward" or "backward": the gradients of input, weights and input weights."""
     group: str = "reservoir"
 
     @property
@@ -37,59 +41,83 @@ class ReservoirBenchmark:
         """Form, shape and dtype of the weights."""
         form = "sparse" if self.sparse else "dense"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"reservoir_scan {form} B{self.batch} T{self.length} N{self.units} {dtype}"
+        direction = "" if self.direction == "forward" else f"{self.direction} "
+        return (
+            f"reservoir_scan {direction}{form} B{self.batch} T{self.length} N{self.units} {dtype}"
+        )
 
     @property
     def flops(self) -> int:
         """Of the products with the weights, each step once."""
         stored = self.units**2 * (_CONNECTIVITY if self.sparse else 1)
-        return int(2 * stored * self.batch * self.length)
+        # A backward multiplies by the weights and sums an outer product.
+        passes = 1 if self.direction == "forward" else 2
+        return int(2 * passes * stored * self.batch * self.length)
 
     @property
     def bytes(self) -> int:
-        """The states and the input, 4 bytes each."""
-        return 4 * self.batch * self.length * (self.units + 1)
+        """The states and the input, 4 bytes each; backward: their gradients too."""
+        passes = 1 if self.direction == "forward" else 2
+        return 4 * passes * self.batch * self.length * (self.units + 1)
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours, and what else steps through such a reservoir."""
-        weight = torch.randn(self.units, self.units) * _RADIUS / self.units**0.5
-        if self.sparse:
-            weight *= (torch.rand_like(weight) < _CONNECTIVITY) / _CONNECTIVITY**0.5
-        inputs = torch.randn(self.batch, self.length, 1)
-        projection = torch.rand(self.units, 1) * 2 - 1
-        given = (weight.to_sparse_csr() if self.sparse else weight).to(self.dtype)
-
-        def scan(stored: Tensor) -> Call:
-            def call() -> object:
-                with torch.no_grad():
-                    return reservoir_scan(inputs, stored, input_weight=projection, leak=_LEAK)
-
-            return call
-
-        found: dict[str, Call] = {OURS: scan(given)}
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """Ours, and what else steps through such a reservoir, all on the same weights."""
         if self.dtype is not torch.float32:
             # The peers of the float32 case have no narrower form that were quicker.
-            found["ours, float32 weights"] = scan(weight)
-            return found
-        found["torch loop"] = lambda: _loop(inputs, weight, projection)
+            return {OURS: lambda: self._ours(self.dtype), WIDE: self._ours}
+        makers: dict[str, Callable[[], Call]] = {
+            OURS: self._ours,
+            LOOP: self._loop,
+            RNN: self._rnn,
+            RESERVOIRPY: self._reservoirpy,
+        }
+        return makers
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs (B, T, 1), weight (N, N), input_weight (N, 1), the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(self.batch, self.length, 1, generator=generator)
+        weight = torch.randn(self.units, self.units, generator=generator)
+        weight *= _RADIUS / self.units**0.5
         if self.sparse:
-            if self.batch == 1 and importlib.util.find_spec("reservoirpy"):
-                found["ReservoirPy"] = self._reservoirpy(inputs)
-            return found
+            kept = torch.rand(weight.shape, generator=generator) < _CONNECTIVITY
+            weight *= kept / _CONNECTIVITY**0.5
+        return inputs, weight, torch.rand(self.units, 1, generator=generator) * 2 - 1
+
+    def _ours(self, dtype: torch.dtype = torch.float32) -> Call:
+        inputs, weight, projection = self._tensors()
+        given = (weight.to_sparse_csr() if self.sparse else weight).to(dtype)
+        return timed_call(
+            lambda: reservoir_scan(inputs, given, input_weight=projection, leak=_LEAK)[0],
+            [inputs, given, projection],
+            self.direction,
+        )
+
+    def _loop(self) -> Call:
+        inputs, weight, projection = self._tensors()
+        if self.direction == "forward":
+            return lambda: _loop(inputs, weight, projection)
+        leaves = [inputs, weight, projection]
+        return timed_call(lambda: _plain_loop(*leaves), leaves, self.direction)
+
+    def _rnn(self) -> Call:
+        if self.sparse:
+            raise Unavailable("has dense weights only")
+        inputs, _, _ = self._tensors()
         recurrent = torch.nn.RNN(1, self.units, batch_first=True)
+        leaves = [inputs, *recurrent.parameters()]
+        return timed_call(lambda: recurrent(inputs)[0], leaves, self.direction)
 
-        def rnn() -> object:
-            with torch.no_grad():
-                return recurrent(inputs)
-
-        found["nn.RNN"] = rnn
-        return found
-
-    def _reservoirpy(self, inputs: Tensor) -> Call:
+    def _reservoirpy(self) -> Call:
+        require_package("reservoirpy")
+        if self.direction == "backward":
+            raise Unavailable("has no gradients")
+        if self.batch > 1:
+            raise Unavailable("runs one sequence at a time")
         from reservoirpy.nodes import Reservoir
 
         node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0)
-        steps = inputs[0].double().numpy()
+        steps = self._tensors()[0][0].double().numpy()
         return lambda: node.run(steps)
 
 
@@ -108,3 +136,12 @@ def _loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
         state = torch.lerp(state, z, _LEAK)
         out[t] = state
     return out
+
+
+def _plain_loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
+    """The same with a gradient."""
+    state, states = inputs.new_zeros(inputs.shape[0], weight.shape[0]), []
+    for drive in (inputs @ projection.T).unbind(1):
+        state = torch.lerp(state, torch.addmm(drive, state, weight.t()).tanh(), _LEAK)
+        states.append(state)
+    return torch.stack(states, 1)

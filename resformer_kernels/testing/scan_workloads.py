@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.scan import linear_scan
-from resformer_kernels.testing.timing import OURS
-from resformer_kernels.testing.workloads import Call, require_kernel, timed_call
+from resformer_kernels.testing.timing import OURS, Call, Unavailable
+from resformer_kernels.testing.workloads import require_kernel, require_package, timed_call
 
 LOOP, ASSOCIATIVE, COPY = "Python loop", "associative_scan", "copy of as many bytes"
+FLA, ACCELERATED = "fla", "accelerated-scan"
+PEERS = (LOOP, ASSOCIATIVE, FLA, ACCELERATED)
+
+_MOST_ASSOCIATED = 2**23
+"""Elements that torch's parallel scan takes about a second for on two cores."""
+_CUDA_PACKAGES = {FLA: "fla", ACCELERATED: "accelerated_scan"}
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,17 @@ class ScanBenchmark:
             return (2 if self.constant else 3) * one
         return (3 if self.constant else 5) * one
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours, and each peer, on inputs of its own."""
-        return {name: make() for name, make in self.makers().items()}
-
     def makers(self) -> dict[str, Callable[[], Call]]:
         """What makes each contestant; ours is `Unavailable` where no kernel serves it."""
         scans: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             LOOP: scan_by_loop,
             ASSOCIATIVE: scan_by_association,
+            FLA: scan_by_fla,
+            ACCELERATED: scan_by_acceleration,
         }
         makers: dict[str, Callable[[], Call]] = {OURS: self._ours}
         for name in self.peers:
-            makers[name] = self._copy if name == COPY else partial(self._scan, scans[name])
+            makers[name] = self._copy if name == COPY else partial(self._scan, name, scans[name])
         return makers
 
     def _ours(self) -> Call:
@@ -78,9 +82,26 @@ class ScanBenchmark:
             require_kernel(linear_scan, gates, tokens)
         return timed_call(lambda: linear_scan(gates, tokens)[0], [gates, tokens], self.direction)
 
-    def _scan(self, scan: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    def _scan(self, name: str, scan: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        if name == ASSOCIATIVE:
+            self._limit_association()
+        if name in _CUDA_PACKAGES:
+            self._require_cuda_package(_CUDA_PACKAGES[name])
         gates, tokens = self._arguments()
         return timed_call(lambda: scan(gates, tokens), [gates, tokens], self.direction)
+
+    def _limit_association(self) -> None:
+        if self.direction == "backward":
+            raise Unavailable("takes minutes: autograd goes through each of its slices")
+        if self.batch * self.length * self.channels > _MOST_ASSOCIATED:
+            raise Unavailable("takes many seconds a call at this size")
+
+    def _require_cuda_package(self, module: str) -> None:
+        require_package(module)
+        if torch.device(self.device).type != "cuda":
+            raise Unavailable(f"{module} runs on CUDA tensors alone")
+        if self.dtype.is_complex:
+            raise Unavailable(f"{module} knows no complex numbers")
 
     def _copy(self) -> Call:
         # Half of the bytes are read and half of them written.
@@ -119,3 +140,20 @@ def scan_by_association(gates: Tensor, tokens: Tensor) -> Tensor:
     _, states = associative_scan(combine, (every, tokens), dim=1, combine_mode="generic")
     found: Tensor = states
     return found
+
+
+def scan_by_fla(gates: Tensor, tokens: Tensor) -> Tensor:
+    """flash-linear-attention's chunked HGRN, which takes logarithms of gates."""
+    from fla.ops.hgrn import chunk_hgrn
+
+    states: Tensor = chunk_hgrn(tokens, gates.expand(tokens.shape).log())[0]
+    return states
+
+
+def scan_by_acceleration(gates: Tensor, tokens: Tensor) -> Tensor:
+    """accelerated-scan's kernel, which wants time last."""
+    from accelerated_scan.warp import scan
+
+    turned = (x.transpose(1, 2).contiguous() for x in (gates.expand(tokens.shape), tokens))
+    states: Tensor = scan(*turned).transpose(1, 2)
+    return states

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import torch
@@ -22,8 +22,15 @@ Timer: TypeAlias = Callable[[Callable[[], object], int], float]
 """timer(call, repeats) runs `call` that often and gives the seconds that one took."""
 
 
+Call: TypeAlias = Callable[[], object]
+
+
+class Unavailable(RuntimeError):
+    """A contestant that this machine does not have: nothing is wrong with it."""
+
+
 class Benchmark(Protocol):
-    """One thing to time. `contestants()` allocates the inputs, and is called once."""
+    """One thing to time. `makers()` is cheap: inputs are allocated by what it returns."""
 
     @property
     def name(self) -> str:
@@ -45,8 +52,12 @@ class Benchmark(Protocol):
     def bytes(self) -> int:
         """What one call must read and write at least."""
 
-    def contestants(self) -> Mapping[str, Callable[[], object]]:
-        """Ways to make the call, by name; `OURS` is among them."""
+    def makers(self) -> Mapping[str, Callable[[], Call]]:
+        """What makes each way to do it, by name; `OURS` is among them.
+
+        A maker raises `Unavailable` where this machine lacks what it needs, or where it would take
+        more memory or time than a comparison is worth.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,10 @@ class Result:
     flops: int
     bytes: int
     timings: dict[str, Timing]
+    absent: dict[str, str] = field(default_factory=dict)
+    """Peers that did not take part, with the reason."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """Memory that one call takes beyond what was there before it, by contestant."""
 
     @property
     def ours(self) -> Timing:
@@ -91,10 +106,17 @@ class Result:
         return self.timings[OURS]
 
     @property
+    def peers(self) -> list[str]:
+        """Those that took part, the fastest first."""
+        found = (name for name in self.timings if name != OURS)
+        return sorted(found, key=lambda name: self.timings[name].median)
+
+    @property
     def peer(self) -> str:
-        """The fastest peer's name."""
-        peers = (name for name in self.timings if name != OURS)
-        return min(peers, key=lambda name: self.timings[name].median)
+        """The fastest peer's name; ValueError where none took part."""
+        if not self.peers:
+            raise ValueError(f"no peer took part in {self.name}")
+        return self.peers[0]
 
     @property
     def ratio(self) -> float:
@@ -150,19 +172,48 @@ def alternate(
     return {name: Timing(tuple(collected[name]), tuple(pages[name])) for name in contestants}
 
 
+def wanted(names: Sequence[str], peers: Sequence[str] | None) -> list[str]:
+    """Of the peers among `names`, those that contain one of `peers`, cased or not; None: all."""
+    found = [name for name in names if name != OURS]
+    if peers is None:
+        return found
+    return [name for name in found if any(text.lower() in name.lower() for text in peers)]
+
+
 def measure(
     benchmark: Benchmark,
     *,
     samples: int = MIN_SAMPLES,
     min_sample_s: float = 0.05,
     settle_rounds: int = 0,
+    peers: Sequence[str] | None = None,
+    peak: Callable[[Call], int] | None = None,
 ) -> Result:
-    """`alternate` on the contestants of `benchmark`."""
+    """`alternate` on the contestants of `benchmark`.
+
+    Args:
+        benchmark: what to time.
+        samples: of each contestant.
+        min_sample_s: see `alternate`.
+        settle_rounds: see `alternate`.
+        peers: only peers whose name contains one of these; None: all.
+        peak: measures the bytes that one call takes; None: memory is not measured.
+    """
+    makers = benchmark.makers()
+    chosen = [OURS, *wanted(list(makers), peers)]
+    calls: dict[str, Call] = {}
+    absent: dict[str, str] = {}
+    for name, make in makers.items():
+        if name not in chosen:
+            continue
+        try:
+            calls[name] = make()
+        except Unavailable as error:
+            if name == OURS:
+                raise
+            absent[name] = str(error)
     timings = alternate(
-        benchmark.contestants(),
-        samples=samples,
-        min_sample_s=min_sample_s,
-        settle_rounds=settle_rounds,
+        calls, samples=samples, min_sample_s=min_sample_s, settle_rounds=settle_rounds
     )
     return Result(
         benchmark.name,
@@ -171,6 +222,8 @@ def measure(
         benchmark.flops,
         benchmark.bytes,
         timings,
+        absent,
+        {} if peak is None else {name: peak(call) for name, call in calls.items()},
     )
 
 

@@ -6,6 +6,7 @@ counted, and is always inside the timed region, ours and the peer's.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resformer_kernels import explain
-from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.mix import mix_value_embedding, mix_values
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.testing.timing import OURS, Call, Unavailable
 
-Call = Callable[[], object]
-
-_BACKWARD_FLOPS = 2.5
-HEADS_FIRST = "SDPA (B,H,T,D)"
-TIME_FIRST = "SDPA (B,T,H,D)"
 COMPILED = "torch.compile"
-
-
-class Unavailable(RuntimeError):
-    """A contestant that this machine does not have: nothing is wrong with it."""
+FLASH_ATTN = "flash-attn"
 
 
 def require_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -38,6 +30,18 @@ def require_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> N
     if found.backend == "reference":
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
         raise Unavailable(f"no kernel serves it ({reasons})")
+
+
+def require_package(module: str) -> None:
+    """`Unavailable` where there is no such package."""
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable(f"{module} is not installed")
+
+
+def cuda_only(module: str) -> Call:
+    """The maker of a peer that no CPU runs: always `Unavailable`."""
+    require_package(module)
+    raise Unavailable(f"{module} runs on CUDA tensors alone")
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -82,108 +86,6 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
-class AttentionBenchmark:
-    """Causal self-attention over V' = λ_v V + λ_first V₁, both λ learnable scalars.
-
-    The peer is `scaled_dot_product_attention` with the mix in front of it, in either layout;
-    with a window it is this package's own full causal attention.
-    """
-
-    batch: int
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int
-    dtype: torch.dtype
-    direction: str
-    """"forward" or "backward"."""
-    window: int | None = None
-    """Keys that a query sees at most; None: all before it."""
-
-    @property
-    def name(self) -> str:
-        """Shape, dtype and direction."""
-        heads = (
-            f"H{self.heads}"
-            if self.heads == self.kv_heads
-            else (f"Hq{self.heads} Hkv{self.kv_heads}")
-        )
-        window = "" if self.window is None else f" window {self.window}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"B{self.batch} {heads} T{self.length} D{self.head_dim}"
-        return f"attention {self.direction} {shape} causal{window} {dtype}"
-
-    @property
-    def group(self) -> str:
-        """ "attention" and the direction; windows stand apart."""
-        kind = "attention" if self.window is None else "window"
-        return f"{kind} {self.direction}"
-
-    @property
-    def flops(self) -> int:
-        """Of the attended pairs alone."""
-        pairs = attended_pairs(self.length, self.window)
-        forward = 4 * self.batch * self.heads * pairs * self.head_dim
-        return forward if self.direction == "forward" else int(_BACKWARD_FLOPS * forward)
-
-    @property
-    def bytes(self) -> int:
-        """Each tensor once: q, out, k, v, v_first; backward also grad_out and the gradients."""
-        per_head = self.batch * self.length * self.head_dim * self.dtype.itemsize
-        forward = per_head * (2 * self.heads + 3 * self.kv_heads)
-        if self.direction == "forward":
-            return forward
-        return forward + per_head * (2 * self.heads + 3 * self.kv_heads)
-
-    @property
-    def share_of_full(self) -> float:
-        """Attended pairs, as a share of those without the window."""
-        return attended_pairs(self.length, self.window) / attended_pairs(self.length, None)
-
-    def contestants(self) -> dict[str, Call]:
-        """Ours, and each peer, on tensors of its own layout."""
-        if self.window is not None:
-            return {OURS: self._ours(self.window), "ours, no window": self._ours(None)}
-        return {
-            OURS: self._ours(None),
-            HEADS_FIRST: self._sdpa(heads_first=True),
-            TIME_FIRST: self._sdpa(heads_first=False),
-        }
-
-    def _leaves(self, *, heads_first: bool) -> list[Tensor]:
-        """q, k, v, v_first, lambda_v, lambda_first."""
-        leaves = []
-        for heads in (self.heads, self.kv_heads, self.kv_heads, self.kv_heads):
-            shape = (self.batch, self.length, heads, self.head_dim)
-            if heads_first:
-                shape = (self.batch, heads, self.length, self.head_dim)
-            leaves.append(torch.randn(shape).to(self.dtype))
-        return [*leaves, torch.tensor(0.5), torch.tensor(0.5)]
-
-    def _ours(self, window: int | None) -> Call:
-        leaves = self._leaves(heads_first=False)
-        sides = (-1, -1) if window is None else (window - 1, 0)
-        return timed_call(
-            lambda: value_residual_attention(*leaves, causal=True, window=sides),
-            leaves,
-            self.direction,
-        )
-
-    def _sdpa(self, *, heads_first: bool) -> Call:
-        leaves = self._leaves(heads_first=heads_first)
-        grouped = self.heads != self.kv_heads
-
-        def attend() -> Tensor:
-            q, k, v, v_first, lambda_v, lambda_first = leaves
-            mixed = lambda_v * v + lambda_first * v_first
-            if not heads_first:
-                q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
-            return F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=grouped)
-
-        return timed_call(attend, leaves, self.direction)
-
-
-@dataclass(frozen=True)
 class _MixingBenchmark:
     """What the mixing benchmarks have in common."""
 
@@ -208,12 +110,9 @@ class _MixingBenchmark:
         shape = f"B{self.batch} H{self.heads} T{self.length} D{self.head_dim}"
         return f"{self.op} {self.direction} of {self.count} {shape} {dtype}"
 
-    def contestants(self) -> dict[str, Call]:
-        """Ours, and PyTorch expressions, each on inputs of its own."""
-        return {name: make() for name, make in self.makers().items()}
-
     def makers(self) -> dict[str, Callable[[], Call]]:
-        """What makes each contestant; ours is `Unavailable` on a GPU that has no kernel."""
+        """Ours, and PyTorch expressions, each on inputs of its own; ours is `Unavailable` on a GPU
+        that has no kernel."""
         makers: dict[str, Callable[[], Call]] = {
             name: partial(self._call, mix) for name, mix in self.mixes.items()
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
@@ -37,6 +39,29 @@ def test_the_shapes_that_speed_is_promised_for_are_there() -> None:
             assert f"decode {shape}, 12 layers, V a layer, {dtype}" in names
     assert "decode B1 Hq16 Hkv8 T8192 D64, 12 layers, one V, bfloat16" in names
     assert max(registry.memory_lengths()) == 32768
+
+
+def test_decoding_covers_batches_contexts_and_groups() -> None:
+    names = {case.name for case in registry.cases(quick=False) if case.group == "decode"}
+    for heads in (8, 32, 64):
+        for batch, length in ((1, 1024), (1, 65536), (8, 8192), (32, 2048)):
+            for kind in ("V a layer", "one V"):
+                shape = f"B{batch} Hq{heads} Hkv8 T{length} D64"
+                assert f"decode {shape}, 12 layers, {kind}, bfloat16" in names
+    most = max(case.bytes for case in registry.cases() if case.group == "decode")
+    assert most < 2 * 2**30, "and its peers' copies must fit a laptop's memory"
+
+
+def test_peers_that_are_not_here_have_their_reason() -> None:
+    result = Result(
+        "case", "scan", "float32", 1, 1, {"ours": Timing((1.0, 1.0))}, {"fla": "not installed"}
+    )
+    run = Run(machine.describe(), "now", results=[result, replace(result, name="other")])
+    assert report.absent(run) == {("fla", "not installed"): 2}
+    console = Console(width=120)
+    with console.capture() as captured:
+        report.print_run(run, console)
+    assert "not installed" in captured.get()
 
 
 def test_exponent_of_memory() -> None:

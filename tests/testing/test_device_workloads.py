@@ -23,8 +23,8 @@ from resformer_kernels.testing.device_workloads import (
     SDPA_FLASH,
     DeviceAttention,
 )
-from resformer_kernels.testing.timing import OURS, host_timer
-from resformer_kernels.testing.workloads import MixBenchmark, Unavailable
+from resformer_kernels.testing.timing import OURS, Unavailable, host_timer
+from resformer_kernels.testing.workloads import MixBenchmark
 
 CASE = DeviceAttention(2, 4, 2, 64, 16, torch.bfloat16, "forward", True, device="cpu", flex=True)
 

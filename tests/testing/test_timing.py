@@ -12,7 +12,7 @@ import torch
 
 from resformer_kernels.testing import fresh_pages
 from resformer_kernels.testing.fresh_pages import freed_memory_kept
-from resformer_kernels.testing.timing import Result, Timing, alternate, measure
+from resformer_kernels.testing.timing import Call, Result, Timing, Unavailable, alternate, measure
 
 
 def test_contestants_alternate_and_each_starts_in_turn() -> None:
@@ -68,8 +68,16 @@ class Sleep:
     flops: int = 7
     bytes: int = 9
 
-    def contestants(self) -> Mapping[str, Callable[[], object]]:
-        return {"ours": lambda: None, "peer": lambda: time.sleep(0.001)}
+    def makers(self) -> Mapping[str, Callable[[], Call]]:
+        def missing() -> Call:
+            raise Unavailable("not installed")
+
+        return {
+            "ours": lambda: lambda: None,
+            "peer": lambda: lambda: time.sleep(0.001),
+            "slow peer": lambda: lambda: time.sleep(0.002),
+            "absent peer": missing,
+        }
 
 
 def test_measure_keeps_the_benchmarks_data() -> None:
@@ -77,6 +85,29 @@ def test_measure_keeps_the_benchmarks_data() -> None:
     assert (result.name, result.group, result.dtype) == ("sleep", "naps", "bfloat16")
     assert (result.flops, result.bytes) == (7, 9)
     assert result.ratio > 1
+    assert result.peers == ["peer", "slow peer"]
+    assert result.absent == {"absent peer": "not installed"}
+    assert result.peak_bytes == {}
+
+
+def test_peers_are_chosen_by_a_part_of_their_name() -> None:
+    result = measure(Sleep(), samples=2, min_sample_s=0.001, peers=["SLOW"], peak=lambda _: 7)
+    assert result.peers == ["slow peer"]
+    assert result.absent == {}
+    assert result.peak_bytes == {"ours": 7, "slow peer": 7}
+    alone = measure(Sleep(), samples=2, min_sample_s=0.001, peers=["absent"])
+    assert alone.peers == []
+    with pytest.raises(ValueError, match="no peer took part in sleep"):
+        _ = alone.ratio
+
+
+def test_what_we_cannot_do_ourselves_is_an_error() -> None:
+    class Missing(Sleep):
+        def makers(self) -> Mapping[str, Callable[[], Call]]:
+            return {"ours": super().makers()["absent peer"]}
+
+    with pytest.raises(Unavailable, match="not installed"):
+        measure(Missing())
 
 
 def output(mib: int) -> Callable[[], object]:

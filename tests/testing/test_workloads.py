@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.testing import workloads
-from resformer_kernels.testing.workloads import (
-    AttentionBenchmark,
-    EmbeddingBenchmark,
-    MixBenchmark,
-    attended_pairs,
-)
+from resformer_kernels.testing import attention_workload, workloads
+from resformer_kernels.testing.attention_workload import MATH, SDPA, AttentionBenchmark
+from resformer_kernels.testing.workloads import EmbeddingBenchmark, MixBenchmark, attended_pairs
 
 FORWARD = AttentionBenchmark(2, 4, 2, 16, 8, torch.float32, "forward")
 
@@ -64,12 +60,13 @@ def outcomes(
         return reseeded(outputs, leaves, direction)  # type: ignore[arg-type]
 
     monkeypatch.setattr(workloads, "timed_call", seeded)
+    monkeypatch.setattr(attention_workload, "timed_call", seeded)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     monkeypatch.setattr(
         torch, "randint", lambda high, shape: torch.arange(shape[0] * shape[1]).view(shape) % high
     )
-    for name, call in case.contestants().items():
-        result = call()
+    for name, make in case.makers().items():
+        result = make()()
         tensors = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
         found[name] = [
             x.transpose(1, 2) if x.dim() == 4 and x.shape[1] != 16 else x for x in tensors
@@ -81,7 +78,7 @@ def outcomes(
 @pytest.mark.parametrize(
     "case",
     [
-        FORWARD,
+        replace(FORWARD, peers=(*SDPA, MATH)),
         replace(FORWARD, kv_heads=4),
         MixBenchmark(3, 2, 16, 4, 8, torch.float32, "forward"),
         EmbeddingBenchmark(5, 2, 16, 4, 8, torch.float32, "forward"),
