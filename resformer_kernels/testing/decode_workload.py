@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from torch.nn import functional as F
 
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.testing.timing import OURS
-
-Call = Callable[[], object]
+from resformer_kernels.testing.workloads import Call, require_kernel
 
 GQA = "SDPA enable_gqa"
 FOLDED = "SDPA, group as length"
@@ -39,6 +39,7 @@ class DecodeBenchmark:
     layers: int = 12
     flops: int = 0
     group: str = "decode"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -56,13 +57,23 @@ class DecodeBenchmark:
 
     def contestants(self) -> dict[str, Call]:
         """Ours and the peers, all over the same caches."""
-        q = torch.randn(self.batch, 1, self.heads, self.head_dim).to(self.dtype)
+        return {name: make() for name, make in self.makers().items()}
+
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """What makes each contestant; ours is `Unavailable` where no kernel serves it."""
+        shape = (self.batch, 1, self.heads, self.head_dim)
+        q = torch.randn(shape, device=self.device).to(self.dtype)
         keys = [self._cache() for _ in range(self.layers)]
         values = [self._cache() for _ in range(self.layers)]
-        lengths = torch.full((self.batch,), self.length, dtype=torch.int32)
+        lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
 
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)
+
+        def ours(v: list[Tensor]) -> Call:
+            if self.device != "cpu":
+                require_kernel(attention_with_kvcache, q, keys[0], v[0], cache_seqlens=lengths)
+            return _through(attend, keys, v)
 
         grouped = self.heads != self.kv_heads
         folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
@@ -76,16 +87,16 @@ class DecodeBenchmark:
 
         if self.shared:
             one = [values[0]] * self.layers
-            return {OURS: _through(attend, keys, one), OWN_VALUES: _through(attend, keys, values)}
+            return {OURS: partial(ours, one), OWN_VALUES: partial(ours, values)}
         return {
-            OURS: _through(attend, keys, values),
-            GQA: _through(enable_gqa, keys, values),
-            FOLDED: _through(fold, keys, values),
+            OURS: partial(ours, values),
+            GQA: partial(_through, enable_gqa, keys, values),
+            FOLDED: partial(_through, fold, keys, values),
         }
 
     def _cache(self) -> Tensor:
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype).normal_()
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
 
 
 def _through(attend: Callable[[Tensor, Tensor], object], k: list[Tensor], v: list[Tensor]) -> Call:

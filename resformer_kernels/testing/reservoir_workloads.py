@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resformer_kernels.reservoir import reservoir_scan
 from resformer_kernels.testing.timing import OURS
-from resformer_kernels.testing.workloads import Call
+from resformer_kernels.testing.workloads import Call, require_kernel
 
 _LEAK, _RADIUS = 0.3, 0.9
 _CONNECTIVITY = 0.1
@@ -30,13 +33,17 @@ class ReservoirBenchmark:
     sparse: bool = False
     """A tenth of the weights, as CSR; ReservoirPy is then a peer where it is installed."""
     group: str = "reservoir"
+    mode: str = "auto"
+    """Of ours."""
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        """Form, shape and dtype of the weights."""
+        """Form, shape and dtype of the weights; the mode where it was asked for."""
         form = "sparse" if self.sparse else "dense"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"reservoir_scan {form} B{self.batch} T{self.length} N{self.units} {dtype}"
+        mode = "" if self.mode == "auto" else f" {self.mode}"
+        return f"reservoir_scan {form} B{self.batch} T{self.length} N{self.units}{mode} {dtype}"
 
     @property
     def flops(self) -> int:
@@ -51,28 +58,45 @@ class ReservoirBenchmark:
 
     def contestants(self) -> dict[str, Call]:
         """Ours, and what else steps through such a reservoir."""
+        return {name: make() for name, make in self.makers().items()}
+
+    def makers(self) -> dict[str, Callable[[], Call]]:
+        """What makes each contestant; ours is `Unavailable` where no kernel serves it."""
         weight = torch.randn(self.units, self.units) * _RADIUS / self.units**0.5
         if self.sparse:
             weight *= (torch.rand_like(weight) < _CONNECTIVITY) / _CONNECTIVITY**0.5
-        inputs = torch.randn(self.batch, self.length, 1)
-        projection = torch.rand(self.units, 1) * 2 - 1
-        given = (weight.to_sparse_csr() if self.sparse else weight).to(self.dtype)
+        inputs = torch.randn(self.batch, self.length, 1).to(self.device)
+        projection = (torch.rand(self.units, 1) * 2 - 1).to(self.device)
+        given = (weight.to_sparse_csr() if self.sparse else weight).to(self.device, self.dtype)
+        weight = weight.to(self.device)
+        options: dict[str, Any] = {
+            "input_weight": projection,
+            "leak": _LEAK,
+            "mode": self.mode,
+        }
 
-        def ours() -> object:
-            with torch.no_grad():
-                return reservoir_scan(inputs, given, input_weight=projection, leak=_LEAK)
+        def ours() -> Call:
+            if self.device != "cpu":
+                require_kernel(reservoir_scan, inputs, given, **options)
 
-        found: dict[str, Call] = {OURS: ours}
-        found["torch loop"] = lambda: _loop(inputs, weight, projection)
-        recurrent = torch.nn.RNN(1, self.units, batch_first=True)
+            @torch.no_grad()
+            def scan() -> object:
+                return reservoir_scan(inputs, given, **options)
 
-        def rnn() -> object:
-            with torch.no_grad():
-                return recurrent(inputs)
+            return scan
 
-        found["nn.RNN"] = rnn
-        if self.sparse and self.batch == 1 and importlib.util.find_spec("reservoirpy"):
-            found["ReservoirPy"] = self._reservoirpy(inputs)
+        def rnn() -> Call:
+            recurrent = torch.nn.RNN(1, self.units, batch_first=True).to(self.device)
+            return lambda: _without_gradient(recurrent, inputs)
+
+        found: dict[str, Callable[[], Call]] = {
+            OURS: ours,
+            "torch loop": lambda: partial(_loop, inputs, weight, projection),
+            "nn.RNN": rnn,
+        }
+        on_cpu = self.device == "cpu"
+        if self.sparse and self.batch == 1 and on_cpu and importlib.util.find_spec("reservoirpy"):
+            found["ReservoirPy"] = lambda: self._reservoirpy(inputs)
         return found
 
     def _reservoirpy(self, inputs: Tensor) -> Call:
@@ -81,6 +105,11 @@ class ReservoirBenchmark:
         node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0)
         steps = inputs[0].double().numpy()
         return lambda: node.run(steps)
+
+
+@torch.no_grad()
+def _without_gradient(function: Callable[[Tensor], object], inputs: Tensor) -> object:
+    return function(inputs)
 
 
 @torch.no_grad()
