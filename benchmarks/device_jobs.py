@@ -16,7 +16,9 @@ from torch import Tensor
 from benchmarks import registry
 from benchmarks.supervisor import Job
 from resformer_kernels.attention import api as attention
+from resformer_kernels.kvcache import api as kvcache
 from resformer_kernels.mix import api as mix
+from resformer_kernels.reservoir import api as reservoir
 from resformer_kernels.scan import api as scan
 from resformer_kernels.testing import machine
 from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
@@ -33,6 +35,13 @@ from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
 """‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""
+
+_APIS: dict[str, Any] = {
+    "mix": mix,
+    "linear_scan": scan,
+    "reservoir_scan": reservoir,
+    "attention_with_kvcache": kvcache,
+}
 
 _CHECK_SECONDS, _WARM_SECONDS, _TIME_SECONDS, _CEILINGS_SECONDS = 100.0, 150.0, 60.0, 90.0
 _SAMPLE_SECONDS = 0.002
@@ -90,10 +99,9 @@ def time_jobs(settings: Settings) -> list[Job]:
 def backends(op: str) -> list[str]:
     """The backends of an op that are not the reference."""
     modules: Sequence[Any] = attention.BACKENDS
-    if op.startswith("mix"):
-        modules = mix.BACKENDS
-    elif op.startswith("linear_scan"):
-        modules = scan.BACKENDS
+    for name, api in _APIS.items():
+        if op.startswith(name):
+            modules = api.BACKENDS
     return [module.NAME for module in modules if module.NAME != "reference"]
 
 

@@ -20,7 +20,14 @@ from resformer_kernels.testing.scan_workloads import PEERS as SCAN_PEERS
 from resformer_kernels.testing.timing import Benchmark
 from resformer_kernels.testing.workloads import EmbeddingBenchmark, MixBenchmark
 
-DeviceCase: TypeAlias = DeviceAttention | MixBenchmark | EmbeddingBenchmark | ScanBenchmark
+DeviceCase: TypeAlias = (
+    DeviceAttention
+    | MixBenchmark
+    | EmbeddingBenchmark
+    | ScanBenchmark
+    | ReservoirBenchmark
+    | DecodeBenchmark
+)
 
 SUITES = {
     "attention": ("value_residual_attention", "value_residual_attention_varlen"),
@@ -288,6 +295,34 @@ def device_scan(device: str) -> list[DeviceCase]:
     ]
 
 
+def device_reservoirs(device: str) -> list[DeviceCase]:
+    """`reservoir_scan` in both modes, bfloat16 weights, sparse weights, a batch."""
+    one = (1, DEVICE_TOKENS)
+    found: list[DeviceCase] = [
+        ReservoirBenchmark(units, *one, mode=mode, device=device)
+        for units in (1024, 256)
+        for mode in ("chunked", "sequential")
+    ]
+    return [
+        *found,
+        ReservoirBenchmark(1024, *one, torch.bfloat16, device=device),
+        ReservoirBenchmark(1024, *one, sparse=True, device=device),
+        ReservoirBenchmark(1024, 32, DEVICE_TOKENS // 32, device=device),
+    ]
+
+
+def device_decode(device: str) -> list[DeviceCase]:
+    """One token through 12 layers, a V a layer and one V."""
+    found: list[DeviceCase] = [
+        DecodeBenchmark(*shape, torch.bfloat16, device=device) for shape in DECODE_SHAPES
+    ]
+    shared = [
+        DecodeBenchmark(*shape, torch.bfloat16, shared=True, device=device)
+        for shape in SHARED_SHAPES
+    ]
+    return [*found, *shared]
+
+
 def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
     """Every case of a GPU, most important first; `tiny` ones try out the run itself."""
     if not tiny:
@@ -295,6 +330,7 @@ def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
         # Half of attention first, so that a short run has both.
         middle = len(attention) // 2
         small = [*device_mix(device), *device_scan(device)]
+        small += [*device_reservoirs(device), *device_decode(device)]
         return [*attention[:middle], *small, *attention[middle:]]
     found: list[DeviceCase] = [
         DeviceAttention(1, 2, 1, 64, 16, torch.bfloat16, direction, True, device)

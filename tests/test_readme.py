@@ -1,4 +1,4 @@
-"""The README's examples run, one after the other, as a reader would paste them."""
+"""The READMEs' examples run, one after the other, as a reader would paste them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_examples(path: str, least: int) -> dict[str, Any]:
+    """The names that they leave."""
+    text = (ROOT / path).read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert len(examples) >= least
+    names: dict[str, Any] = {}
+    exec("\n".join(examples), names)
+    return names
 
 
 def test_examples_run() -> None:
-    examples = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
-    assert len(examples) >= 3
-    names: dict[str, Any] = {}
-    exec("\n".join(examples), names)
-    assert names["x"].shape == (1, 1024, 512)
+    assert run_examples("README.md", 3)["x"].shape == (1, 1024, 512)
+
+
+def test_examples_of_the_modules_run() -> None:
+    run_examples("resformer_kernels/nn/README.md", 4)

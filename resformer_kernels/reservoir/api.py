@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.reservoir import native, reference
+from resformer_kernels.reservoir import native, reference, triton
 from resformer_kernels.reservoir.call import RingWeight, check_call
 from resformer_kernels.reservoir.ops import NAME
 
-BACKENDS = (native, reference)
+BACKENDS = (native, triton, reference)
 
 
 def _prepare(
@@ -100,7 +100,7 @@ def reservoir_scan(
             a gradient is wanted.
         targets: Y of reduce="gram", (B, T, m), packed (total_steps, m), of any floating dtype.
         return_info: also return a `ReservoirInfo`.
-        backend: "auto", "native" or "reference". A name never falls back.
+        backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
         (states, final_state), or (states, final_state, info). states: (B, T, N), packed

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels.reservoir.ops import ADJOINT, NATIVE
+from resformer_kernels.reservoir.ops import ADJOINT
 from resformer_kernels.reservoir.stretches import leak_units, stretch_length
 
 
@@ -38,12 +38,13 @@ class Scan(NamedTuple):
 
 
 def backward(
-    grad_states: Tensor | None, grad_final: Tensor | None, *arguments: Any
+    namespace: str, grad_states: Tensor | None, grad_final: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The op `reservoir_scan_backward`: gradients of the six leaves, empty where not wanted."""
+    """The op `reservoir_scan_backward`: gradients of the six leaves, empty where not wanted, by the
+    adjoint of `namespace`."""
     *call, states, grad_mask = arguments
     scan = Scan(*call)
-    found = _Gradients(scan, grad_mask)
+    found = _Gradients(namespace, scan, grad_mask)
     if grad_states is None:
         grad_states = torch.zeros_like(states)
     if scan.cu_seqlens is not None:
@@ -59,7 +60,7 @@ def _batch(
     """Adds to `found` and returns the initial states' gradient."""
     batch, steps, units = states.shape
     carry = states.new_zeros((batch, units)) if carry is None else carry
-    length = stretch_length(batch * units)
+    length = stretch_length(batch * units, states.device)
     for begin in reversed(range(0, steps, length)):
         end = min(steps, begin + length)
         before = _start(scan, states) if begin == 0 else states[:, begin - 1]
@@ -136,7 +137,7 @@ def _transposed_product(scan: Scan, e: Tensor) -> Tensor:
     if scan.rows is not None:
         assert scan.columns is not None
         units = e.shape[-1]
-        row_of = torch.repeat_interleave(torch.arange(units), scan.rows.diff())
+        row_of = torch.repeat_interleave(torch.arange(units, device=e.device), scan.rows.diff())
         terms = e.index_select(-1, row_of) * weight
         return torch.zeros_like(e).index_add_(-1, scan.columns, terms)
     if scan.columns is not None:
@@ -161,7 +162,8 @@ def _activation(scan: Scan, z: Tensor) -> tuple[Tensor, Tensor | None]:
 class _Gradients:
     """Sums over time of every gradient that is wanted, in float64 where they are vectors."""
 
-    def __init__(self, scan: Scan, grad_mask: int) -> None:
+    def __init__(self, namespace: str, scan: Scan, grad_mask: int) -> None:
+        self.adjoint = getattr(getattr(torch.ops, namespace), ADJOINT).default
         self.scan = scan
         self.wanted = [bool(grad_mask >> bit & 1) for bit in range(6)]
         self.units = leak_units(scan.weight, scan.rows)
@@ -193,8 +195,7 @@ class _Gradients:
         # λ has the gradient's units, so a tolerance in them.
         tolerance = scan.tolerance * float(given.abs().amax()) if given.numel() else 0.0
         offsets = None if scan.cu_seqlens is None else scan.cu_seqlens
-        op = getattr(getattr(torch.ops, NATIVE), ADJOINT).default
-        adjoint, _info = op(
+        adjoint, _info = self.adjoint(
             given,
             slope.contiguous(),
             scan.weight,
@@ -224,7 +225,9 @@ class _Gradients:
         assert self.weight is not None
         scan = self.scan
         if scan.rows is not None and scan.columns is not None:
-            row_of = torch.repeat_interleave(torch.arange(self.units), scan.rows.diff())
+            row_of = torch.repeat_interleave(
+                torch.arange(self.units, device=e.device), scan.rows.diff()
+            )
             self.weight += (e.T @ previous)[row_of, scan.columns]
         elif self.weight.dim() == 1:
             past = previous if scan.columns is None else previous.index_select(-1, scan.columns)

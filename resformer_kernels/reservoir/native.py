@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import _extension
-from resformer_kernels._launch import copy_note, needs_copy
-from resformer_kernels.reservoir.autograd import run_op, wants_states
+from resformer_kernels.reservoir import autograd
 from resformer_kernels.reservoir.call import ReservoirCall, ReservoirInfo
+from resformer_kernels.reservoir.ops import NATIVE
 from resformer_kernels.reservoir.reduction import Result
 
 NAME = "native"
@@ -26,12 +26,9 @@ def unsupported_reason(call: ReservoirCall) -> str | None:
 
 def notes(call: ReservoirCall) -> list[str]:
     """What this backend does to the arguments before the kernel, and keeps beside it."""
-    found = [copy_note("inputs", call.inputs)] if needs_copy(call.inputs) else []
-    if call.reduce != "none" and wants_states(call):
-        found.append(f"every state is kept under reduce={call.reduce!r}: a gradient is wanted")
-    return found
+    return autograd.notes(call)
 
 
 def run(call: ReservoirCall) -> tuple[Result, Tensor, ReservoirInfo]:
     """(states or their reduction, final state, info)."""
-    return run_op(call)
+    return autograd.run_op(call, NATIVE)

@@ -1,12 +1,17 @@
 """Schemas and fakes of the reservoir's ops; torch alone is needed.
 
-`forward` and `adjoint` are compiled (C++): they are the two recurrences. `backward` and `reduced`
-are made of them, in Python, over stretches of time; being ops, they are opaque to torch.compile.
+One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
+whose launcher is imported, and Triton with it, when an op is first called.
+
+`forward` and `adjoint` are compiled: they are the two recurrences. `backward` and `reduced` are
+made of those of their namespace, in Python, over stretches of time; being ops, they are opaque to
+torch.compile.
 A weight travels as its values, with `columns` for a permutation, and `rows` and `columns` for CSR.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor
 from resformer_kernels._launch import vmap_error
 
 NAME = "reservoir_scan"
-NATIVE = "resformer"
+NATIVE, TRITON = "resformer", "resformer_triton"
 VMAP_ERROR = vmap_error(NAME).replace("(B, T, H, D)", "(B, T, inputs)")
 
 _WEIGHT = "Tensor weight, Tensor? rows, Tensor? columns"
@@ -121,22 +126,47 @@ def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise RuntimeError(VMAP_ERROR)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from resformer_kernels.reservoir import gradients
+def _composed(namespace: str) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+    """What is made of the recurrences of `namespace`."""
 
-    return gradients.backward(*arguments)
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        from resformer_kernels.reservoir import gradients
+
+        return gradients.backward(namespace, *arguments)
+
+    def reduced(*arguments: Any) -> tuple[Tensor, ...]:
+        from resformer_kernels.reservoir import stretches
+
+        return stretches.reduced(namespace, *arguments)
+
+    return {BACKWARD: backward, REDUCED: reduced}
 
 
-def _reduced(*arguments: Any) -> tuple[Tensor, ...]:
-    from resformer_kernels.reservoir import stretches
+def define(namespace: str) -> torch.library.Library:
+    """The ops in a namespace: schemas, fakes, what they say under vmap, and those that are made of
+    others. They go when the library does."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name, signature, fake in _OPS:
+        library.define(name + signature)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        library.impl(name, _no_vmap, "FuncTorchBatched")
+    for name, composed in _composed(namespace).items():
+        for key in ("CPU", "CUDA"):
+            library.impl(name, composed, key)
+    return library
 
-    return stretches.reduced(*arguments)
+
+def _by_triton(part: str) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> Any:
+        import resformer_kernels.reservoir.triton_launch as launchers
+
+        return getattr(launchers, part)(*arguments)
+
+    return launch
 
 
-_library = torch.library.Library(NATIVE, "FRAGMENT")
-for _name, _signature, _fake in _OPS:
-    _library.define(_name + _signature)
-    torch.library.register_fake(f"{NATIVE}::{_name}", _fake, lib=_library)
-    _library.impl(_name, _no_vmap, "FuncTorchBatched")
-_library.impl(BACKWARD, _backward, "CPU")
-_library.impl(REDUCED, _reduced, "CPU")
+_libraries = {namespace: define(namespace) for namespace in (NATIVE, TRITON)}
+for _name, _part in ((FORWARD, "forward"), (ADJOINT, "adjoint")):
+    # CPU tensors are for Triton's interpreter.
+    for _key in ("CUDA", "CPU"):
+        _libraries[TRITON].impl(_name, _by_triton(_part), _key)

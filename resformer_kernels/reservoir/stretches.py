@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels.reservoir.ops import FORWARD, NATIVE
+from resformer_kernels.reservoir.ops import FORWARD
 from resformer_kernels.reservoir.reduction import sums_over_time
 
-_ELEMENTS = 2**22
-"""States of one stretch, about: 16 MiB."""
+_ELEMENTS, _ELEMENTS_ON_GPU = 2**22, 2**26
+"""States of one stretch, about: 16 MiB; a GPU takes more chunks at once, and has the memory."""
 _SHORTEST = 4096
 """Steps: a shorter stretch would leave few chunks worth running at once."""
 
 
-def stretch_length(elements_a_step: int) -> int:
+def stretch_length(elements_a_step: int, device: torch.device) -> int:
     """Steps of one stretch."""
-    return max(_SHORTEST, _ELEMENTS // max(1, elements_a_step))
+    elements = _ELEMENTS_ON_GPU if device.type == "cuda" else _ELEMENTS
+    return max(_SHORTEST, elements // max(1, elements_a_step))
 
 
 def reduced(
+    namespace: str,
     inputs: Tensor,
     weight: Tensor,
     rows: Tensor | None,
@@ -38,8 +40,9 @@ def reduced(
     targets: Tensor | None,
     reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op `reservoir_scan_reduced`: (first, second, final state, info)."""
-    scan = getattr(getattr(torch.ops, NATIVE), FORWARD).default
+    """The op `reservoir_scan_reduced`: (first, second, final state, info), by the scan
+    of `namespace`."""
+    scan = getattr(getattr(torch.ops, namespace), FORWARD).default
     units = leak_units(weight, rows)
     outputs = 0 if targets is None else targets.shape[-1]
     sequences = inputs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -97,11 +100,11 @@ def _stretches(
 ) -> Iterator[tuple[slice, Any, Tensor | None]]:
     """(sequences, where their steps lie in inputs, offsets if packed), in the order of time."""
     if cu_seqlens is None:
-        length = stretch_length(sequences * units)
+        length = stretch_length(sequences * units, inputs.device)
         for begin in range(0, inputs.shape[1], length):
             yield slice(0, sequences), (slice(None), slice(begin, begin + length)), None
         return
-    length = stretch_length(units)
+    length = stretch_length(units, inputs.device)
     offsets = cu_seqlens.tolist()
     first = 0
     while first < sequences:

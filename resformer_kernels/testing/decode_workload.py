@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.testing.timing import OURS, Call, Unavailable
-from resformer_kernels.testing.workloads import FLASH_ATTN, cuda_only
+from resformer_kernels.testing.workloads import FLASH_ATTN, cuda_only, require_kernel
 
 GQA = "SDPA enable_gqa"
 FOLDED = "SDPA, group as length"
@@ -42,6 +42,7 @@ class DecodeBenchmark:
     layers: int = 12
     flops: int = 0
     group: str = "decode"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -58,9 +59,11 @@ class DecodeBenchmark:
         return rows * (self.layers + (1 if self.shared else self.layers))
 
     def makers(self) -> dict[str, Callable[[], Call]]:
-        """Ours and the peers, all over the same caches, which the first of them allocates."""
-        q = torch.randn(self.batch, 1, self.heads, self.head_dim).to(self.dtype)
-        lengths = torch.full((self.batch,), self.length, dtype=torch.int32)
+        """Ours and the peers, all over the same caches, which the first of them allocates; ours is
+        `Unavailable` on a GPU where no kernel serves it."""
+        shape = (self.batch, 1, self.heads, self.head_dim)
+        q = torch.randn(shape, device=self.device).to(self.dtype)
+        lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
         grouped = self.heads != self.kv_heads
         folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
 
@@ -74,6 +77,13 @@ class DecodeBenchmark:
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)
 
+        def ours(*, shared: bool) -> Call:
+            keys, values = caches()
+            if self.device != "cpu":
+                arguments = (q, keys[0], values[0])
+                require_kernel(attention_with_kvcache, *arguments, cache_seqlens=lengths)
+            return _through(attend, keys, [values[0]] * self.layers if shared else values)
+
         def enable_gqa(k: Tensor, v: Tensor) -> object:
             q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=grouped)
@@ -86,14 +96,10 @@ class DecodeBenchmark:
         def fold(k: Tensor, v: Tensor) -> object:
             return F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2))
 
-        def one_value() -> Call:
-            keys, values = caches()
-            return _through(attend, keys, [values[0]] * self.layers)
-
         if self.shared:
-            return {OURS: one_value, OWN_VALUES: lambda: _through(attend, *caches())}
+            return {OURS: lambda: ours(shared=True), OWN_VALUES: lambda: ours(shared=False)}
         makers: dict[str, Callable[[], Call]] = {
-            OURS: lambda: _through(attend, *caches()),
+            OURS: lambda: ours(shared=False),
             GQA: gqa,
             FOLDED: lambda: _through(fold, *caches()),
             FLASH_ATTN: functools.partial(cuda_only, "flash_attn"),
@@ -105,7 +111,7 @@ class DecodeBenchmark:
 
     def _cache(self) -> Tensor:
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype).normal_()
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
 
 
 def _through(attend: Callable[[Tensor, Tensor], object], k: list[Tensor], v: list[Tensor]) -> Call:

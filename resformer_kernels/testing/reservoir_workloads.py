@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resformer_kernels.reservoir import reservoir_scan
 from resformer_kernels.testing.timing import OURS, Call, Unavailable
-from resformer_kernels.testing.workloads import require_package, timed_call
+from resformer_kernels.testing.workloads import require_kernel, require_package, timed_call
 
 _LEAK, _RADIUS = 0.3, 0.9
 _CONNECTIVITY = 0.1
@@ -35,16 +36,19 @@ class ReservoirBenchmark:
     direction: str = "forward"
     """"forward" or "backward": the gradients of input, weights and input weights."""
     group: str = "reservoir"
+    mode: str = "auto"
+    """Of ours."""
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        """Form, shape and dtype of the weights."""
+        """Form, shape and dtype of the weights; the mode where it was asked for."""
         form = "sparse" if self.sparse else "dense"
         dtype = str(self.dtype).removeprefix("torch.")
         direction = "" if self.direction == "forward" else f"{self.direction} "
-        return (
-            f"reservoir_scan {direction}{form} B{self.batch} T{self.length} N{self.units} {dtype}"
-        )
+        mode = "" if self.mode == "auto" else f" {self.mode}"
+        shape = f"B{self.batch} T{self.length} N{self.units}"
+        return f"reservoir_scan {direction}{form} {shape}{mode} {dtype}"
 
     @property
     def flops(self) -> int:
@@ -61,7 +65,8 @@ class ReservoirBenchmark:
         return 4 * passes * self.batch * self.length * (self.units + 1)
 
     def makers(self) -> dict[str, Callable[[], Call]]:
-        """Ours, and what else steps through such a reservoir, all on the same weights."""
+        """Ours, and what else steps through such a reservoir, all on the same weights; ours is
+        `Unavailable` on a GPU where no kernel serves it."""
         if self.dtype is not torch.float32:
             # The peers of the float32 case have no narrower form that were quicker.
             return {OURS: lambda: self._ours(self.dtype), WIDE: self._ours}
@@ -82,13 +87,17 @@ class ReservoirBenchmark:
         if self.sparse:
             kept = torch.rand(weight.shape, generator=generator) < _CONNECTIVITY
             weight *= kept / _CONNECTIVITY**0.5
-        return inputs, weight, torch.rand(self.units, 1, generator=generator) * 2 - 1
+        projection = torch.rand(self.units, 1, generator=generator) * 2 - 1
+        return inputs.to(self.device), weight.to(self.device), projection.to(self.device)
 
     def _ours(self, dtype: torch.dtype = torch.float32) -> Call:
         inputs, weight, projection = self._tensors()
         given = (weight.to_sparse_csr() if self.sparse else weight).to(dtype)
+        options: dict[str, Any] = {"input_weight": projection, "leak": _LEAK, "mode": self.mode}
+        if self.device != "cpu":
+            require_kernel(reservoir_scan, inputs, given, **options)
         return timed_call(
-            lambda: reservoir_scan(inputs, given, input_weight=projection, leak=_LEAK)[0],
+            lambda: reservoir_scan(inputs, given, **options)[0],
             [inputs, given, projection],
             self.direction,
         )
@@ -104,7 +113,7 @@ class ReservoirBenchmark:
         if self.sparse:
             raise Unavailable("has dense weights only")
         inputs, _, _ = self._tensors()
-        recurrent = torch.nn.RNN(1, self.units, batch_first=True)
+        recurrent = torch.nn.RNN(1, self.units, batch_first=True).to(self.device)
         leaves = [inputs, *recurrent.parameters()]
         return timed_call(lambda: recurrent(inputs)[0], leaves, self.direction)
 
@@ -114,6 +123,8 @@ class ReservoirBenchmark:
             raise Unavailable("has no gradients")
         if self.batch > 1:
             raise Unavailable("runs one sequence at a time")
+        if self.device != "cpu":
+            raise Unavailable("runs on CPUs alone")
         from reservoirpy.nodes import Reservoir
 
         node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0)

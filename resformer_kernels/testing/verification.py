@@ -89,7 +89,8 @@ def checks(
         table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
         table += [_scan_check(case) for case in scan_cases(dtype, device)]
     if torch.float32 in dtypes:
-        table += [_reservoir_check(kind, device) for kind in ("dense", "groups", "ring")]
+        table += [_reservoir_check(kind, "auto", device) for kind in ("dense", "groups", "ring")]
+        table += [_reservoir_check("dense", mode, device) for mode in ("sequential", "chunked")]
     return table
 
 
@@ -232,7 +233,7 @@ def _embedding_check(dtype: torch.dtype, device: str) -> Check:
     )
 
 
-def _reservoir_check(kind: str, device: str) -> Check:
+def _reservoir_check(kind: str, mode: str, device: str) -> Check:
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:
@@ -249,7 +250,7 @@ def _reservoir_check(kind: str, device: str) -> Check:
     def arguments(x: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given: Any = RingWeight(x[1]) if kind == "ring" else x[1]
         named = {"input_weight": x[2], "leak": x[3], "bias": x[4], "initial_state": x[5]}
-        return (x[0], given), named
+        return (x[0], given), {**named, "mode": mode}
 
     def scan(x: list[Tensor], backend: str) -> Tensor:
         given, named = arguments(x)
@@ -259,7 +260,7 @@ def _reservoir_check(kind: str, device: str) -> Check:
     given, named = arguments(leaves)
     return Check(
         "reservoir_scan",
-        kind,
+        kind if mode == "auto" else f"{kind}, {mode}",
         "float32",
         lambda: explain(reservoir_scan, *given, **named).backend,
         lambda backend: _refusal(backend, reservoir_scan, *given, **named),

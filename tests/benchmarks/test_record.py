@@ -30,10 +30,10 @@ def a_run() -> Run:
         "2026-01-01T00:00:00+00:00",
         {"bfloat16": 1e12},
         {"read": 4e10},
-        [result],
-        {},
-        [MemoryPoint(4096, "bfloat16", 2, 64, 1000, "ours")],
-        [Verdict("mix_values", "a case", "bfloat16", "out", 0.5, 1.0)],
+        freed_memory_kept=True,
+        results=[result],
+        memory=[MemoryPoint(4096, "bfloat16", 2, 64, 1000, "ours")],
+        errors=[Verdict("mix_values", "a case", "bfloat16", "out", 0.5, 1.0)],
     )
 
 

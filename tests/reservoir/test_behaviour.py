@@ -134,7 +134,7 @@ def test_packed_is_each_sequence_by_itself(backend: str) -> None:
 def test_reductions(
     reduce: str, packed: bool, wanted: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stretches, "stretch_length", lambda _: 8)
+    monkeypatch.setattr(stretches, "stretch_length", lambda *_: 8)
     weight = reservoir(10, 0.9)
     offsets: Tensor | None = None
     if packed:

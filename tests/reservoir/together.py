@@ -1,0 +1,81 @@
+"""Programs of a Triton kernel that wait for one another, run at once by Triton's interpreter.
+
+The interpreter runs a grid's programs in turn, where those that meet would wait for ever. Here each
+has a process of its own, forked from this one, and the tensors lie in memory that all share.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+_SECONDS = 200.0
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+def _instead(function: Callable[[int, int, int], None], x: int, y: int, z: int, *_: int) -> None:
+    function(x, y, z)
+
+
+def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[str, Any]) -> None:
+    """Program `place` of `count`: what Triton runs is a grid of one, which believes itself that."""
+    from triton.runtime import interpreter
+
+    torch.set_num_threads(1)
+    builder = interpreter.interpreter_builder
+    dimensions, index = builder.set_grid_dim, builder.set_grid_idx
+    with (
+        mock.patch.object(builder, "set_grid_dim", partial(_instead, dimensions, count, 1, 1)),
+        mock.patch.object(builder, "set_grid_idx", partial(_instead, index, place, 0, 0)),
+        # It would write what it has over what others wrote.
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
+    ):
+        run(grid=(1,), device=torch.device("cpu"), **arguments)
+
+
+@contextmanager
+def together(programs: int) -> Iterator[list[int]]:
+    """Within it, up to `programs` run at once; yields how many each launch had."""
+    from resformer_kernels.reservoir import triton_launch
+
+    run = triton_launch.lib.launch
+    launched: list[int] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
+        for tensor in _tensors(arguments.values()):
+            tensor.share_memory_()
+        given = {"kernel": kernel, **arguments}
+        fork = multiprocessing.get_context("fork")
+        workers = [
+            fork.Process(target=_run_one, args=(run, place, grid[0], given), daemon=True)
+            for place in range(grid[0])
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(_SECONDS)
+        codes = [worker.exitcode for worker in workers]
+        for worker in workers:
+            worker.kill()
+        assert codes == [0] * len(workers), codes
+        launched.append(grid[0])
+
+    with (
+        mock.patch.object(triton_launch, "_programs", return_value=programs),
+        mock.patch.object(triton_launch.lib, "launch", launch),
+    ):
+        yield launched
