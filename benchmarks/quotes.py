@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,18 +20,21 @@ from typing import Any
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
 from resformer_kernels.cli.tables import duration
 from resformer_kernels.support import answers
+from resformer_kernels.testing.timing import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/figures.md", "docs/support.md")
 _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+_SHAPES = 4
+"""Of attention, how many the README shows of each machine."""
 _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
 _SHORT = (r"decode .* a layer, bfloat16$", r"linear_scan forward .* by step float32", r"reservoir")
 """The cases other than attention that the README shows: of those that are stored, what matches."""
 
 Run = dict[str, Any]
-"""A stored run as JSON, in any format: only "machine", "started" and "timings" are read."""
+"""A stored run as JSON, of a CPU or a device: only "machine", "started" and "timings" are read."""
 
 
 @cache
@@ -51,6 +55,20 @@ def described(run: Run) -> str:
     return f"{where}{path}, torch {machine['torch']}, {run['started'][:10]}"
 
 
+def medians(timing: Any) -> dict[str, float]:
+    """Seconds by contestant; a device's run stores samples alone."""
+    stored: dict[str, float] | None = timing.get("medians_s")
+    if stored is not None:
+        return stored
+    return {name: statistics.median(found) for name, found in timing.get("timings", {}).items()}
+
+
+def fastest_peer(timing: Any) -> str | None:
+    """Whichever of the others took the least time; None where there is no other."""
+    others = {name: seconds for name, seconds in medians(timing).items() if name != OURS}
+    return min(others, key=lambda name: others[name], default=None)
+
+
 def attention_tables() -> str:
     """A table for each machine: how many times faster than the fastest peer, and our rate."""
     parts = []
@@ -61,11 +79,12 @@ def attention_tables() -> str:
         )
         if not shapes:
             continue
+        shown = list(shapes)[:_SHAPES]
         lines = [
             f"| {described(run)} | {' | '.join(', '.join(p) for p in _PASSES)} |",
             f"| --- |{' --- |' * len(_PASSES)}",
         ]
-        for shape in shapes:
+        for shape in shown:
             names = [f"attention {way} {shape} {dtype}" for way, dtype in _PASSES]
             lines.append(f"| {shape} | {' | '.join(_cell(found.get(n)) for n in names)} |")
         parts.append("\n".join(lines))
@@ -77,13 +96,11 @@ def _attention(name: str) -> re.Match[str] | None:
 
 
 def _cell(timing: Any) -> str:
-    if timing is None or timing["peer"] is None:
+    peer = None if timing is None else fastest_peer(timing)
+    if peer is None or OURS not in medians(timing):
         return ""
-    return f"{timing['ratio']:.2f}x, {_gigaflops(timing)}"
-
-
-def _gigaflops(timing: Any) -> str:
-    return f"{timing['flops'] / timing['medians_s']['ours'] / 1e9:.0f} GFLOP/s"
+    ours = medians(timing)[OURS]
+    return f"{medians(timing)[peer] / ours:.2f}x, {timing['flops'] / ours / 1e9:.0f} GFLOP/s"
 
 
 def other_table() -> str:
@@ -101,11 +118,14 @@ _HEADING = ("| case | ours | fastest peer | times faster |", "| --- | --- | --- 
 
 
 def _row(timing: Any) -> str:
-    ours, peer = timing["medians_s"]["ours"], timing["peer"]
+    found, peer, name = medians(timing), fastest_peer(timing), timing["name"]
+    if OURS not in found:
+        return f"| {name} | failed | | |"
+    ours = found[OURS]
     if peer is None:
-        return f"| {timing['name']} | {duration(ours)} | none here | |"
-    theirs = duration(timing["medians_s"][peer])
-    return f"| {timing['name']} | {duration(ours)} | {peer}, {theirs} | {timing['ratio']:.2f}x |"
+        return f"| {name} | {duration(ours)} | none here | |"
+    theirs = found[peer]
+    return f"| {name} | {duration(ours)} | {peer}, {duration(theirs)} | {theirs / ours:.2f}x |"
 
 
 def every_case() -> str:

@@ -40,7 +40,9 @@ class Matrix:
 
     def dtypes(self, column: Column) -> tuple[str, ...]:
         """Every dtype that a backend serves in some form."""
-        found = {dtype for feature in self.features for dtype in self.served[feature, column]}
+        found = {
+            dtype for feature in self.features for dtype in self.served.get((feature, column), ())
+        }
         return tuple(dtype for dtype in SHORT if dtype in found)
 
     def refused(self, column: Column) -> tuple[str, ...]:
@@ -76,15 +78,20 @@ def matrices(answers: Iterable[Answer]) -> list[Matrix]:
 
 
 def summary(found: Sequence[Matrix]) -> str:
-    """Markdown: a row for each op, backend and device."""
-    lines = ["| op | backend | dtypes | all of its forms but |", "| --- | --- | --- | --- |"]
+    """Markdown: a row for each op, a column for each backend and device."""
+    columns = list(dict.fromkeys(column for matrix in found for column in matrix.columns))
+    columns.sort(key=lambda column: column[1] != "cpu")
+    lines = [
+        f"| op | {' | '.join(map(_heading, columns))} |",
+        f"| --- |{' --- |' * len(columns)}",
+    ]
     for matrix in found:
-        name = f"`{matrix.op}`"
-        for column in matrix.columns:
-            dtypes = ", ".join(matrix.dtypes(column))
-            refused = ", ".join(matrix.refused(column)) or "—"
-            lines.append(f"| {name} | {_heading(column)} | {dtypes} | {refused} |")
-            name = ""
+        cells = []
+        for column in columns:
+            dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
+            refused = ", ".join(matrix.refused(column)) if dtypes else ""
+            cells.append(f"{dtypes}; not: {refused}" if refused else dtypes or "no")
+        lines.append(f"| `{matrix.op}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
