@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,23 @@ def every_case() -> str:
 
 
 def _section(name: str, run: Run) -> str:
-    about = f"{described(run)}; `benchmarks/results/{name}.json`."
-    return "\n".join([f"## {name}", "", about, "", *_HEADING, *map(_row, run["timings"])])
+    commit = run["machine"].get("commit", "unknown")
+    about = f"{described(run)}, at commit {commit}; `benchmarks/results/{name}.json`."
+    memory = _memory(run.get("peak_memory", []))
+    return "\n".join([f"## {name}", "", about, "", *_HEADING, *map(_row, run["timings"]), *memory])
+
+
+def _memory(points: Sequence[Any]) -> list[str]:
+    """A line for each dtype and contestant of the peak over the length."""
+    lines: dict[str, list[str]] = {}
+    for point in points:
+        who = f"{point.get('contestant', OURS)}, {point['dtype']}"
+        size = f"{point['bytes'] / 2**20:.1f} MiB at T={point['length']}"
+        lines.setdefault(who, []).append(size)
+    if not lines:
+        return []
+    said = [f"- {who}: {', '.join(sizes)}" for who, sizes in lines.items()]
+    return ["", "Peak memory of forward and backward of attention, beyond the inputs:", "", *said]
 
 
 QUOTES: dict[str, Callable[[], str]] = {
