@@ -11,7 +11,7 @@ CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c
 MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench device-check lint format clean
+.PHONY: help setup demo test bench docs device-check lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -26,6 +26,9 @@ test: setup lint ## lint, types, formatting and every test
 
 bench: setup ## time every registered case against its peers
 	@$(VENV)/bin/resformer-kernels bench $(ARGS)
+
+docs: setup ## rewrite what README and docs/ quote from the code and from stored runs
+	@$(PY) -m benchmarks.quotes
 
 # No set-up: on a machine with a GPU its own torch and Triton are used, and nothing is installed.
 device-check: ## on a GPU, in eight minutes: its kernels against float64, then timed beside their peers

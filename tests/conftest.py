@@ -32,6 +32,12 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What a test draws from torch's own generator depends on no test before it."""
+    torch.manual_seed(0)
+
+
 def _require_native() -> None:
     reason = _extension.unavailable_reason()
     if reason is None:

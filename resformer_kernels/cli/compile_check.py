@@ -38,7 +38,13 @@ def add_parser(subparsers: Subparsers) -> None:
         help="this architecture alone; may be repeated (default: all)",
     )
     parser.add_argument("--op", metavar="OP", action="append", help="this op alone, by its folder")
-    parser.add_argument("--main", action="store_true", help="the main configurations alone")
+    fewer = parser.add_mutually_exclusive_group()
+    fewer.add_argument("--main", action="store_true", help="the main configurations alone")
+    fewer.add_argument(
+        "--brief",
+        action="store_true",
+        help="the main configurations, and the first of every kernel that has none",
+    )
     parser.add_argument(
         "--filter", metavar="TEXT", help="only cases whose name has every word of TEXT"
     )
@@ -72,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         and (job.main or not args.main)
         and all(word in job.name for word in (args.filter or "").split())
     ]
+    if args.brief:
+        wanted = brief(wanted)
     if not wanted:
         return refuse("compile-check", "no case matches; --list prints the names")
     if args.list:
@@ -86,6 +94,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(found, failed)
     return 1 if failed else 0
+
+
+def brief(wanted: Sequence[triton_check.Job]) -> list[triton_check.Job]:
+    """The main configurations, and of every kernel without one its first on each architecture."""
+
+    def kernel(job: triton_check.Job) -> tuple[str, int, str]:
+        return job.op, job.capability, job.name.partition(",")[0]
+
+    first = {kernel(job): job for job in reversed(wanted)}
+    covered = {kernel(job) for job in wanted if job.main}
+    return [
+        job
+        for job in wanted
+        if job.main or (kernel(job) not in covered and first[kernel(job)] is job)
+    ]
 
 
 def _compile(

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,35 @@ def add_parser(subparsers: Subparsers) -> None:
     """Declare the arguments of `info`."""
     parser = subparsers.add_parser("info", help=COMMANDS["info"], description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help="print which form of a call each backend serves in which dtype, on any machine",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. 1 where the environment asks for a CPU path that cannot run."""
+    if args.matrix:
+        return _run_matrix(as_json=args.json)
     report = collect()
     if args.json:
         print(json.dumps(asdict(report), indent=2))
     else:
         _print_tables(report, Console())
     return 0 if report.healthy else 1
+
+
+def _run_matrix(*, as_json: bool) -> int:
+    # Both build tensors to ask about: not at import.
+    from resformer_kernels.cli import matrix
+    from resformer_kernels.support import answers
+
+    if as_json:
+        print(json.dumps([asdict(answer) for answer in answers()], indent=2))
+    else:
+        matrix.print_tables(matrix.matrices(answers()), Console())
+    return 0
 
 
 def collect() -> Report:
@@ -223,15 +242,36 @@ def _print_tables(report: Report, console: Console) -> None:
         console.print(table)
     if not report.served:
         return
-    table = Table(title='What backend="auto" takes', title_justify="left")
-    for heading in ("op", "input", "backend"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("why not another", overflow="fold")
-    for row in report.served:
-        reasons = "\n".join(
-            f"{name}: {reason}"
-            for name, reason in row.others.items()
-            if reason != f"{row.backend} is preferred"
-        )
-        table.add_row(row.op, f"{row.device} {row.dtype}", row.backend, reasons)
-    console.print(table)
+    console.print(served_table(report.served))
+    console.print(reason_table(report.served))
+
+
+def served_table(served: Sequence[Served]) -> Table:
+    """The backend of each op and device, a column a dtype."""
+    table = Table(title='What backend="auto" takes', title_justify="left", header_style="bold")
+    dtypes = list(dict.fromkeys(row.dtype for row in served))
+    for heading in ("op", "device", *dtypes):
+        table.add_column(heading, overflow="fold")
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in served:
+        rows.setdefault((row.op, row.device), {})[row.dtype] = row.backend
+    for (op, device), backends in rows.items():
+        table.add_row(op, device, *(backends[dtype] for dtype in dtypes))
+    return table
+
+
+def reason_table(served: Sequence[Served]) -> Table:
+    """Why each backend was passed over, every reason once, and for which dtypes."""
+    table = Table(title="Why not another", title_justify="left", header_style="bold")
+    table.add_column("backend", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    table.add_column("for", overflow="fold")
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in served:
+        for backend, reason in row.others.items():
+            if reason != f"{row.backend} is preferred":
+                found.setdefault((backend, reason), {})[f"{row.device} {row.dtype}"] = None
+    every = len({(row.device, row.dtype) for row in served})
+    for (backend, reason), where in found.items():
+        table.add_row(backend, reason, "everything" if len(where) == every else ", ".join(where))
+    return table

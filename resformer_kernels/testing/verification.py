@@ -22,11 +22,14 @@ from resformer_kernels.testing.kvcache import (
 )
 from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache, kvcache_inputs
 from resformer_kernels.testing.poison import poisoned
+from resformer_kernels.testing.reservoir_checks import NAMES as RESERVOIR_GRADIENTS
+from resformer_kernels.testing.reservoir_checks import ReservoirCase, reservoir_cases
 from resformer_kernels.testing.scan_checks import ScanCase, scan_cases
 
 Run = Callable[[str], list[Comparison]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_SUCH = "has no such backend"
 _OFTEN = ("batch", "heads", "kv_heads", "seed", "dtype", "tail", "slack", "coefficient_dtype")
 
 
@@ -54,6 +57,9 @@ class Verdict:
     tensor: str
     error: float
     budget: float
+    backend: str = "auto"
+    """As it was asked for."""
+    device: str = "cpu"
 
     @property
     def ok(self) -> bool:
@@ -86,6 +92,7 @@ def checks(
     for dtype in dtypes:
         table += [_mix_check(sources, dtype, device) for sources in (2, 5)]
         table.append(_embedding_check(dtype, device))
+        table += [_reservoir_form_check(case) for case in reservoir_cases(dtype, device)]
         table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
         table += [_scan_check(case) for case in scan_cases(dtype, device)]
     if torch.float32 in dtypes:
@@ -94,13 +101,29 @@ def checks(
     return table
 
 
-def verify(table: Sequence[Check], backend: str = "auto") -> Iterator[list[Verdict]]:
-    """The verdicts of each check in turn."""
+def verify(
+    table: Sequence[Check], backend: str = "auto", device: str = "cpu"
+) -> Iterator[list[Verdict]]:
+    """The verdicts of each check in turn; `device` is that of the table."""
     for check in table:
+        about = (check.op, check.case, check.dtype)
         yield [
-            Verdict(check.op, check.case, check.dtype, found.name, found.error, found.budget)
+            Verdict(*about, found.name, found.error, found.budget, backend, device)
             for found in check.run(backend)
         ]
+
+
+def refusals(table: Sequence[Check], backend: str) -> tuple[list[Check], dict[str, int]]:
+    """(the checks that a backend can serve; how many it cannot, by reason). A check of an op that
+    has no such backend is in neither."""
+    served, reasons = [], dict[str, int]()
+    for check in table:
+        reason = check.refusal(backend)
+        if reason is None:
+            served.append(check)
+        elif not reason.endswith(_NO_SUCH):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return served, reasons
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -113,7 +136,7 @@ def _refusal(backend: str, function: Callable[..., Any], *args: Any, **kwargs: A
         if backend == candidate.NAME:
             reason: str | None = candidate.unsupported_reason(request.call)
             return reason
-    return f"{request.op} has no such backend"
+    return f"{request.op} {_NO_SUCH}"
 
 
 def attention_check(case: AttentionCase, device: str = "cpu") -> Check:
@@ -272,6 +295,25 @@ def _reservoir_check(kind: str, mode: str, device: str) -> Check:
             ["dinputs", "dweight", "dinput_weight", "dleak", "dbias", "dinitial_state"],
             backend,
         ),
+    )
+
+
+def _reservoir_form_check(case: ReservoirCase) -> Check:
+    def prepared(use: Callable[..., Any], *first: Any) -> Any:
+        given, named = case.call(case.leaves())
+        return use(*first, reservoir_scan, *given, **named)
+
+    def compare(backend: str) -> list[Comparison]:
+        leaves = case.leaves()
+        return _compare(case.scan, leaves, leaves, case.grad(), list(RESERVOIR_GRADIENTS), backend)
+
+    return Check(
+        "reservoir_scan",
+        case.name,
+        _name(case.dtype),
+        lambda: prepared(explain).backend,
+        lambda backend: prepared(_refusal, backend),
+        compare,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import resformer_kernels
-from resformer_kernels import _extension
+from resformer_kernels import _extension, support
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, info, main
 
 needs_native = pytest.mark.skipif(
@@ -79,6 +79,41 @@ def test_without_the_library_the_reason_is_shown(
     report = json.loads(capsys.readouterr().out)
     assert report["native"]["library"] == "not in use: it was not built"
     assert {row["backend"] for row in report["served"]} == {"reference"}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_reason_is_told_once_and_nothing_is_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    assert printed.count("TRITON_INTERPRET=1") == 1
+    assert printed.count("mix_value_embedding") == 1 + torch.cuda.is_available()
+
+
+def test_matrix_has_every_public_op_with_its_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--matrix", "--json"]) == 0
+    answers = [support.Answer(**row) for row in json.loads(capsys.readouterr().out)]
+    assert list(dict.fromkeys(answer.op for answer in answers)) == list(info._SAMPLES)
+    assert {answer.device for answer in answers} == {"cpu", "cuda"}
+    refused = {a.feature for a in answers if a.backend == "native" and "float8" in a.feature}
+    assert refused == {"float8 cache"}
+    assert all(answer.reason is None for answer in answers if answer.backend == "reference")
+    assert main(["info", "--matrix"]) == 0
+    printed = capsys.readouterr().out
+    assert "packed sequences" in printed
+    assert "flash_attn, CUDA" in printed
+
+
+def test_matrix_does_not_depend_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = list(support.answers())
+    monkeypatch.setattr(_extension, "_reason", "it was not built")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert list(support.answers()) == everywhere
 
 
 def test_every_public_op_is_reported() -> None:

@@ -1,0 +1,140 @@
+"""The support matrix as tables: `info --matrix`, README.md and docs/support.md.
+
+The reference, which serves every call in every dtype, has no column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from resformer_kernels.support import Answer
+
+SHORT = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float64": "f64",
+    "complex64": "c64",
+}
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+_REFERENCE = "reference"
+
+Column = tuple[str, str]
+"""(backend, device)."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One op: which dtypes each backend serves of each form of a call."""
+
+    op: str
+    features: tuple[str, ...]
+    columns: tuple[Column, ...]
+    """Those that serve anything."""
+    served: dict[tuple[str, Column], tuple[str, ...]]
+    """By feature and column."""
+
+    def dtypes(self, column: Column) -> tuple[str, ...]:
+        """Every dtype that a backend serves in some form."""
+        found = {
+            dtype for feature in self.features for dtype in self.served.get((feature, column), ())
+        }
+        return tuple(dtype for dtype in SHORT if dtype in found)
+
+    def refused(self, column: Column) -> tuple[str, ...]:
+        """The forms that a backend does not serve, with the dtypes where it is not all of them."""
+        dtypes, found = self.dtypes(column), []
+        for feature in self.features:
+            missing = [d for d in dtypes if d not in self.served[feature, column]]
+            if len(missing) == len(dtypes):
+                found.append(feature)
+            elif missing:
+                found.append(f"{feature} ({', '.join(missing)})")
+        return tuple(found)
+
+
+def matrices(answers: Iterable[Answer]) -> list[Matrix]:
+    """The answers by op."""
+    grouped: dict[str, dict[tuple[str, Column], list[str]]] = {}
+    for answer in answers:
+        if answer.backend == _REFERENCE:
+            continue
+        column = (answer.backend, answer.device)
+        cell = grouped.setdefault(answer.op, {}).setdefault((answer.feature, column), [])
+        if answer.reason is None:
+            cell.append(answer.dtype)
+    found = []
+    for op, cells in grouped.items():
+        columns = dict.fromkeys(column for (_, column), dtypes in cells.items() if dtypes)
+        ordered = sorted(columns, key=lambda column: column[1] != "cpu")
+        served = {key: tuple(d for d in SHORT if d in dtypes) for key, dtypes in cells.items()}
+        features = tuple(dict.fromkeys(feature for feature, _ in cells))
+        found.append(Matrix(op, features, tuple(ordered), served))
+    return found
+
+
+def summary(found: Sequence[Matrix]) -> str:
+    """Markdown: a row for each op, a column for each backend and device."""
+    columns = list(dict.fromkeys(column for matrix in found for column in matrix.columns))
+    columns.sort(key=lambda column: column[1] != "cpu")
+    lines = [
+        f"| op | {' | '.join(map(_heading, columns))} |",
+        f"| --- |{' --- |' * len(columns)}",
+    ]
+    for matrix in found:
+        cells = []
+        for column in columns:
+            dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
+            refused = ", ".join(matrix.refused(column)) if dtypes else ""
+            cells.append(f"{dtypes}; not: {refused}" if refused else dtypes or "no")
+        lines.append(f"| `{matrix.op}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def whole(found: Sequence[Matrix]) -> str:
+    """Markdown: a table for each op, a row for each form of a call."""
+    parts = []
+    for matrix in found:
+        headings = [_heading(column) for column in matrix.columns]
+        lines = [
+            f"## {matrix.op}",
+            "",
+            f"| form | {' | '.join(headings)} |",
+            f"| --- |{' --- |' * len(headings)}",
+        ]
+        for feature in matrix.features:
+            cells = [_cell(matrix, feature, column) for column in matrix.columns]
+            lines.append(f"| {feature} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def print_tables(found: Sequence[Matrix], console: Console) -> None:
+    """The same in the terminal."""
+    for matrix in found:
+        table = Table(title=matrix.op, title_justify="left", header_style="bold")
+        table.add_column("form", overflow="fold")
+        for column in matrix.columns:
+            table.add_column(_heading(column), overflow="fold")
+        for feature in matrix.features:
+            cells = [_cell(matrix, feature, column) for column in matrix.columns]
+            table.add_row(feature, *(cell if cell != "no" else "[yellow]no" for cell in cells))
+        console.print(table)
+    names = ", ".join(f"{short} {name}" for name, short in SHORT.items())
+    console.print(
+        f"{names}; gradients included. The reference serves every form on any device, in float64 "
+        "too. What this machine lacks counts as there; without --matrix, info says what that is."
+    )
+
+
+def _heading(column: Column) -> str:
+    backend, device = column
+    return f"{backend}, {_DEVICES[device]}"
+
+
+def _cell(matrix: Matrix, feature: str, column: Column) -> str:
+    return " ".join(SHORT[dtype] for dtype in matrix.served[feature, column]) or "no"

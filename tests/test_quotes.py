@@ -1,0 +1,68 @@
+"""The README is short, and what it and docs/ quote is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quotes
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def test_is_short() -> None:
+    assert len(README.read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("name", ["README.md", *quotes.DOCUMENTS[1:]])
+def test_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_quotes_are_what_code_and_stored_runs_say() -> None:
+    stale = [str(path.relative_to(ROOT)) for path, _ in quotes.stale()]
+    assert stale == [], "run: python -m benchmarks.quotes"
+
+
+def test_every_quote_is_shown() -> None:
+    shown = [
+        name
+        for document in quotes.DOCUMENTS
+        for name in re.findall(r"<!-- quote: ([\w-]+) -->", (ROOT / document).read_text())
+    ]
+    assert sorted(shown) == sorted(quotes.QUOTES)
+
+
+def test_a_changed_run_changes_its_quote(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: quotes.Run = {
+        "machine": {"processor": "P", "threads": 2, "native path": "avx2", "torch": "2.13.0"},
+        "started": "2026-01-02T03:04:05+00:00",
+        "timings": [
+            {
+                "name": "attention forward B1 causal bfloat16",
+                "flops": 3_000_000_000,
+                "medians_s": {"ours": 0.5, "SDPA": 1.0},
+                "peer": "SDPA",
+                "ratio": 2.0,
+            },
+            {
+                "name": "decode B1, V a layer, bfloat16",
+                "flops": 0,
+                "medians_s": {"ours": 0.002},
+                "peer": None,
+                "ratio": None,
+            },
+        ],
+    }
+    monkeypatch.setattr(quotes, "runs", lambda: {"machine": run})
+    text = "<!-- quote: attention -->\nold\n<!-- end -->\n<!-- quote: others -->\n<!-- end -->\n"
+    written = quotes.rewritten(text)
+    assert "| P, 2 threads, avx2, torch 2.13.0, 2026-01-02 | forward, bfloat16 |" in written
+    assert "| B1 causal | 2.00x, 6 GFLOP/s |  |  |  |" in written
+    assert "| decode B1, V a layer, bfloat16 | 2 ms | none here | |" in written
+    assert quotes.rewritten(written) == written
