@@ -21,7 +21,7 @@ def a_run() -> Run:
     timings = {"ours": Timing((1.0, 1.1, 0.9)), "SDPA": Timing((2.0, 2.2, 1.8))}
     result = Result(
         *("attention forward B1", "attention forward", "bfloat16", 7, 9),
-        timings,  # type: ignore[arg-type]
+        timings,
         {"flash-attn": "not installed"},
         {"ours": 5, "SDPA": 6},
     )
