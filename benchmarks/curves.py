@@ -41,7 +41,7 @@ def attention() -> list[Benchmark]:
     ]
 
 
-def decode_grid() -> list[Benchmark]:
+def decode_grid() -> list[DecodeBenchmark]:
     """Every size of query group at every length, with a V a layer and with one V for all."""
     return [
         DecodeBenchmark(

@@ -17,6 +17,7 @@ from resformer_kernels.cli import bench, main
 from resformer_kernels.mix import native as mix_native
 from resformer_kernels.testing import timing
 from resformer_kernels.testing.attention_workload import SDPA, AttentionBenchmark
+from resformer_kernels.testing.verification import checks
 from resformer_kernels.testing.workloads import FLASH_ATTN, MixBenchmark
 
 ATTENTION = AttentionBenchmark(
@@ -36,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "cases", lambda *, quick: cases)  # noqa: ARG005
     monkeypatch.setattr(registry, "MEMORY_LENGTHS", (2048,))
     # One check an op: `verify` has tests of its own.
-    few = {check.op: check for check in reversed(runner.checks())}
+    few = {check.op: check for check in reversed(checks())}
     monkeypatch.setattr(runner, "checks", few.values)
     monkeypatch.setattr("resformer_kernels.testing.ceilings._GEMM_SIZE", 64)
     monkeypatch.setattr("resformer_kernels.testing.ceilings._ARRAY_BYTES", 2**16)
