@@ -1,157 +1,45 @@
-"""What is timed on a GPU, tried out on a CPU; and the GPU's timer, over a pretended GPU."""
+"""Cases that device-check times beside attention: they run, and say where no kernel serves them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from types import ModuleType, SimpleNamespace
-from typing import Any
+import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from resformer_kernels.testing import device_timer, device_workloads
-from resformer_kernels.testing.device_timer import DeviceTimer, timer_for
-from resformer_kernels.testing.device_workloads import (
-    FA3,
-    FLEX,
-    SDPA_CUDNN,
-    SDPA_FLASH,
-    DeviceAttention,
+from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
+from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
+from resformer_kernels.testing.timing import OURS
+from resformer_kernels.testing.workloads import Unavailable
+
+DECODE = DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2)
+CASES = (
+    (DECODE, {OURS, GQA, FOLDED}),
+    (dataclasses.replace(DECODE, shared=True), {OURS, OWN_VALUES}),
+    (ReservoirBenchmark(8, 2, 20), {OURS, "torch loop", "nn.RNN"}),
+    (ReservoirBenchmark(8, 2, 40, mode="chunked"), {OURS, "torch loop", "nn.RNN"}),
 )
-from resformer_kernels.testing.timing import OURS, host_timer
-from resformer_kernels.testing.workloads import MixBenchmark, Unavailable
-
-CASE = DeviceAttention(2, 4, 2, 64, 16, torch.bfloat16, "forward", True, device="cpu", flex=True)
 
 
-def test_flops_and_names() -> None:
-    full = replace(CASE, causal=False, kv_heads=4)
-    assert full.flops == 4 * 2 * 4 * 64 * 64 * 16
-    assert CASE.flops == 4 * 2 * 4 * (64 * 65 // 2) * 16
-    assert replace(full, direction="backward").flops == 2.5 * full.flops
-    assert full.name == "attention forward B2 H4 T64 D16 full bfloat16"
-    assert CASE.name == "attention forward B2 Hq4 Hkv2 T64 D16 causal bfloat16"
-    assert replace(CASE, direction="backward").bytes == 2 * CASE.bytes
-
-
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, None]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    return out.transpose(1, 2), None
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_contestants_compute_the_same(
-    direction: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("case", "names"), CASES, ids=[case.name for case, _ in CASES])
+def test_every_contestant_runs(
+    case: DecodeBenchmark | ReservoirBenchmark, names: set[str], native: str
 ) -> None:
-    module: Any = ModuleType("flash_attn_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr(device_workloads, "_compiled_flex", lambda: device_workloads._mix_and_flex)
-    makers = replace(CASE, direction=direction, causal=causal).makers()
-    # Torch's FlexAttention has no backward on a CPU.
-    names = (OURS, SDPA_FLASH, FA3, *((FLEX,) if direction == "forward" else ()))
-    found = {name: makers[name]() for name in names}
-    expected = found[OURS]()
-    for name, call in found.items():
-        result: Any = call()
-        torch.testing.assert_close(result, expected, atol=0.05, rtol=0.05, msg=name)
-        # Again: a backward keeps its graph.
-        torch.testing.assert_close(call(), result, msg=name)
+    assert native == "native"
+    calls = case.contestants()
+    assert set(calls) == names
+    for call in calls.values():
+        call()
 
 
-def test_what_is_not_here_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("flash_attn_interface", "fa3_fwd_interface"):
-        monkeypatch.setitem(sys.modules, name, None)
-    makers = CASE.makers()
-    with pytest.raises(Unavailable, match="flash_attn_interface"):
-        makers[FA3]()()
-    with pytest.raises(RuntimeError):
-        makers[SDPA_CUDNN]()()
-    with pytest.raises(Unavailable, match="no kernel serves it"):
-        # Nothing but the reference computes in float64.
-        replace(CASE, dtype=torch.float64).makers()[OURS]()
-    # A build without a backward serves what it can.
-    module: Any = ModuleType("fa3_fwd_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
-    makers[FA3]()()
-    with pytest.raises(Unavailable, match="no backward"):
-        replace(CASE, direction="backward").makers()[FA3]()
+@pytest.mark.parametrize("case", [case for case, _ in CASES], ids=lambda case: case.name)
+def test_ours_says_where_no_kernel_serves_it(case: DecodeBenchmark | ReservoirBenchmark) -> None:
+    makers = dataclasses.replace(case, device="meta").makers()
+    with pytest.raises(Unavailable, match="these are on meta"):
+        makers[OURS]()
 
 
-def test_the_reference_is_not_timed_as_ours_on_a_device() -> None:
-    case = MixBenchmark(2, 1, 8, 2, 8, torch.bfloat16, "forward", device="meta")
-    with pytest.raises(Unavailable, match="no kernel serves it"):
-        case.makers()[OURS]()
-
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CUDA device whose clock advances by a millisecond with each record; what it was told."""
-    told: list[str] = []
-    clock = iter(range(10_000))
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            told.append("record")
-            self.at = next(clock)
-
-        def elapsed_time(self, end: Event) -> float:
-            return float(end.at - self.at)
-
-    class Scratch:
-        def zero_(self) -> None:
-            told.append("flush")
-
-    @contextmanager
-    def device(_device: torch.device) -> Iterator[None]:
-        yield
-
-    def empty(size: int, **_options: object) -> Scratch:
-        told.append(f"scratch {size}")
-        return Scratch()
-
-    properties = SimpleNamespace(L2_cache_size=100 * 2**20)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: told.append("sleep"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
-    monkeypatch.setattr(torch, "empty", empty)
-    return told
-
-
-def test_each_call_meets_a_cold_cache_and_a_busy_device(pretended: list[str]) -> None:
-    timer = timer_for("cuda")
-    assert isinstance(timer, DeviceTimer)
-    seconds = timer(lambda: pretended.append("call"), 2)
-    assert seconds == 1e-3
-    once = ["flush", "sleep", "record", "call", "record"]
-    assert pretended == [f"scratch {400 * 2**20}", *once, *once, "wait"]
-
-
-def test_other_devices_are_timed_by_the_host() -> None:
-    assert timer_for("cpu") is host_timer
-
-
-def test_readings_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda _name: None)
-    assert device_timer.readings() == {}
-    line = "580.1, 1980 MHz, 3201 MHz, 40, 120 W\n"
-    done = SimpleNamespace(returncode=0, stdout=line)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: done)
-    assert device_timer.readings()["clocks.sm"] == "1980 MHz"
-    done.returncode = 9
-    assert device_timer.readings() == {}
+def test_a_mode_that_was_asked_for_is_in_the_name() -> None:
+    assert ReservoirBenchmark(8, 1, 20).name == "reservoir_scan dense B1 T20 N8 float32"
+    named = ReservoirBenchmark(8, 1, 20, mode="chunked").name
+    assert named == "reservoir_scan dense B1 T20 N8 chunked float32"
