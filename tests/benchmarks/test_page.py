@@ -40,10 +40,9 @@ def whole() -> Run:
         "2026-01-02T03:04:05+00:00",
         {"bfloat16": 1e12, "float32": 2e11},
         {"read": 4e10, "copy": 4e10},
-        [result(case) for case in registry.cases() if case.group != "window forward"],
-        {},
-        [MemoryPoint(t, "bfloat16", 2, 64, 4000 * t, OURS) for t in (4096, 8192)],
-        [Verdict("mix_values", "a case", "float32", "out", 0.5, 1.0)],
+        results=[result(case) for case in registry.cases() if case.group != "window forward"],
+        memory=[MemoryPoint(t, "bfloat16", 2, 64, 4000 * t, OURS) for t in (4096, 8192)],
+        errors=[Verdict("mix_values", "a case", "float32", "out", 0.5, 1.0)],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -25,10 +26,13 @@ def test_every_contestant_runs(
     case: DecodeBenchmark | ReservoirBenchmark, names: set[str], native: str
 ) -> None:
     assert native == "native"
-    calls = case.contestants()
-    assert set(calls) == names
-    for call in calls.values():
-        call()
+    found = set()
+    for name, make in case.makers().items():
+        # flash-attn has no CPU kernel, and ReservoirPy takes one sequence: neither is named.
+        with contextlib.suppress(Unavailable):
+            make()()
+            found.add(name)
+    assert found == names
 
 
 @pytest.mark.parametrize("case", [case for case, _ in CASES], ids=lambda case: case.name)
