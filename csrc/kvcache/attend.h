@@ -8,7 +8,7 @@
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/softmax.h"
-#include "kvcache/block.h"
+#include "kvcache/scratch.h"
 #include "kvcache/stream.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -55,30 +55,7 @@ class CacheAttend {
   using Unit = Scores<kPrecision>;
   static constexpr bool kCodes = sizeof(C) == 1;
 
-  struct Own {
-    Own(const CacheProblem& p, const CachePlan& plan)
-        : rows(plan.most_heads() * padded(plan.most_rows())),
-          q(rows * row_words<Dot>(p.keys.dim)),
-          acc(rows * plan.columns()),
-          scores(larger(padded(plan.most_rows()), round_up(rows, 16)) * plan.tokens()),
-          by_token(plan.streams() ? round_up(rows, 16) * plan.tokens() : 0),
-          key_rows(plan.streams() ? 0 : kLanes * row_words<Dot>(p.keys.dim)),
-          panels(plan.streams() ? 0 : plan.tokens() * row_words<Dot>(p.keys.dim)),
-          scales(kMostTokens),
-          zeros(p.values.dim),
-          states(rows * sizeof(RowState) / sizeof(float)) {
-      memset(zeros.get(), 0, p.values.dim * sizeof(float));
-      state = reinterpret_cast<RowState*>(states.get());
-    }
-    int64_t rows;
-    Scratch q, acc, scores, by_token, key_rows, panels, scales, zeros, states;
-    RowState* state;
-    Block<C> blocks[2];
-    Block<C>*now = &blocks[0], *next = &blocks[1];
-    bool filled = false;  // whether `now` holds the first block of the unit to come
-    // The keys that each row of the unit may see: positions, and within a block.
-    int64_t from[kUnitRows + 1], to[kUnitRows + 1], lo[kUnitRows + 1], hi[kUnitRows + 1];
-  };
+  using Own = WorkerScratch<C, Dot>;
 
   int64_t words() const { return row_words<Dot>(p_.keys.dim); }
   int64_t query(const CacheGroup& g, int64_t row) const { return (g.row + row) / p_.group; }
@@ -116,19 +93,9 @@ class CacheAttend {
     }
   }
 
-  struct Range {
-    int64_t begin, end;
-  };
-  Range keys_of(const CacheGroup& g, int64_t split) const {
-    const int64_t tokens = plan_.tokens(), first = plan_.first(g), last = plan_.last(g);
-    const int64_t blocks = (last - first + tokens - 1) / tokens;
-    return {first + blocks * split / g.splits * tokens,
-            smaller(first + blocks * (split + 1) / g.splits * tokens, last)};
-  }
-
   void attend(const CacheGroup& g, int64_t split, int64_t following, Own& own) const {
     start(g, own);
-    const Range keys = keys_of(g, split);
+    const CacheRange keys = plan_.keys_of(g, split);
     if (!own.filled) own.now->fill(p_, g.sequence, keys.begin, keys.end, plan_.tokens());
     own.filled = false;
     while (own.now->count > 0) {
@@ -136,7 +103,7 @@ class CacheAttend {
       own.next->fill(p_, g.sequence, own.now->end, keys.end, plan_.tokens());
       if (own.next->count == 0 && following < plan_.units()) {
         owner = &plan_.groups()[plan_.group_of(following)];
-        const Range then = keys_of(*owner, following - owner->first_unit);
+        const CacheRange then = plan_.keys_of(*owner, following - owner->first_unit);
         own.next->fill(p_, owner->sequence, then.begin, then.end, plan_.tokens());
         own.filled = true;
       }

@@ -18,6 +18,10 @@ struct CacheGroup {
   int64_t first_partial;  // floats of partial results before this one
 };
 
+struct CacheRange {
+  int64_t begin, end;  // tokens
+};
+
 class CachePlan {
  public:
   explicit CachePlan(const CacheProblem& p, int64_t element_bytes) : p_(p) {
@@ -74,6 +78,12 @@ class CachePlan {
   int64_t last(const CacheGroup& g) const {
     const CacheSequence& s = p_.sequences[g.sequence];
     return larger(smaller(p_.key_hi(s, (g.row + g.rows - 1) / p_.group), s.last), first(g));
+  }
+  // Those of one of its units: whole blocks.
+  CacheRange keys_of(const CacheGroup& g, int64_t split) const {
+    const int64_t from = first(g), end = last(g), blocks = (end - from + tokens_ - 1) / tokens_;
+    return {from + blocks * split / g.splits * tokens_,
+            smaller(from + blocks * (split + 1) / g.splits * tokens_, end)};
   }
   int64_t group_of(int64_t unit) const {
     int64_t low = 0, high = static_cast<int64_t>(groups_.size());

@@ -179,7 +179,7 @@ def resformer_attention(
 ) -> tuple[Tensor, None]:
     """Attention with the arguments of transformers' attention functions.
 
-    `value_residual_attention`; for few queries, where nothing is trained,
+    `value_residual_attention`; for few queries, where nothing is trained or compiled,
     `attention_with_kvcache`.
 
     Args:
@@ -215,7 +215,9 @@ def resformer_attention(
         count = attention_mask.shape[-1]
         k, v = k[:, :count], v[:, :count]
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
-    if by_key and rows <= DECODE_ROWS and not wants_gradient((q, k, v, options["sinks"])):
+    # To a compiler that op writes to its caches, and theirs might be copied for it.
+    elsewhere = is_torchdynamo_compiling() or wants_gradient((q, k, v, options["sinks"]))
+    if by_key and rows <= DECODE_ROWS and not elsewhere:
         decoded: Tensor = attention_with_kvcache(
             q, k, v, cache_seqlens=k.shape[1], key_mask=attention_mask, **options
         )
