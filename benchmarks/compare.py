@@ -3,10 +3,12 @@
 Runs differ by more than their code: another day, busier neighbours, memory laid out otherwise. So
 a case is slower only where all of this holds:
 
-- every one of its samples took longer than every stored one: for two sets of seven that differ by
-  chance alone, that happens once in 3432;
+- the medians lie further apart than the quartiles of both runs do, taken together: for two sets of
+  seven samples that differ by chance alone, that happens about once in 1500;
 - the median grew by more than `LEAST`, by which one process differs from the next;
 - it did so beside its peers: what slowed them, measured in turn with ours, slowed ours no more.
+
+`resformer-kernels bench` times what looks slower once more before it says so.
 
 A peer that is this package's own code is no yardstick for it. A case that has no other is held
 against the peers of the whole run.
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.runner import Run
-from resformer_kernels.testing.timing import OURS, Result
+from resformer_kernels.testing.timing import OURS, Result, Timing
 
 LEAST = 0.05
 
@@ -35,7 +37,7 @@ class Change:
     drift: float
     """How many times longer its yardstick took than then; 1 where it has none."""
     beyond_spread: bool
-    """Every sample took longer than every stored one, drift allowed for."""
+    """The medians lie further apart than the quartiles of both runs together, drift allowed for."""
 
     @property
     def times_longer(self) -> float:
@@ -65,9 +67,14 @@ def slower(changes: Sequence[Change]) -> list[Change]:
 def _change(now: Result, then: Result, overall: float) -> Change:
     own = _drift(now, then)
     drift = overall if own is None else own
-    bound = max(then.ours.samples) * max(1.0, drift)
-    beyond = min(now.ours.samples) > bound
+    allowed = max(1.0, drift)
+    apart = now.ours.median - allowed * then.ours.median
+    beyond = apart > _quartiles_apart(now.ours) + allowed * _quartiles_apart(then.ours)
     return Change(now.name, then.ours.median, now.ours.median, drift, beyond)
+
+
+def _quartiles_apart(timing: Timing) -> float:
+    return 2 * timing.spread * timing.median
 
 
 def _drift(now: Result, then: Result) -> float | None:

@@ -201,8 +201,9 @@ def _method() -> str:
         "dtype, and the bandwidth of reading and of copying 256 MiB.</li>\n"
         "<li>FLOPs count attended pairs; bytes count each tensor once. Memory is what resident "
         "memory grew by at the peak of one call.</li>\n"
-        "<li><code>resformer-kernels bench --compare FILE</code> calls a case slower when all its "
-        f"samples are, by more than {LEAST:.0%} in the median, and its peers are not.</li>\n"
+        "<li><code>resformer-kernels bench --compare FILE</code> calls a case slower when its "
+        "median moved further than the quartiles of both runs are apart and by more than "
+        f"{LEAST:.0%}, twice, and its peers did not.</li>\n"
         "</ul>\n</section>"
     )
 

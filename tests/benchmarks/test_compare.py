@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -28,11 +29,11 @@ STORED = a_run({"ours": 1.0, "SDPA": 2.0})
 def test_noise_is_no_regression(noise: float) -> None:
     stored = a_run({"ours": 1.0, "SDPA": 2.0}, noise=noise, seed=1)
     flagged = [
-        seed
-        for seed in range(2, 202)
-        if slower(compare(a_run({"ours": 1.0, "SDPA": 2.0}, noise=noise, seed=seed), stored))
+        bool(slower(compare(a_run({"ours": 1.0, "SDPA": 2.0}, noise=noise, seed=seed), stored)))
+        for seed in range(2, 402)
     ]
-    assert flagged == []
+    assert sum(flagged) <= 2, "and the command asks twice"
+    assert (True, True) not in set(itertools.pairwise(flagged))
 
 
 def test_what_is_slower_than_the_spread_of_both_is_found() -> None:
@@ -40,6 +41,16 @@ def test_what_is_slower_than_the_spread_of_both_is_found() -> None:
     assert change.slower
     assert change.times_longer == pytest.approx(1.2, rel=0.03)
     assert change.drift == pytest.approx(1.0, rel=0.03)
+
+
+def test_one_disturbed_sample_of_either_run_hides_nothing() -> None:
+    disturbed = a_run({"ours": 1.0, "SDPA": 2.0}, seed=1)
+    timings = disturbed.results[0].timings
+    timings["ours"] = Timing((9.0, *timings["ours"].samples[1:]))
+    now = a_run({"ours": 1.2, "SDPA": 2.0}, seed=2)
+    assert slower(compare(now, disturbed))
+    now.results[0].timings["ours"] = Timing((0.5, *now.results[0].timings["ours"].samples[1:]))
+    assert slower(compare(now, STORED))
 
 
 def test_within_the_spread_nothing_is_slower() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ MIX = MixBenchmark(2, 1, 32, 2, 8, torch.bfloat16, "forward")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three quick cases, two lengths, small ceilings."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three quick cases, one length, ceilings that nobody measured, one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     cases = [
         ATTENTION,
         replace(ATTENTION, direction="forward", window=4),
@@ -39,9 +42,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     # One check an op: `verify` has tests of its own.
     few = {check.op: check for check in reversed(checks())}
     monkeypatch.setattr(runner, "checks", few.values)
-    monkeypatch.setattr("resformer_kernels.testing.ceilings._GEMM_SIZE", 64)
-    monkeypatch.setattr("resformer_kernels.testing.ceilings._ARRAY_BYTES", 2**16)
+    rates = {"float32": 1e11, "bfloat16": 4e11}
+    monkeypatch.setattr(runner, "gemm_rates", lambda *_, **__: rates)
+    monkeypatch.setattr(runner, "bandwidths", lambda **_: {"read": 4e10, "copy": 4e10})
     monkeypatch.setattr(bench, "_SAMPLE_SECONDS", 1e-4)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("small")
@@ -117,7 +123,7 @@ def test_a_sleep_in_a_launcher_is_found(
     launch = mix_native.run
 
     def sleepy(*arguments: Any) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return launch(*arguments)
 
     monkeypatch.setattr(mix_native, "run", sleepy)
