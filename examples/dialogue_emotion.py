@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", choices=("minilm", "trigrams"), default="minilm")
     parser.add_argument("--units", type=int, default=settings.units, help="of each reservoir")
     parser.add_argument("--epochs", type=int, default=settings.epochs)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=6)
     options = parser.parse_args(arguments)
     least = min(options.seeds, options.epochs, options.units)
     if least < 1 or options.units % len(settings.leaks) or options.seeds > 20:
