@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from resformer_kernels.tasks import load_corpus
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 SAID = ("Oh no!", "What is it?", "I lost it all.", "You are a genius!", "Thank you.", "Bye.")
@@ -19,6 +23,7 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The example whose name is the parameter, imported as a module."""
     pytest.importorskip("matplotlib")
     name: str = request.param
+    monkeypatch.syspath_prepend(FOLDER)  # as for a script that is run
     specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
@@ -53,40 +58,57 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{split}.csv").write_text(HEADER + "".join(rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("readout", ["mlp", "attention"])
 @pytest.mark.parametrize("example", ["dialogue_emotion"], indirect=True)
 def test_dialogue_emotion(
-    example: ModuleType, readout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_corpus(tmp_path / "tiny")
     options = ["--seeds", "2", "--epochs", "2", "--units", "8", "--encoder", "trigrams"]
     paths = ["--data", str(tmp_path / "tiny"), "--out", str(tmp_path)]
-    example.main([*options, *paths, "--readout", readout])
+    stored = tmp_path / "stored.json"
+    example.main([*options, *paths, "--json", str(stored), "--score", "test"])
     printed = capsys.readouterr().out
-    assert "with reservoir" in printed
-    assert "95% of resampled" in printed
+    assert "tiny: test, 2 seeds" in printed
     assert (tmp_path / "tiny-confusion.png").stat().st_size > 1000
+    found = json.loads(stored.read_text())
+    assert found["settings"]["units"] == 8
+    corpus = found["corpora"]["tiny"]
+    assert len(corpus["reservoir"]["weighted_f1"]) == 2
+    sizes = [corpus[name]["parameters"] for name in example.MODELS]
+    assert sizes[0] == pytest.approx(sizes[2], rel=0.02)
+    assert sizes[1] == sizes[2]
+    (tmp_path / "tiny" / "test.csv").write_text(HEADER + '"Hm",Ross,joy,0,0,1,1\n')
+    example.main([*options, *paths])
+    assert "tiny: dev, 2 seeds" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         example.main([*paths, "--units", "6"])
 
 
-@pytest.mark.parametrize("example", ["dialogue_emotion"], indirect=True)
-def test_both_models_have_the_same_size_and_the_past_reaches_only_one(
+@pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
+def test_reservoirs_hold_the_past_of_the_same_conversation_alone(
     example: ModuleType, tmp_path: Path
 ) -> None:
     write_corpus(tmp_path / "tiny")
-    corpus = example.load_corpus(tmp_path / "tiny")
+    corpus = load_corpus(tmp_path / "tiny")
+    settings = example.Settings(components=16, units=8, strength=1.0)
     vectors = {
         split: example.trigrams([t for d in getattr(corpus, split) for t in d.utterances])
-        for split in ("train", "dev", "test")
+        for split in ("train", "dev")
     }
-    part = example.prepare(corpus, vectors)["test"]
-    with_memory = example.build(part, 2, 8, "mlp", 0).eval()
-    without = example.widened(part, 2, example.parameters(with_memory)).eval()
-    sizes = [example.parameters(model) for model in (with_memory, without)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
-    before = [example.logits_of(model, part)[:, 1] for model in (with_memory, without)]
-    part.heard[:, 0] += 1.0
-    after = [example.logits_of(model, part)[:, 1] for model in (with_memory, without)]
-    assert not before[0].equal(after[0])
-    assert before[1].equal(after[1])
+    parts = {
+        split: example.arrange(getattr(corpus, split), found, corpus, settings)
+        for split, found in example.components(vectors, 16).items()
+    }
+    parts = example.score(parts, 2, settings)
+    second = int(parts["dev"].lengths[0])  # the second conversation's first utterance
+    changes = {}
+    for reset in (False, True):
+        before = example.memories(parts, 0, settings, reset=reset)["dev"]
+        parts["dev"].scores[second] += 1.0
+        after = example.memories(parts, 0, settings, reset=reset)["dev"]
+        parts["dev"].scores[second] -= 1.0
+        changes[reset] = (before - after).abs().amax(1) > 1e-4
+    behind = torch.arange(len(changes[True])) - second
+    length = int(parts["dev"].lengths[1])
+    assert changes[False].equal((behind > 0) & (behind < length))
+    assert changes[True].equal(behind == 0)
