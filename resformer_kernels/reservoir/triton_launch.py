@@ -185,7 +185,14 @@ def _plan(problem: Problem) -> tuple[planning.Plan, Tensor, Tensor, bool]:
     inputs, weight, mode = problem.inputs, problem.weight, problem.mode
     lengths = planning.lengths_of(inputs, problem.cu_seqlens)
     most = planning.most_chunks(weight.work)
-    cut = planning.cuts(lengths, mode, weight.pays, most)
+    cut = planning.cuts(
+        mode,
+        weight.pays,
+        most,
+        sequences=lengths.start.shape[0],
+        total=lengths.total,
+        even=lengths.even,
+    )
     mode = mode if cut else planning.SEQUENTIAL
     length = planning.chunk_length(lengths, mode, weight.pays, most)
     sequences = lengths.start.shape[0]

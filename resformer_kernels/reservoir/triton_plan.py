@@ -65,13 +65,15 @@ def most_chunks(work: int) -> int:
     return min(MOST_CHUNKS, max(LEAST_CHUNKS, BUSY // max(1, work)))
 
 
-def cuts(lengths: Lengths, mode: int, pays: bool, most: int) -> bool:
-    """Whether time may be cut, as far as shapes tell."""
-    sequences = lengths.start.shape[0]
-    if mode == AUTO:
-        longest = lengths.total // max(1, sequences) if lengths.even else lengths.total
-        return pays and longest >= 2 * WORTHWHILE and (sequences < most or not lengths.even)
-    return mode == CHUNKED
+def cuts(
+    mode: int, pays: bool, most: int, *, sequences: int, total: int, even: bool = True
+) -> bool:
+    """Whether time may be cut, as far as shapes tell: `total` steps, `even` if each sequence has as
+    many as the others."""
+    if mode != AUTO:
+        return mode == CHUNKED
+    longest = total // max(1, sequences) if even else total
+    return pays and longest >= 2 * WORTHWHILE and (sequences < most or not even)
 
 
 def chunk_length(lengths: Lengths, mode: int, pays: bool, most: int) -> Tensor:

@@ -50,9 +50,10 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
 @contextmanager
 def together(programs: int) -> Iterator[list[int]]:
     """Within it, up to `programs` run at once; yields how many each launch had."""
+    from resformer_kernels import _triton_lib as lib
     from resformer_kernels.reservoir import triton_launch
 
-    run = triton_launch.lib.launch
+    run = lib.launch
     launched: list[int] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
@@ -76,6 +77,6 @@ def together(programs: int) -> Iterator[list[int]]:
 
     with (
         mock.patch.object(triton_launch, "_programs", return_value=programs),
-        mock.patch.object(triton_launch.lib, "launch", launch),
+        mock.patch.object(lib, "launch", launch),
     ):
         yield launched
