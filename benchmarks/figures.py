@@ -139,6 +139,8 @@ def _length(cases: Cases) -> list[Drawing]:
                 continue
             svg = as_svg(3.5, _lines, curve, xlabel="length T", ylabel="", form=form, ticks=ticks)
             caption = f"{shape} Mixing included."
+            if kind == "memory" and direction == "backward":
+                caption += " What the forward saved for it is there before, and not in it."
             name = f"length-{kind}-{direction}"
             drawings.append(Drawing(name, section, f"{title}, {direction}", caption, svg))
     curve = _memory_curve(cases)
