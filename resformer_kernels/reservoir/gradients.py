@@ -131,13 +131,21 @@ def _product(scan: Scan, h: Tensor) -> Tensor:
     return (parts @ weight.mT).transpose(0, 1).reshape(h.shape)
 
 
+def _row_of(scan: Scan, units: int) -> Tensor:
+    """The row of each entry of a CSR weight."""
+    assert scan.rows is not None
+    every = torch.arange(units, device=scan.rows.device)
+    # The number of entries is known: counting them would have the host wait for a GPU.
+    return torch.repeat_interleave(every, scan.rows.diff(), output_size=scan.weight.shape[0])
+
+
 def _transposed_product(scan: Scan, e: Tensor) -> Tensor:
     """Wᵀ e, for e (rows, N)."""
     weight = scan.weight.float()
     if scan.rows is not None:
         assert scan.columns is not None
         units = e.shape[-1]
-        row_of = torch.repeat_interleave(torch.arange(units, device=e.device), scan.rows.diff())
+        row_of = _row_of(scan, units)
         terms = e.index_select(-1, row_of) * weight
         return torch.zeros_like(e).index_add_(-1, scan.columns, terms)
     if scan.columns is not None:
