@@ -30,8 +30,15 @@ _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHAPES = 4
 """Of attention, how many the README shows of each machine."""
 _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
-_SHORT = (r"decode .* a layer, bfloat16$", r"linear_scan forward .* by step float32", r"reservoir")
+_SHORT = (
+    r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
+    r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
+    r"reservoir_scan .*(B1 T16384|B32)",
+    r"linear_scan forward .* by step float32",
+)
 """The cases other than attention that the README shows: of those that are stored, what matches."""
+_CURVES = ("-lengths", "-sizes")
+"""How files end whose cases are points of a curve: docs/figures/ draws them."""
 
 Run = dict[str, Any]
 """A stored run as JSON, of a CPU or a device: only "machine", "started" and "timings" are read."""
@@ -45,6 +52,11 @@ def _support() -> tuple[Matrix, ...]:
 def runs() -> dict[str, Run]:
     """Every stored run by its file's name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def single_runs() -> list[Run]:
+    """Those whose cases stand for themselves."""
+    return [run for name, run in runs().items() if not name.endswith(_CURVES)]
 
 
 def described(run: Run) -> str:
@@ -72,7 +84,7 @@ def fastest_peer(timing: Any) -> str | None:
 def attention_tables() -> str:
     """A table for each machine: how many times faster than the fastest peer, and our rate."""
     parts = []
-    for run in runs().values():
+    for run in single_runs():
         found = {timing["name"]: timing for timing in run["timings"]}
         shapes = dict.fromkeys(
             match[1] for name in found if (match := _attention(name)) and "window" not in name
@@ -107,7 +119,7 @@ def other_table() -> str:
     """Decoding, scans and reservoirs, the cases of `_SHORT`."""
     rows = [
         _row(timing)
-        for run in runs().values()
+        for run in single_runs()
         for timing in run["timings"]
         if any(re.match(pattern, timing["name"]) for pattern in _SHORT)
     ]
