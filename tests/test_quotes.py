@@ -51,7 +51,7 @@ def test_a_changed_run_changes_its_quote(monkeypatch: pytest.MonkeyPatch) -> Non
                 "ratio": 2.0,
             },
             {
-                "name": "decode B1, V a layer, bfloat16",
+                "name": "decode B1 Hq8 Hkv8 T8192 D64, 12 layers, one V, bfloat16",
                 "flops": 0,
                 "medians_s": {"ours": 0.002},
                 "peer": None,
@@ -59,10 +59,13 @@ def test_a_changed_run_changes_its_quote(monkeypatch: pytest.MonkeyPatch) -> Non
             },
         ],
     }
-    monkeypatch.setattr(quotes, "runs", lambda: {"machine": run})
+    curve = {**run, "machine": {**run["machine"], "processor": "of a curve"}}
+    monkeypatch.setattr(quotes, "runs", lambda: {"machine": run, "machine-sizes": curve})
     text = "<!-- quote: attention -->\nold\n<!-- end -->\n<!-- quote: others -->\n<!-- end -->\n"
     written = quotes.rewritten(text)
     assert "| P, 2 threads, avx2, torch 2.13.0, 2026-01-02 | forward, bfloat16 |" in written
     assert "| B1 causal | 2.00x, 6 GFLOP/s |  |  |  |" in written
-    assert "| decode B1, V a layer, bfloat16 | 2 ms | none here | |" in written
+    decode = "decode B1 Hq8 Hkv8 T8192 D64, 12 layers, one V, bfloat16"
+    assert written.count(f"| {decode} | 2 ms | none here | |") == 1
+    assert "of a curve" not in written
     assert quotes.rewritten(written) == written
