@@ -57,3 +57,35 @@ def readable(tensor: Tensor) -> bool:
         return False
     kind = tensor.device.type
     return kind == "cpu" or (kind != "meta" and os.environ.get("RESFORMER_CHECK") == "1")
+
+
+def check_cu_seqlens(cu_seqlens: object, name: str, rows: Tensor, extent: str) -> None:
+    """Check the offsets of sequences packed along the first axis of `rows`, which is called `name`.
+
+    `extent` says in an error how many rows there are, as in "the {} tokens".
+    """
+    check_tensor("cu_seqlens", cu_seqlens, 1, "(sequences + 1,), int32")
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dtype is not torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != rows.device:
+        raise ValueError(
+            f"cu_seqlens must be on {name}' device {rows.device}, got {cu_seqlens.device}"
+        )
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens must have sequences + 1 entries, got none")
+    if not readable(cu_seqlens):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
+    for i in range(1, len(offsets)):
+        if offsets[i] < offsets[i - 1]:
+            raise ValueError(
+                f"cu_seqlens must not decrease, got {offsets[i]} after {offsets[i - 1]} "
+                f"at index {i}"
+            )
+    if offsets[-1] > rows.shape[0]:
+        raise ValueError(
+            f"cu_seqlens must end within {extent.format(rows.shape[0])}, got {offsets[-1]}"
+        )

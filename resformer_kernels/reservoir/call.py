@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resformer_kernels._checks import (
     DTYPES,
+    check_cu_seqlens,
     check_flag,
     check_real,
     check_tensor,
@@ -122,7 +123,7 @@ def check_call(
     values, rows, columns, units = _check_weight(weight, inputs)
     _check_projection(input_weight, inputs, units)
     if packed:
-        _check_packing(cu_seqlens, inputs)
+        check_cu_seqlens(cu_seqlens, "inputs", inputs, "inputs' {} steps")
     sequences = cu_seqlens.shape[0] - 1 if packed else inputs.shape[0]
     _check_vector("bias", bias, (units,), "one entry a unit", inputs)
     _check_vector("initial_state", initial_state, (sequences, units), "a state a sequence", inputs)
@@ -296,30 +297,3 @@ def _check_targets(targets: Any, reduce: str, inputs: Tensor) -> None:
         )
     if targets.device != inputs.device:
         raise ValueError(f"targets must be on inputs' device {inputs.device}, got {targets.device}")
-
-
-def _check_packing(cu_seqlens: Any, inputs: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens, 1, "(sequences + 1,), int32")
-    if cu_seqlens.dtype is not torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != inputs.device:
-        raise ValueError(
-            f"cu_seqlens must be on inputs' device {inputs.device}, got {cu_seqlens.device}"
-        )
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens must have sequences + 1 entries, got none")
-    if not readable(cu_seqlens):
-        return
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-    for i in range(1, len(offsets)):
-        if offsets[i] < offsets[i - 1]:
-            raise ValueError(
-                f"cu_seqlens must not decrease, got {offsets[i]} after {offsets[i - 1]} "
-                f"at index {i}"
-            )
-    if offsets[-1] > inputs.shape[0]:
-        raise ValueError(
-            f"cu_seqlens must end within inputs' {inputs.shape[0]} steps, got {offsets[-1]}"
-        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import check_flag, check_tensor, readable
+from resformer_kernels._checks import check_cu_seqlens, check_flag, check_tensor
 from resformer_kernels._launch import vmap_error
 from resformer_kernels.scan.ops import SCAN, state_dtype
 
@@ -57,7 +57,7 @@ def check_scan(
     check_flag("reverse", reverse)
     _check_gates(gates, tokens)
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, tokens)
+        check_cu_seqlens(cu_seqlens, "tokens", tokens, "the {} tokens")
     call = ScanCall(gates, tokens, initial_state, cu_seqlens, reverse)
     if initial_state is not None:
         _check_initial(call)
@@ -101,30 +101,3 @@ def _check_initial(call: ScanCall) -> None:
             f"got shape {tuple(initial_state.shape)}"
         )
     _check_dtype_and_device("initial_state", initial_state, tokens)
-
-
-def _check_packing(cu_seqlens: Any, tokens: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens, 1, "(sequences + 1,), int32")
-    if cu_seqlens.dtype is not torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != tokens.device:
-        raise ValueError(
-            f"cu_seqlens must be on tokens' device {tokens.device}, got {cu_seqlens.device}"
-        )
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens must have sequences + 1 entries, got none")
-    if not readable(cu_seqlens):
-        return
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-    for i in range(1, len(offsets)):
-        if offsets[i] < offsets[i - 1]:
-            raise ValueError(
-                f"cu_seqlens must not decrease, got {offsets[i]} after {offsets[i - 1]} "
-                f"at index {i}"
-            )
-    if offsets[-1] > tokens.shape[0]:
-        raise ValueError(
-            f"cu_seqlens must end within the {tokens.shape[0]} tokens, got {offsets[-1]}"
-        )
