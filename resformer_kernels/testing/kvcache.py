@@ -68,6 +68,8 @@ REPRESENTATIVE: tuple[KVCacheCase, ...] = (
     KVCacheCase(lengths=(90, 90), mask="left", window=(60, 0), softcap=20.0, page_size=8),
     KVCacheCase(lengths=(130, 40), q_len=50, new_tokens=50, head_dim=64, return_lse=True),
     KVCacheCase(lengths=(400, 60), quantised=torch.int8, head_dim=64, value_dim=64),
+    KVCacheCase(lengths=(400, 60), quantised=torch.float8_e4m3fn, head_dim=64, value_dim=64),
+    KVCacheCase(lengths=(60, 33), quantised=torch.float8_e5m2, page_size=16),
 )
 """Every argument at least once: what `verify` and the demo run."""
 
