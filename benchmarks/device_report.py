@@ -5,13 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.device_run import DeviceRun
 from resformer_kernels.testing.timing import OURS
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)

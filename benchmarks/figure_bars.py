@@ -21,6 +21,10 @@ _SPEED = (
         *("decode-shared", "Decoding, one V for all layers", "decode", True),
         "How many times as long a V in each layer takes, by our own kernel.",
     ),
+    (
+        *("decode-models", "Decoding with whole models of transformers", "decode in transformers"),
+        *(None, _BESIDE_PEERS),
+    ),
     ("mix", "Mixing alone", "mix", False, _BESIDE_PEERS),
     ("reservoir", "Reservoirs", "reservoir", False, _BESIDE_PEERS),
     ("scan", "Linear scan", "scan", False, _BESIDE_PEERS),
@@ -29,7 +33,7 @@ _SPEED = (
         "How many times as long a plain copy of as many bytes takes, into memory that is at hand.",
     ),
 )
-"""Name, title, group, whether beside a yardstick, caption."""
+"""Name, title, group, whether beside a yardstick (None: both), caption."""
 
 
 def speed(cases: Cases) -> list[Drawing]:
@@ -95,6 +99,8 @@ _MARKS = {
     "of 2 ": "2 sources",
     "of 8 ": "8 sources",
     "one V": "one V",
+    "Llama": "Llama",
+    "SVFormer": "SVFormer",
     "sparse": "sparse",
     "constant gates": "constant gates",
     " backward ": "backward",

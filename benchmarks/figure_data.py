@@ -46,13 +46,13 @@ class Cases:
         """Those of these cases that were measured."""
         return [self.found[case.name] for case in cases if case.name in self.found]
 
-    def group(self, group: str, *, yardstick: bool = False) -> list[Result]:
+    def group(self, group: str, *, yardstick: bool | None = False) -> list[Result]:
         """What stands under this heading, curves left out, and has a peer.
 
         Args:
             group: the heading.
             yardstick: those whose fastest peer is a yardstick: a copy, or our own kernel otherwise
-                used. Else those that are held against somebody else's work.
+                used. False: those that are held against somebody else's work. None: all.
         """
         drawn = {case.name for case in _every_curve()}
         return [
@@ -61,7 +61,7 @@ class Cases:
             if result.group == group
             and name not in drawn
             and result.peers
-            and (result.peer in (COPY, OWN_VALUES)) == yardstick
+            and yardstick in (None, result.peer in (COPY, OWN_VALUES))
         ]
 
 

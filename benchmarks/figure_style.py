@@ -10,7 +10,6 @@ import io
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -27,6 +26,7 @@ from resformer_kernels.testing.attention_workload import (
 )
 from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES
 from resformer_kernels.testing.device_workloads import FA3, FLEX
+from resformer_kernels.testing.model_workload import DYNAMIC, STATIC
 from resformer_kernels.testing.reservoir_workloads import LOOP as TORCH_LOOP
 from resformer_kernels.testing.reservoir_workloads import RESERVOIRPY, RNN
 from resformer_kernels.testing.scan_workloads import ASSOCIATIVE, COPY, LOOP
@@ -88,6 +88,8 @@ _LOOKS = {
     GQA: Look("SDPA, enable_gqa", "muted", "D", "--"),
     FOLDED: Look("SDPA, group folded", "orange", "s"),
     OWN_VALUES: Look("ours, a V in each layer", "green", "^"),
+    DYNAMIC: Look("sdpa, DynamicCache", "muted", "D", "--"),
+    STATIC: Look("sdpa, StaticCache", "orange", "s"),
     ONE_VALUE: Look("ours, one V for all layers", "green", "^"),
     LOOP: Look("Python loop", "muted", "D", "--"),
     ASSOCIATIVE: Look("torch associative_scan", "orange", "s"),
@@ -174,12 +176,6 @@ def alone(svg: str) -> str:
     )
     head, tail = svg.split(">", 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{style}{tail}'
-
-
-def write(svg: str, path: Path) -> None:
-    """A file of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(alone(svg))
 
 
 def count(value: float, _place: object = None) -> str:

@@ -23,6 +23,7 @@ _TILES = (
     ("Attention, backward", "attention backward"),
     ("Mixing", "mix"),
     ("Decoding", "decode"),
+    ("Decoding, whole models", "decode in transformers"),
     ("Linear scan", "scan"),
     ("Reservoirs", "reservoir"),
 )
@@ -30,14 +31,18 @@ _TILES = (
 
 def write(runs: Sequence[Run], folder: Path) -> Path:
     """Write the page into `folder`, and each figure as a file of its own; the page's path."""
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    for name, text in files(runs).items():
+        (folder / name).write_text(text)
+    return folder / PAGE
+
+
+def files(runs: Sequence[Run]) -> dict[str, str]:
+    """What `write` writes, by path in the folder; runs that hold the same make the same."""
     runs = sorted(runs, key=lambda run: run.started)
     drawings = figures.draw(runs)
-    for drawing in drawings:
-        figure_style.write(drawing.svg, folder / FIGURES / f"{drawing.name}.svg")
-    path = folder / PAGE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(runs, drawings))
-    return path
+    alone = {f"{FIGURES}/{d.name}.svg": figure_style.alone(d.svg) for d in drawings}
+    return {PAGE: page(runs, drawings), **alone}
 
 
 def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:

@@ -1,8 +1,9 @@
 """What README.md and docs/ quote from the code and from stored runs: `python -m benchmarks.quotes`.
 
 Between `<!-- quote: NAME -->` and `<!-- end -->` stands what `QUOTES[NAME]` makes, and nobody edits
-it. After a change of a backend's limits or of a run in benchmarks/results/, the command rewrites
-every such part; a test holds them equal.
+it; docs/index.html and docs/figures/ are the report of the newest run. After a change of a
+backend's limits or of a run in benchmarks/results/, the command rewrites all of it (`make docs`); a
+test holds them equal.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page, record
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
 from resformer_kernels.cli.tables import duration
 from resformer_kernels.support import answers
+from resformer_kernels.testing.decode_workload import OWN_VALUES
+from resformer_kernels.testing.model_workload import DYNAMIC, MODELS, STATIC
 from resformer_kernels.testing.timing import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/figures.md", "docs/support.md")
+REPORT = ROOT / "docs"
+DOCUMENTS = (
+    *("README.md", "docs/figures.md", "docs/support.md"),
+    "resformer_kernels/integrations/transformers/README.md",
+)
 _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _SHAPES = 4
@@ -34,11 +41,9 @@ _SHORT = (
     r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
     r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
     r"reservoir_scan .*(B1 T16384|B32)",
-    r"linear_scan forward .* by step float32",
+    r"linear_scan forward (B4 T16384|B1 T8192) N1024 gates by step float32",
 )
 """The cases other than attention that the README shows: of those that are stored, what matches."""
-_CURVES = ("-lengths", "-sizes")
-"""How files end whose cases are points of a curve: docs/figures/ draws them."""
 
 Run = dict[str, Any]
 """A stored run as JSON, of a CPU or a device: only "machine", "started" and "timings" are read."""
@@ -51,12 +56,8 @@ def _support() -> tuple[Matrix, ...]:
 
 def runs() -> dict[str, Run]:
     """Every stored run by its file's name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-
-
-def single_runs() -> list[Run]:
-    """Those whose cases stand for themselves."""
-    return [run for name, run in runs().items() if not name.endswith(_CURVES)]
+    found = sorted(record.RESULTS.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in found}
 
 
 def described(run: Run) -> str:
@@ -84,7 +85,7 @@ def fastest_peer(timing: Any) -> str | None:
 def attention_tables() -> str:
     """A table for each machine: how many times faster than the fastest peer, and our rate."""
     parts = []
-    for run in single_runs():
+    for run in runs().values():
         found = {timing["name"]: timing for timing in run["timings"]}
         shapes = dict.fromkeys(
             match[1] for name in found if (match := _attention(name)) and "window" not in name
@@ -119,11 +120,32 @@ def other_table() -> str:
     """Decoding, scans and reservoirs, the cases of `_SHORT`."""
     rows = [
         _row(timing)
-        for run in single_runs()
+        for run in runs().values()
         for timing in run["timings"]
         if any(re.match(pattern, timing["name"]) for pattern in _SHORT)
     ]
     return "\n".join([*_HEADING, *rows])
+
+
+def model_table() -> str:
+    """Decoding with whole models of transformers, every contestant, a table for each run."""
+    shown = (OURS, STATIC, DYNAMIC, OWN_VALUES)
+    parts = []
+    for run in runs().values():
+        found = [t for t in run["timings"] if t["name"].startswith(MODELS)]
+        if not found:
+            continue
+        lines = [
+            f"| {described(run)} | resformer, `ResFormerCache` | sdpa, `StaticCache` | "
+            "sdpa, `DynamicCache` | Llama, resformer |",
+            f"| --- |{' --- |' * len(shown)}",
+        ]
+        for timing in found:
+            times = (medians(timing).get(name) for name in shown)
+            cells = " | ".join("" if time is None else duration(time) for time in times)
+            lines.append(f"| {timing['name'].removeprefix(MODELS).strip()} | {cells} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 _HEADING = ("| case | ours | fastest peer | times faster |", "| --- | --- | --- | --- |")
@@ -168,6 +190,7 @@ def _memory(points: Sequence[Any]) -> list[str]:
 QUOTES: dict[str, Callable[[], str]] = {
     "attention": attention_tables,
     "others": other_table,
+    "models": model_table,
     "every-case": every_case,
     "support": lambda: summary(_support()),
     "support-by-form": lambda: whole(_support()),
@@ -179,13 +202,21 @@ def rewritten(text: str) -> str:
     return _PART.sub(lambda part: f"{part[1]}{QUOTES[part[2]]()}\n{part[3]}", text)
 
 
-def stale() -> Iterator[tuple[Path, str]]:
-    """The documents that say something else than they should, and what they should say."""
-    for name in DOCUMENTS:
-        path = ROOT / name
-        text = path.read_text()
-        if rewritten(text) != text:
-            yield path, rewritten(text)
+def report() -> dict[Path, str | None]:
+    """What docs/ should hold of the newest run of a CPU; None for a figure that nothing draws."""
+    stored = {name: run for name, run in runs().items() if run.get("format") == record.FORMAT}
+    newest = max(stored, key=lambda name: str(stored[name]["started"]))
+    drawn = page.files([record.load(record.RESULTS / f"{newest}.json")])
+    left: dict[Path, str | None] = dict.fromkeys((REPORT / page.FIGURES).glob("*.svg"))
+    return left | {REPORT / name: text for name, text in drawn.items()}
+
+
+def stale() -> Iterator[tuple[Path, str | None]]:
+    """The files that say something else than they should, and what they should say."""
+    documents = {ROOT / name: rewritten((ROOT / name).read_text()) for name in DOCUMENTS}
+    for path, text in (documents | report()).items():
+        if not path.exists() or path.read_text() != text:
+            yield path, text
 
 
 def main() -> int:
@@ -195,8 +226,13 @@ def main() -> int:
     check = parser.parse_args().check
     found = list(stale())
     for path, text in found:
-        print(f"{'stale' if check else 'rewritten'}: {path.relative_to(ROOT)}")
-        if not check:
+        done = "stale" if check else "removed" if text is None else "rewritten"
+        print(f"{done}: {path.relative_to(ROOT)}")
+        if check:
+            continue
+        if text is None:
+            path.unlink()
+        else:
             path.write_text(text)
     return 1 if check and found else 0
 

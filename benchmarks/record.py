@@ -16,21 +16,20 @@ import pytest_benchmark
 from pytest_benchmark.stats import Stats
 
 from benchmarks.runner import MemoryPoint, Run
-from resformer_kernels.testing import machine
 from resformer_kernels.testing.timing import Result, Timing
 from resformer_kernels.testing.verification import Verdict
 
 FORMAT = 2
 RESULTS = Path(__file__).parent / "results"
+"""The runs that README.md and docs/ quote."""
 
 
 class UnreadableError(ValueError):
     """A file that holds no run; the message names it."""
 
 
-def store(run: Run, path: Path | None = None) -> Path:
-    """Write the run, by default to benchmarks/results/<machine>.json; the path."""
-    path = path or RESULTS / f"{machine.slug()}.json"
+def store(run: Run, path: Path) -> Path:
+    """Write the run; the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(as_json(run), indent=1, default=str) + "\n")
     return path
@@ -64,6 +63,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "bandwidth_bytes_per_s": run.bandwidth,
         "freed_memory_kept": run.freed_memory_kept,
         "timings": [_summary(result) for result in run.results],
+        "left_out": run.left_out,
         "window_pair_shares": run.window_shares,
         "peak_memory": [asdict(point) for point in run.memory],
         "errors": [asdict(verdict) for verdict in run.errors],
@@ -131,6 +131,7 @@ def from_json(data: dict[str, Any]) -> Run:
         bandwidth=data["bandwidth_bytes_per_s"],
         freed_memory_kept=data.get("freed_memory_kept", False),
         results=results,
+        left_out=data.get("left_out", {}),
         window_shares=data["window_pair_shares"],
         memory=[MemoryPoint(**point) for point in data["peak_memory"]],
         errors=[Verdict(**verdict) for verdict in data.get("errors", [])],

@@ -14,6 +14,7 @@ from resformer_kernels.testing.attention_workload import PEERS, QUICK, Attention
 from resformer_kernels.testing.decode_workload import DecodeBenchmark
 from resformer_kernels.testing.device_workloads import DeviceAttention
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
+from resformer_kernels.testing.model_workload import ModelBenchmark
 from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
 from resformer_kernels.testing.scan_workloads import COPY, ScanBenchmark
 from resformer_kernels.testing.scan_workloads import PEERS as SCAN_PEERS
@@ -65,6 +66,8 @@ DECODE_SHAPES = (
 """Batch, query heads, KV heads, tokens in the cache, head_dim; the first two in float32 too."""
 SHARED_SHAPES = ((1, 8, 8, 8192, 64), (1, 16, 8, 8192, 64), (1, 32, 8, 8192, 64))
 """A V of 8 MiB, which a last-level cache can hold."""
+MODEL_SHAPES = ((1, 8192), (8, 1024))
+"""Batch and tokens in the cache of whole models."""
 
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 MEMORY_HEADS, MEMORY_HEAD_DIM = 2, 64
@@ -146,7 +149,8 @@ def reservoirs(length: int) -> list[Benchmark]:
 
 
 def decode(*, quick: bool = False) -> list[Benchmark]:
-    """One token through 12 layers: a V a layer, against torch, and one V, against that."""
+    """One token through 12 layers: a V a layer, against torch, and one V, against that; and through
+    models of transformers."""
     if quick:
         return [DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES]
     found: list[Benchmark] = []
@@ -154,6 +158,12 @@ def decode(*, quick: bool = False) -> list[Benchmark]:
         dtypes = DTYPES if i < 2 else DTYPES[:1]
         found += [DecodeBenchmark(*shape, dtype) for dtype in dtypes]
     found += [DecodeBenchmark(*shape, torch.bfloat16, shared=True) for shape in SHARED_SHAPES]
+    found += [
+        ModelBenchmark(*shape, dtype, shared)
+        for shared in (False, True)
+        for shape in MODEL_SHAPES
+        for dtype in DTYPES
+    ]
     return [*found, *curves.decode_grid()]
 
 

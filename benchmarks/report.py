@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.compare import LEAST, Change, slower
 from benchmarks.runner import MemoryPoint, Run
 from resformer_kernels.cli.tables import duration, speed_table
+from resformer_kernels.testing.timing import OURS
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -73,8 +74,10 @@ def absent_table(run: Run) -> Table:
 
 
 def absent(run: Run) -> dict[tuple[str, str], int]:
-    """Cases that a peer took no part in, by peer and reason."""
+    """Cases that a peer took no part in, by peer and reason; ours, where nobody did."""
     found: dict[tuple[str, str], int] = {}
+    for reason in run.left_out.values():
+        found[OURS, reason] = found.get((OURS, reason), 0) + 1
     for result in run.results:
         for key in result.absent.items():
             found[key] = found.get(key, 0) + 1

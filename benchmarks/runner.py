@@ -12,13 +12,13 @@ from resformer_kernels.testing import call_memory, machine
 from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
 from resformer_kernels.testing.fresh_pages import freed_memory_kept
 from resformer_kernels.testing.peak_memory import peak_extra_bytes
-from resformer_kernels.testing.timing import Benchmark, Result, Timing, measure
+from resformer_kernels.testing.timing import Benchmark, Result, Timing, Unavailable, measure
 from resformer_kernels.testing.verification import Verdict, checks, verify
 
 SETTLE_ROUNDS = 10
 """Four or five are enough as a rule."""
 PEER_PACKAGES = (
-    *("x-transformers", "reservoirpy", "flash-attn", "flash-attn-3"),
+    *("transformers", "x-transformers", "reservoirpy", "flash-attn", "flash-attn-3"),
     *("flash-linear-attention", "accelerated-scan"),
 )
 OnCase = Callable[[str], None]
@@ -49,6 +49,8 @@ class Run:
     freed_memory_kept: bool = False
     """Whether outputs reuse pages, ours and the peers' alike."""
     results: list[Result] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Cases that could not be timed, with the reason."""
     window_shares: dict[str, float] = field(default_factory=dict)
     """Attended pairs of each window case, as a share of those without the window."""
     memory: list[MemoryPoint] = field(default_factory=list)
@@ -91,7 +93,11 @@ def time_cases(
         on_case(case.name)
         # By case, or one whose peers take many blocks would leave the next one's in pieces.
         with freed_memory_kept() as run.freed_memory_kept:
-            found = time_case(case, settings, kept=run.freed_memory_kept)
+            try:
+                found = time_case(case, settings, kept=run.freed_memory_kept)
+            except Unavailable as error:
+                run.left_out[case.name] = str(error)
+                continue
         run.results.append(found)
         share = getattr(case, "window_share", None)
         if share is not None:

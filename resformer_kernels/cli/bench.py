@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,21 +32,20 @@ def add_parser(subparsers: Subparsers) -> None:
         help=COMMANDS["bench"],
         description="Time every case of benchmarks/ against every peer that is installed, "
         "alternating in one process, with the machine's GEMM rate and bandwidth measured in the "
-        "same run, and store the result. Runs from a checkout of the repository. The exit code is "
-        "1 where --compare finds a case slower, or a tensor is over its error budget.",
+        "same run, and store and draw the result. Runs from a checkout of the repository. The exit "
+        "code is 1 where --compare finds a case slower, or a tensor is over its error budget.",
     )
     chosen = parser.add_argument_group("what is timed")
     chosen.add_argument(
         "--suite",
         choices=("attention", "window", "mix", "decode", "scan", "reservoir"),
-        help="only the cases of one kind; stored only with --json",
+        help="only the cases of one kind",
     )
     chosen.add_argument(
         "--peer",
         metavar="NAME",
         nargs="+",
-        help="only peers whose name contains one of these, and cases that have one; stored only "
-        "with --json",
+        help="only peers whose name contains one of these, and cases that have one",
     )
     chosen.add_argument(
         "--filter",
@@ -53,9 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
         action="append",
         help="only cases whose name has every word of TEXT; repeated: any of them",
     )
-    chosen.add_argument(
-        "--quick", action="store_true", help="short cases, no compiling; stored only with --json"
-    )
+    chosen.add_argument("--quick", action="store_true", help="short cases, no compiling")
     chosen.add_argument(
         "--list", action="store_true", help="print the names of cases and peers and stop"
     )
@@ -83,7 +81,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="store the run here (default: benchmarks/results/<machine>.json, if every case ran)",
+        help="store the run here (default, if every case is timed: "
+        "reports/bench-DATE-TIME/run.json)",
     )
     results.add_argument(
         "--compare",
@@ -97,12 +96,13 @@ def add_parser(subparsers: Subparsers) -> None:
         type=Path,
         metavar="DIR",
         help="write DIR/index.html, one page that needs nothing else, and its figures in "
-        "DIR/figures",
+        "DIR/figures (default, if every case is timed: reports/bench-DATE-TIME)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Time, print, store. 0; 1 where something is slower or wrong, 2 for what cannot be done."""
+    _choose_outputs(args)
     for package in ("pytest_benchmark", *(("matplotlib",) if args.html else ())):
         if importlib.util.find_spec(package) is None:
             return refuse("bench", _NO_EXTRA.format(package))
@@ -122,6 +122,15 @@ def run(args: argparse.Namespace) -> int:
             return refuse("bench", "no such case or peer; --list prints the names")
         runs = [bench.measure(stored)]
     return bench.tell(runs, stored)
+
+
+def _choose_outputs(args: argparse.Namespace) -> None:
+    """A run of every case is stored and drawn, though nobody says where."""
+    if any((args.list, args.quick, args.filter, args.suite, args.peer, args.stored)):
+        return
+    folder = Path("reports") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    args.json = args.json or folder / "run.json"
+    args.html = args.html or folder
 
 
 class _Bench:
@@ -198,10 +207,9 @@ class _Bench:
         args, console = self.args, output(150)
         for found in runs:
             self.report.print_run(found, console)
-        chosen = args.quick or args.filter or args.suite or args.peer or args.stored
-        if not args.stored and (args.json or not chosen):
-            path = self.record.store(runs[0], args.json)
-            console.print(f"stored: [bold]{path}", soft_wrap=True)
+        if args.json and not args.stored:
+            self.record.store(runs[0], args.json)
+            console.print(f"stored: [bold]{args.json}", soft_wrap=True)
         if args.html:
             page = checkout("page")
             assert page is not None

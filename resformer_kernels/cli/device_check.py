@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="the JSON (default: benchmarks/results/<gpu>.json)",
+        help="the JSON (default: reports/<gpu>.json)",
     )
     parser.add_argument(
         "--no-build",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     def path(run: Any) -> Path:
         if args.out is not None:
             return Path(args.out)
-        return device_report.RESULTS / f"{run.ceilings.get('slug', 'device')}.json"
+        return Path("reports") / f"{run.ceilings.get('slug', 'device')}.json"
 
     build = None
     if args.device is None and not args.no_build:

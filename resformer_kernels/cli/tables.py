@@ -76,7 +76,7 @@ def rate_and_share(
         ceiling = gemm.get(result.dtype)
         return f"{rate / 1e9:.0f} GFLOP/s", f"{rate / ceiling:.0%} of GEMM" if ceiling else ""
     rate = result.bytes / result.ours.median
-    if result.group == "decode":
+    if result.group.startswith("decode"):
         share = f"{rate / read_bandwidth:.0%} of read" if read_bandwidth else ""
     else:
         share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""

@@ -49,7 +49,7 @@ def whole() -> Run:
 def test_every_figure_is_drawn(whole: Run) -> None:
     drawings = {drawing.name: drawing for drawing in figures.draw([whole])}
     kinds = ("attention-forward", "attention-backward", "mix", "decode", "scan", "reservoir")
-    expected = {f"speed-{kind}" for kind in (*kinds, "decode-shared", "scan-copy")}
+    expected = {f"speed-{kind}" for kind in (*kinds, "decode-shared", "decode-models", "scan-copy")}
     for direction in ("forward", "backward"):
         expected |= {f"length-{kind}-{direction}" for kind in ("time", "memory")}
     expected |= {f"decode-group{group}" for group in curves.GRID_GROUPS}

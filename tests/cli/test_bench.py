@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import record, registry, runner
+from benchmarks import registry, runner
 from resformer_kernels.cli import bench, main
 from resformer_kernels.mix import native as mix_native
 from resformer_kernels.testing import timing
@@ -28,8 +28,9 @@ MIX = MixBenchmark(2, 1, 32, 2, 8, torch.bfloat16, "forward")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three quick cases, one length, ceilings that nobody measured, one thread."""
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Three quick cases, one length, ceilings that nobody measured, one thread, an empty folder."""
+    monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cases = [
@@ -55,8 +56,7 @@ def test_everything_is_printed_and_stored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], native: str
 ) -> None:
     assert native == "native"
-    path = tmp_path / "machine.json"
-    assert main(["bench", "--json", str(path)]) == 0
+    assert main(["bench"]) == 0
     printed = capsys.readouterr().out
     for expected in (
         "ceilings",
@@ -69,6 +69,8 @@ def test_everything_is_printed_and_stored(
         "float64",
     ):
         assert expected in printed
+    (path,) = tmp_path.glob("reports/bench-*/run.json")
+    assert ATTENTION.name in (path.parent / "index.html").read_text()
     stored = json.loads(path.read_text())
     assert len(stored["timings"]) == 3
     first = stored["timings"][0]
@@ -97,10 +99,7 @@ def test_filter_and_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_peers_and_suites_are_chosen(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+def test_peers_and_suites_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "--suite", "window"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
     assert main(["bench", "--peer", "EINSUM", "(b,h,t,d)"]) == 0

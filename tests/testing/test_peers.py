@@ -21,6 +21,7 @@ from resformer_kernels.testing.attention_workload import (
 from resformer_kernels.testing.call_memory import peak_call_bytes, unavailable_reason
 from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
 from resformer_kernels.testing.device_workloads import FA3, FLEX
+from resformer_kernels.testing.model_workload import DYNAMIC, STATIC, ModelBenchmark
 from resformer_kernels.testing.reservoir_workloads import (
     LOOP,
     RESERVOIRPY,
@@ -78,6 +79,22 @@ def test_decoding_takes_the_peers_that_differ() -> None:
     with pytest.raises(Unavailable, match="takes seconds"):
         replace(case, length=2**24).makers()[GQA]()
     replace(case, heads=2).makers()[GQA]()()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_models_of_transformers_decode_alike(shared: bool) -> None:
+    pytest.importorskip("transformers")
+    makers = ModelBenchmark(2, 9, torch.float32, shared, layers=2).makers()
+    assert set(makers) == {OURS, DYNAMIC, OWN_VALUES if shared else STATIC}
+    logits: dict[str, Any] = {name: make()() for name, make in makers.items()}
+    again = {name: make() for name, make in makers.items()}
+    for name in logits.keys() - {OWN_VALUES}:
+        torch.testing.assert_close(logits[name], logits[OURS], rtol=1e-4, atol=1e-5)
+        again[name]()
+        # Every step appends at the same place.
+        torch.testing.assert_close(again[name](), logits[name], rtol=0, atol=0)
+    if shared:
+        assert not torch.allclose(logits[OWN_VALUES], logits[OURS], atol=1e-3)
 
 
 def naive(log_gates: Tensor, tokens: Tensor) -> Tensor:
