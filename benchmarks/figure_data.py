@@ -54,7 +54,7 @@ class Cases:
             yardstick: those whose fastest peer is a yardstick: a copy, or our own kernel otherwise
                 used. False: those that are held against somebody else's work. None: all.
         """
-        drawn = {case.name for case in _every_curve()}
+        drawn = {case.name for case in every_curve()}
         return [
             result
             for name, (result, _) in self.found.items()
@@ -65,7 +65,8 @@ class Cases:
         ]
 
 
-def _every_curve() -> list[Benchmark]:
+def every_curve() -> list[Benchmark]:
+    """The cases that are points of a curve."""
     return [*curves.attention(), *curves.decode_grid(), *curves.scan(), *curves.reservoir()]
 
 

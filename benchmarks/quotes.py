@@ -14,13 +14,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import page, record
+from benchmarks import page, record, runner
+from benchmarks.figure_data import every_curve
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
-from resformer_kernels.cli.tables import duration
+from resformer_kernels.cli.tables import duration, rate_and_share
 from resformer_kernels.support import answers
 from resformer_kernels.testing.decode_workload import OWN_VALUES
 from resformer_kernels.testing.model_workload import DYNAMIC, MODELS, STATIC
@@ -28,9 +29,10 @@ from resformer_kernels.testing.timing import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs"
+_FOLDERS = ("mix", "kvcache", "scan", "reservoir", "integrations/transformers")
 DOCUMENTS = (
     *("README.md", "docs/figures.md", "docs/support.md"),
-    "resformer_kernels/integrations/transformers/README.md",
+    *(f"resformer_kernels/{folder}/README.md" for folder in _FOLDERS),
 )
 _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -40,7 +42,8 @@ _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat
 _SHORT = (
     r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
     r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
-    r"reservoir_scan .*(B1 T16384|B32)",
+    r"decode in transformers .* B1 T8192, .* bfloat16",
+    r"reservoir_scan .*(B1 T16384|B32) .* float32",
     r"linear_scan forward (B4 T16384|B1 T8192) N1024 gates by step float32",
 )
 """The cases other than attention that the README shows: of those that are stored, what matches."""
@@ -148,6 +151,28 @@ def model_table() -> str:
     return "\n\n".join(parts)
 
 
+def suite_table(suite: str) -> str:
+    """Of the newest run, every case of a suite but the points of curves and whole models."""
+    run = newest()
+    drawn = {case.name for case in every_curve()}
+    heading = (
+        f"| {described(record.as_json(run))} | ours | rate | of the ceiling | fastest peer | |"
+    )
+    lines = [heading, "| --- | --- | --- | --- | --- | --- |"]
+    for result in run.results:
+        if result.group.split()[0] != suite or result.name in drawn or MODELS in result.name:
+            continue
+        rate, share = rate_and_share(
+            result, run.gemm, run.bandwidth.get("copy"), run.bandwidth.get("read")
+        )
+        peer = f"{result.peer}, {duration(result.timings[result.peer].median)}"
+        ours = duration(result.ours.median)
+        lines.append(
+            f"| {result.name} | {ours} | {rate} | {share} | {peer} | {result.ratio:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
 _HEADING = ("| case | ours | fastest peer | times faster |", "| --- | --- | --- | --- |")
 
 
@@ -190,6 +215,7 @@ def _memory(points: Sequence[Any]) -> list[str]:
 QUOTES: dict[str, Callable[[], str]] = {
     "attention": attention_tables,
     "others": other_table,
+    **{suite: partial(suite_table, suite) for suite in ("mix", "decode", "scan", "reservoir")},
     "models": model_table,
     "every-case": every_case,
     "support": lambda: summary(_support()),
@@ -202,11 +228,16 @@ def rewritten(text: str) -> str:
     return _PART.sub(lambda part: f"{part[1]}{QUOTES[part[2]]()}\n{part[3]}", text)
 
 
+@cache
+def newest() -> runner.Run:
+    """The newest stored run of a CPU."""
+    stored = (record.from_json(run) for run in runs().values() if "format" in run)
+    return max(stored, key=lambda run: run.started)
+
+
 def report() -> dict[Path, str | None]:
-    """What docs/ should hold of the newest run of a CPU; None for a figure that nothing draws."""
-    stored = {name: run for name, run in runs().items() if run.get("format") == record.FORMAT}
-    newest = max(stored, key=lambda name: str(stored[name]["started"]))
-    drawn = page.files([record.load(record.RESULTS / f"{newest}.json")])
+    """What docs/ should hold of the newest run; None for a figure that nothing draws."""
+    drawn = page.files([newest()])
     left: dict[Path, str | None] = dict.fromkeys((REPORT / page.FIGURES).glob("*.svg"))
     return left | {REPORT / name: text for name, text in drawn.items()}
 
