@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from resformer_kernels.cli import COMMANDS, Subparsers, checkout
+from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
 from resformer_kernels.cli.common import NO_CHECKOUT, Meter, at_least, output, refuse
 from resformer_kernels.testing import timing
 from resformer_kernels.testing.peak_memory import SDPA
@@ -121,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
         if not bench.cases and not bench.memory:
             return refuse("bench", "no such case or peer; --list prints the names")
         runs = [bench.measure(stored)]
-    return bench.tell(runs, stored)
+    code = bench.tell(runs, stored)
+    return INTERRUPTED if bench.interrupted else code
 
 
 def _choose_outputs(args: argparse.Namespace) -> None:
@@ -159,6 +161,7 @@ class _Bench:
         whole = args.suite is None and args.peer is None
         self.memory = whole and _matches(_MEMORY_CASE, args.filter)
         self.seconds = _QUICK_SAMPLE_SECONDS if args.quick else _SAMPLE_SECONDS
+        self.interrupted = False
 
     def list(self) -> int:
         """Print the names of what would run."""
@@ -170,37 +173,44 @@ class _Bench:
         return 0
 
     def measure(self, stored: Any) -> Any:
-        """A new run; what looks slower than `stored` is timed twice."""
-        args = self.args
+        """A new run; what looks slower than `stored` is timed twice. Ctrl-C ends it early."""
+        args, contestants = self.args, (OURS, SDPA)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        settings = self.runner.Settings(args.samples, self.seconds, args.peer)
-        dtypes, contestants = self.registry.DTYPES, (OURS, SDPA)
         costs = [1.0, *map(self._cost, self.cases), 2.0]
         if self.memory:
             costs += [_MEMORY_COST] * len(self.lengths) * len(contestants)
         with Meter(costs) as meter:
             meter.begin("ceilings")
-            found = self.runner.start(dtypes, args.samples)
-            self.runner.time_cases(found, self.cases, settings, on_case=meter.begin)
-            suites = {case.group.split()[0] for case in self.cases}
-            ops = [op for suite in suites for op in self.registry.SUITES.get(suite, ())]
-            self.runner.measure_errors(found, ops, on_case=meter.begin)
-            if self.memory:
-                self.runner.measure_memory(
-                    found,
-                    self.lengths,
-                    dtypes[:1],
-                    contestants,
-                    heads=self.registry.MEMORY_HEADS,
-                    head_dim=self.registry.MEMORY_HEAD_DIM,
-                    on_case=meter.begin,
-                )
-            if stored is not None:
-                for change in self.compare.slower(self.compare.compare(found, stored)):
-                    case = next(case for case in self.cases if case.name == change.name)
-                    self.runner.time_again(found, case, settings, on_case=meter.begin)
+            found = self.runner.start(self.registry.DTYPES, args.samples)
+            try:
+                self._fill(found, stored, contestants, meter)
+            except KeyboardInterrupt:
+                self.interrupted = True
+        if self.interrupted:
+            print("interrupted; what was found is kept", file=sys.stderr)
         return found
+
+    def _fill(self, found: Any, stored: Any, contestants: Sequence[str], meter: Meter) -> None:
+        settings = self.runner.Settings(self.args.samples, self.seconds, self.args.peer)
+        self.runner.time_cases(found, self.cases, settings, on_case=meter.begin)
+        suites = {case.group.split()[0] for case in self.cases}
+        ops = [op for suite in suites for op in self.registry.SUITES.get(suite, ())]
+        self.runner.measure_errors(found, ops, on_case=meter.begin)
+        if self.memory:
+            self.runner.measure_memory(
+                found,
+                self.lengths,
+                self.registry.DTYPES[:1],
+                contestants,
+                heads=self.registry.MEMORY_HEADS,
+                head_dim=self.registry.MEMORY_HEAD_DIM,
+                on_case=meter.begin,
+            )
+        if stored is not None:
+            for change in self.compare.slower(self.compare.compare(found, stored)):
+                case = next(case for case in self.cases if case.name == change.name)
+                self.runner.time_again(found, case, settings, on_case=meter.begin)
 
     def tell(self, runs: Sequence[Any], stored: Any) -> int:
         """Print, store, compare and draw; the exit code."""

@@ -207,11 +207,16 @@ def measure(
         if name not in chosen:
             continue
         try:
-            calls[name] = make()
-        except Unavailable as error:
+            call = make()
+            if name != OURS:
+                call()
+        except Exception as error:
+            # What ours raises is a fault; a peer that fails is told of, and the others go on.
             if name == OURS:
                 raise
-            absent[name] = str(error)
+            absent[name] = str(error) if isinstance(error, Unavailable) else _failure(error)
+        else:
+            calls[name] = call
     timings = alternate(
         calls, samples=samples, min_sample_s=min_sample_s, settle_rounds=settle_rounds
     )
@@ -225,6 +230,12 @@ def measure(
         absent,
         {} if peak is None else {name: peak(call) for name, call in calls.items()},
     )
+
+
+def _failure(error: Exception) -> str:
+    """In a line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"failed: {type(error).__name__}: {first.strip()}"[:200]
 
 
 def _warm(call: Callable[[], object], timer: Timer, min_sample_s: float) -> float:

@@ -149,6 +149,27 @@ def test_noise_is_not_called_slower(
 
 
 @pytest.mark.usefixtures("small")
+def test_what_an_interrupted_run_found_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time_case = runner.time_case
+
+    def until_mixing(case: Any, *args: Any, **kwargs: Any) -> Any:
+        if case is MIX:
+            raise KeyboardInterrupt
+        return time_case(case, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "time_case", until_mixing)
+    assert main(["bench", "--filter", "attention", "--filter", "mix", "--json", "run.json"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert [timing["group"] for timing in stored["timings"]] == [
+        "attention backward",
+        "window forward",
+    ]
+
+
+@pytest.mark.usefixtures("small")
 def test_stored_runs_are_shown_without_timing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

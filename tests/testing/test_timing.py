@@ -101,6 +101,26 @@ def test_peers_are_chosen_by_a_part_of_their_name() -> None:
         _ = alone.ratio
 
 
+def test_a_peer_that_fails_is_told_of_and_the_others_are_timed() -> None:
+    def broken() -> None:
+        raise RuntimeError("\nno compiler\nat all")
+
+    class Broken(Sleep):
+        def makers(self) -> Mapping[str, Callable[[], Call]]:
+            return {"broken peer": lambda: broken, **super().makers()}
+
+    result = measure(Broken(), samples=2, min_sample_s=0.001)
+    assert result.peers == ["peer", "slow peer"]
+    assert result.absent["broken peer"] == "failed: RuntimeError: no compiler"
+
+    class BrokenOurs(Sleep):
+        def makers(self) -> Mapping[str, Callable[[], Call]]:
+            return {**super().makers(), "ours": lambda: broken}
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        measure(BrokenOurs(), samples=2, min_sample_s=0.001)
+
+
 def test_what_we_cannot_do_ourselves_is_an_error() -> None:
     class Missing(Sleep):
         def makers(self) -> Mapping[str, Callable[[], Call]]:
