@@ -11,31 +11,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resformer_kernels import _triton_lib as lib
+from resformer_kernels._triton_views import (
+    Coefficient,
+    View,
+    coefficient_of,
+    form_over_tile,
+    view_of,
+)
 from resformer_kernels.attention import triton_tiles as tiles
 
 FAR = 2**30
 """Stands for any larger side of a window, within 32 bits."""
 _LOG2E = 1.4426950408889634
-
-
-class View(NamedTuple):
-    """(batch, time, heads, head_dim) by strides in elements; packed tensors have batch 0."""
-
-    pointer: Tensor | None
-    batch: int
-    time: int
-    head: int
-
-
-class Coefficient(NamedTuple):
-    """A mixing coefficient: a tensor by strides, 0 where it broadcasts, or a number."""
-
-    pointer: Tensor | None
-    number: float
-    batch: int
-    time: int
-    head: int
-    column: int
 
 
 class Values(NamedTuple):
@@ -57,39 +44,9 @@ class Bias(NamedTuple):
     key: int
 
 
-NOTHING = View(None, 0, 0, 0)
-
-
-def view_of(tensor: Tensor | None) -> View:
-    """A tensor of three or four axes as kernels take it."""
-    if tensor is None:
-        return NOTHING
-    batch = tensor.stride(0) if tensor.dim() == 4 else 0
-    return View(tensor, batch, tensor.stride(-3), tensor.stride(-2))
-
-
 def lse_view(lse: Tensor) -> View:
     """(B, Hq, Tq), or (Hq, total), by strides; time is contiguous."""
     return View(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
-
-
-def coefficient_of(tensor: Tensor | None, number: float) -> tuple[Coefficient, int]:
-    """A coefficient and its form over a tile of one head, as `_triton_lib.coefficient` has it."""
-    if tensor is None:
-        return Coefficient(None, float(number), 0, 0, 0, 0), lib.NUMBER.value
-    strides = [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    time, head, column = strides[-3:]
-    form = {
-        (False, False): lib.PER_TILE,
-        (True, False): lib.PER_ROW,
-        (False, True): lib.PER_COLUMN,
-        (True, True): lib.PER_ELEMENT,
-    }[time != 0, column != 0]
-    batch = strides[0] if tensor.dim() == 4 else 0
-    return Coefficient(tensor, 1.0, batch, time, head, column), form.value
 
 
 def bias_of(tensor: Tensor | None) -> tuple[Bias, int, Any]:
@@ -223,14 +180,17 @@ class Problem:
 
     def values(self, mixed: Tensor | None = None) -> tuple[Values, dict[str, Any]]:
         """What V' is loaded from and how; `mixed`: V' itself, where it was mixed before."""
-        own, own_form = coefficient_of(self.lambda_v, self.lambda_v_value)
-        first, first_form = coefficient_of(self.lambda_first, self.lambda_first_value)
+        own = coefficient_of(self.lambda_v, self.lambda_v_value)
+        first = coefficient_of(self.lambda_first, self.lambda_first_value)
         mixes = self.mixes and mixed is None
         v, v_first = (self.v, self.v_first) if mixes else (self.value, None)
         values = Values(view_of(mixed if mixed is not None else v), view_of(v_first), own, first)
-        if not mixes:
-            own_form = first_form = lib.NUMBER.value
-        return values, {"OWN_FORM": own_form, "FIRST_FORM": first_form, "MIXES": mixes}
+        # A tile has the tokens of one head, by the channels.
+        forms = [
+            form_over_tile(c, c.time != 0, c.column != 0) if mixes else lib.NUMBER.value
+            for c in (own, first)
+        ]
+        return values, {"OWN_FORM": forms[0], "FIRST_FORM": forms[1], "MIXES": mixes}
 
     def masks(self) -> dict[str, Any]:
         """The arguments that say which keys a row may see."""

@@ -11,18 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resformer_kernels import _triton_lib as lib
 from resformer_kernels._launch import unit_stride
+from resformer_kernels._triton_views import NOTHING, view_of
 from resformer_kernels.attention import triton_backward as kernels
 from resformer_kernels.attention import triton_bias as bias_kernels
 from resformer_kernels.attention import triton_configs as configs
 from resformer_kernels.attention import triton_loads as loads
 from resformer_kernels.attention import triton_queries as queries_kernels
-from resformer_kernels.attention.triton_arguments import (
-    NOTHING,
-    Problem,
-    descriptor_of,
-    lse_view,
-    view_of,
-)
+from resformer_kernels.attention.triton_arguments import Problem, descriptor_of, lse_view
 from resformer_kernels.attention.triton_launch import clear_tail, open_tiles, premix, section
 
 # Of a problem's masks, what says where a sequence lies.

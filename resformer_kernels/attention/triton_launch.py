@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import _triton_lib as lib
+from resformer_kernels._triton_views import NOTHING, view_of
 from resformer_kernels.attention import triton_configs as configs
 from resformer_kernels.attention import triton_forward as kernels
 from resformer_kernels.attention import triton_tiles as tiles
-from resformer_kernels.attention.triton_arguments import (
-    NOTHING,
-    Problem,
-    descriptor_of,
-    lse_view,
-    padded,
-    view_of,
-)
+from resformer_kernels.attention.triton_arguments import Problem, descriptor_of, lse_view, padded
 
 # Of the second-level cache, what a causal launch's keys and values may fill.
 _CACHE_BYTES = 16 * 2**20

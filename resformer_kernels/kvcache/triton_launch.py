@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import _triton_lib as lib
-from resformer_kernels.attention.triton_arguments import (
-    FAR,
-    NOTHING,
-    View,
-    lse_view,
-    padded,
-    score_scale,
-    view_of,
-)
+from resformer_kernels._triton_views import NOTHING, View, view_of
+from resformer_kernels.attention.triton_arguments import FAR, lse_view, padded, score_scale
 from resformer_kernels.kvcache import triton_codes as codes
 from resformer_kernels.kvcache import triton_kernels as kernels
 from resformer_kernels.kvcache import triton_plan as plan

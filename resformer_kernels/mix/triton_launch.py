@@ -10,6 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels import _triton_lib as lib
+from resformer_kernels._triton_views import (
+    NOTHING,
+    Coefficient,
+    View,
+    coefficient_of,
+    form_over_tile,
+    view_of,
+)
 from resformer_kernels.mix import triton_kernels as kernels
 from resformer_kernels.mix import triton_plan as plan
 from resformer_kernels.mix.triton_plan import Shape
@@ -20,26 +28,6 @@ _ALIKE_AT_ONCE = 4
 """Sources of one backward launch, each with code of its own."""
 _SUMS = 1024
 """Elements of a tile of partial sums."""
-
-
-class View(NamedTuple):
-    """(batch, time, heads, head_dim) by strides in elements. A table has its rows along time."""
-
-    pointer: Tensor | None
-    batch: int
-    time: int
-    head: int
-
-
-class Coefficient(NamedTuple):
-    """A tensor by strides, 0 where it broadcasts, or a number."""
-
-    pointer: Tensor | None
-    number: float
-    batch: int
-    time: int
-    head: int
-    column: int
 
 
 class Ids(NamedTuple):
@@ -68,7 +56,6 @@ class Source(NamedTuple):
     form: int
 
 
-_NO_VIEW = View(None, 0, 0, 0)
 _NO_IDS = Ids(None, 0, 0)
 _NO_SUMS = Sums(None, 0, 0, 0, 0)
 
@@ -81,10 +68,6 @@ def _shape_of(v: Tensor) -> Shape:
     return Shape(*v.shape) if v.dim() == 4 else Shape(1, *v.shape)
 
 
-def _view_of(v: Tensor) -> View:
-    return View(v, v.stride(0) if v.dim() == 4 else 0, v.stride(-3), v.stride(-2))
-
-
 def _table_view(table: Tensor) -> View:
     return View(table, 0, table.stride(0), table.stride(1))
 
@@ -94,19 +77,9 @@ def _ids_of(token_ids: Tensor) -> Ids:
 
 
 def _coefficient_of(tensor: Tensor | None, number: float) -> tuple[Coefficient, int]:
-    if tensor is None:
-        return Coefficient(None, float(number), 0, 0, 0, 0), lib.NUMBER.value
-    batch, time, head, column = [
-        0 if size == 1 else stride
-        for size, stride in zip((1, *tensor.shape)[-4:], (0, *tensor.stride())[-4:], strict=True)
-    ]
-    form = {
-        (False, False): lib.PER_TILE,
-        (True, False): lib.PER_ROW,
-        (False, True): lib.PER_COLUMN,
-        (True, True): lib.PER_ELEMENT,
-    }[batch != 0 or time != 0, head != 0 or column != 0]
-    return Coefficient(tensor, 1.0, batch, time, head, column), form.value
+    """And its form over a tile, which has tokens by heads and channels."""
+    c = coefficient_of(tensor, number)
+    return c, form_over_tile(c, c.batch != 0 or c.time != 0, c.head != 0 or c.column != 0)
 
 
 def _joined(views: Iterable[View], dim: int) -> bool:
@@ -133,7 +106,7 @@ def mix_values_forward(
 ) -> Tensor:
     """The implementation of the op: its arguments, in the schema's order."""
     sources = [
-        Source(_view_of(value), *_coefficient_of(c if _present(c) else None, number))
+        Source(view_of(value), *_coefficient_of(c if _present(c) else None, number))
         for value, c, number in zip(values, coefficients, numbers, strict=True)
     ]
     return _forward(values[0], sources, _NO_IDS, 0)
@@ -144,7 +117,7 @@ def mix_value_embedding_forward(
 ) -> Tensor:
     """The implementation of the op: its arguments, in the schema's order."""
     sources = [
-        Source(_view_of(v), *_coefficient_of(None, 1.0)),
+        Source(view_of(v), *_coefficient_of(None, 1.0)),
         Source(_table_view(table), *_coefficient_of(gate, gate_value)),
     ]
     return _forward(v, sources, _ids_of(token_ids), table.shape[0])
@@ -216,7 +189,7 @@ def mix_values_backward(
     count = len(values)
     wanted, results = [], []
     for i in range(count):
-        value = _view_of(values[i]) if grad_mask[count + i] else _NO_VIEW
+        value = view_of(values[i]) if grad_mask[count + i] else NOTHING
         c = coefficients[i] if _present(coefficients[i]) else None
         d_value = lib.empty(grad, grad.shape) if grad_mask[i] else None
         d_coefficient = lib.empty(c, c.shape) if c is not None and grad_mask[count + i] else None
@@ -261,7 +234,7 @@ def _launch_backward(
         kernels.backward_kernel,
         (how.programs() * len(wanted),),
         grad.device,
-        grad=_view_of(grad),
+        grad=view_of(grad),
         values=tuple(w.source.value for w in wanted),
         coefficients=tuple(w.source.coefficient for w in wanted),
         d_values=tuple(w.d_value for w in wanted),
@@ -287,7 +260,7 @@ def _launch_backward(
         TYPE=_type_of(grad.dtype),
         SUM_TYPE=_sum_type(grad.dtype),
         DIM=shape.dim,
-        JOINED=_joined((_view_of(grad), *(w.source.value for w in wanted)), shape.dim),
+        JOINED=_joined((view_of(grad), *(w.source.value for w in wanted)), shape.dim),
         ROWS=how.tile.rows,
         BLOCK=how.tile.columns,
         num_warps=4,
@@ -372,7 +345,7 @@ def _scatter(
         kernels.scatter_kernel,
         (picked.shape[0] * column_tiles,),
         grad.device,
-        grad=_view_of(grad),
+        grad=view_of(grad),
         gate=gate[0],
         sorted_ids=picked,
         order=order,
@@ -386,7 +359,7 @@ def _scatter(
         FORM=gate[1],
         SUM_TYPE=_sum_type(grad.dtype),
         DIM=shape.dim,
-        JOINED=_joined((_view_of(grad),), shape.dim),
+        JOINED=_joined((view_of(grad),), shape.dim),
         ROWS=tile.rows,
         BLOCK=tile.columns,
         num_warps=4,

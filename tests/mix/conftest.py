@@ -1,30 +1,5 @@
 """The backends of the mixing ops that run here."""
 
-from __future__ import annotations
+from tests.backends import backend, kernels
 
-import pytest
-import torch
-
-from resformer_kernels import _triton
-
-
-@pytest.fixture(params=["native", "triton"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    """Each backend that has kernels: compiled ones, and Triton's in its interpreter."""
-    name: str = request.param
-    if name == "native":
-        request.getfixturevalue("native")
-    elif (reason := _triton.unavailable_reason(torch.device("cpu"))) is not None:
-        pytest.skip(reason)
-    return name
-
-
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that runs on a CPU."""
-    name: str = request.param
-    if name == "native":
-        request.getfixturevalue("native")
-    elif name == "triton" and (reason := _triton.unavailable_reason(torch.device("cpu"))):
-        pytest.skip(reason)
-    return name
+__all__ = ["backend", "kernels"]
