@@ -20,8 +20,8 @@ constexpr int64_t kChunks = 12;
 // Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for what is
 // left of a difference may grow for a while before it goes.
 constexpr float kAccepted = 0.5f, kMeeting = 0.125f;
-// A reservoir that forgets brings trajectories nearer at nearly every comparison. Where they part again by this
-// factor, what is within the tolerance could leave it.
+// A reservoir that forgets brings trajectories nearer at nearly every comparison. Where they part again by
+// this factor, what is within the tolerance could leave it.
 constexpr float kRegrown = 3.0f;
 constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size each thread keeps for itself
 constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that are worth another thread
@@ -257,7 +257,7 @@ class Sweeper {
     const int64_t turned = step_.kind == WeightKind::csr ? (count + kPadding) * width_ : 0;
     Scratch scratch(count * 2 * kernels_.panel + turned), own(differ ? 1 : count * 4), nearest(count);
     std::vector<int32_t> active(count);
-    ReservoirMember member{team,          begin, stop, scratch.get(), differ ? differ : own.get(),
+    ReservoirMember member{team,          begin,        stop, scratch.get(), differ ? differ : own.get(),
                            nearest.get(), active.data()};
     kernels_.run(step_, rows, count, member);
   }
