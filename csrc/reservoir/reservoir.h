@@ -3,8 +3,8 @@
 //
 // States of many stretches of time are stepped together, one row each. A row's arithmetic depends on nothing
 // but the row: every unit sums its inputs and then its neighbours in the order of k, in one chain of fused
-// multiply-adds, however many rows go along and however the units are shared among threads. So two
-// trajectories that come to one state stay together to the last bit, and chunks of time can be compared.
+// multiply-adds, however many rows go along and however the units are shared among threads. So a stretch that
+// starts from the same bits has the same bits, and chunks of time can be compared.
 #pragma once
 
 #include "common/scalar.h"
@@ -66,8 +66,9 @@ struct ReservoirRow {
   float* sent[2];       // width: what W multiplies, gain * state; the same as slot but in the adjoint
   int64_t steps;
   bool compare;
-  int64_t ran;  // result: steps taken
-  bool met;     // result: stopped because it met what is stored
+  int64_t ran;   // result: steps taken
+  bool met;      // result: stopped because it met what is stored
+  float growth;  // result: by what factor the distance from what is stored grew again, at most
 };
 
 static inline int64_t panels_of(const ReservoirLayout& layout, int64_t panel) {
@@ -88,6 +89,7 @@ struct ReservoirMember {
   int64_t begin, end;  // its parts
   float* scratch;      // rows * two panels; for csr also the states of rows, in whole kPadding of them
   float* differ;       // shared by the team: (2, parts, rows, 2), largest difference and largest state
+  float* nearest;      // rows: the least distance from what is stored so far
   int32_t* active;     // rows
 };
 

@@ -1,6 +1,8 @@
 // The reservoir's kernels for one instruction set: packing, and stepping rows through time.
 #include <sched.h>
 
+#include <limits>
+
 #include "reservoir/reservoir_product.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -103,7 +105,10 @@ class Stepper {
   void run() {
     int32_t* active = member_.active;
     int64_t n = count_;
-    for (int64_t i = 0; i < n; ++i) active[i] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < n; ++i) {
+      active[i] = static_cast<int32_t>(i);
+      member_.nearest[i] = std::numeric_limits<float>::infinity();
+    }
     const ReservoirTeam& team = *member_.team;
     for (int64_t t = 0; n > 0; ++t) {
       if (s_.kind == WeightKind::csr && n >= kFewRows) turn_rows(t, n);
@@ -286,6 +291,9 @@ class Stepper {
           met = met && apart == apart;
         }
         met = met && apart <= s_.tolerance * (s_.relative ? largest : 1.0f);
+        float& nearest = member_.nearest[member_.active[i]];
+        if (member_.begin == 0 && apart > nearest * row.growth) row.growth = apart / nearest;
+        if (apart < nearest) nearest = apart;
       }
       if (met || t + 1 == row.steps) {
         if (member_.begin == 0) {

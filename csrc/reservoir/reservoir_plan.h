@@ -20,6 +20,9 @@ constexpr int64_t kChunks = 12;
 // Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for what is
 // left of a difference may grow for a while before it goes.
 constexpr float kAccepted = 0.5f, kMeeting = 0.125f;
+// A reservoir that forgets brings trajectories nearer at nearly every comparison. Where they part again by
+// this factor, what is within the tolerance could leave it.
+constexpr float kRegrown = 3.0f;
 constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size each thread keeps for itself
 constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that are worth another thread
 
@@ -87,7 +90,8 @@ class Sweeper {
         width_(step.layout.width()),
         slots_(step.adjoint ? 4 : 2),
         buffer_(std::max<int64_t>(1, count() * (slots_ + 2) * width_)),
-        met_(chunks_.size(), false) {
+        met_(chunks_.size(), false),
+        exact_(chunks_.size(), false) {
     step_.tolerance = tolerance * kMeeting;
     step_.input_step = streams.reverse ? -streams.input_stride : streams.input_stride;
     step_.state_step = streams.reverse ? -streams.state_stride : streams.state_stride;
@@ -110,14 +114,20 @@ class Sweeper {
     if (todo.empty()) return report;
     double before = std::numeric_limits<double>::infinity();
     for (bool first = true; !todo.empty(); first = false) {
-      sweep(todo, !first, &report);
-      double apart = 0.0;
-      todo = disagreeing(&apart, &report.mismatch);
-      // Starts that come no nearer from one sweep to the next are not forgotten within a chunk. What is then
-      // done in order is done once.
-      if (!first && !(apart < 0.5 * before)) report.forgot = report.forgot && todo.empty();
-      before = apart;
-      if (!report.forgot) keep_earliest(&todo);
+      const float growth = sweep(todo, !first, &report);
+      if (report.forgot) {
+        double apart = 0.0;
+        todo = disagreeing(&apart, &report.mismatch);
+        // Starts that come no nearer from one sweep to the next are not forgotten within a chunk.
+        const bool nearer = first || todo.empty() || apart < 0.5 * before;
+        report.forgot = nearer && growth <= kRegrown;
+        before = apart;
+      }
+      if (!report.forgot) {
+        // In order then, once, and to the bits of the sequential mode.
+        todo = earliest_inexact();
+        report.mismatch = 0.0;
+      }
     }
     return report;
   }
@@ -149,30 +159,39 @@ class Sweeper {
     return found;
   }
 
-  void keep_earliest(std::vector<int64_t>* todo) {
-    std::vector<int64_t> earliest;
-    for (const int64_t c : *todo) {
-      if (earliest.empty() || chunks_[earliest.back()].sequence != chunks_[c].sequence) earliest.push_back(c);
+  // Of each sequence the first chunk that may differ from the sequential mode by a bit.
+  std::vector<int64_t> earliest_inexact() const {
+    std::vector<int64_t> found;
+    for (int64_t c = 0; c < count(); ++c) {
+      if (exact_[c]) continue;
+      if (found.empty() || chunks_[found.back()].sequence != chunks_[c].sequence) found.push_back(c);
     }
-    *todo = earliest;
+    return found;
   }
 
-  void sweep(const std::vector<int64_t>& todo, bool again, Report* report) {
+  // Returns the largest growth of a distance.
+  float sweep(const std::vector<int64_t>& todo, bool again, Report* report) {
     std::vector<ReservoirRow> rows;
     for (const int64_t c : todo) {
       if (again) std::memcpy(start(c), end(c - 1), width_ * sizeof(float));
-      rows.push_back(row_of(c, again));
+      rows.push_back(row_of(c, again && report->forgot));
     }
     step_.independent = step_.independent && !again;
     advance(rows);
     ++report->sweeps;
+    float growth = 1.0f;
+    const std::vector<bool> exact = exact_;
     for (size_t i = 0; i < todo.size(); ++i) {
+      const int64_t c = todo[i];
       report->work += rows[i].ran;
-      met_[todo[i]] = rows[i].met;
+      growth = std::max(growth, rows[i].growth);
+      met_[c] = rows[i].met;
+      exact_[c] = !rows[i].met && (is_first(c) || (again && exact[c - 1]));
       if (rows[i].ran == rows[i].steps) {
-        std::memcpy(end(todo[i]), rows[i].slot[rows[i].steps % 2], width_ * sizeof(float));
+        std::memcpy(end(c), rows[i].slot[rows[i].steps % 2], width_ * sizeof(float));
       }
     }
+    return growth;
   }
 
   ReservoirRow row_of(int64_t c, bool compare) {
@@ -195,6 +214,7 @@ class Sweeper {
     }
     row.steps = chunk.length;
     row.compare = compare;
+    row.growth = 1.0f;
     return row;
   }
 
@@ -235,9 +255,10 @@ class Sweeper {
                   float* differ) {
     if (count == 0) return;
     const int64_t turned = step_.kind == WeightKind::csr ? (count + kPadding) * width_ : 0;
-    Scratch scratch(count * 2 * kernels_.panel + turned), own(differ ? 1 : count * 4);
+    Scratch scratch(count * 2 * kernels_.panel + turned), own(differ ? 1 : count * 4), nearest(count);
     std::vector<int32_t> active(count);
-    ReservoirMember member{team, begin, stop, scratch.get(), differ ? differ : own.get(), active.data()};
+    ReservoirMember member{team,          begin,        stop, scratch.get(), differ ? differ : own.get(),
+                           nearest.get(), active.data()};
     kernels_.run(step_, rows, count, member);
   }
 
@@ -248,7 +269,7 @@ class Sweeper {
   float tolerance_;
   int64_t work_per_step_, weight_bytes_, width_, slots_;
   Scratch buffer_;
-  std::vector<bool> met_;
+  std::vector<bool> met_, exact_;  // exact: the bits of the sequential mode
 };
 
 }  // namespace resformer::reservoir_host

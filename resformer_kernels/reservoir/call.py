@@ -53,7 +53,8 @@ class ReservoirInfo(NamedTuple):
     work: Tensor
     """float64: steps that were computed, as a multiple of those that there are."""
     forgot: Tensor
-    """bool: False where starts were not forgotten within a chunk, and chunks ran one by one."""
+    """bool: False where starts were not forgotten within a chunk, or differences grew again on the
+    way: chunks then ran one by one, and the states have the bits of the sequential mode."""
 
 
 class ReservoirCall(NamedTuple):

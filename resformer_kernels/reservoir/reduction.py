@@ -7,6 +7,9 @@ from torch import Tensor
 
 Result = Tensor | tuple[Tensor, Tensor]
 
+_PIECE = 64
+"""Steps that are summed one after another."""
+
 
 def reduce_states(
     states: Tensor,
@@ -38,10 +41,29 @@ def sums_over_time(states: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
     """Each sequence's states summed, (B, N) or (sequences, N)."""
     if cu_seqlens is None:
         return states.sum(1, dtype=dtype)
+    if states.device.type != "cpu":
+        return sums_in_pieces(states.to(dtype), cu_seqlens)
     # The last segment holds what belongs to no sequence.
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), _positions(states), right=True)
     sums = states.new_zeros((cu_seqlens.shape[0], states.shape[-1]), dtype=dtype)
     return sums.index_add(0, segment, states.to(dtype))[:-1]
+
+
+def sums_in_pieces(states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each sequence's states (total, N) summed, in an order that is fixed on every device.
+
+    `index_add` adds in any order on a GPU. Here each piece of a sequence is summed in order, all of
+    them at once, then the pieces of a sequence.
+    """
+    places = torch.arange(0, states.shape[0] + 1, _PIECE, device=states.device, dtype=torch.int32)
+    cuts = torch.cat((cu_seqlens, places.clamp(max=cu_seqlens[-1]))).sort().values.long()
+    pieces = _segment_sums(states, cuts)
+    return _segment_sums(pieces, torch.searchsorted(cuts, cu_seqlens.long()))
+
+
+def _segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
+    # Unsafe: else the offsets are read by the host.
+    return torch.segment_reduce(rows, "sum", offsets=offsets, initial=0, unsafe=True)
 
 
 def _positions(states: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ LONGEST: tl.constexpr = tl.constexpr(1)
 FORGOT: tl.constexpr = tl.constexpr(2)
 SWEPT: tl.constexpr = tl.constexpr(3)
 
+REGROWN: tl.constexpr = tl.constexpr(3.0)
+"""`kRegrown` of reservoir_plan.h: a reservoir whose trajectories part again by so much counts as
+one that does not forget."""
+
 
 @triton.jit
 def _meet(counter, goal):
@@ -64,6 +68,11 @@ def _met(t, row, there, steps, row_tile, first, sweeps, sizes, tolerance, RELATI
         now = checked & (apart <= limit) & (apart < float("inf"))
         met = ended | now
         if first:
+            at = sweeps.nearest + row
+            nearest = tl.load(at, mask=checked, other=float("inf"), cache_modifier=".cg")
+            parted = checked & (apart > REGROWN * nearest) & (apart < float("inf"))
+            tl.store(sweeps.parted + row, tl.full(row.shape, 1, tl.int32), mask=parted)
+            tl.store(at, apart, mask=checked & (apart < nearest))
             over = now | (checked & (t == steps))
             tl.store(sweeps.ended + row, tl.full(row.shape, 1, tl.int32), mask=over)
             tl.store(sweeps.met + row, now.to(tl.int32), mask=over)
@@ -140,17 +149,20 @@ def _choose(swept, plan, sweeps, sizes):
     """One program: which chunks run again, and whether anything is forgotten."""
     largest = 0.0
     found = 0
+    parted = 0
     for base in range(0, sizes.rows, MANY):
         chunk = base + tl.arange(0, MANY)
         there = chunk < sizes.rows
         apart = tl.load(sweeps.apart + chunk, mask=there, other=-1.0, cache_modifier=".cg")
         largest = tl.maximum(largest, tl.max(apart))
         found += tl.sum((apart >= 0.0).to(tl.int32))
+        far = tl.load(sweeps.parted + chunk, mask=there, other=0, cache_modifier=".cg")
+        parted += tl.sum(far)
     forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
-    # Starts that come no nearer from one sweep to the next are not forgotten within a chunk. What
-    # is then done in order is done once.
+    # Starts that come no nearer from one sweep to the next are not forgotten within a chunk.
     nearer = largest < 0.5 * tl.load(sweeps.before, cache_modifier=".cg")
     forgot = tl.where((swept > 1) & (nearer == 0) & (found > 0), 0, forgot)
+    forgot = tl.where(parted > 0, 0, forgot)
     tl.store(sweeps.before, largest)
     count = 0
     longest = 0
@@ -160,16 +172,23 @@ def _choose(swept, plan, sweeps, sizes):
         apart = tl.load(sweeps.apart + chunk, mask=there, other=-1.0, cache_modifier=".cg")
         again = apart >= 0.0
         if forgot == 0:
-            # The earliest of each sequence alone.
+            # In order then, once, and to the bits of the sequential mode: of each sequence the
+            # first chunk that may differ from it by a bit.
             index = tl.load(plan.place + chunk, mask=there, other=0)
+            some = tl.load(plan.steps + chunk, mask=there, other=0) > 0
+            exact = tl.load(sweeps.exact + chunk, mask=there, other=1, cache_modifier=".cg")
+            again = there & some & (exact == 0)
+            tl.store(sweeps.kept + chunk, tl.zeros((MANY,), tl.float32), mask=there)
             for back in range(1, tl.max(index) + 1):
                 inside = again & (index >= back)
-                at = sweeps.apart + chunk - back
-                earlier = tl.load(at, mask=inside, other=-1.0, cache_modifier=".cg")
-                again = again & (earlier < 0.0)
+                at = sweeps.exact + chunk - back
+                earlier = tl.load(at, mask=inside, other=1, cache_modifier=".cg")
+                again = again & (earlier != 0)
         ones = again.to(tl.int32)
         tl.store(sweeps.order + count + tl.cumsum(ones, 0) - ones, chunk, mask=again)
         tl.store(sweeps.ended + chunk, tl.zeros((MANY,), tl.int32), mask=again)
+        farthest = tl.full((MANY,), float("inf"), tl.float32)
+        tl.store(sweeps.nearest + chunk, farthest, mask=again)
         steps = tl.load(plan.steps + chunk, mask=again, other=0)
         count += tl.sum(ones)
         longest = tl.maximum(longest, tl.max(steps))
@@ -182,8 +201,11 @@ def _choose(swept, plan, sweeps, sizes):
 @triton.jit
 def _correct(states, count, plan, sweeps, sizes):
     """The starts of the chunks that run again become their neighbours' ends."""
+    forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
     for place in range(tl.program_id(0), count, tl.num_programs(0)):
         chunk = tl.load(sweeps.order + place, cache_modifier=".cg")
+        if forgot == 0:
+            tl.store(sweeps.exact + chunk, 1)
         to = sweeps.start + chunk.to(tl.int64) * sizes.units
         source = states + _last(plan, sizes, chunk - 1, True) * sizes.units
         for begin in range(0, sizes.units, WIDE):
@@ -235,6 +257,9 @@ def reservoir_kernel(
     longest = tl.load(sweeps.control + LONGEST)
     while count > 0:
         again = swept > 0
+        # Nothing is below that: where nothing is forgotten, chunks run to their ends.
+        forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
+        near = tl.where(forgot == 0, -1.0, tolerance)
         row_tiles = (count + ROWS - 1) // ROWS
         # What the last step compared is looked at in another one.
         stop = longest + tl.where(again, 1, 0)
@@ -258,7 +283,7 @@ def reservoir_kernel(
                         tile.first,
                         sweeps,
                         sizes,
-                        tolerance,
+                        near,
                         not ADJOINT,
                     )
                     running = running & (met == 0)

@@ -74,6 +74,12 @@ class Sweeps(NamedTuple):
     apart: Tensor | None
     kept: Tensor | None
     before: Tensor | None
+    nearest: Tensor | None
+    """How near each chunk came to what was stored, in this sweep."""
+    parted: Tensor | None
+    """Whether it went away again."""
+    exact: Tensor | None
+    """Whether it has the bits of the sequential mode; kept where nothing is forgotten."""
     partial: Tensor | None
     alive: Tensor | None
 
@@ -149,22 +155,25 @@ def _vector(x: Tensor, units: int) -> Tensor:
     return x.expand(units).contiguous()
 
 
-def _sweeps(like: Tensor, sizes: Sizes, count: Tensor, longest: Tensor, cut: bool) -> Sweeps:
+def _sweeps(like: Tensor, sizes: Sizes, count: Tensor, plan: planning.Plan, cut: bool) -> Sweeps:
     def whole(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return like.new_zeros(shape, dtype=dtype)
 
     rows = sizes.rows
     one = count.new_ones(())
-    control = torch.stack([count, longest, one, one]).int()
+    control = torch.stack([count, plan.steps.amax().long(), one, one]).int()
     order = torch.arange(rows, device=like.device, dtype=torch.int32)
     always = (whole(1, dtype=torch.int64), control, order, like.new_zeros((rows, sizes.units)))
     if not cut:
-        return Sweeps(*always, *(None,) * 8)
+        return Sweeps(*always, *(None,) * 11)
     before = like.new_full((1,), torch.inf)
     integers = (whole(rows), whole(rows), whole(rows))
     numbers = (whole(rows, dtype=torch.float32), whole(rows, dtype=torch.float32), before)
+    nearest = like.new_full((rows,), torch.inf, dtype=torch.float32)
+    exact = (plan.place == 0).int()
     partial = lib.empty(like, (2, sizes.unit_tiles, 2, rows))
-    return Sweeps(*always, *integers, *numbers, partial, whole(rows))
+    account = (nearest, whole(rows), exact)
+    return Sweeps(*always, *integers, *numbers, *account, partial, whole(rows))
 
 
 def _info(plan: planning.Plan, count: Tensor, sweeps: Sweeps) -> Tensor:
@@ -242,7 +251,7 @@ def _run(problem: Problem, states: Tensor) -> Tensor:
         unit_tiles=groups * tiles,
         rows=chunks,
     )
-    sweeps = _sweeps(inputs, sizes, count, plan.steps.amax().long(), cut)
+    sweeps = _sweeps(inputs, sizes, count, plan, cut)
     if problem.start is not None:
         first = (plan.place == 0)[:, None]
         start = torch.where(first, problem.start[owner], sweeps.start)

@@ -46,6 +46,42 @@ def test_reservoir_tasks(
         example.main(["--task", "chess"])
 
 
+@pytest.mark.parametrize("example", ["reservoir_tasks"], indirect=True)
+def test_reservoir_tasks_beside_reservoirpy(example: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("reservoirpy")
+    stored = tmp_path / "stored.json"
+    options = ["--quick", "--seeds", "2", "--task", "narma", "--out", str(tmp_path)]
+    example.main([*options, "--peer", "reservoirpy", "--json", str(stored)])
+    (task,) = json.loads(stored.read_text())["tasks"]
+    same = task["peers"]["ReservoirPy, settings as here"]
+    assert len(task["by_seed"]) == len(same["by_seed"]) == 2
+    # The same series, and as good a network.
+    assert same["mean_and_spread"][0] == pytest.approx(task["mean_and_spread"][0], rel=1)
+
+
+@pytest.mark.parametrize("example", ["reservoir_tasks"], indirect=True)
+def test_reservoir_tasks_without_reservoirpy(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(SystemExit):
+        example.main(["--quick", "--peer", "reservoirpy"])
+    assert "ReservoirPy is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", ["reservoir_networks"], indirect=True)
+def test_reservoirpy_fed_back_takes_its_own_steps(example: ModuleType) -> None:
+    pytest.importorskip("reservoirpy")
+    settings = {"sr": 0.9, "lr": 0.6, "input_scaling": 0.5, "bias_scaling": 0.5}
+    _, same = example.reservoirpy()
+    network = same.make(20, 2, 0, settings)
+    state = network.states(torch.randn(30, 2))[-1:]
+    outputs = network.free_run(lambda h: h[:, :2], state, 4)
+    fresh = same.make(20, 2, 0, settings)
+    h = torch.from_numpy(fresh.node._step({"out": state[0].numpy()}, outputs[0, 0].numpy())["out"])
+    torch.testing.assert_close(outputs[0, 1], h[:2])
+
+
 def write_corpus(folder: Path) -> None:
     folder.mkdir()
     for split in ("train", "dev", "test"):

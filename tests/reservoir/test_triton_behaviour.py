@@ -67,6 +67,16 @@ def test_what_is_not_forgotten_is_run_in_order() -> None:
     assert info.sweeps <= info.chunks
 
 
+def test_where_differences_grow_again_the_bits_are_the_same() -> None:
+    """The input drives at first, and falls silent: what was forgotten comes apart again."""
+    u = draw(1, 240, 1) * (torch.arange(240) % 20 < 12)[None, :, None] * 2
+    options: dict[str, Any] = {"input_weight": draw(24, 1, seed=1)}
+    expected, got, info = both_modes(u, draw(24, 24) * 1.6 / 24**0.5, **options)
+    assert torch.equal(got, expected)
+    assert not info.forgot
+    assert info.mismatch == 0
+
+
 def test_a_row_is_the_same_among_any_others() -> None:
     """Tiles of one row, and of sixteen."""
     u, weight = draw(19, 5, 150), draw(150, 150) / 15
