@@ -11,7 +11,8 @@ its scores and what the reservoirs remember of all utterances before it. It is c
 that know nothing of the past: one with a wider hidden layer instead, and one whose reservoirs are
 reset at every utterance and hear that one alone. All are trained alike.
 
-Settings are chosen with `--score dev`, which never looks at test. examples/README.md has the rules.
+Settings are chosen with `--score dev` or `--score cv`, a cross-validation over the conversations of
+training and dev parts; neither looks at test. examples/README.md has the rules.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from dialogue_parts import Part, Settings, arrange, components, embed, memories, score
+from dialogue_parts import Part, Settings, arrange, components, embed, memories, rounds, score
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -74,9 +75,7 @@ def widened(part: Part, width: int, budget: int, settings: Settings) -> Reservoi
     return build(part, width, 1 + round((budget - one) / (two - one)), settings)
 
 
-def train(
-    name: str, parts: dict[str, Part], scored: str, seed: int, settings: Settings
-) -> tuple[int, Tensor]:
+def train(name: str, parts: dict[str, Part], seed: int, settings: Settings) -> tuple[int, Tensor]:
     """A model's parameters, and its confusion matrix a conversation of the scored part."""
     extra = {split: torch.cat((2 * part.speakers, part.scores), 1) for split, part in parts.items()}
     part, plain = parts["train"], extra["train"].shape[1]
@@ -103,9 +102,9 @@ def train(
             optimizer.step()
             schedule.step()
     model.eval()
-    part, classes = parts[scored], part.scores.shape[1]
+    part, classes = parts["scored"], part.scores.shape[1]
     with torch.no_grad():
-        found = model(part.vectors[:, None], extra=extra[scored][:, None])[:, 0].argmax(-1)
+        found = model(part.vectors[:, None], extra=extra["scored"][:, None])[:, 0].argmax(-1)
     pairs = zip(
         found.split(part.lengths.tolist()), part.labels.split(part.lengths.tolist()), strict=True
     )
@@ -132,22 +131,28 @@ class Scores(NamedTuple):
 def compare(
     corpus: DialogueCorpus, options: argparse.Namespace, settings: Settings, console: Console
 ) -> dict[str, Scores]:
-    """All models, every seed."""
-    splits = ("train", options.score)
+    """All models, every seed; of cross-validation the conversations of all folds together."""
+    splits = ("train", "dev" if options.score == "cv" else options.score)
     vectors = embed(corpus, splits, options.encoder, options.out, console)
-    vectors = components(vectors, min(settings.components, vectors["train"].shape[1]))
-    parts = {s: arrange(getattr(corpus, s), vectors[s], corpus, settings) for s in splits}
-    parts = score(parts, len(corpus.labels), settings)
+    prepared = []
+    for dialogues, found in rounds(corpus, vectors, options.score, settings.folds):
+        reduced = components(found, min(settings.components, found["train"].shape[1]))
+        parts = {s: arrange(dialogues[s], reduced[s], corpus, settings) for s in dialogues}
+        prepared.append(score(parts, len(corpus.labels), settings))
     results = {}
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-        job = bar.add_task("", total=len(MODELS) * options.seeds)
+        job = bar.add_task("", total=len(MODELS) * options.seeds * len(prepared))
         for name in MODELS:
-            found = []
+            size, seeds = 0, []
             for seed in range(options.seeds):
                 bar.update(job, description=f"{corpus.name} {name}, seed {seed}")
-                found.append(train(name, parts, options.score, seed, settings))
-                bar.advance(job)
-            results[name] = Scores(found[0][0], torch.stack([counts for _, counts in found]))
+                counts = []
+                for parts in prepared:
+                    size, scored = train(name, parts, seed, settings)
+                    counts.append(scored)
+                    bar.advance(job)
+                seeds.append(torch.cat(counts))
+            results[name] = Scores(size, torch.stack(seeds))
     return results
 
 
@@ -226,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, action="append", required=True)
-    parser.add_argument("--score", choices=("dev", "test"), default="dev")
+    parser.add_argument("--score", choices=("dev", "cv", "test"), default="dev")
     parser.add_argument("--out", type=Path, default=Path("reports/dialogue_emotion"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's scores")
     parser.add_argument("--encoder", choices=("minilm", "trigrams"), default="minilm")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -111,6 +112,41 @@ def components(vectors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     found = {split: part @ axes[:, -count:].flip(1) for split, part in scaled.items()}
     size = found["train"].std(0).mean()
     return {split: part / size for split, part in found.items()}
+
+
+class Round(NamedTuple):
+    """Conversations to train on and others to score, by "train" and "scored"."""
+
+    dialogues: dict[str, list[Dialogue]]
+    vectors: dict[str, Tensor]
+
+
+def rounds(
+    corpus: DialogueCorpus, vectors: dict[str, Tensor], scored: str, folds: int
+) -> Iterator[Round]:
+    """One for "dev" and "test"; for "cv" as many as folds, over training and dev parts together.
+
+    Whole conversations go to a fold, drawn once. In cross-validation each conversation is scored
+    once, in a round where nothing, from the principal components on, was fitted to it.
+    """
+    if scored != "cv":
+        names = {"train": "train", "scored": scored}
+        dialogues = {name: list(getattr(corpus, split)) for name, split in names.items()}
+        yield Round(dialogues, {name: vectors[split] for name, split in names.items()})
+        return
+    pool = [*corpus.train, *corpus.dev]
+    found = torch.cat((vectors["train"], vectors["dev"]))
+    fold = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)) % folds
+    rows = torch.repeat_interleave(fold, torch.tensor([len(d.utterances) for d in pool]))
+    for k in range(folds):
+        held = (fold == k).tolist()
+        yield Round(
+            {
+                "train": [d for d, out in zip(pool, held, strict=True) if not out],
+                "scored": [d for d, out in zip(pool, held, strict=True) if out],
+            },
+            {"train": found[rows != k], "scored": found[rows == k]},
+        )
 
 
 def arrange(

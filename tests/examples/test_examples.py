@@ -78,10 +78,36 @@ def test_dialogue_emotion(
     assert sizes[0] == pytest.approx(sizes[2], rel=0.02)
     assert sizes[1] == sizes[2]
     (tmp_path / "tiny" / "test.csv").write_text(HEADER + '"Hm",Ross,joy,0,0,1,1\n')
-    example.main([*options, *paths])
-    assert "tiny: dev, 2 seeds" in capsys.readouterr().out
+    for part in ("dev", "cv"):
+        example.main([*options, *paths, "--score", part])
+        assert f"tiny: {part}, 2 seeds" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         example.main([*paths, "--units", "6"])
+
+
+@pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
+def test_cross_validation_scores_each_conversation_once(
+    example: ModuleType, tmp_path: Path
+) -> None:
+    write_corpus(tmp_path / "tiny")
+    corpus = load_corpus(tmp_path / "tiny")
+    pool = [*corpus.train, *corpus.dev]
+    sizes = {s: sum(len(d.utterances) for d in getattr(corpus, s)) for s in ("train", "dev")}
+    ids = torch.arange(sum(sizes.values()), dtype=torch.float32)[:, None]
+    vectors = dict(zip(sizes, ids.split(list(sizes.values())), strict=True))
+    owner = [id(d) for d in pool for _ in d.utterances]
+    scored: list[int] = []
+    for dialogues, found in example.rounds(corpus, vectors, "cv", 3):
+        assert len(dialogues["train"]) + len(dialogues["scored"]) == len(pool)
+        for part, some in dialogues.items():
+            # Each utterance has its own vector.
+            wanted = [id(d) for d in some for _ in d.utterances]
+            assert [owner[int(i)] for i in found[part][:, 0]] == wanted
+        scored += found["scored"][:, 0].int().tolist()
+    assert sorted(scored) == list(range(len(ids)))
+    (once,) = example.rounds(corpus, vectors, "dev", 3)
+    assert once.dialogues["scored"] == list(corpus.dev)
+    assert once.vectors["train"] is vectors["train"]
 
 
 @pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
