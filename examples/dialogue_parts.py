@@ -131,7 +131,8 @@ def rounds(
     """One for "dev" and "test"; for "cv" as many as folds, over training and dev parts together.
 
     Whole conversations go to a fold, drawn once. In cross-validation each conversation is scored
-    once, in a round where nothing, from the principal components on, was fitted to it.
+    once, in a round where nothing, from the principal components on, was fitted to it; only the
+    list of frequent speakers is the same in all rounds.
     """
     if scored != "cv":
         names = {"train": "train", "scored": scored}

@@ -111,6 +111,31 @@ def test_cross_validation_scores_each_conversation_once(
 
 
 @pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
+def test_first_scores_do_not_know_their_own_labels(example: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings = example.Settings(strength=1.0, folds=3)
+    lengths = torch.tensor([3, 4, 5, 4, 3, 5])
+    count = int(lengths.sum())
+    part = example.Part(
+        torch.randn(count, 4, generator=generator),
+        torch.ones(count, 1),
+        torch.zeros(count, dtype=torch.int64),
+        torch.arange(count) % 2,
+        lengths,
+        torch.empty(count, 0),
+    )
+    before = example.score({"train": part, "scored": part}, 2, settings)
+    own = part.conversations == 1
+    part.labels[own] = 1 - part.labels[own]
+    after = example.score({"train": part, "scored": part}, 2, settings)
+    changed = {name: (after[name].scores - before[name].scores).abs().amax(1) for name in after}
+    # Conversations 1 and 4 are of one fold.
+    assert changed["train"][own | (part.conversations == 4)].max() < 1e-6
+    assert changed["train"][part.conversations == 0].max() > 1e-3
+    assert changed["scored"][own].max() > 1e-3
+
+
+@pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
 def test_reservoirs_hold_the_past_of_the_same_conversation_alone(
     example: ModuleType, tmp_path: Path
 ) -> None:
