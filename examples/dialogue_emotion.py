@@ -4,14 +4,15 @@
     python examples/dialogue_emotion.py --data meld --data emorynlp --score test --json results.json
 
 A folder of --data holds train.csv, dev.csv and test.csv as MELD or EmoryNLP have them. Utterances
-are embedded once by a frozen sentence encoder. A first classifier, a ridge regression, scores each
-utterance's emotions (on the training part out of fold); reservoirs hear these scores, one of the
-whole conversation and one a speaker of that speaker alone; a second classifier sees the utterance,
-its scores and what the reservoirs remember of all utterances before it. It is compared with two
-that know nothing of the past: one with a wider hidden layer instead, and one whose reservoirs are
-reset at every utterance and hear that one alone. All are trained alike.
+are embedded once by a frozen sentence encoder. A first classifier gives each utterance's emotions a
+probability (on the training part out of fold). Reservoirs hear these, one of the whole conversation
+and one a speaker of that speaker alone. A second classifier corrects the probabilities, knowing the
+speaker and what the reservoirs remember of all utterances before. It is compared with two that know
+nothing of the past: one with a wider hidden layer instead, and one whose reservoirs are reset at
+every utterance and hear that one alone. All are trained alike.
 
-Settings are chosen with `--score dev`, which never looks at test. examples/README.md has the rules.
+Settings are chosen with `--score dev` or `--score cv`, a cross-validation over the conversations of
+training and dev parts; neither looks at test. examples/README.md has the rules.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from dialogue_parts import Part, Settings, arrange, components, embed, memories, score
+from dialogue_parts import (
+    Part,
+    Settings,
+    arrange,
+    components,
+    embed,
+    memories,
+    rounds,
+    score,
+    standardised,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -50,17 +61,25 @@ WIDER, RESET, REMEMBERS = "wider, no reservoir", "reservoir, reset", "reservoir"
 MODELS = (WIDER, RESET, REMEMBERS)
 
 
-def build(part: Part, width: int, hidden: int, settings: Settings) -> ReservoirClassifier:
-    """The second classifier; it sees `width` values beside the vectors."""
-    return ReservoirClassifier(
-        part.scores.shape[1],
-        encoder=nn.Identity(),
-        features=part.vectors.shape[1],
-        hidden=hidden,
-        extra_features=width,
-        dropout=settings.dropout,
-        input_dropout=settings.input_dropout,
-    )
+class Corrected(nn.Module):
+    """The first classifier's log-probabilities, and what a second one adds to them."""
+
+    def __init__(self, classes: int, width: int, hidden: int, settings: Settings) -> None:
+        super().__init__()
+        self.second = ReservoirClassifier(
+            classes,
+            encoder=nn.Identity(),
+            features=classes,
+            hidden=hidden,
+            extra_features=width,
+            dropout=settings.dropout,
+            input_dropout=settings.input_dropout,
+        )
+        nn.init.zeros_(self.second.output.weight)
+
+    def forward(self, first: Tensor, scores: Tensor, extra: Tensor) -> Tensor:
+        """Logits of log-probabilities, plain and standardised, and of what else there is."""
+        return first + self.second(scores[:, None], extra=extra[:, None])[:, 0]
 
 
 def parameters(model: nn.Module) -> int:
@@ -68,25 +87,26 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def widened(part: Part, width: int, budget: int, settings: Settings) -> ReservoirClassifier:
+def widened(classes: int, width: int, budget: int, settings: Settings) -> Corrected:
     """The model without memory, its hidden layer widened to as near as can be `budget`."""
-    one, two = (parameters(build(part, width, hidden, settings)) for hidden in (1, 2))
-    return build(part, width, 1 + round((budget - one) / (two - one)), settings)
+    one, two = (parameters(Corrected(classes, width, hidden, settings)) for hidden in (1, 2))
+    return Corrected(classes, width, 1 + round((budget - one) / (two - one)), settings)
 
 
-def train(
-    name: str, parts: dict[str, Part], scored: str, seed: int, settings: Settings
-) -> tuple[int, Tensor]:
+def train(name: str, parts: dict[str, Part], seed: int, settings: Settings) -> tuple[int, Tensor]:
     """A model's parameters, and its confusion matrix a conversation of the scored part."""
-    extra = {split: torch.cat((2 * part.speakers, part.scores), 1) for split, part in parts.items()}
-    part, plain = parts["train"], extra["train"].shape[1]
+    scores = standardised({split: part.scores for split, part in parts.items()})
+    extra = {split: part.speakers for split, part in parts.items()}
+    part, plain, classes = parts["train"], extra["train"].shape[1], scores["train"].shape[1]
     if name != WIDER:
         held = memories(parts, seed, settings, reset=name == RESET)
-        extra = {split: torch.cat((found, held[split]), 1) for split, found in extra.items()}
+        extra = {s: torch.cat((x, settings.spread * held[s]), 1) for s, x in extra.items()}
     torch.manual_seed(seed)
-    model = build(part, plain + 2 * settings.units, settings.hidden, settings)
+    model = Corrected(classes, plain + 2 * settings.units, settings.hidden, settings)
     if name == WIDER:
-        model = widened(part, plain, parameters(model), settings)
+        model = widened(classes, plain, parameters(model), settings)
+    share = torch.bincount(part.labels, minlength=classes) / len(part.labels)
+    weight = share.clamp_min(1e-6) ** -settings.balance
     batches = -(-len(part.labels) // settings.batch)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.rate, weight_decay=settings.weight_decay
@@ -96,16 +116,16 @@ def train(
     )
     for _ in range(settings.epochs):
         for rows in torch.randperm(len(part.labels)).split(settings.batch):
-            logits = model(part.vectors[rows, None], extra=extra["train"][rows, None])[:, 0]
-            loss = F.cross_entropy(logits, part.labels[rows])
+            logits = model(part.scores[rows], scores["train"][rows], extra["train"][rows])
+            loss = F.cross_entropy(logits, part.labels[rows], weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     model.eval()
-    part, classes = parts[scored], part.scores.shape[1]
+    part = parts["scored"]
     with torch.no_grad():
-        found = model(part.vectors[:, None], extra=extra[scored][:, None])[:, 0].argmax(-1)
+        found = model(part.scores, scores["scored"], extra["scored"]).argmax(-1)
     pairs = zip(
         found.split(part.lengths.tolist()), part.labels.split(part.lengths.tolist()), strict=True
     )
@@ -132,22 +152,28 @@ class Scores(NamedTuple):
 def compare(
     corpus: DialogueCorpus, options: argparse.Namespace, settings: Settings, console: Console
 ) -> dict[str, Scores]:
-    """All models, every seed."""
-    splits = ("train", options.score)
+    """All models, every seed; of cross-validation the conversations of all folds together."""
+    splits = ("train", "dev" if options.score == "cv" else options.score)
     vectors = embed(corpus, splits, options.encoder, options.out, console)
-    vectors = components(vectors, min(settings.components, vectors["train"].shape[1]))
-    parts = {s: arrange(getattr(corpus, s), vectors[s], corpus, settings) for s in splits}
-    parts = score(parts, len(corpus.labels), settings)
+    prepared = []
+    for dialogues, found in rounds(corpus, vectors, options.score, settings.folds):
+        reduced = components(found, min(settings.components, found["train"].shape[1]))
+        parts = {s: arrange(dialogues[s], reduced[s], corpus, settings) for s in dialogues}
+        prepared.append(score(parts, len(corpus.labels), settings))
     results = {}
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-        job = bar.add_task("", total=len(MODELS) * options.seeds)
+        job = bar.add_task("", total=len(MODELS) * options.seeds * len(prepared))
         for name in MODELS:
-            found = []
+            size, seeds = 0, []
             for seed in range(options.seeds):
                 bar.update(job, description=f"{corpus.name} {name}, seed {seed}")
-                found.append(train(name, parts, options.score, seed, settings))
-                bar.advance(job)
-            results[name] = Scores(found[0][0], torch.stack([counts for _, counts in found]))
+                counts = []
+                for parts in prepared:
+                    size, scored = train(name, parts, seed, settings)
+                    counts.append(scored)
+                    bar.advance(job)
+                seeds.append(torch.cat(counts))
+            results[name] = Scores(size, torch.stack(seeds))
     return results
 
 
@@ -226,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, action="append", required=True)
-    parser.add_argument("--score", choices=("dev", "test"), default="dev")
+    parser.add_argument("--score", choices=("dev", "cv", "test"), default="dev")
     parser.add_argument("--out", type=Path, default=Path("reports/dialogue_emotion"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's scores")
     parser.add_argument("--encoder", choices=("minilm", "trigrams"), default="minilm")

@@ -114,10 +114,61 @@ def test_dialogue_emotion(
     assert sizes[0] == pytest.approx(sizes[2], rel=0.02)
     assert sizes[1] == sizes[2]
     (tmp_path / "tiny" / "test.csv").write_text(HEADER + '"Hm",Ross,joy,0,0,1,1\n')
-    example.main([*options, *paths])
-    assert "tiny: dev, 2 seeds" in capsys.readouterr().out
+    for part in ("dev", "cv"):
+        example.main([*options, *paths, "--score", part])
+        assert f"tiny: {part}, 2 seeds" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         example.main([*paths, "--units", "6"])
+
+
+@pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
+def test_cross_validation_scores_each_conversation_once(
+    example: ModuleType, tmp_path: Path
+) -> None:
+    write_corpus(tmp_path / "tiny")
+    corpus = load_corpus(tmp_path / "tiny")
+    pool = [*corpus.train, *corpus.dev]
+    sizes = {s: sum(len(d.utterances) for d in getattr(corpus, s)) for s in ("train", "dev")}
+    ids = torch.arange(sum(sizes.values()), dtype=torch.float32)[:, None]
+    vectors = dict(zip(sizes, ids.split(list(sizes.values())), strict=True))
+    owner = [id(d) for d in pool for _ in d.utterances]
+    scored: list[int] = []
+    for dialogues, found in example.rounds(corpus, vectors, "cv", 3):
+        assert len(dialogues["train"]) + len(dialogues["scored"]) == len(pool)
+        for part, some in dialogues.items():
+            # Each utterance has its own vector.
+            wanted = [id(d) for d in some for _ in d.utterances]
+            assert [owner[int(i)] for i in found[part][:, 0]] == wanted
+        scored += found["scored"][:, 0].int().tolist()
+    assert sorted(scored) == list(range(len(ids)))
+    (once,) = example.rounds(corpus, vectors, "dev", 3)
+    assert once.dialogues["scored"] == list(corpus.dev)
+    assert once.vectors["train"] is vectors["train"]
+
+
+@pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
+def test_first_scores_do_not_know_their_own_labels(example: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings = example.Settings(strength=1.0, folds=3)
+    lengths = torch.tensor([3, 4, 5, 4, 3, 5])
+    count = int(lengths.sum())
+    part = example.Part(
+        torch.randn(count, 4, generator=generator),
+        torch.ones(count, 1),
+        torch.zeros(count, dtype=torch.int64),
+        torch.arange(count) % 2,
+        lengths,
+        torch.empty(count, 0),
+    )
+    before = example.score({"train": part, "scored": part}, 2, settings)
+    own = part.conversations == 1
+    part.labels[own] = 1 - part.labels[own]
+    after = example.score({"train": part, "scored": part}, 2, settings)
+    changed = {name: (after[name].scores - before[name].scores).abs().amax(1) for name in after}
+    # Conversations 1 and 4 are of one fold.
+    assert changed["train"][own | (part.conversations == 4)].max() < 1e-6
+    assert changed["train"][part.conversations == 0].max() > 1e-3
+    assert changed["scored"][own].max() > 1e-3
 
 
 @pytest.mark.parametrize("example", ["dialogue_parts"], indirect=True)
