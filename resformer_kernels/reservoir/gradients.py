@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.reservoir.ops import ADJOINT
+from resformer_kernels.reservoir.reduction import segment_sums
 from resformer_kernels.reservoir.stretches import leak_units, stretch_length
 
 
@@ -147,7 +148,11 @@ def _transposed_product(scan: Scan, e: Tensor) -> Tensor:
         units = e.shape[-1]
         row_of = _row_of(scan, units)
         terms = e.index_select(-1, row_of) * weight
-        return torch.zeros_like(e).index_add_(-1, scan.columns, terms)
+        # Column by column: `index_add` would add in any order on a GPU.
+        order = scan.columns.argsort(stable=True)
+        every = torch.arange(units + 1, device=e.device, dtype=scan.columns.dtype)
+        offsets = torch.searchsorted(scan.columns[order], every)
+        return segment_sums(terms.T[order], offsets).T.contiguous()
     if scan.columns is not None:
         return torch.zeros_like(e).index_copy_(-1, scan.columns, e * weight)
     if weight.dim() == 1:

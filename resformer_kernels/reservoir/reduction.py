@@ -57,11 +57,12 @@ def sums_in_pieces(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     places = torch.arange(0, states.shape[0] + 1, _PIECE, device=states.device, dtype=torch.int32)
     cuts = torch.cat((cu_seqlens, places.clamp(max=cu_seqlens[-1]))).sort().values.long()
-    pieces = _segment_sums(states, cuts)
-    return _segment_sums(pieces, torch.searchsorted(cuts, cu_seqlens.long()))
+    pieces = segment_sums(states, cuts)
+    return segment_sums(pieces, torch.searchsorted(cuts, cu_seqlens.long()))
 
 
-def _segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
+def segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows (total, N) from offsets[i] to offsets[i + 1] summed in order, each i on its own."""
     # Unsafe: else the offsets are read by the host.
     return torch.segment_reduce(rows, "sum", offsets=offsets, initial=0, unsafe=True)
 
