@@ -41,7 +41,7 @@ inline uint32_t block_at = 0;  // where the block's threads are among these
 
 struct Barrier {
   uint32_t arrived = 0, generation = 0;
-  bool paused = false;  // the block, for this turn
+  uint32_t pause = 0;  // turns that the block misses
 };
 
 inline std::vector<Barrier> barriers;  // one a block
@@ -74,20 +74,26 @@ inline void run_blocks(uint32_t first, uint32_t blocks, uint32_t count) {
     thread.done = false;
     makecontext(&thread.context, enter, 0);
   }
-  uint32_t luck = 1;
+  uint32_t luck = 1, idle = 0;
   for (bool left = true; left;) {
     left = false;
+    STD_TORCH_CHECK(blocks == 1 || ++idle < 100000, "blocks wait for one another");
     for (Barrier& barrier : barriers) {
       if (barrier.arrived == count) {
-        barrier.arrived = 0;
+        barrier.arrived = idle = 0;
         ++barrier.generation;
       }
+      // Some blocks are well behind others.
       luck = luck * 1664525u + 1013904223u;
-      barrier.paused = blocks > 1 && luck >> 30 == 0;
+      if (barrier.pause > 0) {
+        --barrier.pause;
+      } else if (blocks > 1 && luck >> 26 == 0) {
+        barrier.pause = luck >> 20;
+      }
     }
     for (uint32_t i = 0; i < blocks * count; ++i) {
       if (threads[i].done) continue;
-      if (barriers[i / count].paused) {
+      if (barriers[i / count].pause > 0) {
         left = true;
         continue;
       }
