@@ -87,7 +87,7 @@ by_memory = pytest.mark.parametrize("backend_name", ["cuda", "tight"])
 @by_memory
 @pytest.mark.parametrize("kind", ["dense", "groups"])
 @settings(
-    max_examples=5,
+    max_examples=15,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

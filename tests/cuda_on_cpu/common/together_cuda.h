@@ -59,11 +59,16 @@ void launch_together(void (*kernel)(Argument), int64_t blocks, int64_t, int64_t 
   const DeviceLimits limits = device_limits();
   STD_TORCH_CHECK(blocks <= limits.multiprocessors && bytes <= limits.block_bytes, blocks, " blocks of ",
                   bytes, " bytes");
-  // Full of NaN: nothing may be read that was not written.
-  cuda_on_cpu::block_bytes.assign(blocks, std::vector<unsigned char>(bytes, 0xff));
+  // Full of NaN, which nothing may read before it is written; and more of it behind, which nothing may write.
+  constexpr int64_t kBehind = 1024;
+  cuda_on_cpu::block_bytes.assign(blocks, std::vector<unsigned char>(bytes + kBehind, 0xff));
   blockDim.x = threads;
   cuda_on_cpu::body = [&] { kernel(argument); };
   cuda_on_cpu::run_blocks(0, static_cast<uint32_t>(blocks), threads);
+  for (const std::vector<unsigned char>& memory : cuda_on_cpu::block_bytes) {
+    STD_TORCH_CHECK(std::count(memory.end() - kBehind, memory.end(), 0xff) == kBehind,
+                    "a block wrote behind its memory");
+  }
 }
 
 }  // namespace
