@@ -50,10 +50,18 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
     return cuda_library_reason() or _cuda_device_reason(device)
 
 
+def cuda_memory(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a CUDA device, and bytes of shared memory that a block may have."""
+    about = torch.cuda.get_device_properties(device)
+    block_bytes: int = about.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return about.multi_processor_count, block_bytes
+
+
 # torch.compile must see the answers as constants: it cannot trace the loading of a library. The
 # public decorator that sets this mark imports all of torch._dynamo, which no import may cost.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 cuda_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cuda_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load(library: Path, name: str, where: str) -> str | None:

@@ -35,6 +35,8 @@ from resformer_kernels.attention import flash_attn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 _HOPPER = (9, 0)
+_HOPPER_MEMORY = (132, 227 * 1024)
+"""Multiprocessors, and bytes of shared memory of a block."""
 _B, _T, _H, _D, _UNITS = 2, 8, 2, 64, 32
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -242,6 +244,7 @@ def _supposed() -> Iterator[None]:
         for module, name, instead in (
             (_extension, "unavailable_reason", lambda: None),
             (_extension, "cuda_unavailable_reason", lambda _device: None),
+            (_extension, "cuda_memory", lambda _device: _HOPPER_MEMORY),
             (_triton, "unavailable_reason", triton),
             (flash_attn, "_device_reason", flash),
             (flash_attn, "_loaded", packages),

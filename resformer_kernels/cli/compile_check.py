@@ -1,4 +1,5 @@
-"""`resformer-kernels compile-check`: compile every Triton kernel for GPUs that are not there."""
+"""`resformer-kernels compile-check`: compile every Triton kernel for GPUs that are not there, and
+read what the CUDA library's became."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from resformer_kernels import _cuda_check as cuda_check
 from resformer_kernels import _triton_check as triton_check
 from resformer_kernels._triton_artifacts import SHARED_LIMITS, Compiled
 from resformer_kernels.cli import COMMANDS, Subparsers
@@ -26,9 +28,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help=COMMANDS["compile-check"],
         description="Compile each Triton kernel in each of its configurations, specialised as its "
         "launcher would, and read registers, local memory, shared memory and matrix instructions "
-        "from the machine code. No GPU takes part. Exit code 1 where a kernel does not compile, a "
-        "main configuration spills, shared memory is over the architecture's limit, or a matrix "
-        "product does not use wgmma on sm_90.",
+        "from the machine code; the same of the CUDA library's kernels, where that is built. No "
+        "GPU takes part. Exit code 1 where a kernel does not compile, a main configuration spills, "
+        "shared memory is over the architecture's limit, or a matrix product does not use wgmma on "
+        "sm_90.",
     )
     parser.add_argument(
         "--arch",
@@ -80,12 +83,18 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.brief:
         wanted = brief(wanted)
-    if not wanted:
+    built = [
+        case
+        for case in cuda_check.kernels(args.op or ops, args.arch or tuple(SHARED_LIMITS))
+        if all(word in case.name for word in (args.filter or "").split())
+    ]
+    if not wanted and not built:
         return refuse("compile-check", "no case matches; --list prints the names")
     if args.list:
         print("\n".join(f"sm_{job.capability} {job.op}: {job.name}" for job in wanted))
+        print("\n".join(f"sm_{case.capability} {case.op}: {case.name}" for case in built))
         return 0
-    found = _compile(wanted, args.cache, args.jobs)
+    found = [*(_compile(wanted, args.cache, args.jobs) if wanted else ()), *built]
     failed = [case for case in found if not case.ok]
     if args.json:
         print(json.dumps([{**asdict(case), "ok": case.ok} for case in found], indent=1))
@@ -190,7 +199,8 @@ def _cell(case: Compiled | None) -> str:
         return ""
     if not case.registers:
         return "; ".join(case.problems)
-    parts = [f"{case.registers} registers × {case.threads}", kibibytes(case.shared_bytes)]
+    threads = f" × {case.threads}" if case.threads else ""
+    parts = [f"{case.registers} registers{threads}", kibibytes(case.shared_bytes)]
     if case.local_accesses:
         parts.append(f"{case.local_bytes} B local")
     parts += [*case.matrix, *(f"**{problem}**" for problem in case.problems)]

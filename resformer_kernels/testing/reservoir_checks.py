@@ -30,6 +30,7 @@ class ReservoirCase:
     """Of the weight."""
     reduce: str = "none"
     activation: str = "tanh"
+    units: int = _UNITS
     device: str = "cpu"
 
     def leaves(self) -> list[Tensor]:
@@ -41,10 +42,11 @@ class ReservoirCase:
 
         rows = (_BATCH * _TIME,) if self.packed else (_BATCH, _TIME)
         inputs = normal(*rows, _INPUTS).to(self.dtype)
-        dense = normal(_UNITS, _UNITS) / 8
-        weight = normal(_UNITS) / 2 if self.kind in ("diagonal", "permutation") else dense
-        leak = (torch.rand(_UNITS, generator=generator) * 0.8 + 0.2).to(self.device)
-        rest = [normal(_UNITS, _INPUTS), leak, normal(_UNITS), normal(_BATCH, _UNITS)]
+        units = self.units
+        dense = normal(units, units) * (_UNITS / units) ** 0.5 / 8
+        weight = normal(units) / 2 if self.kind in ("diagonal", "permutation") else dense
+        leak = (torch.rand(units, generator=generator) * 0.8 + 0.2).to(self.device)
+        rest = [normal(units, _INPUTS), leak, normal(units), normal(_BATCH, units)]
         return [inputs, weight.to(self.stored), *rest]
 
     def call(self, leaves: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,7 +55,7 @@ class ReservoirCase:
         given: Any = weight
         if self.kind == "permutation":
             order = torch.Generator().manual_seed(5)
-            source = torch.randperm(_UNITS, generator=order).to(self.device)
+            source = torch.randperm(self.units, generator=order).to(self.device)
             given = RingWeight(weight, source)
         elif self.kind == "csr":
             with warnings.catch_warnings():
@@ -75,7 +77,7 @@ class ReservoirCase:
     def grad(self) -> Tensor:
         """A gradient of `scan`'s result."""
         rows = (_BATCH,) if self.reduce == "last" else (_BATCH, _TIME)
-        shape = (_BATCH * _TIME, _UNITS) if self.packed else (*rows, _UNITS)
+        shape = (_BATCH * _TIME, self.units) if self.packed else (*rows, self.units)
         return torch.randn(shape, generator=torch.Generator().manual_seed(12)).to(self.device)
 
 
@@ -89,3 +91,10 @@ def reservoir_cases(dtype: torch.dtype, device: str) -> Iterator[ReservoirCase]:
     yield ReservoirCase("permutation, packed", dtype, "permutation", packed=True, device=device)
     yield ReservoirCase("last state", dtype, reduce="last", device=device)
     yield ReservoirCase("bfloat16 weight", dtype, stored=torch.bfloat16, device=device)
+    # More than one multiprocessor's memory holds, where W is kept on the chip: with a sequence for
+    # each team of them, and with two for one team.
+    yield ReservoirCase("dense, 320 units, packed", dtype, packed=True, units=320, device=device)
+    stored = torch.bfloat16
+    yield ReservoirCase(
+        "bfloat16 weight, 640 units", dtype, stored=stored, units=640, device=device
+    )

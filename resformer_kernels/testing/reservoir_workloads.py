@@ -19,6 +19,8 @@ _CONNECTIVITY = 0.1
 
 LOOP, RNN, RESERVOIRPY = "torch loop", "nn.RNN", "ReservoirPy"
 WIDE = "ours, float32 weights"
+CUDA = "ours, CUDA C++"
+"""Step after step, beside what "auto" takes on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,13 @@ class ReservoirBenchmark:
     def makers(self) -> dict[str, Callable[[], Call]]:
         """Ours, and what else steps through such a reservoir, all on the same weights; ours is
         `Unavailable` on a GPU where no kernel serves it."""
+        ours: dict[str, Callable[[], Call]] = {OURS: lambda: self._ours(self.dtype)}
+        if self.device != "cpu" and self.mode != "chunked":
+            ours[CUDA] = lambda: self._ours(self.dtype, "native")
         if self.dtype is not torch.float32:
             # The peers of the float32 case have no narrower form that were quicker.
-            return {OURS: lambda: self._ours(self.dtype), WIDE: self._ours}
-        makers: dict[str, Callable[[], Call]] = {
-            OURS: self._ours,
-            LOOP: self._loop,
-            RNN: self._rnn,
-            RESERVOIRPY: self._reservoirpy,
-        }
-        return makers
+            return {**ours, WIDE: self._ours}
+        return {**ours, LOOP: self._loop, RNN: self._rnn, RESERVOIRPY: self._reservoirpy}
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """inputs (B, T, 1), weight (N, N), input_weight (N, 1), the same at every call."""
@@ -90,10 +89,11 @@ class ReservoirBenchmark:
         projection = torch.rand(self.units, 1, generator=generator) * 2 - 1
         return inputs.to(self.device), weight.to(self.device), projection.to(self.device)
 
-    def _ours(self, dtype: torch.dtype = torch.float32) -> Call:
+    def _ours(self, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Call:
         inputs, weight, projection = self._tensors()
         given = (weight.to_sparse_csr() if self.sparse else weight).to(dtype)
         options: dict[str, Any] = {"input_weight": projection, "leak": _LEAK, "mode": self.mode}
+        options["backend"] = backend
         if self.device != "cpu":
             require_kernel(reservoir_scan, inputs, given, **options)
         return timed_call(

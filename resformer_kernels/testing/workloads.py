@@ -25,9 +25,9 @@ FLASH_ATTN = "flash-attn"
 
 
 def require_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """`Unavailable` where only the reference serves `function(*args, **kwargs)`."""
+    """`Unavailable` where no kernel serves `function(*args, **kwargs)`."""
     found = explain(function, *args, **kwargs)
-    if found.backend == "reference":
+    if found.backend in (None, "reference"):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.reasons.items())
         raise Unavailable(f"no kernel serves it ({reasons})")
 

@@ -249,7 +249,7 @@ def test_explains_itself(native: str) -> None:
     found = explain(reservoir_scan, torch.randn(1, 6, 4).mT, weight)
     assert "inputs is copied once" in found.notes[0]
     found = explain(reservoir_scan, u.to("meta"), weight.to("meta"))
-    assert "CPU tensors" in found.reasons["native"]
+    assert "CPU and CUDA tensors" in found.reasons["native"]
 
 
 def test_a_ring_keeps_what_it_is_given() -> None:

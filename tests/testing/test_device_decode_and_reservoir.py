@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
-from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
+from resformer_kernels.testing.reservoir_workloads import CUDA, ReservoirBenchmark
 from resformer_kernels.testing.timing import OURS, Unavailable
 
 DECODE = DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2)
@@ -40,6 +40,15 @@ def test_ours_says_where_no_kernel_serves_it(case: DecodeBenchmark | ReservoirBe
     makers = dataclasses.replace(case, device="meta").makers()
     with pytest.raises(Unavailable, match="these are on meta"):
         makers[OURS]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_has_the_cuda_kernel_beside_what_auto_takes(dtype: torch.dtype) -> None:
+    makers = ReservoirBenchmark(8, 2, 20, dtype, device="meta").makers()
+    assert [*makers][:2] == [OURS, CUDA]
+    with pytest.raises(Unavailable, match=r"no kernel serves it .*native: .*these are on meta"):
+        makers[CUDA]()
+    assert CUDA not in ReservoirBenchmark(8, 2, 20, dtype, mode="chunked", device="meta").makers()
 
 
 def test_a_mode_that_was_asked_for_is_in_the_name() -> None:

@@ -1,6 +1,6 @@
 // Stands for csrc/common/launch_cuda.h, and for CUDA, where there is neither: kernels run on the CPU, block
-// after block, each thread of a block on a stack of its own. What threads do together (shuffles, barriers)
-// they do in lockstep, as the threads of a warp that all take part would.
+// after block (but for those of together_cuda.h), each thread of a block on a stack of its own. What threads
+// do together (shuffles, barriers) they do in lockstep, as the threads of a warp that all take part would.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -36,25 +36,36 @@ struct Thread {
   double slot = 0.0;  // what it gives to others in a shuffle
 };
 
-inline std::vector<Thread> threads(256);
+inline std::vector<Thread> threads;
+inline uint32_t block_at = 0;  // where the block's threads are among these
+
+struct Barrier {
+  uint32_t arrived = 0, generation = 0;
+  uint32_t pause = 0;  // turns that the block misses
+};
+
+inline std::vector<Barrier> barriers;  // one a block
+inline uint32_t block_threads = 0;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
 inline void enter() {
   body();
-  threads[threadIdx.x].done = true;
-  swapcontext(&threads[threadIdx.x].context, &scheduler);
+  Thread& self = threads[block_at + threadIdx.x];
+  self.done = true;
+  swapcontext(&self.context, &scheduler);
 }
 
-// Every other thread of the block comes as far before this one goes on.
-inline void wait() {
-  const uint32_t self = threadIdx.x;
-  swapcontext(&threads[self].context, &scheduler);
-}
+// Every other thread comes as far before this one goes on.
+inline void wait() { swapcontext(&threads[block_at + threadIdx.x].context, &scheduler); }
 
-inline void run_block(uint32_t count) {
-  STD_TORCH_CHECK(count <= threads.size(), "a block has ", count, " threads");
-  for (uint32_t i = 0; i < count; ++i) {
+// Blocks [first, first + blocks) at once, `count` threads each.
+inline void run_blocks(uint32_t first, uint32_t blocks, uint32_t count) {
+  STD_TORCH_CHECK(count <= 256, "a block has ", count, " threads");
+  if (threads.size() < blocks * count) threads.resize(blocks * count);
+  barriers.assign(blocks, Barrier{});
+  block_threads = count;
+  for (uint32_t i = 0; i < blocks * count; ++i) {
     Thread& thread = threads[i];
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -63,11 +74,32 @@ inline void run_block(uint32_t count) {
     thread.done = false;
     makecontext(&thread.context, enter, 0);
   }
+  uint32_t luck = 1, idle = 0;
   for (bool left = true; left;) {
     left = false;
-    for (uint32_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(blocks == 1 || ++idle < 100000, "blocks wait for one another");
+    for (Barrier& barrier : barriers) {
+      if (barrier.arrived == count) {
+        barrier.arrived = idle = 0;
+        ++barrier.generation;
+      }
+      // Some blocks are well behind others.
+      luck = luck * 1664525u + 1013904223u;
+      if (barrier.pause > 0) {
+        --barrier.pause;
+      } else if (blocks > 1 && luck >> 26 == 0) {
+        barrier.pause = luck >> 20;
+      }
+    }
+    for (uint32_t i = 0; i < blocks * count; ++i) {
       if (threads[i].done) continue;
-      threadIdx.x = i;
+      if (barriers[i / count].pause > 0) {
+        left = true;
+        continue;
+      }
+      blockIdx.x = first + i / count;
+      block_at = i / count * count;
+      threadIdx.x = i % count;
       swapcontext(&scheduler, &threads[i].context);
       left = left || !threads[i].done;
     }
@@ -79,7 +111,7 @@ template <class Kernel>
 auto launch(Kernel kernel, uint32_t blocks, uint32_t count) {
   return [=](const auto&... arguments) {
     body = [&] { kernel(arguments...); };
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(count);
+    for (uint32_t block = 0; block < blocks; ++block) run_blocks(block, 1, count);
   };
 }
 
@@ -87,14 +119,23 @@ auto launch(Kernel kernel, uint32_t blocks, uint32_t count) {
 
 inline double __shfl_xor_sync(uint32_t mask, double value, int lane) {
   STD_TORCH_CHECK(mask == 0xffffffffu, "all lanes take part");
-  cuda_on_cpu::threads[threadIdx.x].slot = value;
+  cuda_on_cpu::Thread* block = cuda_on_cpu::threads.data() + cuda_on_cpu::block_at;
+  block[threadIdx.x].slot = value;
   cuda_on_cpu::wait();
-  const double other = cuda_on_cpu::threads[threadIdx.x ^ lane].slot;
+  const double other = block[threadIdx.x ^ lane].slot;
   cuda_on_cpu::wait();
   return other;
 }
 
-inline void __syncthreads() { cuda_on_cpu::wait(); }
+// All go on in one turn, the one after that in which the last arrived: a warp is in step again.
+inline void __syncthreads() {
+  using namespace cuda_on_cpu;
+  Barrier& barrier = barriers[block_at / block_threads];
+  const uint32_t generation = barrier.generation;
+  ++barrier.arrived;
+  do wait();
+  while (barrier.generation == generation);
+}
 
 namespace resformer {
 namespace {
