@@ -23,7 +23,7 @@ _TILES = (
     ("Attention, backward", "attention backward"),
     ("Mixing", "mix"),
     ("Decoding", "decode"),
-    ("Decoding, whole models", "decode in transformers"),
+    ("Whole models", "decode in transformers"),
     ("Linear scan", "scan"),
     ("Reservoirs", "reservoir"),
 )

@@ -42,7 +42,7 @@ _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat
 _SHORT = (
     r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
     r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
-    r"decode in transformers .* B1 T8192, .* bfloat16",
+    r"decode in transformers Llama B1 T8192, ",
     r"reservoir_scan .*(B1 T16384|B32) .* float32",
     r"linear_scan forward (B4 T16384|B1 T8192) N1024 gates by step float32",
 )

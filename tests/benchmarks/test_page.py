@@ -60,7 +60,7 @@ def test_every_figure_is_drawn(whole: Run) -> None:
         assert "var(--ours)" in drawing.svg
         stray = set(re.findall(r"#[0-9a-f]{6}\b", drawing.svg)) - {"#000000", "#ffffff"}
         assert stray == set(), f"{drawing.name} has colours that no scheme changes"
-    for told in ("bandwidth of reading, measured beside", "ours, one V for all layers"):
+    for told in ("bandwidth of reading", "ours, one V for all layers"):
         assert told in drawings["decode-group4"].svg
 
 
