@@ -51,7 +51,8 @@ struct MixForward {
   MixShape shape;
   const MixSource* sources;
   int64_t count;
-  void* out;  // contiguous
+  void* out;            // contiguous
+  bool stream = false;  // it is too large to stay in a cache
 };
 
 // The axes along which a coefficient differs.
@@ -118,6 +119,7 @@ struct MixBackward {
   const MixSource* sources;
   const MixSourceGradient* gradients;
   int64_t count;
+  bool stream = false;  // the dV_i are too many to stay in a cache
 };
 
 // dTable[id] = sum of gate * grad over the positions that hold id.

@@ -75,8 +75,15 @@ class BackwardRun {
     const MixBlocks blocks = blocks_of(shape_, within_batch);
     const MixShape shape = kernel_shape();
     const std::vector<MixSourceGradient> gradients = prepare(blocks);
-    const MixBackward m{
-        dtype_, shape, grad_, sources_.data(), gradients.data(), static_cast<int64_t>(sources_.size())};
+    int64_t bytes = 0;
+    for (const auto& value : values_) bytes += value ? bytes_of(*value) : 0;
+    const MixBackward m{dtype_,
+                        shape,
+                        grad_,
+                        sources_.data(),
+                        gradients.data(),
+                        static_cast<int64_t>(sources_.size()),
+                        bytes >= kPastCaches};
     const MixKernels& kernels = current_mix_kernels();
     std::vector<double> accumulators(blocks.count() * accumulators_);
     torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {

@@ -14,6 +14,9 @@ RESFORMER_DISPATCH(MixKernels, mix_kernels)
 namespace mix_host {
 
 constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth waking another thread for
+constexpr int64_t kPastCaches = 16 << 20;      // bytes of results; more are written past the caches
+
+inline int64_t bytes_of(const Tensor& t) { return t.numel() * t.element_size(); }
 
 // Bytes of 0xff read as NaN in float32 and float64.
 template <class T>
@@ -44,8 +47,9 @@ inline Tensor run_forward(const Tensor& like, const std::vector<MixSource>& sour
   if (heads_join(shape, sources.data(), static_cast<int64_t>(sources.size()))) {
     shape = with_heads_joined(shape);
   }
-  const MixForward f{dtype_of(like, "values"), shape, sources.data(), static_cast<int64_t>(sources.size()),
-                     out.mutable_data_ptr()};
+  const MixForward f{dtype_of(like, "values"), shape,
+                     sources.data(),           static_cast<int64_t>(sources.size()),
+                     out.mutable_data_ptr(),   bytes_of(out) >= kPastCaches};
   const MixKernels& kernels = current_mix_kernels();
   torch::stable::parallel_for(0, shape.rows(), rows_per_thread(shape),
                               [&](int64_t begin, int64_t end) { kernels.forward(f, begin, end); });

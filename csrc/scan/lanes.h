@@ -1,8 +1,8 @@
 // What a scan needs of a vector beside simd.h: products of complex numbers whose parts lie side by side, rows
-// that do not fill a vector, sums in float64, and stores that pass the caches by.
+// that do not fill a vector, and sums in float64.
 #pragma once
 
-#include "common/simd.h"
+#include "common/past_caches.h"
 
 namespace resformer::RESFORMER_ISA {
 
@@ -28,14 +28,6 @@ static inline Vec load_part(const float* p, int64_t n) {
 static inline void store_part(float* p, Vec x, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
 }
-static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
-template <class T>
-static inline void stream(T* p, Vec x) {
-  alignas(32) T narrow[kLanes];
-  store(narrow, x);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<__m256i*>(narrow)));
-}
-static inline void end_of_stream() { _mm_sfence(); }
 
 static inline void add_to(double* sums, Vec x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
@@ -63,14 +55,6 @@ static inline __m256i first_lanes(int64_t n) {
 }
 static inline Vec load_part(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 static inline void store_part(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
-static inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
-template <class T>
-static inline void stream(T* p, Vec x) {
-  alignas(16) T narrow[kLanes];
-  store(narrow, x);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(narrow)));
-}
-static inline void end_of_stream() { _mm_sfence(); }
 
 static inline void add_to(double* sums, Vec x) {
   const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
@@ -89,12 +73,6 @@ static inline Vec conj_mul(Vec a, Vec b) {
 }
 
 #else
-
-template <class T>
-static inline void stream(T* p, Vec x) {
-  store(p, x);
-}
-static inline void end_of_stream() {}
 
 static inline void add_to(double* sums, Vec x) {
   for (int i = 0; i < kLanes; ++i) sums[i] += x[i];

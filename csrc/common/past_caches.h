@@ -1,0 +1,46 @@
+// Stores that pass the caches by, of whole vectors at multiples of their size: what is read soon after must
+// not go this way.
+#pragma once
+
+#include "common/simd.h"
+
+namespace resformer::RESFORMER_ISA {
+
+#if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
+
+static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+template <class T>
+static inline void stream(T* p, Vec x) {
+  alignas(32) T narrow[kLanes];
+  store(narrow, x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<__m256i*>(narrow)));
+}
+static inline void end_of_stream() { _mm_sfence(); }
+
+#elif defined(RESFORMER_ISA_AVX2)
+
+static inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+template <class T>
+static inline void stream(T* p, Vec x) {
+  alignas(16) T narrow[kLanes];
+  store(narrow, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(narrow)));
+}
+static inline void end_of_stream() { _mm_sfence(); }
+
+#else
+
+template <class T>
+static inline void stream(T* p, Vec x) {
+  store(p, x);
+}
+static inline void end_of_stream() {}
+
+#endif
+
+template <class T>
+static inline bool may_stream(const T* p) {
+  return (reinterpret_cast<uintptr_t>(p) & (kLanes * sizeof(T) - 1)) == 0;
+}
+
+}  // namespace resformer::RESFORMER_ISA

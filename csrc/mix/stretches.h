@@ -1,0 +1,132 @@
+// How a kernel of the mixes walks along its operands: rows in order, each in stretches of whole vectors, and
+// what comes later asked for meanwhile.
+#pragma once
+
+#include "common/past_caches.h"
+#include "mix/mix.h"
+
+namespace resformer::RESFORMER_ISA {
+namespace {
+
+constexpr int64_t kChunk = 512;   // elements of a row whose coefficients are widened at a time
+constexpr int64_t kAhead = 4096;  // bytes of an operand that are asked for before they are worked on
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+Vec load_some(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+void store_some(T* p, Vec x, int64_t n) {
+  T padded[kLanes];
+  store(padded, x);
+  memcpy(p, padded, n * sizeof(T));
+}
+
+// body(d, load, store): once a vector, and once for what is left over. STREAM: whole vectors are stored past
+// the caches.
+template <bool STREAM = false, class Body>
+RESFORMER_INLINE void for_vectors(int64_t n, const Body& body) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    body(
+        d, [](const auto* p) __attribute__((always_inline)) { return load(p); },
+        [](auto* p, Vec x) __attribute__((always_inline)) {
+          if constexpr (STREAM) {
+            stream(p, x);
+          } else {
+            store(p, x);
+          }
+        });
+  }
+  if (d < n) {
+    const int64_t rest = n - d;
+    body(
+        d, [rest](const auto* p) { return load_some(p, rest); },
+        [rest](auto* p, Vec x) { store_some(p, x, rest); });
+  }
+}
+
+// A stretch of one source's row with its coefficients: `weights` where they differ along it, else `weight`.
+struct Span {
+  const float* weights;
+  float weight;
+};
+
+template <class T>
+void widen(const T* from, int64_t n, float* to) {
+  for_vectors(n, [&](int64_t d, auto get, auto put) { put(to + d, get(from + d)); });
+}
+
+Span coefficients_of(const Coefficient& c, int64_t row, int64_t d, int64_t n, float* buffer) {
+  if (c.data == nullptr) return {nullptr, c.value};
+  const int64_t start = row + d * c.stride[3];
+  if (c.stride[3] == 0) return {nullptr, c.load(start)};
+  if (c.stride[3] != 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = c.load(start + i * c.stride[3]);
+    return {buffer, 0.0f};
+  }
+  if (c.dtype == DType::float32) return {static_cast<const float*>(c.data) + start, 0.0f};
+  if (c.dtype == DType::bfloat16) {
+    widen(static_cast<const bf16*>(c.data) + start, n, buffer);
+  } else {
+    widen(static_cast<const f16*>(c.data) + start, n, buffer);
+  }
+  return {buffer, 0.0f};
+}
+
+struct Place {
+  int64_t row, b, t;
+};
+
+Place place_of(const MixShape& shape, int64_t row) { return {row, row / shape.time, row % shape.time}; }
+
+// A stretch of a row, and the row whose stretch is asked for meanwhile.
+struct Position {
+  Place now, later;
+  int64_t h, d, n;
+};
+
+template <class T>
+struct Operand {
+  const T* now;
+  const T* later;
+
+  RESFORMER_INLINE void ask(int64_t d) const { __builtin_prefetch(later + d, 0, 0); }
+};
+
+template <class T>
+Operand<T> operand_at(const MixSource& source, const Position& p) {
+  const T* data = static_cast<const T*>(source.data) + p.d;
+  return {data + source.offset(p.now.b, p.now.t, p.now.row, p.h),
+          data + source.offset(p.later.b, p.later.t, p.later.row, p.h)};
+}
+
+// What is in the first-level cache already.
+template <class T>
+Operand<T> at_hand(const T* p) {
+  return {p, p};
+}
+
+Span coefficients_of(const MixSource& source, const Position& p, float* buffer) {
+  return coefficients_of(source.coefficient, source.coefficient.row(p.now.b, p.now.t, p.h), p.d, p.n, buffer);
+}
+
+// Of rows of T: body(position) for each stretch of each head.
+template <class T, class Body>
+void for_stretches(const MixShape& shape, int64_t row, const Body& body) {
+  const int64_t width = shape.heads * shape.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = kAhead / width < 1 ? 1 : kAhead / width;
+  const Place now = place_of(shape, row), later = place_of(shape, smaller(row + ahead, shape.rows() - 1));
+  for (int64_t h = 0; h < shape.heads; ++h) {
+    for (int64_t d = 0; d < shape.dim; d += kChunk)
+      body(Position{now, later, h, d, smaller(kChunk, shape.dim - d)});
+  }
+}
+
+}  // namespace
+}  // namespace resformer::RESFORMER_ISA
