@@ -272,7 +272,7 @@ static inline float reduce_max(Vec x) {
 }
 static inline Vec keep_lanes(Vec x, int32_t lo, int32_t hi, Vec other) {
   const VecInt lane = {0, 1, 2, 3};
-  return (lane >= lo) & (lane < hi) ? x : other;
+  return ((lane >= lo) & (lane < hi)) ? x : other;
 }
 template <class T>
 static inline Vec load(const T* p) {
