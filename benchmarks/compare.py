@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.runner import Run
-from resformer_kernels.testing.timing import OURS, Result, Timing
+from resformer_kernels.bench.timing import OURS, Result, Timing
 
 LEAST = 0.05
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from resformer_kernels.testing.attention_workload import MATH, SDPA, AttentionBenchmark
-from resformer_kernels.testing.decode_workload import DecodeBenchmark
-from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
-from resformer_kernels.testing.scan_workloads import PEERS, ScanBenchmark
-from resformer_kernels.testing.timing import Benchmark
+from benchmarks.workloads.decode import DecodeBenchmark
+from benchmarks.workloads.reservoir import ReservoirBenchmark
+from benchmarks.workloads.scan import PEERS, ScanBenchmark
+from resformer_kernels.bench.attention import MATH, SDPA, AttentionBenchmark
+from resformer_kernels.bench.timing import Benchmark
 
 CURVE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 CURVE_HEADS, CURVE_HEAD_DIM = 4, 64

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from benchmarks import registry
+from benchmarks.device_timer import readings, timer_for
 from benchmarks.supervisor import Job
-from resformer_kernels.attention import api as attention
-from resformer_kernels.kvcache import api as kvcache
-from resformer_kernels.mix import api as mix
-from resformer_kernels.reservoir import api as reservoir
-from resformer_kernels.scan import api as scan
-from resformer_kernels.testing import machine
-from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
-from resformer_kernels.testing.device_timer import readings, timer_for
-from resformer_kernels.testing.device_workloads import (
+from benchmarks.workloads.device import (
     FA3,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
     DeviceAttention,
 )
-from resformer_kernels.testing.timing import OURS, Call, Unavailable, alternate
+from resformer_kernels.attention import api as attention
+from resformer_kernels.bench import machine
+from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
+from resformer_kernels.bench.timing import OURS, Call, Unavailable, alternate
+from resformer_kernels.kvcache import api as kvcache
+from resformer_kernels.mix import api as mix
+from resformer_kernels.reservoir import api as reservoir
+from resformer_kernels.scan import api as scan
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02

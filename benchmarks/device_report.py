@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.device_run import DeviceRun
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.bench.timing import OURS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from benchmarks import device_jobs
 from benchmarks.device_build import Build
 from benchmarks.device_jobs import Settings
 from benchmarks.supervisor import Job, Outcome, supervise, without
-from resformer_kernels.testing.machine import usable_cores
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.bench.machine import usable_cores
+from resformer_kernels.bench.timing import OURS
 
 FORMAT = 1
 """Of the stored JSON."""

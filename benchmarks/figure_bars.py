@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.figure_data import Cases, Drawing, sizes
 from benchmarks.figure_style import as_svg, colour, decades, legend_above, look
-from resformer_kernels.testing.timing import Result
+from resformer_kernels.bench.timing import Result
 
 _ROWS = 16
 """At most, in one panel."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from benchmarks import curves
 from benchmarks.runner import MemoryPoint, Run
-from resformer_kernels.testing.decode_workload import OWN_VALUES
-from resformer_kernels.testing.scan_workloads import COPY
-from resformer_kernels.testing.timing import Benchmark, Result
+from benchmarks.workloads.decode import OWN_VALUES
+from benchmarks.workloads.scan import COPY
+from resformer_kernels.bench.timing import Benchmark, Result
 
 _LABELS = re.compile(r"\b(B|Hq|Hkv|H|T|N|D)(\d+)\b")
 

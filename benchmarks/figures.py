@@ -22,8 +22,8 @@ from benchmarks.figure_style import (
     powers_of_two,
 )
 from benchmarks.runner import Run
-from resformer_kernels.cli.tables import duration
-from resformer_kernels.testing.timing import OURS, Result
+from resformer_kernels.bench.tables import duration
+from resformer_kernels.bench.timing import OURS, Result
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:

@@ -12,8 +12,8 @@ from benchmarks.compare import LEAST
 from benchmarks.figure_data import Cases, Drawing
 from benchmarks.report import absent
 from benchmarks.runner import Run
-from resformer_kernels.cli.tables import duration, rate_and_share
-from resformer_kernels.testing.timing import Result
+from resformer_kernels.bench.tables import duration, rate_and_share
+from resformer_kernels.bench.timing import Result
 
 PAGE, FIGURES = "index.html", "figures"
 _STYLESHEET = Path(__file__).parent / "page.css"

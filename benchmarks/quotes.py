@@ -20,12 +20,12 @@ from typing import Any
 
 from benchmarks import page, record, runner
 from benchmarks.figure_data import every_curve
+from benchmarks.workloads.decode import OWN_VALUES
+from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
+from resformer_kernels.bench.tables import duration, rate_and_share
+from resformer_kernels.bench.timing import OURS
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
-from resformer_kernels.cli.tables import duration, rate_and_share
-from resformer_kernels.support import answers
-from resformer_kernels.testing.decode_workload import OWN_VALUES
-from resformer_kernels.testing.model_workload import DYNAMIC, MODELS, STATIC
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.cli.support import answers
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs"

@@ -16,7 +16,7 @@ import pytest_benchmark
 from pytest_benchmark.stats import Stats
 
 from benchmarks.runner import MemoryPoint, Run
-from resformer_kernels.testing.timing import Result, Timing
+from resformer_kernels.bench.timing import Result, Timing
 from resformer_kernels.testing.verification import Verdict
 
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""Every case, as data. Inputs, bytes, FLOPs and peers are in `resformer_kernels.testing.workloads`.
+"""Every case, as data. Inputs, bytes, FLOPs and peers are in `resformer_kernels.bench.workloads`.
 
 Names are stable: results are compared by them.
 """
@@ -10,16 +10,16 @@ from typing import TypeAlias
 import torch
 
 from benchmarks import curves
-from resformer_kernels.testing.attention_workload import PEERS, QUICK, AttentionBenchmark
-from resformer_kernels.testing.decode_workload import DecodeBenchmark
-from resformer_kernels.testing.device_workloads import DeviceAttention
+from benchmarks.workloads.decode import DecodeBenchmark
+from benchmarks.workloads.device import DeviceAttention
+from benchmarks.workloads.model import ModelBenchmark
+from benchmarks.workloads.reservoir import ReservoirBenchmark
+from benchmarks.workloads.scan import COPY, ScanBenchmark
+from benchmarks.workloads.scan import PEERS as SCAN_PEERS
+from resformer_kernels.bench.attention import PEERS, QUICK, AttentionBenchmark
+from resformer_kernels.bench.timing import Benchmark
+from resformer_kernels.bench.workloads import EmbeddingBenchmark, MixBenchmark
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
-from resformer_kernels.testing.model_workload import ModelBenchmark
-from resformer_kernels.testing.reservoir_workloads import ReservoirBenchmark
-from resformer_kernels.testing.scan_workloads import COPY, ScanBenchmark
-from resformer_kernels.testing.scan_workloads import PEERS as SCAN_PEERS
-from resformer_kernels.testing.timing import Benchmark
-from resformer_kernels.testing.workloads import EmbeddingBenchmark, MixBenchmark
 
 DeviceCase: TypeAlias = (
     DeviceAttention

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from benchmarks.compare import LEAST, Change, slower
 from benchmarks.runner import MemoryPoint, Run
-from resformer_kernels.cli.tables import duration, speed_table
-from resformer_kernels.testing.timing import OURS
+from resformer_kernels.bench.tables import duration, speed_table
+from resformer_kernels.bench.timing import OURS
 
 
 def print_run(run: Run, console: Console) -> None:

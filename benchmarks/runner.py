@@ -8,11 +8,12 @@ from datetime import datetime, timezone
 
 import torch
 
-from resformer_kernels.testing import call_memory, machine
-from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
-from resformer_kernels.testing.fresh_pages import freed_memory_kept
-from resformer_kernels.testing.peak_memory import peak_extra_bytes
-from resformer_kernels.testing.timing import Benchmark, Result, Timing, Unavailable, measure
+from benchmarks import call_memory
+from benchmarks.peak_memory import peak_extra_bytes
+from resformer_kernels.bench import machine
+from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
+from resformer_kernels.bench.fresh_pages import freed_memory_kept
+from resformer_kernels.bench.timing import Benchmark, Result, Timing, Unavailable, measure
 from resformer_kernels.testing.verification import Verdict, checks, verify
 
 SETTLE_ROUNDS = 10

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks import tuning_space as space
 from benchmarks.device_jobs import TOLERANCE, Settings
+from benchmarks.device_timer import timer_for
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention
-from resformer_kernels.testing.device_timer import timer_for
-from resformer_kernels.testing.timing import Call, alternate
-from resformer_kernels.testing.workloads import timed_call
+from resformer_kernels.bench.timing import Call, alternate
+from resformer_kernels.bench.workloads import timed_call
 
 TRY, TIME, PLACE = "tune try", "tune time", "tune place"
 """Kinds of job: compile and compare; time; time both placements of the mix."""
@@ -167,8 +167,8 @@ def architecture(device: str) -> str:
 
 
 def configs() -> Any:
-    """attention/triton_configs.py."""
-    return importlib.import_module("resformer_kernels.attention.triton_configs")
+    """attention/triton/configs.py."""
+    return importlib.import_module("resformer_kernels.attention.triton.configs")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 Config: TypeAlias = tuple[int, int, int, int]
 """Rows and keys of a tile, warps of a program, stages of its pipeline."""
 Table: TypeAlias = dict[str, Any]
-"""The content of attention/triton_configs.json."""
+"""The content of attention/triton/configs.json."""
 
 DIRECTIONS = ("forward", "keys", "queries")
 MASKS = ("causal", "full", "window")

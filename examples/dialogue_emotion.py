@@ -44,6 +44,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resformer_kernels.bench import machine
 from resformer_kernels.models import ReservoirClassifier
 from resformer_kernels.tasks import (
     DialogueCorpus,
@@ -55,7 +56,6 @@ from resformer_kernels.tasks import (
     sign_flip_probability,
     weighted_f1,
 )
-from resformer_kernels.testing import machine
 
 WIDER, RESET, REMEMBERS = "wider, no reservoir", "reservoir, reset", "reservoir"
 MODELS = (WIDER, RESET, REMEMBERS)

@@ -28,6 +28,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
+from resformer_kernels.bench import machine
 from resformer_kernels.nn import Reservoir, Ridge
 from resformer_kernels.tasks import (
     LORENZ_EXPONENT,
@@ -41,7 +42,6 @@ from resformer_kernels.tasks import (
     nrmse,
     valid_steps,
 )
-from resformer_kernels.testing import machine
 
 LORENZ_STEP = 0.02
 """Units of time between two samples."""

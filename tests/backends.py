@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resformer_kernels import _triton
+from resformer_kernels._triton import available as _triton
 
 
 @pytest.fixture(params=["native", "triton"])

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from resformer_kernels import _extension
-from resformer_kernels._triton import interpreted
+from resformer_kernels._core import extension as _extension
+from resformer_kernels._triton.available import interpreted
 from tests.interpreter import quick
 
 # A first call loads the library, and CI machines stall: time per example says nothing here. CI

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resformer_kernels import _extension, explain, mix_value_embedding, mix_values
+from resformer_kernels import explain, mix_value_embedding, mix_values
+from resformer_kernels._core import extension as _extension
 
 CUDA = torch.device("cuda", 0)
 

@@ -44,7 +44,7 @@ before = set(sys.modules)
 import resformer_kernels
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 assert "torch._dynamo" not in sys.modules or "torch._dynamo" in before
-assert resformer_kernels._extension._reason is resformer_kernels._extension._NOT_TRIED
+assert resformer_kernels._core.extension._reason is resformer_kernels._core.extension._NOT_TRIED
 """
     assert not {"triton", "matplotlib", "transformers"} & set(run(program).split())
 

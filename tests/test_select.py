@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from resformer_kernels import _extension, _select, explain, value_residual_attention
-from resformer_kernels._select import select
+from resformer_kernels import explain, value_residual_attention
+from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import select as _select
+from resformer_kernels._core.select import select
 
 
 class Fake:

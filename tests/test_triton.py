@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from resformer_kernels._triton import interpreted, unavailable_reason
+from resformer_kernels._triton.available import interpreted, unavailable_reason
 
 CUDA = torch.device("cuda", 0)
 

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from resformer_kernels import _triton_lib as lib
-from resformer_kernels._triton import interpreted
+from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.available import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import autocast_dtype, check_flag, check_tensor
-from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.attention import call as checks
-from resformer_kernels.attention import flash_attn, native, ops, reference, triton
-from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels._core.checks import autocast_dtype, check_flag, check_tensor
+from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels.attention import flash_attn, native, reference, triton
+from resformer_kernels.attention import op as ops
+from resformer_kernels.attention import record as checks
+from resformer_kernels.attention.record import AttentionCall
 
 BACKENDS = (native, triton, flash_attn, reference)
 

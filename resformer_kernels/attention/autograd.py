@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import (
+from resformer_kernels._core.op import (
     copy_note,
     distinct,
     needs_copy,
@@ -19,8 +19,8 @@ from resformer_kernels._launch import (
     unit_stride,
     wants_gradient,
 )
-from resformer_kernels.attention.call import AttentionCall
-from resformer_kernels.attention.ops import VMAP_ERROR
+from resformer_kernels.attention.op import VMAP_ERROR
+from resformer_kernels.attention.record import AttentionCall
 
 
 class Options(NamedTuple):

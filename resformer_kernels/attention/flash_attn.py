@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import refuse_forward_mode, run_backward, wants_gradient
-from resformer_kernels.attention.call import AttentionCall
-from resformer_kernels.attention.ops import VMAP_ERROR
+from resformer_kernels._core.op import refuse_forward_mode, run_backward, wants_gradient
+from resformer_kernels.attention.op import VMAP_ERROR
+from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.mix import mix_values
 
 NAME = "flash_attn"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.attention.autograd import copy_notes, run_op
-from resformer_kernels.attention.call import AttentionCall
-from resformer_kernels.attention.ops import NATIVE
+from resformer_kernels.attention.op import NATIVE
+from resformer_kernels.attention.record import AttentionCall
 
 NAME = "native"
 

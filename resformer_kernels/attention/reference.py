@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention.record import AttentionCall
 
 NAME = "reference"
 

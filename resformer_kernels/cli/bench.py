@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.peak_memory import SDPA
+from resformer_kernels.bench import timing
+from resformer_kernels.bench.timing import MIN_SAMPLES, OURS, Benchmark
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
 from resformer_kernels.cli.common import NO_CHECKOUT, Meter, at_least, output, refuse
-from resformer_kernels.testing import timing
-from resformer_kernels.testing.peak_memory import SDPA
-from resformer_kernels.testing.timing import MIN_SAMPLES, OURS, Benchmark
 
 _SAMPLE_SECONDS, _QUICK_SAMPLE_SECONDS = 0.1, 0.02
 _MODULES = ("registry", "runner", "record", "report", "compare")

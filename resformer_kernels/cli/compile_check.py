@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from resformer_kernels import _cuda_check as cuda_check
-from resformer_kernels import _triton_check as triton_check
-from resformer_kernels._triton_artifacts import SHARED_LIMITS, Compiled
+from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import at_least, counter, output, refuse
-from resformer_kernels.testing.machine import usable_cores
+from resformer_kernels.cli.compile import check as triton_check
+from resformer_kernels.cli.compile import cuda as cuda_check
+from resformer_kernels.cli.compile.artifacts import SHARED_LIMITS, Compiled
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
     console = output(120)
     if importlib.util.find_spec("matplotlib") is None:
         return refuse("demo", "matplotlib is missing: pip install 'resformer-kernels[bench]'")
+    from resformer_kernels.bench import machine
     from resformer_kernels.demo.corpus import load_corpus
     from resformer_kernels.demo.pipeline import Demo
     from resformer_kernels.demo.record import Record
     from resformer_kernels.demo.report import summary
     from resformer_kernels.demo.training import Plan, configs
-    from resformer_kernels.testing import machine
 
     plan = Plan(
         dim=args.dim,

@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 import resformer_kernels
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.cli import COMMANDS, Subparsers
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 
 Section = dict[str, str]
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_matrix(*, as_json: bool) -> int:
     # Both build tensors to ask about: not at import.
     from resformer_kernels.cli import matrix
-    from resformer_kernels.support import answers
+    from resformer_kernels.cli.support import answers
 
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers()], indent=2))

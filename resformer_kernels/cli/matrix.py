@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from resformer_kernels.support import Answer
+from resformer_kernels.cli.support import Answer
 
 SHORT = {
     "float32": "f32",

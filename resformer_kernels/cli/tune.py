@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resformer_kernels import _triton
+from resformer_kernels._triton import available as _triton
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
 from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
 

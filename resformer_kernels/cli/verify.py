@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from resformer_kernels.bench import machine
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import counter, output, refuse
-from resformer_kernels.testing import machine
 from resformer_kernels.testing.verification import Check, Verdict, checks, refusals, verify
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import DTYPES, autocast_dtype, describe
+from resformer_kernels._core.checks import DTYPES, autocast_dtype, describe
 
 _AXES = "(..., heads, time, head_dim)"
 

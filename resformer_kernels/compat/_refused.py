@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resformer_kernels._checks import check_real
+from resformer_kernels._core.checks import check_real
 
 
 def refuse_alibi(alibi_slopes: Any, instead: str) -> None:

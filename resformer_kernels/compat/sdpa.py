@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._checks import check_flag
-from resformer_kernels._select import Request, explained_by, prepare
+from resformer_kernels._core.checks import check_flag
+from resformer_kernels._core.select import Request, explained_by, prepare
 from resformer_kernels.attention.api import value_residual_attention
-from resformer_kernels.attention.call import check_scale
+from resformer_kernels.attention.record import check_scale
 from resformer_kernels.compat._heads_first import (
     broadcast_inputs,
     check_inputs,

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from resformer_kernels.cli.tables import duration, speed_table
+from resformer_kernels.bench.attention import AttentionBenchmark
+from resformer_kernels.bench.ceilings import gemm_rates
+from resformer_kernels.bench.tables import duration, speed_table
+from resformer_kernels.bench.timing import measure
 from resformer_kernels.cli.verify import summary_table, verdict_table
 from resformer_kernels.demo import training, writing
 from resformer_kernels.demo.record import Record
 from resformer_kernels.demo.report import RANKS_NOTHING, write_report
 from resformer_kernels.models import LanguageModel
-from resformer_kernels.testing.attention_workload import AttentionBenchmark
-from resformer_kernels.testing.ceilings import gemm_rates
-from resformer_kernels.testing.timing import measure
 from resformer_kernels.testing.verification import checks, verify
 
 _VERIFY_SHARE = 0.2

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from resformer_kernels.bench.timing import Result
 from resformer_kernels.demo.training import ModelRun, Plan
-from resformer_kernels.testing.timing import Result
 from resformer_kernels.testing.verification import Verdict
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from resformer_kernels.bench.timing import Result
 from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.demo.training import ModelRun, Plan
 from resformer_kernels.demo.writing import Writing
-from resformer_kernels.testing.timing import Result
 from resformer_kernels.testing.verification import Verdict
 
 FILE = "results.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from resformer_kernels.cli.tables import duration, rate_and_share
+from resformer_kernels.bench.tables import duration, rate_and_share
 from resformer_kernels.cli.verify import worst
 from resformer_kernels.demo import plots
 from resformer_kernels.demo.record import FILE, Record

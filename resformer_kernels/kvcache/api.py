@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import check_tensor
-from resformer_kernels._select import Request, explained_by, select
-from resformer_kernels.kvcache import native, ops, reference, triton
-from resformer_kernels.kvcache.call import prepare_call
+from resformer_kernels._core.checks import check_tensor
+from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels.kvcache import native, reference, triton
+from resformer_kernels.kvcache import op as ops
+from resformer_kernels.kvcache.record import prepare_call
 
 BACKENDS = (native, triton, reference)
 

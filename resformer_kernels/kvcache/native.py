@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels import _extension
-from resformer_kernels.kvcache.call import (
+from resformer_kernels._core import extension as _extension
+from resformer_kernels.kvcache.record import (
     KVCacheCall,
     copy_notes,
     op_arguments,

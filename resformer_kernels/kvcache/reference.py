@@ -18,9 +18,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
-from resformer_kernels.kvcache.call import QUANTISED, KVCacheCall
+from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
 
 NAME = "reference"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._select import Request, explained_by, select
+from resformer_kernels._core.select import Request, explained_by, select
 from resformer_kernels.mix import native, reference, triton
-from resformer_kernels.mix.call import check_embedding, check_mix
-from resformer_kernels.mix.ops import EMBEDDING, VALUES
+from resformer_kernels.mix.op import EMBEDDING, VALUES
+from resformer_kernels.mix.record import check_embedding, check_mix
 
 BACKENDS = (native, triton, reference)
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import (
+from resformer_kernels._core.op import (
     copy_note,
     distinct,
     needs_copy,
@@ -25,8 +25,8 @@ from resformer_kernels._launch import (
     vmap_error,
     wants_gradient,
 )
-from resformer_kernels.mix.call import EmbeddingCall, MixCall
-from resformer_kernels.mix.ops import EMBEDDING, VALUES
+from resformer_kernels.mix.op import EMBEDDING, VALUES
+from resformer_kernels.mix.record import EmbeddingCall, MixCall
 
 
 def _op(namespace: str, name: str) -> Any:

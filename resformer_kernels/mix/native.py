@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.mix.autograd import copy_notes, run_op
-from resformer_kernels.mix.call import EmbeddingCall, MixCall
-from resformer_kernels.mix.ops import NATIVE
+from resformer_kernels.mix.op import NATIVE
+from resformer_kernels.mix.record import EmbeddingCall, MixCall
 
 NAME = "native"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels.mix.call import EmbeddingCall, MixCall
+from resformer_kernels.mix.record import EmbeddingCall, MixCall
 
 NAME = "reference"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import check_real, check_tensor, describe
-from resformer_kernels.kvcache.cache import SharedValueCache
+from resformer_kernels._core.checks import check_real, check_tensor, describe
+from resformer_kernels.kvcache.cache.cache import SharedValueCache
 
 if TYPE_CHECKING:
     from resformer_kernels.models.language_model import LanguageModel

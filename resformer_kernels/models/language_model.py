@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from resformer_kernels.kvcache.cache import SharedValueCache
-from resformer_kernels.kvcache.layout import KVLayout
+from resformer_kernels.kvcache.cache.cache import SharedValueCache
+from resformer_kernels.kvcache.cache.layout import KVLayout
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.generation import Generation, generate
 from resformer_kernels.nn import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resformer_kernels.attention.api import value_residual_attention
-from resformer_kernels.kvcache.cache import SharedValueCache
+from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.nn.rotary import apply_rotary
 from resformer_kernels.nn.value_mix import LearnedMix, ValueMix, ValueSources
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from resformer_kernels._checks import check_flag, check_real, describe
+from resformer_kernels._core.checks import check_flag, check_real, describe
 from resformer_kernels.nn.reservoir_weights import random_groups, random_inputs, spectral_radius
 from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.reservoir.api import reservoir_scan
-from resformer_kernels.reservoir.call import ACTIVATIONS, RingWeight
+from resformer_kernels.reservoir.record import ACTIVATIONS, RingWeight
 
 TOPOLOGIES = ("random", "ring", "diagonal")
 Numbers = float | Sequence[float]

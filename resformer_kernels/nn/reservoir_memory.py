@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resformer_kernels._checks import describe
+from resformer_kernels._core.checks import describe
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.nn.reservoir import Reservoir, cleared
 

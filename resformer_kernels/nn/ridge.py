@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resformer_kernels._checks import check_real, describe
+from resformer_kernels._core.checks import check_real, describe
 
 
 class Ridge(nn.Module):

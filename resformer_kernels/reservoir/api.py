@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._select import Request, explained_by, select
+from resformer_kernels._core.select import Request, explained_by, select
 from resformer_kernels.reservoir import native, reference, triton
-from resformer_kernels.reservoir.call import RingWeight, check_call
-from resformer_kernels.reservoir.ops import NAME
+from resformer_kernels.reservoir.op import NAME
+from resformer_kernels.reservoir.record import RingWeight, check_call
 
 BACKENDS = (native, triton, reference)
 ON_CUDA = (triton, native, reference)

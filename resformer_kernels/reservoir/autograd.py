@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import (
+from resformer_kernels._core.op import (
     copy_note,
     distinct,
     needs_copy,
@@ -21,8 +21,8 @@ from resformer_kernels._launch import (
     unit_stride,
     wants_gradient,
 )
-from resformer_kernels.reservoir.call import ACTIVATIONS, MODES, ReservoirCall, ReservoirInfo
-from resformer_kernels.reservoir.ops import BACKWARD, FORWARD, NAME, REDUCED, VMAP_ERROR
+from resformer_kernels.reservoir.op import BACKWARD, FORWARD, NAME, REDUCED, VMAP_ERROR
+from resformer_kernels.reservoir.record import ACTIVATIONS, MODES, ReservoirCall, ReservoirInfo
 from resformer_kernels.reservoir.reduction import Result, reduce_states
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels.reservoir.ops import ADJOINT
+from resformer_kernels.reservoir.op import ADJOINT
 from resformer_kernels.reservoir.reduction import segment_sums
 from resformer_kernels.reservoir.stretches import leak_units, stretch_length
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.reservoir import autograd
-from resformer_kernels.reservoir.call import ReservoirCall, ReservoirInfo
 from resformer_kernels.reservoir.cuda_plan import fits
-from resformer_kernels.reservoir.ops import NATIVE
+from resformer_kernels.reservoir.op import NATIVE
+from resformer_kernels.reservoir.record import ReservoirCall, ReservoirInfo
 from resformer_kernels.reservoir.reduction import Result
 
 NAME = "native"

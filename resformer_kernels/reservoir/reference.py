@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from resformer_kernels.reservoir.call import ReservoirCall, ReservoirInfo
+from resformer_kernels.reservoir.record import ReservoirCall, ReservoirInfo
 from resformer_kernels.reservoir.reduction import Result, reduce_states
 
 NAME = "reference"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels.reservoir.ops import FORWARD
+from resformer_kernels.reservoir.op import FORWARD
 from resformer_kernels.reservoir.reduction import sums_over_time
 
 _ELEMENTS, _ELEMENTS_ON_GPU = 2**22, 2**26

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._select import Request, explained_by, select
+from resformer_kernels._core.select import Request, explained_by, select
 from resformer_kernels.scan import native, reference, triton
-from resformer_kernels.scan.call import check_scan
-from resformer_kernels.scan.ops import SCAN
+from resformer_kernels.scan.op import SCAN
+from resformer_kernels.scan.record import check_scan
 
 BACKENDS = (native, triton, reference)
 

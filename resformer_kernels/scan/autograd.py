@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._launch import (
+from resformer_kernels._core.op import (
     copy_note,
     distinct,
     needs_copy,
@@ -24,8 +24,8 @@ from resformer_kernels._launch import (
     vmap_error,
     wants_gradient,
 )
-from resformer_kernels.scan.call import ScanCall
-from resformer_kernels.scan.ops import SCAN, WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS
+from resformer_kernels.scan.op import SCAN, WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS
+from resformer_kernels.scan.record import ScanCall
 
 
 def scan_op(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.scan.autograd import copy_notes, run_op
-from resformer_kernels.scan.call import ScanCall
-from resformer_kernels.scan.ops import NATIVE
+from resformer_kernels.scan.op import NATIVE
+from resformer_kernels.scan.record import ScanCall
 
 NAME = "native"
 

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from resformer_kernels.scan.call import ScanCall
-from resformer_kernels.scan.ops import state_dtype
+from resformer_kernels.scan.op import state_dtype
+from resformer_kernels.scan.record import ScanCall
 
 NAME = "reference"
 

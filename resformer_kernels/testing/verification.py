@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import explain
-from resformer_kernels._select import prepare
+from resformer_kernels._core.select import prepare
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.reservoir import RingWeight, reservoir_scan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import value_residual_attention
-from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.testing import AttentionCase, attention_inputs
 
 CASES = {

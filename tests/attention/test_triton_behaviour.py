@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import explain, value_residual_attention
-from resformer_kernels.attention import triton, triton_configs
-from resformer_kernels.attention.call import AttentionCall
+from resformer_kernels.attention import triton
+from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.triton import configs as triton_configs
 from resformer_kernels.testing import AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 from tests.attention.variants import Variant
@@ -60,7 +61,7 @@ def test_where_values_are_mixed_changes_no_bits(
     case: AttentionCase,
     capability: tuple[int, int],
 ) -> None:
-    from resformer_kernels import _triton_lib as lib
+    from resformer_kernels._triton import device as lib
 
     if case is not EVERYTHING and dtype is torch.float16:
         pytest.skip("as bfloat16")
@@ -88,10 +89,10 @@ def test_both_placements_sum_the_same_tiles_of_keys() -> None:
 @by_dtype
 @pytest.mark.parametrize("case", [EVERYTHING, PACKED], ids=["every", "packed"])
 def test_descriptors_change_no_bits(dtype: torch.dtype, case: AttentionCase) -> None:
-    from resformer_kernels.attention.triton_arguments import descriptor_of
+    from resformer_kernels.attention.triton.problem import descriptor_of
 
     case = dataclasses.replace(case, dtype=dtype)
-    name = "resformer_kernels.attention.triton_launch.descriptor_of"
+    name = "resformer_kernels.attention.triton.launch.descriptor_of"
     found = []
     for capability in ((8, 0), (9, 0)):
         with (

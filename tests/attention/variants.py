@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-from resformer_kernels.attention import triton_configs
+from resformer_kernels.attention.triton import configs as triton_configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Variant:
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        from resformer_kernels import _triton_lib as lib
+        from resformer_kernels._triton import device as lib
 
         config = triton_configs.Config(self.rows, self.keys, warps=4, stages=1)
         with (

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compare import compare, slower
 from benchmarks.runner import Run
-from resformer_kernels.testing.timing import Result, Timing
+from resformer_kernels.bench.timing import Result, Timing
 
 
 def a_run(times: dict[str, float], *, noise: float = 0.01, seed: int = 0, name: str = "a") -> Run:

@@ -13,7 +13,7 @@ from benchmarks import device_jobs, device_report, registry
 from benchmarks.device_jobs import Settings
 from benchmarks.device_run import DeviceRun
 from benchmarks.supervisor import Job, Outcome
-from resformer_kernels.testing.device_workloads import FLEX, SDPA_CUDNN, SDPA_FLASH, DeviceAttention
+from benchmarks.workloads.device import FLEX, SDPA_CUDNN, SDPA_FLASH, DeviceAttention
 from resformer_kernels.testing.verification import checks
 
 CASE = "attention forward B4 H16 T4096 D128 causal bfloat16"

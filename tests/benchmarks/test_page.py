@@ -15,8 +15,8 @@ from benchmarks import curves, figures, page, record, registry
 from benchmarks.figure_data import Cases
 from benchmarks.figure_style import PALETTE
 from benchmarks.runner import MemoryPoint, Run
+from resformer_kernels.bench.timing import OURS, Benchmark, Result, Timing
 from resformer_kernels.cli import main
-from resformer_kernels.testing.timing import OURS, Benchmark, Result, Timing
 from resformer_kernels.testing.verification import Verdict
 
 

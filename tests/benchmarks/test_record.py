@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.runner import MemoryPoint, Run
-from resformer_kernels.testing.timing import Result, Timing
+from resformer_kernels.bench.timing import Result, Timing
 from resformer_kernels.testing.verification import Verdict
 
 RESULTS = sorted(record.RESULTS.glob("*.json"))

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from benchmarks import registry, runner
+from resformer_kernels.bench import timing
+from resformer_kernels.bench.attention import SDPA, AttentionBenchmark
+from resformer_kernels.bench.workloads import FLASH_ATTN, MixBenchmark
 from resformer_kernels.cli import bench, main
 from resformer_kernels.mix import native as mix_native
-from resformer_kernels.testing import timing
-from resformer_kernels.testing.attention_workload import SDPA, AttentionBenchmark
 from resformer_kernels.testing.verification import checks
-from resformer_kernels.testing.workloads import FLASH_ATTN, MixBenchmark
 
 ATTENTION = AttentionBenchmark(
     *(1, 2, 2, 32, 8, torch.float32, "backward"), peers=(*SDPA, FLASH_ATTN)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.workloads.device import SDPA_CUDNN, SDPA_FLASH
 from resformer_kernels.cli import INTERRUPTED, main
-from resformer_kernels.testing.device_workloads import SDPA_CUDNN, SDPA_FLASH
 
 ON_A_CPU = ("device-check", "--device", "cpu", "--workers", "2", "--minutes", "5")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import resformer_kernels
-from resformer_kernels import _extension, support
-from resformer_kernels.cli import COMMANDS, INTERRUPTED, info, main
+from resformer_kernels._core import extension as _extension
+from resformer_kernels.cli import COMMANDS, INTERRUPTED, info, main, support
 
 needs_native = pytest.mark.skipif(
     _extension.unavailable_reason() is not None, reason=str(_extension.unavailable_reason())

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from resformer_kernels import _triton
+from resformer_kernels._triton import available as _triton
 from resformer_kernels.cli import main
 
-TABLE = Path(_triton.__file__).parent / "attention" / "triton_configs.json"
+TABLE = Path(_triton.__file__).parents[1] / "attention" / "triton" / "configs.json"
 needs_kernels = pytest.mark.skipif(
     not TABLE.exists() or importlib.util.find_spec("triton") is None,
     reason="attention has no Triton kernels here, or there is no Triton",

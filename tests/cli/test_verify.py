@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from resformer_kernels import _extension
+from resformer_kernels._core import extension as _extension
 from resformer_kernels.cli import main, verify
 from resformer_kernels.mix import native as native_mix
 from resformer_kernels.testing.verification import Check, Verdict, checks

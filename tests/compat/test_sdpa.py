@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from resformer_kernels import explain, value_residual_attention
-from resformer_kernels._select import prepare
+from resformer_kernels._core.select import prepare
 from resformer_kernels.compat import scaled_dot_product_attention as sdpa
 
 Shape = tuple[int, ...]

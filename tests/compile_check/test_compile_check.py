@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from resformer_kernels import _triton, _triton_check
-from resformer_kernels._triton_artifacts import Compiled
+from resformer_kernels._triton import available as _triton
 from resformer_kernels.cli import compile_check, main
+from resformer_kernels.cli.compile import check as _triton_check
+from resformer_kernels.cli.compile.artifacts import Compiled
 
 pytestmark = pytest.mark.skipif(
     _triton.version_reason() is not None, reason=str(_triton.version_reason())
@@ -23,10 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 ON_THE_TESTS_KERNELS = """
 import sys
-from resformer_kernels import _triton_check
+from resformer_kernels.cli.compile import check as _triton_check
 from resformer_kernels.cli import main
 if __name__ == "__main__":
-    _triton_check.case_modules = lambda: ["tests.compile_check.triton_cases"]
+    _triton_check.case_modules = lambda: ["tests.compile_check.triton.cases"]
     sys.exit(main(["compile-check", *sys.argv[1:]]))
 """
 
@@ -99,7 +100,7 @@ def test_what_is_wrong_is_named(
 LAUNCHES = """
 import torch
 from tests.compile_check import kernels
-from resformer_kernels._triton_compile import case_from_launch, recorded_launches
+from resformer_kernels._triton.cases import case_from_launch, recorded_launches
 
 x = torch.empty(4096 + 8 + 1, device="meta", dtype=torch.bfloat16)
 cases = []
@@ -182,7 +183,7 @@ def test_markdown_has_a_column_for_each_architecture() -> None:
 
 def test_brief_has_every_main_configuration_and_every_kernel() -> None:
     def job(name: str, capability: int, *, main: bool = False) -> _triton_check.Job:
-        return _triton_check.Job("package.op.triton_cases", capability, 0, name, main)
+        return _triton_check.Job("package.op.triton.cases", capability, 0, name, main)
 
     wanted = [
         job("forward, D64", 80),

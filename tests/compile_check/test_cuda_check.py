@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from build_support import cuda, native
-from resformer_kernels import _cuda_check, _triton
+from resformer_kernels._triton import available as _triton
+from resformer_kernels.cli.compile import cuda as _cuda_check
 from tests.compile_check.test_compile_check import run
 
 USAGE = """

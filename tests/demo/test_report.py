@@ -13,13 +13,13 @@ pytest.importorskip("matplotlib")
 
 import torch
 
+from resformer_kernels.bench import machine
+from resformer_kernels.bench.timing import Result, Timing
 from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.demo.record import Record
 from resformer_kernels.demo.report import RANKS_NOTHING, summary, write_report
 from resformer_kernels.demo.training import ModelRun, Plan, configs
 from resformer_kernels.demo.writing import Writing
-from resformer_kernels.testing import machine
-from resformer_kernels.testing.timing import Result, Timing
 from resformer_kernels.testing.verification import Verdict
 
 

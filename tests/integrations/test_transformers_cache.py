@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 from tests.integrations.tiny import (
     QUIET,
     ResFormerCache,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache import pages, reference
+from resformer_kernels.kvcache import reference
+from resformer_kernels.kvcache.cache import pages
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
-from resformer_kernels.kvcache.call import op_arguments, prepare_call
+from resformer_kernels.kvcache.record import op_arguments, prepare_call
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 
 PAGES, SIZE = 12, 4
 # What a sequence holds: the token numbers that were written, in order.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 
 
 def cache_of(**storage: int | torch.dtype) -> SharedValueCache:

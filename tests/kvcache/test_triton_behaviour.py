@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import attention_with_kvcache, explain
-from resformer_kernels.kvcache import triton, triton_plan
-from resformer_kernels.kvcache.call import KVCacheCall, op_arguments
+from resformer_kernels.kvcache import triton
+from resformer_kernels.kvcache.record import KVCacheCall, op_arguments
+from resformer_kernels.kvcache.triton import plan as triton_plan
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -214,7 +215,7 @@ def test_splits_fill_the_gpu() -> None:
 def test_what_is_read_once_leaves_the_second_level_cache_first(
     queries: int, hints: tuple[str, str]
 ) -> None:
-    from resformer_kernels import _triton_lib as lib
+    from resformer_kernels._triton import device as lib
 
     inputs = kvcache_inputs(KVCacheCase(q_len=queries, append="none", dtype=torch.bfloat16))
     with mock.patch.object(lib, "launch") as launch:

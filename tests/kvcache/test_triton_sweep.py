@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels.kvcache import triton_plan
+from resformer_kernels.kvcache.triton import plan as triton_plan
 from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache
 from tests.kvcache.cases import TABLE, kvcache_cases
 

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resformer_kernels import _extension
-from resformer_kernels.mix import api, ops, reference
+from resformer_kernels._core import extension as _extension
+from resformer_kernels.mix import api, reference
 from resformer_kernels.mix import native as on_cpu
+from resformer_kernels.mix import op as ops
 from resformer_kernels.mix.autograd import run_op
-from resformer_kernels.mix.call import MixCall
+from resformer_kernels.mix.record import MixCall
 from tests.cuda_on_cpu import build
 from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, run, values_call
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels._triton import interpreted
+from resformer_kernels._triton.available import interpreted
 from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, embedding_call, values_call
 
 pytest.importorskip("triton")

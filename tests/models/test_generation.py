@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import SharedValueCache
-from resformer_kernels.kvcache import pages
+from resformer_kernels.kvcache.cache import pages
 from resformer_kernels.models import VARIANTS, Generation, LanguageModel, LanguageModelConfig
 from resformer_kernels.models.generation import Sampling
 

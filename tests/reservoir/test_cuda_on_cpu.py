@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resformer_kernels import _extension, _triton, explain, reservoir_scan
-from resformer_kernels.reservoir import api, native, ops, reference
+from resformer_kernels import explain, reservoir_scan
+from resformer_kernels._core import extension as _extension
+from resformer_kernels._triton import available as _triton
+from resformer_kernels.reservoir import api, native, reference
+from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.autograd import run_op
-from resformer_kernels.reservoir.call import ReservoirCall
 from resformer_kernels.reservoir.cuda_plan import fits
+from resformer_kernels.reservoir.record import ReservoirCall
 from tests.cuda_on_cpu import build
 from tests.reservoir.cases import Case, cases, check_budget
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import RingWeight, explain, reservoir_scan
-from resformer_kernels._triton import interpreted
+from resformer_kernels._triton.available import interpreted
 from resformer_kernels.reservoir import stretches
 from resformer_kernels.testing import poisoned
 from tests.reservoir.together import together

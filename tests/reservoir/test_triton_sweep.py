@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels._triton import interpreted
+from resformer_kernels._triton.available import interpreted
 from tests.reservoir.cases import KINDS, Case, cases, check_budget
 
 pytest.importorskip("triton")

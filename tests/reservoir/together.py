@@ -50,8 +50,8 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
 @contextmanager
 def together(programs: int) -> Iterator[list[int]]:
     """Within it, up to `programs` run at once; yields how many each launch had."""
-    from resformer_kernels import _triton_lib as lib
-    from resformer_kernels.reservoir import triton_launch
+    from resformer_kernels._triton import device as lib
+    from resformer_kernels.reservoir.triton import launch as triton_launch
 
     run = lib.launch
     launched: list[int] = []

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels._triton import interpreted
+from resformer_kernels._triton.available import interpreted
 from tests.scan.cases import DTYPES, Case, cases, check_budget
 
 pytest.importorskip("triton")
@@ -29,7 +29,7 @@ sweep = settings(
 @pytest.fixture
 def short_chunks() -> Iterator[None]:
     """Time is cut where it would only be for lengths that an interpreter does not manage."""
-    from resformer_kernels.scan import triton_launch
+    from resformer_kernels.scan.triton import launch as triton_launch
 
     with mock.patch.multiple(triton_launch, LEAST_CHUNK=4, STEPS=2):
         yield

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from resformer_kernels.testing.ceilings import bandwidths, gemm_rates
-from resformer_kernels.testing.timing import host_timer
+from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
+from resformer_kernels.bench.timing import host_timer
 
 
 def test_rates_are_of_the_work_that_was_done() -> None:

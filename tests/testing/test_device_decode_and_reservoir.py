@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import torch
 
-from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
-from resformer_kernels.testing.reservoir_workloads import CUDA, ReservoirBenchmark
-from resformer_kernels.testing.timing import OURS, Unavailable
+from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
+from benchmarks.workloads.reservoir import CUDA, ReservoirBenchmark
+from resformer_kernels.bench.timing import OURS, Unavailable
 
 DECODE = DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2)
 CASES = (

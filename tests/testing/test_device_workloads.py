@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels.testing import device_timer, device_workloads
-from resformer_kernels.testing.device_timer import DeviceTimer, timer_for
-from resformer_kernels.testing.device_workloads import (
+from benchmarks import device_timer
+from benchmarks.device_timer import DeviceTimer, timer_for
+from benchmarks.workloads import device as device_workloads
+from benchmarks.workloads.device import (
     FA3,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
     DeviceAttention,
 )
-from resformer_kernels.testing.timing import OURS, Unavailable, host_timer
-from resformer_kernels.testing.workloads import MixBenchmark
+from resformer_kernels.bench.timing import OURS, Unavailable, host_timer
+from resformer_kernels.bench.workloads import MixBenchmark
 
 CASE = DeviceAttention(2, 4, 2, 64, 16, torch.bfloat16, "forward", True, device="cpu", flex=True)
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from resformer_kernels.testing import machine
-from resformer_kernels.testing.peak_memory import peak_extra_bytes
+from benchmarks.peak_memory import peak_extra_bytes
+from resformer_kernels.bench import machine
 
 
 def test_a_machine_is_described() -> None:

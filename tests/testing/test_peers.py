@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels.testing import scan_workloads
-from resformer_kernels.testing.attention_workload import (
-    MATH,
-    X_TRANSFORMERS,
-    AttentionBenchmark,
-)
-from resformer_kernels.testing.call_memory import peak_call_bytes, unavailable_reason
-from resformer_kernels.testing.decode_workload import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
-from resformer_kernels.testing.device_workloads import FA3, FLEX
-from resformer_kernels.testing.model_workload import DYNAMIC, STATIC, ModelBenchmark
-from resformer_kernels.testing.reservoir_workloads import (
+from benchmarks.call_memory import peak_call_bytes, unavailable_reason
+from benchmarks.workloads import scan as scan_workloads
+from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
+from benchmarks.workloads.device import FA3, FLEX
+from benchmarks.workloads.model import DYNAMIC, STATIC, ModelBenchmark
+from benchmarks.workloads.reservoir import (
     LOOP,
     RESERVOIRPY,
     RNN,
@@ -30,9 +25,14 @@ from resformer_kernels.testing.reservoir_workloads import (
     _loop,
     _plain_loop,
 )
-from resformer_kernels.testing.scan_workloads import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
-from resformer_kernels.testing.timing import OURS, Unavailable
-from resformer_kernels.testing.workloads import FLASH_ATTN
+from benchmarks.workloads.scan import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
+from resformer_kernels.bench.attention import (
+    MATH,
+    X_TRANSFORMERS,
+    AttentionBenchmark,
+)
+from resformer_kernels.bench.timing import OURS, Unavailable
+from resformer_kernels.bench.workloads import FLASH_ATTN
 
 ATTENTION = AttentionBenchmark(
     *(1, 2, 2, 12, 8, torch.float32, "forward"), peers=(X_TRANSFORMERS, MATH, FLEX, FA3)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from resformer_kernels.testing import fresh_pages
-from resformer_kernels.testing.fresh_pages import freed_memory_kept
-from resformer_kernels.testing.timing import Call, Result, Timing, Unavailable, alternate, measure
+from resformer_kernels.bench import fresh_pages
+from resformer_kernels.bench.fresh_pages import freed_memory_kept
+from resformer_kernels.bench.timing import Call, Result, Timing, Unavailable, alternate, measure
 
 
 def test_contestants_alternate_and_each_starts_in_turn() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.testing import attention_workload, workloads
-from resformer_kernels.testing.attention_workload import MATH, SDPA, AttentionBenchmark
-from resformer_kernels.testing.workloads import EmbeddingBenchmark, MixBenchmark, attended_pairs
+from resformer_kernels.bench import attention as attention_workload
+from resformer_kernels.bench import workloads
+from resformer_kernels.bench.attention import MATH, SDPA, AttentionBenchmark
+from resformer_kernels.bench.workloads import EmbeddingBenchmark, MixBenchmark, attended_pairs
 
 FORWARD = AttentionBenchmark(2, 4, 2, 16, 8, torch.float32, "forward")
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._checks import check_flag, check_tensor, describe
-from resformer_kernels._select import Request, explained_by, prepare
-from resformer_kernels.attention.call import check_scale, check_window
+from resformer_kernels._core.checks import check_flag, check_tensor, describe
+from resformer_kernels._core.select import Request, explained_by, prepare
+from resformer_kernels.attention.record import check_scale, check_window
 from resformer_kernels.compat._refused import refuse_alibi
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix.api import mix_values

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._checks import check_tensor
-from resformer_kernels._select import Request, explained_by
+from resformer_kernels._core.checks import check_tensor
+from resformer_kernels._core.select import Request, explained_by
 from resformer_kernels.compat.flash_attn.separate import (
     flash_attn_func,
     flash_attn_varlen_func,

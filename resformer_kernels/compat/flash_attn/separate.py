@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._checks import check_flag
-from resformer_kernels._select import Request, explained_by, prepare
+from resformer_kernels._core.checks import check_flag
+from resformer_kernels._core.select import Request, explained_by, prepare
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
-from resformer_kernels.attention.call import check_scale, check_window
+from resformer_kernels.attention.record import check_scale, check_window
 from resformer_kernels.compat._refused import refuse_alibi, refuse_dropout
 
 _OURS = ("v_first", "lambda_v", "lambda_first", "backend")

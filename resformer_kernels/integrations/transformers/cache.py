@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from resformer_kernels.integrations.transformers.config import SVFORMER
-from resformer_kernels.kvcache.cache import SharedValueCache
-from resformer_kernels.kvcache.layout import KVLayout
+from resformer_kernels.kvcache.cache.cache import SharedValueCache
+from resformer_kernels.kvcache.cache.layout import KVLayout
 
 
 class _Layer(CacheLayerMixin):

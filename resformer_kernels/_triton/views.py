@@ -1,0 +1,66 @@
+"""How Triton kernels of several ops are given a tensor: a pointer and its strides, in tuples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resformer_kernels._triton import device as lib
+
+
+class View(NamedTuple):
+    """(batch, time, heads, head_dim) by strides in elements; packed tensors have batch 0, and a
+    table has its rows along time."""
+
+    pointer: Tensor | None
+    batch: int
+    time: int
+    head: int
+
+
+class Coefficient(NamedTuple):
+    """A mixing coefficient: a tensor by strides, 0 where it broadcasts, or a number."""
+
+    pointer: Tensor | None
+    number: float
+    batch: int
+    time: int
+    head: int
+    column: int
+
+
+NOTHING = View(None, 0, 0, 0)
+
+
+def view_of(tensor: Tensor | None) -> View:
+    """A tensor of three or four axes as kernels take it."""
+    if tensor is None:
+        return NOTHING
+    batch = tensor.stride(0) if tensor.dim() == 4 else 0
+    return View(tensor, batch, tensor.stride(-3), tensor.stride(-2))
+
+
+def coefficient_of(tensor: Tensor | None, number: float) -> Coefficient:
+    """A tensor of three or four axes, or the number where there is none."""
+    if tensor is None:
+        return Coefficient(None, float(number), 0, 0, 0, 0)
+    strides = [
+        0 if size == 1 else stride
+        for size, stride in zip((1, *tensor.shape)[-4:], (0, *tensor.stride())[-4:], strict=True)
+    ]
+    return Coefficient(tensor, 1.0, *strides)
+
+
+def form_over_tile(coefficient: Coefficient, rows: bool, columns: bool) -> int:
+    """Its form as `_triton_lib.coefficient` has it, where it differs along a tile's rows or not,
+    and along its columns or not."""
+    if coefficient.pointer is None:
+        return int(lib.NUMBER.value)
+    form = {
+        (False, False): lib.PER_TILE,
+        (True, False): lib.PER_ROW,
+        (False, True): lib.PER_COLUMN,
+        (True, True): lib.PER_ELEMENT,
+    }[rows, columns]
+    return int(form.value)

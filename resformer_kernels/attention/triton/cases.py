@@ -1,0 +1,163 @@
+"""The configurations of attention's Triton kernels that the compile check compiles.
+
+Each case is a call of the op on meta tensors; its kernels are those that the launchers launch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.cases import (
+    CompileCase,
+    Launch,
+    case_from_launch,
+    recorded_launches,
+)
+from resformer_kernels.attention.triton import backward as triton_gradients
+from resformer_kernels.attention.triton import configs as triton_configs
+from resformer_kernels.attention.triton import launch as triton_launch
+
+_BATCH, _HEADS = 2, 8
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_EVERY_GRADIENT = 0b11111111
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the op, as far as it decides what is compiled."""
+
+    what: str
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    length: int = 4096
+    group: int = 1
+    causal: bool = True
+    window: int = -1
+    coefficient: str = "number"
+    bias: str = "none"
+    softcap: float = 0.0
+    sinks: bool = False
+    packed: bool = False
+    main: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"D{self.head_dim} {_NAMES[self.dtype]} {self.what}"
+
+    def arguments(self) -> list[object]:
+        """The forward op's, up to what it is to return."""
+        rows: tuple[int, ...] = (_BATCH, self.length)
+        if self.packed:
+            rows = (_BATCH * self.length,)
+
+        def tensor(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        heads = _HEADS * self.group
+        q = tensor(*rows, heads, self.head_dim)
+        k, v, v_first = (tensor(*rows, _HEADS, self.head_dim) for _ in range(3))
+        ones = (1,) * len(rows)
+        shapes = {
+            "head": (*ones, _HEADS, 1),
+            "channel": (*ones, _HEADS, self.head_dim),
+            "token": (*rows, _HEADS, 1),
+            "full": v.shape,
+        }
+        own = first = None
+        if self.coefficient != "number":
+            own, first = (tensor(*shapes[self.coefficient], dtype=torch.float32) for _ in range(2))
+        offsets = tensor(_BATCH + 1, dtype=torch.int32) if self.packed else None
+        bias = None
+        if self.bias == "mask":
+            bias = tensor(_BATCH, 1, self.length, self.length, dtype=torch.bool)
+        elif self.bias == "additive":
+            bias = tensor(1, heads, self.length, self.length, dtype=torch.float32)
+        elif self.bias == "per key":
+            bias = tensor(1, 1, 1, self.length, dtype=torch.float32)
+        elif self.bias == "per query":
+            bias = tensor(1, 1, self.length, 1, dtype=torch.float32)
+        return [
+            q, k, v, v_first, own, first, 0.5, 0.5, offsets, offsets, self.length, self.length,
+            self.window, 0 if self.causal else -1, self.head_dim**-0.5, self.softcap,
+            tensor(heads, dtype=torch.float32) if self.sinks else None, bias,
+        ]  # fmt: skip
+
+    def forward(self, placement: str) -> None:
+        with mock.patch.dict(os.environ, {triton_configs.VARIABLE: placement}):
+            triton_launch.forward(*self.arguments(), True, False)
+
+    def backward(self) -> None:
+        arguments = self.arguments()
+        q = arguments[0]
+        assert isinstance(q, Tensor)
+        out = torch.empty_like(q)
+        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+        triton_gradients.backward(out, None, None, *arguments, out, lse, _EVERY_GRADIENT)
+
+
+def _calls() -> Iterator[_Call]:
+    for head_dim in (64, 128, 256):
+        for what, causal in (("causal", True), ("full", False)):
+            call = _Call(what, head_dim, causal=causal, main=True)
+            yield call
+            if head_dim == 128 and causal:
+                yield replace(call, dtype=torch.float16)
+    yield _Call("GQA 8", group=8)
+    yield _Call("GQA 3", group=3, head_dim=64)
+    yield _Call("window", window=512)
+    yield _Call("packed", packed=True, coefficient="token")
+    yield _Call("head dimension 80", head_dim=80, coefficient="head")
+    yield _Call("coefficient per channel", coefficient="channel")
+    yield _Call("coefficient per element", coefficient="full", head_dim=64)
+    yield _Call("softcap and sinks", softcap=30.0, sinks=True)
+    yield _Call("mask", bias="mask", causal=False, length=1024)
+    yield _Call("bias", bias="additive", length=1024)
+    yield _Call("bias per key", bias="per key", head_dim=64, causal=False)
+    yield _Call("bias per query", bias="per query", head_dim=64, causal=False)
+    yield _Call("causal", head_dim=64, dtype=torch.float32)
+
+
+def _kernel(launch: Launch) -> str:
+    """Which kernel it is, in words."""
+    name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
+    if name == "forward" and launch.kwargs["MIXES"]:
+        return "forward with the mix"
+    if name == "open tiles":
+        along = "keys" if launch.kwargs["BY_ROWS"] else "rows"
+        return f"open {launch.kwargs['ROWS']}x{launch.kwargs['KEYS']} tiles along {along}"
+    return name
+
+
+def compile_cases(capability: int) -> Iterator[CompileCase]:
+    """Every kernel of forward, with either placement of the mix, and of backward.
+
+    A kernel that two calls share is a case of the first alone.
+    """
+    seen: set[str] = set()
+    with lib.assumed_capability((capability // 10, capability % 10)):
+        for call in _calls():
+            with recorded_launches() as launches:
+                call.forward("prologue")
+                call.forward("inline")
+                call.backward()
+            for launch in launches:
+                kernel = _kernel(launch)
+                products = "gradient" in kernel or "forward" in kernel
+                case = case_from_launch(
+                    f"{kernel}, {call.name}",
+                    launch,
+                    capability=capability,
+                    main=call.main,
+                    expects_mma=products and call.dtype is not torch.float32,
+                )
+                identity = repr(replace(case, name="", main=False))
+                if identity not in seen:
+                    seen.add(identity)
+                    yield case

@@ -1,0 +1,1 @@
+"""What installed commands time with: timers, ceilings, the machine's description, tables."""

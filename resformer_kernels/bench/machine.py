@@ -1,0 +1,118 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import resformer_kernels
+from resformer_kernels._core import extension as _extension
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def native_path() -> str:
+    """The CPU path of the native kernels, or why there is none."""
+    reason = _extension.unavailable_reason()
+    return _extension.cpu_path() if reason is None else f"none: {reason}"
+
+
+def describe() -> dict[str, str | int]:
+    """Machine, threads, versions and commit, for a record of results."""
+    return {
+        "processor": processor(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "native path": native_path(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resformer-kernels": resformer_kernels.__version__,
+        "commit": commit(),
+    }
+
+
+def slug() -> str:
+    """A file name's stem for this machine: its processor, threads and CPU path."""
+    text = f"{processor()} {torch.get_num_threads()} threads {native_path().split(':')[0]}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("_", "")).strip("-")
+
+
+def describe_device(device: torch.device | str) -> dict[str, str | int]:
+    """A device, its versions and the commit, for a record of results."""
+    device = torch.device(device)
+    found: dict[str, str | int] = {"device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "L2 bytes": properties.L2_cache_size,
+            "memory bytes": properties.total_memory,
+            "cuda": str(torch.version.cuda),
+        }
+    return {**found, **versions(_DEVICE_PACKAGES), **describe()}
+
+
+_DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {name: _version(name) for name in packages}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_slug(device: torch.device | str) -> str:
+    """A file name's stem for a GPU: its name."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit of the checkout that the package runs from, "+" if changed; else "unknown"."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        name = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+" if changed else name
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

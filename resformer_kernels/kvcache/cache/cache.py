@@ -1,0 +1,371 @@
+"""A cache of keys and values whose layers may share slots: SVFormer keeps its values once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._core.checks import DTYPES, describe
+from resformer_kernels._core.select import prepare, select
+from resformer_kernels.kvcache.api import attention_with_kvcache
+from resformer_kernels.kvcache.cache.layout import KVLayout
+from resformer_kernels.kvcache.cache.placement import Pages, Placement, Rows
+from resformer_kernels.kvcache.cache.storage import Slots
+from resformer_kernels.kvcache.cache.transaction import Steps
+from resformer_kernels.kvcache.record import QUANTISED
+
+
+class SharedValueCache:
+    """Keys and values of `batch` or more sequences, for every layer of a model.
+
+    `layout` says which layers share memory: SVFormer (Zhou et al., arXiv 2410.17897) keeps L slots
+    of keys and one of values, (L + 1) / 2L of a standard cache's bytes. A ResFormer keeps its mixed
+    values V': the mix and its gates run on the new tokens, and V' is what is appended.
+
+    Contiguous, with `batch` and `max_seqlen`: keys (key_slots, batch, max_seqlen, Hkv, Dk) and
+    values (value_slots, batch, max_seqlen, Hkv, Dv), with `batch` empty sequences to begin with.
+    Paged, with `num_pages` and `page_size`: keys (key_slots, pages, page_size, Hkv, Dk) and values
+    alike, one block table for all; `batch` sequences to begin with (none by default; `add` makes
+    more), and `max_seqlen`, where given, limits each. Paging needs the compiled host module.
+
+    A step appends T new tokens to each sequence: every layer that writes a slot appends once, in
+    any order, with `append` or within `attend`. Layers count from 0. Then the next step may begin,
+    and `crop`, `reorder`, `fork` and `free` may be called; `rollback` gives up an unfinished step.
+    Sequences go by names, ints that `add`, `fork` and `reorder` return; `sequences` has those of
+    the batch in order. A call that raises leaves the cache as it was.
+
+    Whether keys are rotated (RoPE) before they are appended is the caller's choice. The models of
+    this package append rotated ones, which `reorder`, `fork` and `crop` keep right.
+
+    Args:
+        layout: which slots each layer reads.
+        batch, max_seqlen, num_pages, page_size: as above, in sequences, tokens, pages, tokens.
+        num_kv_heads: Hkv.
+        head_dim: Dk.
+        value_head_dim: Dv; None: Dk.
+        dtype: float32, bfloat16, float16 (float64: the reference alone attends), or int8,
+            float8_e4m3fn, float8_e5m2 with a float32 scale per token and head (float8 on a CPU:
+            the reference alone attends).
+        device: where the tensors lie.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range, or a mix of the two forms.
+        RuntimeError: paged, and the host module is not built.
+
+    Attributes:
+        keys, values: the tensors above; key_scales, value_scales: float32, the same without the
+            last axis, or None.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        batch: int | None = None,
+        max_seqlen: int | None = None,
+        num_pages: int | None = None,
+        page_size: int | None = None,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, got {describe(layout)}")
+        if dtype not in (*DTYPES, *QUANTISED):
+            raise TypeError(
+                "dtype must be float32, bfloat16, float16, float64, int8, float8_e4m3fn or "
+                f"float8_e5m2, got {dtype}"
+            )
+        value_dim = head_dim if value_head_dim is None else value_head_dim
+        named = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_head_dim": value_dim}
+        for name, size in named.items():
+            _check_count(name, size, 1)
+        self.layout, self.num_kv_heads = layout, num_kv_heads
+        self.dtype, self.device = dtype, torch.empty(0, device=device).device
+        self._place: Placement
+        rows, length, self._place = _placement(batch, max_seqlen, num_pages, page_size)
+        self.paged = num_pages is not None
+        shape = (rows, length, num_kv_heads)
+        self._keys = Slots((layout.num_key_slots, *shape, head_dim), dtype, self.device)
+        self._values = Slots((layout.num_value_slots, *shape, value_dim), dtype, self.device)
+        slots = {"k": self._keys, "v": self._values}
+        self._steps = Steps(layout, slots, self._place, dtype, self.device)
+        self._batch = self._place.create(batch or 0)
+
+    @property
+    def keys(self) -> Tensor:
+        """(key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk)."""
+        return self._keys.codes
+
+    @property
+    def values(self) -> Tensor:
+        """(value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv)."""
+        return self._values.codes
+
+    @property
+    def key_scales(self) -> Tensor | None:
+        """float32, `keys` without its last axis; None where keys are not quantised."""
+        return self._keys.scales
+
+    @property
+    def value_scales(self) -> Tensor | None:
+        """float32, `values` without its last axis; None where values are not quantised."""
+        return self._values.scales
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The names of the batch's sequences, in its order."""
+        return tuple(self._batch)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, in the batch's order, those of an unfinished step left out."""
+        held = ((name, self._place.length(name)) for name in self._batch)
+        return tuple(length - self._steps.pending(name) for name, length in held)
+
+    @property
+    def max_seqlen(self) -> int:
+        """The most tokens that a sequence can have."""
+        return self._place.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their scales, used or not."""
+        tensors = (*self._keys.tensors(), *self._values.tensors())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the tokens' room (contiguous) or of the pages (paged) that is taken."""
+        return self._place.utilisation()
+
+    def __repr__(self) -> str:
+        kind = "paged" if self.paged else "contiguous"
+        return (
+            f"SharedValueCache({kind}, {self.layout.num_layers} layers, {len(self._batch)} "
+            f"sequences of {self.dtype} on {self.device}, {self.nbytes} bytes, "
+            f"{self.utilisation:.0%} used)"
+        )
+
+    def append(
+        self,
+        layer: int,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
+        """Write a layer's new tokens, without attending.
+
+        Args:
+            layer: from 0.
+            k: (B, T, Hkv, Dk), the cache's dtype, or any float where it is quantised; None where
+                the layer's key slot is another layer's.
+            v: (B, T, Hkv, Dv), likewise.
+            sequences: names of B sequences; None: all of the batch, in its order.
+
+        Raises:
+            TypeError, ValueError: a layer or sequence that is not there, a tensor of the wrong
+                shape, dtype or device, keys or values for a slot of another layer, or other
+                sequences or another T than the step's.
+            RuntimeError: the layer has appended in this step already, the cache is full, or a
+                tensor requires a gradient.
+        """
+        if k is None and v is None:
+            raise ValueError("k and v are both None: there is nothing to append")
+        steps, chosen = self._steps, self._names(sequences)
+        new = steps.check(layer, {"k": k, "v": v}, chosen)
+        with steps.writing(layer, new, chosen) as step:
+            assert step is not None
+            places = step.lengths.long()[:, None] + torch.arange(step.tokens, device=self.device)
+            rows = torch.arange(len(chosen), device=self.device)[:, None].expand_as(places)
+            if step.table is not None:
+                length = self.keys.shape[2]
+                rows, places = step.table.gather(1, places // length).long(), places % length
+            for name, x in new.items():
+                steps.slots[name].write(steps.slot(name, layer), x, rows, places)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        sequences: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Append what is given, then attend over the layer's slots.
+
+        Args:
+            layer: from 0.
+            q: (B, Tq, Hq, Dk); the last query stands at the last token.
+            k, v: as in `append`; None where the slot is another layer's, or was appended to in this
+                step already, or where the step is over and nothing is to be appended.
+            sequences: as in `append`.
+            options: `causal` (True), `window`, `scale`, `softcap`, `sinks`, `key_mask`,
+                `num_splits`, `return_lse` and `backend` of `attention_with_kvcache`.
+
+        Returns:
+            out (B, Tq, Hq, Dv), or (out, lse) with `return_lse`, as `attention_with_kvcache`.
+
+        Raises:
+            As `append` and `attention_with_kvcache`; RuntimeError, too, where a step has begun and
+            the layer's slots lack its tokens.
+        """
+        steps, chosen = self._steps, self._names(sequences)
+        new = steps.check(layer, {"k": k, "v": v}, chosen)
+        lengths, table = steps.state(layer, new, chosen)
+        keys, key_scales = self._keys.slot(steps.slot("k", layer))
+        values, value_scales = self._values.slot(steps.slot("v", layer))
+        request = prepare(
+            attention_with_kvcache,
+            q,
+            keys,
+            values,
+            new.get("k"),
+            new.get("v"),
+            cache_seqlens=lengths,
+            block_table=table,
+            k_scale=key_scales,
+            v_scale=value_scales,
+            **options,
+        )
+        backend = select(request.op, request.backend, request.backends, request.call)
+        call = request.call
+        # Nothing but a lack of pages can stop it from here on.
+        with steps.writing(layer, new, chosen) as step:
+            if step is not None:
+                splits = call.num_splits or (step.num_splits if q.shape[1] == 1 else 0)
+                call = call._replace(block_table=step.table, num_splits=splits)
+            out, lse = backend.run(call)
+        return (out, lse) if call.return_lse else out
+
+    def read(self, layer: int, *, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer attends over, (B, T, Hkv, D), for other attention code.
+
+        T is the longest sequence's length, tokens of an unfinished step included; what stands past
+        a shorter one's end means nothing. Views of the cache, to be read before it changes, where
+        the batch is whole and was never reordered; else copies. Quantised caches give float32.
+
+        Raises:
+            ValueError, TypeError: a layer or sequence that is not there.
+            RuntimeError: a step has begun and the layer's slots lack its tokens.
+        """
+        steps, chosen = self._steps, self._names(sequences)
+        steps.check(layer, {}, chosen)
+        lengths, table = steps.state(layer, {}, chosen)
+        tokens = int(lengths.max()) if chosen else 0
+        keys = self._keys.read(steps.slot("k", layer), table, tokens)
+        return keys, self._values.read(steps.slot("v", layer), table, tokens)
+
+    def add(self, count: int = 1) -> tuple[int, ...]:
+        """Names of `count` new empty sequences, put at the end of the batch. RuntimeError where a
+        contiguous cache has no row left."""
+        _check_count("count", count, 0)
+        self._steps.settle("add")
+        created = self._place.create(count)
+        self._batch += created
+        return tuple(created)
+
+    def crop(self, lengths: int | Sequence[int], *, sequences: Sequence[int] | None = None) -> None:
+        """Keep the first tokens of each sequence: one length for all, or one each.
+
+        ValueError where a sequence has fewer; RuntimeError within a step.
+        """
+        self._steps.settle("crop")
+        chosen = self._names(sequences)
+        wanted = [lengths] * len(chosen) if isinstance(lengths, int) else [int(n) for n in lengths]
+        if len(wanted) != len(chosen):
+            raise ValueError(
+                f"lengths must be an int or one for each of {len(chosen)} sequences, "
+                f"got {len(wanted)}"
+            )
+        self._place.crop(chosen, wanted)
+
+    def reorder(self, picks: Sequence[int] | Tensor) -> tuple[int, ...]:
+        """Make the batch of the sequences at `picks`, places in the present batch: beam search.
+
+        One that is picked again is forked; one that is never picked is freed. Paged, no token is
+        copied; contiguous, only those of a fork are. Returns `sequences`. ValueError for a place
+        that is not there; RuntimeError within a step, or where a contiguous cache lacks rows.
+        """
+        self._steps.settle("reorder")
+        places = [int(pick) for pick in picks]
+        for place in places:
+            if not 0 <= place < len(self._batch):
+                raise ValueError(f"picks must be 0 to {len(self._batch) - 1}, got {place}")
+        self._batch, copies = self._place.reorder(self._batch, places)
+        self._steps.copy(copies)
+        return self.sequences
+
+    def fork(self, sequence: int) -> int:
+        """Another sequence with the same tokens, at the end of the batch; its name.
+
+        Paged, pages are shared and copied when one of the two writes into them; contiguous, the
+        tokens are copied to a free row. ValueError for a sequence that is not there; RuntimeError
+        within a step, or where a contiguous cache has no row left.
+        """
+        self._steps.settle("fork")
+        twin, copies = self._place.fork(sequence)
+        self._steps.copy(copies)
+        self._batch.append(twin)
+        return twin
+
+    def free(self, sequences: Sequence[int] | int) -> None:
+        """Take sequences out of the batch and give back their room. ValueError for one that is not
+        there; RuntimeError within a step."""
+        self._steps.settle("free")
+        chosen = [sequences] if isinstance(sequences, int) else list(sequences)
+        self._place.free(chosen)
+        self._batch = [name for name in self._batch if name not in chosen]
+
+    def rollback(self) -> None:
+        """Give up a step that some layers have not appended to; nothing where there is none."""
+        self._steps.rollback()
+
+    def _names(self, sequences: Sequence[int] | None) -> tuple[int, ...]:
+        if sequences is None:
+            return tuple(self._batch)
+        chosen = tuple(sequences)
+        for sequence in chosen:
+            self._place.length(sequence)
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"a sequence is named twice in {chosen}")
+        return chosen
+
+
+def _placement(
+    batch: int | None, max_seqlen: int | None, num_pages: int | None, page_size: int | None
+) -> tuple[int, int, Placement]:
+    """Rows or pages, how long each is, and who gives them out."""
+    sizes = {
+        "batch": batch,
+        "max_seqlen": max_seqlen,
+        "num_pages": num_pages,
+        "page_size": page_size,
+    }
+    for name, size in sizes.items():
+        if size is not None:
+            _check_count(name, size, 0 if name in ("batch", "num_pages") else 1)
+    if num_pages is not None and page_size is not None:
+        return num_pages, page_size, Pages(num_pages, page_size, max_seqlen)
+    if num_pages is None and page_size is None and batch is not None and max_seqlen is not None:
+        return batch, max_seqlen, Rows(batch, max_seqlen)
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    raise ValueError(
+        "a cache takes batch and max_seqlen (contiguous), or num_pages and page_size (paged; batch "
+        f"and max_seqlen may be added), got {given}"
+    )
+
+
+def _check_count(name: str, count: Any, least: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, got {describe(count)}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")

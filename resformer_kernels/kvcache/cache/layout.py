@@ -1,0 +1,115 @@
+"""Which layer reads and writes which part of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from resformer_kernels._core.checks import describe
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The key slot and the value slot of every layer; a slot is one layer's worth of memory.
+
+    Layers with the same slot read the same tensor, and the first of them writes it.
+
+    Args:
+        key_slots: for each layer the slot of its keys, as a list or a tuple of ints. Slots are
+            numbered from 0, and each is used.
+        value_slots: the same for values.
+
+    Raises:
+        TypeError, ValueError: the lists are empty, differ in length, or leave a slot out.
+
+    >>> KVLayout.svformer(4)
+    KVLayout(key_slots=(0, 1, 2, 3), value_slots=(0, 0, 0, 0))
+    """
+
+    key_slots: tuple[int, ...]
+    value_slots: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("key_slots", "value_slots"):
+            object.__setattr__(self, name, _slots(name, getattr(self, name)))
+        if len(self.key_slots) != len(self.value_slots):
+            raise ValueError(
+                f"value_slots must name a slot for each of key_slots' {len(self.key_slots)} "
+                f"layers, got {len(self.value_slots)}"
+            )
+
+    @classmethod
+    def standard(cls, num_layers: int) -> KVLayout:
+        """Each layer has keys and values of its own: Transformer and ResFormer."""
+        own = _range("num_layers", num_layers)
+        return cls(own, own)
+
+    @classmethod
+    def svformer(cls, num_layers: int) -> KVLayout:
+        """Keys in each layer, and one slot of values for all: SVFormer (arXiv 2410.17897)."""
+        return cls(_range("num_layers", num_layers), (0,) * num_layers)
+
+    @classmethod
+    def cla(cls, num_layers: int, n: int, *, share_values: bool = False) -> KVLayout:
+        """Each n adjacent layers share their keys: cross-layer attention (arXiv 2405.12981).
+
+        That paper shares the values of the same layers too: `share_values=True`.
+        """
+        shared = _adjacent(num_layers, n)
+        return cls(shared, shared if share_values else _range("num_layers", num_layers))
+
+    @classmethod
+    def svformer_cla(cls, num_layers: int, n: int) -> KVLayout:
+        """Each n adjacent layers share their keys, and all layers one slot of values."""
+        return cls(_adjacent(num_layers, n), (0,) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that read the cache."""
+        return len(self.key_slots)
+
+    @property
+    def num_key_slots(self) -> int:
+        """Layers' worth of keys."""
+        return max(self.key_slots) + 1
+
+    @property
+    def num_value_slots(self) -> int:
+        """Layers' worth of values."""
+        return max(self.value_slots) + 1
+
+    def writes_keys(self, layer: int) -> bool:
+        """Whether `layer`, counted from 0, is the first to have its key slot."""
+        return self.key_slots.index(self.key_slots[layer]) == layer
+
+    def writes_values(self, layer: int) -> bool:
+        """Whether `layer`, counted from 0, is the first to have its value slot."""
+        return self.value_slots.index(self.value_slots[layer]) == layer
+
+
+def _slots(name: str, slots: object) -> tuple[int, ...]:
+    if isinstance(slots, str) or not isinstance(slots, Iterable):
+        raise TypeError(f"{name} must be a list of slots, one a layer, got {describe(slots)}")
+    found = tuple(slots)
+    for slot in found:
+        if not isinstance(slot, int) or isinstance(slot, bool):
+            raise TypeError(f"{name} must hold ints, got {describe(slot)}")
+    if not found or set(found) != set(range(max(found) + 1)):
+        raise ValueError(
+            f"{name} must name at least one layer's slot and every slot from 0 up to the largest, "
+            f"got {found}"
+        )
+    return found
+
+
+def _range(name: str, count: object) -> tuple[int, ...]:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, got {describe(count)}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return tuple(range(count))
+
+
+def _adjacent(num_layers: int, n: int) -> tuple[int, ...]:
+    _range("n", n)
+    return tuple(layer // n for layer in _range("num_layers", num_layers))

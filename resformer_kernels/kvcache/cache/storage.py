@@ -1,0 +1,77 @@
+"""The tensors of a cache: codes and, where they are quantised, their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resformer_kernels.kvcache.record import QUANTISED
+from resformer_kernels.kvcache.reference import quantise
+
+
+class Copy(NamedTuple):
+    """The first `tokens` tokens of a row or page, to be written to another."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+class Slots:
+    """Keys or values: (slots, rows, length, heads, head_dim), a row being a sequence or a page.
+
+    `scales` is (slots, rows, length, heads) float32 where `codes` is int8 or float8, else None.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.codes = torch.zeros(shape, dtype=dtype, device=device)
+        self.scales: Tensor | None = None
+        if dtype in QUANTISED:
+            self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What there is."""
+        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+    def slot(self, slot: int) -> tuple[Tensor, Tensor | None]:
+        """Views of one slot."""
+        return self.codes[slot], None if self.scales is None else self.scales[slot]
+
+    def read(self, slot: int, table: Tensor | None, tokens: int) -> Tensor:
+        """The first `tokens` tokens of each sequence, (B, tokens, heads, head_dim): a view where
+        row b is sequence b, else a copy. Where they are quantised, float32."""
+        codes, scales = self.slot(slot)
+        if table is not None:
+            codes = _gather(codes, table, tokens)
+            scales = None if scales is None else _gather(scales, table, tokens)
+        if scales is None:
+            return codes[:, :tokens]
+        return codes[:, :tokens].float() * scales[:, :tokens].unsqueeze(-1)
+
+    def write(self, slot: int, new: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Put new (B, T, heads, head_dim) at (rows, places), each (B, T)."""
+        codes, scales = self.slot(slot)
+        if scales is None:
+            codes[rows, places] = new
+            return
+        codes[rows, places], scales[rows, places] = quantise(new, codes.dtype)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Make the copies, in every slot. No target may be a source."""
+        for tokens in {copy.tokens for copy in copies}:
+            pairs = [copy for copy in copies if copy.tokens == tokens]
+            sources = torch.tensor([copy.source for copy in pairs], device=self.codes.device)
+            targets = torch.tensor([copy.target for copy in pairs], device=self.codes.device)
+            for tensor in self.tensors():
+                tensor[:, targets, :tokens] = tensor[:, sources, :tokens]
+
+
+def _gather(rows: Tensor, table: Tensor, tokens: int) -> Tensor:
+    """Rows (R, length, ...) as a block table (B, n) puts them together, (B, tokens, ...)."""
+    needed = table[:, : -(-tokens // rows.shape[1])].long()
+    return rows[needed].flatten(1, 2)[:, :tokens]

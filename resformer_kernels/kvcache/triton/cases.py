@@ -1,0 +1,131 @@
+"""The configurations of the cache's Triton kernels that the compile check compiles.
+
+Each case is a call of the op on meta tensors; its kernels are those that the launcher launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.cases import (
+    CompileCase,
+    Launch,
+    case_from_launch,
+    recorded_launches,
+)
+from resformer_kernels.kvcache.triton import launch as triton_launch
+
+_CAPACITY = 8192
+_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "e4m3",
+}
+# The fewest rows of a tile whose products are wgmma's.
+_WGMMA_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the op, as far as it decides what is compiled."""
+
+    what: str
+    batch: int = 1
+    queries: int = 1
+    group: int = 4
+    heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    stored: torch.dtype | None = None
+    page_size: int = 0
+    window: int = -1
+    mask: bool = False
+    softcap: float = 0.0
+    sinks: bool = False
+    lse: bool = False
+    main: bool = False
+
+    @property
+    def name(self) -> str:
+        stored = "" if self.stored is None else f" on {_NAMES[self.stored]}"
+        return f"D{self.head_dim} {_NAMES[self.dtype]}{stored} {self.what}"
+
+    def run(self) -> None:
+        """What the op does."""
+
+        def tensor(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        rows: tuple[int, ...] = (self.batch, _CAPACITY)
+        table = None
+        if self.page_size:
+            most = _CAPACITY // self.page_size
+            rows = (self.batch * most, self.page_size)
+            table = tensor(self.batch, most, dtype=torch.int32)
+        stored = self.stored or self.dtype
+        k_cache, v_cache = (
+            tensor(*rows, self.heads, self.head_dim, dtype=stored) for _ in range(2)
+        )
+        k, v = (tensor(self.batch, self.queries, self.heads, self.head_dim) for _ in range(2))
+        scales: list[Tensor | None] = [None, None]
+        if self.stored is not None:
+            scales = [tensor(*rows, self.heads, dtype=torch.float32) for _ in range(2)]
+        heads_q = self.heads * self.group
+        triton_launch.attend(
+            tensor(self.batch, self.queries, heads_q, self.head_dim), k_cache, v_cache, k, v,
+            tensor(self.batch, dtype=torch.int32), table,
+            tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
+            *scales, self.window, 0, self.head_dim**-0.5, self.softcap,
+            tensor(heads_q, dtype=torch.float32) if self.sinks else None, 0, self.lse,
+        )  # fmt: skip
+
+
+def _calls() -> Iterator[_Call]:
+    for head_dim in (64, 128, 256):
+        yield _Call("split", head_dim=head_dim, main=True)
+        yield _Call("whole", head_dim=head_dim, batch=32, main=True)
+        yield _Call("prefill 256", head_dim=head_dim, queries=256, main=True)
+    for stored in (torch.int8, torch.float8_e4m3fn):
+        yield _Call("split", stored=stored, main=True)
+    yield _Call("pages of 256", page_size=256, main=True)
+    yield _Call("pages of 16", page_size=16, main=True)
+    yield _Call("left padding", mask=True, main=True)
+    yield _Call("window, softcap, sinks, LSE", window=1024, softcap=30.0, sinks=True, lse=True)
+    yield _Call("whole, sinks, LSE", sinks=True, lse=True, batch=32)
+    yield _Call("head dimension 80", head_dim=80)
+    yield _Call("prefill 256", queries=256, stored=torch.int8)
+    yield _Call("split", dtype=torch.float32)
+    yield _Call("prefill 256", dtype=torch.float32, queries=256, head_dim=64)
+
+
+def _kernel(launch: Launch) -> str:
+    name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
+    return f"attend, tiles of {launch.kwargs['ROWS']}" if name == "attend" else name
+
+
+def compile_cases(capability: int) -> Iterator[CompileCase]:
+    """Every kernel of a call; what two calls share is a case of the first alone."""
+    seen: set[str] = set()
+    with lib.assumed_capability((capability // 10, capability % 10)):
+        for call in _calls():
+            with recorded_launches() as launches:
+                call.run()
+            for launch in launches:
+                rows = launch.kwargs.get("ROWS", 0)
+                case = case_from_launch(
+                    f"{_kernel(launch)}, {call.name}",
+                    launch,
+                    capability=capability,
+                    main=call.main,
+                    expects_mma=rows >= _WGMMA_ROWS and call.dtype is not torch.float32,
+                )
+                identity = repr(replace(case, name="", main=False))
+                if identity not in seen:
+                    seen.add(identity)
+                    yield case

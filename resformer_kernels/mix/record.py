@@ -1,0 +1,153 @@
+"""The normalised forms of the mixing calls, and every check that leads to them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._core.checks import (
+    DTYPES,
+    autocast_dtype,
+    check_flag,
+    check_tensor,
+    describe,
+    readable,
+)
+from resformer_kernels._core.coefficients import check_coefficient
+from resformer_kernels._core.op import vmap_error
+from resformer_kernels.mix.op import EMBEDDING, VALUES
+
+_AXES = "(batch, time, kv_heads, head_dim) or (total_tokens, kv_heads, head_dim)"
+
+
+class MixCall(NamedTuple):
+    """out = sum of coefficient i times values[i].
+
+    The values share one shape of rank 4, or 3 if packed. Coefficient i is a tensor of that rank,
+    with axes of size 1 where it broadcasts; where it is None, coefficient_values[i] is the number.
+    """
+
+    values: tuple[Tensor, ...]
+    coefficients: tuple[Tensor | None, ...]
+    coefficient_values: tuple[float, ...]
+
+
+class EmbeddingCall(NamedTuple):
+    """out = v + gate * table[token_ids]; the gate's forms are those of a coefficient."""
+
+    v: Tensor
+    table: Tensor
+    token_ids: Tensor
+    gate: Tensor | None
+    gate_value: float
+    sparse_grad: bool
+
+
+def _refuse_vmap(op: str, tensors: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in tensors):
+        raise RuntimeError(vmap_error(op))
+
+
+def _check_value(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        check_tensor(name, value, 4, _AXES)
+    if value.dim() not in (3, 4):
+        raise ValueError(f"{name} must be {_AXES}, got {describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def _sequence(name: str, items: Any, of: str) -> tuple[Any, ...]:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of {of}, got {describe(items)}")
+    return tuple(items)
+
+
+def check_mix(values: Any, coefficients: Any) -> MixCall:
+    """Check and normalise the arguments of `mix_values`."""
+    values = _sequence("values", values, "tensors")
+    coefficients = _sequence("coefficients", coefficients, "floats and tensors")
+    if not values:
+        raise ValueError("values must hold at least one tensor, got none")
+    if len(coefficients) != len(values):
+        raise ValueError(
+            f"coefficients must hold one entry for each of the {len(values)} values, "
+            f"got {len(coefficients)}"
+        )
+    for i, value in enumerate(values):
+        _check_value(f"values[{i}]", value)
+    _refuse_vmap(VALUES, (*values, *coefficients))
+    first = values[0]
+    for i, value in enumerate(values):
+        if value.shape != first.shape:
+            raise ValueError(
+                f"values[{i}] must have the shape of values[0], {tuple(first.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.dtype != first.dtype:
+            raise TypeError(
+                f"values[{i}] must have the dtype of values[0], {first.dtype}, got {value.dtype}"
+            )
+        if value.device != first.device:
+            raise ValueError(
+                f"values[{i}] must be on the device of values[0], {first.device}, "
+                f"got {value.device}"
+            )
+    values = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in values)
+    checked = [
+        check_coefficient(f"coefficients[{i}]", c, values[0], of="values[0]")
+        for i, c in enumerate(coefficients)
+    ]
+    return MixCall(values, tuple(c for c, _ in checked), tuple(x for _, x in checked))
+
+
+def check_embedding(
+    v: Any, table: Any, token_ids: Any, gate: Any, sparse_grad: Any
+) -> EmbeddingCall:
+    """Check and normalise the arguments of `mix_value_embedding`."""
+    _check_value("v", v)
+    check_tensor("table", table, 3, "(vocab, kv_heads, head_dim)")
+    check_flag("sparse_grad", sparse_grad)
+    _refuse_vmap(EMBEDDING, (v, table, token_ids, gate))
+    v = v.to(autocast_dtype(v.device, v.dtype))
+    if table.shape[1:] != v.shape[-2:]:
+        raise ValueError(
+            f"table must be (vocab, kv_heads, head_dim) with v's last axes {tuple(v.shape[-2:])}, "
+            f"got shape {tuple(table.shape)}"
+        )
+    if table.dtype != v.dtype and table.dtype is not torch.float32:
+        raise TypeError(f"table must be float32 or have v's dtype {v.dtype}, got {table.dtype}")
+    if table.device != v.device:
+        raise ValueError(f"table must be on v's device {v.device}, got {table.device}")
+    _check_token_ids(token_ids, v, table.shape[0])
+    tensor, number = check_coefficient("gate", gate, v)
+    if sparse_grad and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sparse_grad=True makes a sparse gradient, which torch.compile does not take: "
+            "pass sparse_grad=False, or compile without this call"
+        )
+    return EmbeddingCall(v, table, token_ids, tensor, number, sparse_grad)
+
+
+def _check_token_ids(token_ids: Any, v: Tensor, vocab: int) -> None:
+    rows = tuple(v.shape[:-2])
+    axes = f"{rows}, v's shape without its last two axes"
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"token_ids must be an int64 or int32 tensor, got {describe(token_ids)}")
+    check_tensor("token_ids", token_ids, len(rows), axes)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}")
+    if token_ids.shape != v.shape[:-2]:
+        raise ValueError(f"token_ids must be {axes}, got shape {tuple(token_ids.shape)}")
+    if token_ids.device != v.device:
+        raise ValueError(f"token_ids must be on v's device {v.device}, got {token_ids.device}")
+    if not readable(token_ids) or token_ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(token_ids))
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token_ids must lie in [0, {vocab}), the rows of table, got {wrong}")

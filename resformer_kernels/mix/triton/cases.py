@@ -1,0 +1,81 @@
+"""The launches whose kernels `resformer-kernels compile-check` compiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
+from resformer_kernels.mix.triton import launch as triton_launch
+
+_TIME, _HEADS, _DIM, _VOCAB = 4096, 16, 64, 32768
+_NONE = (0,)
+_FORMS = {
+    "scalar": (1, 1, 1, 1),
+    "head": (1, 1, _HEADS, 1),
+    "channel": (1, 1, _HEADS, _DIM),
+    "token_head": (1, _TIME, _HEADS, 1),
+    "full": (1, _TIME, _HEADS, _DIM),
+}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _values(dtype: torch.dtype, count: int, dim: int = _DIM) -> list[Tensor]:
+    return [_meta(1, _TIME, _HEADS, dim, dtype=dtype) for _ in range(count)]
+
+
+def _forward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _DIM) -> None:
+    coefficients = [_meta(*form)] * count
+    triton_launch.mix_values_forward(_values(dtype, count, dim), coefficients, [1.0] * count)
+
+
+def _backward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _DIM) -> None:
+    grad, *values = _values(dtype, count + 1, dim)
+    learned = form != _NONE
+    triton_launch.mix_values_backward(
+        grad, values, [_meta(*form)] * count, [0.5] * count, [1] * count + [int(learned)] * count
+    )
+
+
+def _embedding(dtype: torch.dtype, table: torch.dtype, backward: bool) -> None:
+    (v,) = _values(dtype, 1)
+    ids = _meta(1, _TIME, dtype=torch.int64)
+    gate = _meta(1, _TIME, _HEADS, 1)
+    rows = _meta(_VOCAB, _HEADS, _DIM, dtype=table)
+    if backward:
+        triton_launch.mix_value_embedding_backward(v, rows, ids, gate, 1.0, 3)
+    else:
+        triton_launch.mix_value_embedding_forward(v, rows, ids, gate, 1.0)
+
+
+def _launches(bf16: torch.dtype, f32: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "forward 2 numbers", lambda: _forward(bf16, 2, _NONE)
+    yield "forward 2 head", lambda: _forward(bf16, 2, _FORMS["head"])
+    yield "forward 2 token_head", lambda: _forward(bf16, 2, _FORMS["token_head"])
+    yield "forward 2 full float32", lambda: _forward(f32, 2, _FORMS["full"])
+    yield "forward 2 head D100", lambda: _forward(bf16, 2, _FORMS["head"], 100)
+    yield "forward 32 scalar", lambda: _forward(bf16, 32, _FORMS["scalar"])
+    yield "backward 2 numbers", lambda: _backward(bf16, 2, _NONE)
+    for name, form in _FORMS.items():
+        yield f"backward 2 {name}", functools.partial(_backward, bf16, 2, form)
+    yield "backward 2 head float32", lambda: _backward(f32, 2, _FORMS["head"])
+    yield "embedding forward", lambda: _embedding(bf16, bf16, False)
+    yield "embedding forward float32 table", lambda: _embedding(bf16, f32, False)
+    yield "embedding backward float32 table", lambda: _embedding(bf16, f32, True)
+
+
+def compile_cases(capability: int) -> Iterator[CompileCase]:
+    """Every kernel for each form of coefficients; none of them may spill."""
+    for name, launcher in _launches(torch.bfloat16, torch.float32):
+        with recorded_launches() as launches:
+            launcher()
+        for launch in launches:
+            kernel = launch.kernel.fn.__name__.removesuffix("_kernel")
+            where = name if len(launches) == 1 else f"{name}: {kernel}"
+            yield case_from_launch(where, launch, capability=capability, main=True)

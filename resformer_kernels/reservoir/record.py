@@ -1,0 +1,300 @@
+"""The normalised form of a reservoir call, and every check that leads to it.
+
+Checks read metadata alone, except the few numbers in `cu_seqlens` and in the indices of a weight,
+where they lie in host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._core.checks import (
+    DTYPES,
+    check_cu_seqlens,
+    check_flag,
+    check_real,
+    check_tensor,
+    describe,
+    readable,
+)
+from resformer_kernels.reservoir.op import VMAP_ERROR
+
+ACTIVATIONS = ("tanh", "relu", "identity")
+MODES = ("auto", "sequential", "chunked")
+REDUCTIONS = ("none", "last", "mean", "gram")
+TOLERANCE = 3e-6
+"""What `tolerance=None` stands for."""
+
+
+class RingWeight(NamedTuple):
+    """A weight with one entry a row: unit i receives `values[i] * h[source[i]]`.
+
+    `source` is a permutation of the units, int64 or int32, (N,); None stands for the simple cycle,
+    in which unit i receives from unit i - 1 and unit 0 from the last.
+    """
+
+    values: Tensor
+    source: Tensor | None = None
+
+
+class ReservoirInfo(NamedTuple):
+    """What a scan did, each a tensor of one element, so that a compiled graph can return it."""
+
+    chunks: Tensor
+    """int64: pieces that time was cut into; as many as sequences where the scan was sequential."""
+    sweeps: Tensor
+    """int64: passes over the chunks, the first included."""
+    mismatch: Tensor
+    """float64: the largest difference left between a chunk's start and its neighbour's end."""
+    work: Tensor
+    """float64: steps that were computed, as a multiple of those that there are."""
+    forgot: Tensor
+    """bool: False where starts were not forgotten within a chunk, or differences grew again on the
+    way: chunks then ran one by one, and the states have the bits of the sequential mode."""
+
+
+class ReservoirCall(NamedTuple):
+    """What a backend receives: validated, one form per meaning.
+
+    inputs (B, T, n_in), or packed (total, n_in) with cu_seqlens; n_in = N where input_weight is
+    None. The weight is dense (N, N), groups (G, n, n), or entries (N,): with `columns` alone those
+    of a permutation, with `rows` (N + 1) and `columns` those of a CSR matrix, else a diagonal.
+    leak () or (N,). The state's dtype is that of inputs, leak, bias, initial_state.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    input_weight: Tensor | None
+    leak: Tensor
+    bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    targets: Tensor | None
+    activation: str
+    mode: str
+    tolerance: float
+    reduce: str
+
+    @property
+    def units(self) -> int:
+        """N."""
+        weight = self.weight
+        if self.rows is not None:
+            return self.rows.shape[0] - 1
+        return weight.shape[0] * weight.shape[1] if weight.dim() == 3 else weight.shape[0]
+
+    @property
+    def sequences(self) -> int:
+        """How many initial and final states there are."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1
+        return self.inputs.shape[0]
+
+
+def check_call(
+    inputs: Any,
+    weight: Any,
+    input_weight: Any,
+    leak: Any,
+    bias: Any,
+    initial_state: Any,
+    activation: Any,
+    mode: Any,
+    tolerance: Any,
+    cu_seqlens: Any,
+    reduce: Any,
+    targets: Any,
+    return_info: Any,
+) -> ReservoirCall:
+    """Check and normalise the arguments of `reservoir_scan`."""
+    packed = cu_seqlens is not None
+    axes = "(total_steps, inputs)" if packed else "(batch, time, inputs)"
+    check_tensor("inputs", inputs, 2 if packed else 3, axes)
+    _refuse_vmap(inputs, weight, input_weight, leak, bias, initial_state, targets)
+    if inputs.dtype not in DTYPES:
+        raise TypeError(f"inputs must be float32, bfloat16, float16 or float64, got {inputs.dtype}")
+    dtype = torch.float64 if inputs.dtype is torch.float64 else torch.float32
+    inputs = inputs.to(dtype)
+    values, rows, columns, units = _check_weight(weight, inputs)
+    _check_projection(input_weight, inputs, units)
+    if packed:
+        check_cu_seqlens(cu_seqlens, "inputs", inputs, "inputs' {} steps")
+    sequences = cu_seqlens.shape[0] - 1 if packed else inputs.shape[0]
+    _check_vector("bias", bias, (units,), "one entry a unit", inputs)
+    _check_vector("initial_state", initial_state, (sequences, units), "a state a sequence", inputs)
+    for name, value, choices in (
+        ("activation", activation, ACTIVATIONS),
+        ("mode", mode, MODES),
+        ("reduce", reduce, REDUCTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {describe(value)}")
+    check_flag("return_info", return_info)
+    _check_targets(targets, reduce, inputs)
+    return ReservoirCall(
+        inputs,
+        values,
+        rows,
+        columns,
+        input_weight,
+        _check_leak(leak, inputs, units),
+        bias,
+        initial_state,
+        cu_seqlens,
+        targets,
+        activation,
+        mode,
+        _check_tolerance(tolerance),
+        reduce,
+    )
+
+
+def _refuse_vmap(*tensors: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    flat = [y for x in tensors for y in (x if isinstance(x, RingWeight) else (x,))]
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in flat):
+        raise RuntimeError(VMAP_ERROR)
+
+
+def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """(values, rows, columns, units)."""
+    forms = (
+        "weight must be a tensor (N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor "
+        "(N, N), or a RingWeight"
+    )
+    if isinstance(weight, RingWeight):
+        values, columns = _check_ring(weight, inputs)
+        return values, None, columns, values.shape[0]
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{forms}, got {describe(weight)}")
+    if weight.layout is torch.sparse_csr:
+        if weight.dim() != 2 or weight.shape[0] != weight.shape[1] or weight.shape[0] < 1:
+            raise ValueError(f"{forms}, got a sparse CSR tensor of shape {tuple(weight.shape)}")
+        _check_matrix("weight", weight, inputs)
+        rows, columns = weight.crow_indices().long(), weight.col_indices().long()
+        return weight.values(), rows, columns, weight.shape[0]
+    if weight.layout is not torch.strided:
+        raise TypeError(f"{forms}, got layout {weight.layout}")
+    square = weight.dim() == 1 or (weight.dim() in (2, 3) and weight.shape[-1] == weight.shape[-2])
+    if not square or weight.numel() < 1:
+        raise ValueError(f"{forms}, got {describe(weight)}")
+    _check_matrix("weight", weight, inputs)
+    units = weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1)
+    return weight, None, None, units
+
+
+def _check_ring(weight: RingWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    values, source = weight
+    check_tensor("weight.values", values, 1, "(N,)")
+    if values.shape[0] < 1:
+        raise ValueError("weight.values must have at least one unit, got none")
+    _check_matrix("weight.values", values, inputs)
+    units = values.shape[0]
+    if source is None:
+        return values, torch.arange(-1, units - 1, device=values.device) % units
+    check_tensor("weight.source", source, 1, "(N,), a permutation of the units")
+    if source.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"weight.source must be int64 or int32, got {source.dtype}")
+    if source.shape != values.shape:
+        raise ValueError(f"weight.source must be ({units},), got shape {tuple(source.shape)}")
+    if source.device != values.device:
+        raise ValueError(f"weight.source must be on {values.device}, got {source.device}")
+    source = source.long()
+    if readable(source):
+        found = torch.sort(source).values
+        if not torch.equal(found, torch.arange(units, device=source.device)):
+            raise ValueError(f"weight.source must be a permutation of 0..{units - 1}")
+    return values, source
+
+
+def _check_matrix(name: str, weight: Tensor, inputs: Tensor) -> None:
+    state = inputs.dtype
+    if weight.dtype != state and not (state is torch.float32 and weight.dtype is torch.bfloat16):
+        takes = "float64" if state is torch.float64 else "float32 or bfloat16"
+        raise TypeError(f"{name} must be {takes} for a {state} state, got {weight.dtype}")
+    if weight.device != inputs.device:
+        raise ValueError(f"{name} must be on inputs' device {inputs.device}, got {weight.device}")
+
+
+def _check_projection(input_weight: Any, inputs: Tensor, units: int) -> None:
+    if input_weight is None:
+        if inputs.shape[-1] != units:
+            raise ValueError(
+                f"inputs must have weight's {units} units on the last axis, or input_weight must "
+                f"be given, got inputs of shape {tuple(inputs.shape)}"
+            )
+        return
+    check_tensor("input_weight", input_weight, 2, "(N, inputs)")
+    if inputs.shape[-1] < 1:
+        raise ValueError(
+            f"inputs must have at least one entry on the last axis, got {describe(inputs)}"
+        )
+    expected = (units, inputs.shape[-1])
+    if tuple(input_weight.shape) != expected:
+        raise ValueError(
+            f"input_weight must be {expected}: weight's units, and the last axis of inputs; "
+            f"got shape {tuple(input_weight.shape)}"
+        )
+    _check_matrix("input_weight", input_weight, inputs)
+
+
+def _check_vector(
+    name: str, value: Any, shape: tuple[int, ...], meaning: str, inputs: Tensor
+) -> None:
+    if value is None:
+        return
+    check_tensor(name, value, len(shape), f"{shape}, {meaning}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, {meaning}, got shape {tuple(value.shape)}")
+    if value.dtype != inputs.dtype:
+        raise TypeError(f"{name} must have the state's dtype {inputs.dtype}, got {value.dtype}")
+    if value.device != inputs.device:
+        raise ValueError(f"{name} must be on inputs' device {inputs.device}, got {value.device}")
+
+
+def _check_leak(leak: Any, inputs: Tensor, units: int) -> Tensor:
+    if isinstance(leak, Tensor):
+        if leak.layout is not torch.strided or tuple(leak.shape) not in ((), (units,)):
+            raise ValueError(f"leak must be a number, () or ({units},), got {describe(leak)}")
+        _check_vector("leak", leak, tuple(leak.shape), "one entry a unit", inputs)
+        return leak
+    check_real("leak", leak)
+    if not 0 <= leak <= 1:
+        raise ValueError(f"leak must lie in [0, 1], got {leak}")
+    # A tensor: a float in a compiled graph would compile it again for every value.
+    return inputs.new_ones(()) * leak
+
+
+def _check_tolerance(tolerance: Any) -> float:
+    if tolerance is None:
+        return TOLERANCE
+    check_real("tolerance", tolerance)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be 0 or a positive finite number, got {tolerance}")
+    return float(tolerance)
+
+
+def _check_targets(targets: Any, reduce: str, inputs: Tensor) -> None:
+    if targets is None:
+        return
+    if reduce != "gram":
+        raise ValueError(f"targets are for reduce='gram', got reduce={reduce!r}")
+    steps = tuple(inputs.shape[:-1])
+    check_tensor("targets", targets, inputs.dim(), f"{(*steps, 'outputs')}")
+    if tuple(targets.shape[:-1]) != steps:
+        raise ValueError(
+            f"targets must have inputs' steps {steps}, got shape {tuple(targets.shape)}"
+        )
+    if targets.dtype not in DTYPES:
+        raise TypeError(
+            f"targets must be float32, bfloat16, float16 or float64, got {targets.dtype}"
+        )
+    if targets.device != inputs.device:
+        raise ValueError(f"targets must be on inputs' device {inputs.device}, got {targets.device}")

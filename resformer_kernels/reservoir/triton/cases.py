@@ -1,0 +1,60 @@
+"""The launches whose kernels `resformer-kernels compile-check` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
+from resformer_kernels.reservoir.triton import launch as triton_launch
+from resformer_kernels.reservoir.triton.plan import CHUNKED, SEQUENTIAL
+
+_TIME, _UNITS, _ENTRIES = 16384, 1024, 102400
+_TANH = 0
+# Weight, its dtype, mode. Groups and packed sequences are the same kernel; a batch only has more
+# rows.
+_FORMS = (
+    ("dense", torch.float32, CHUNKED),
+    ("dense", torch.bfloat16, CHUNKED),
+    ("dense", torch.float32, SEQUENTIAL),
+    ("csr", torch.float32, CHUNKED),
+    ("ring", torch.float32, SEQUENTIAL),
+)
+_MODES = {CHUNKED: "chunked", SEQUENTIAL: "sequential"}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if kind == "csr":
+        columns = _meta(_ENTRIES, dtype=torch.int64)
+        return _meta(_ENTRIES, dtype=dtype), _meta(_UNITS + 1, dtype=torch.int64), columns
+    if kind == "ring":
+        return _meta(_UNITS, dtype=dtype), None, _meta(_UNITS, dtype=torch.int64)
+    return _meta(_UNITS, _UNITS, dtype=dtype), None, None
+
+
+def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
+    weight = _weight(kind, dtype)
+    vector, state, tolerance = _meta(_UNITS), _meta(1, _UNITS), 3e-6
+    inputs, projection, grad = _meta(1, _TIME, 1), _meta(_UNITS, 1), _meta(1, _TIME, _UNITS)
+    triton_launch.forward(
+        inputs, *weight, projection, vector, vector, state, None, _TANH, mode, tolerance
+    )
+    triton_launch.adjoint(grad, grad, *weight, vector, None, mode, tolerance)
+
+
+def compile_cases(capability: int) -> Iterator[CompileCase]:
+    """Each form of the weight, and the adjoint of the first; CSR alone may spill."""
+    for kind, dtype, mode in _FORMS:
+        with recorded_launches() as launches:
+            _launch(kind, dtype, mode)
+        parts = ("forward", "adjoint") if (kind, dtype, mode) == _FORMS[0] else ("forward",)
+        for launch, part in zip(launches, parts, strict=False):
+            name = f"{part} {kind} {_MODES[mode]} {str(dtype).removeprefix('torch.')}"
+            main = kind != "csr"
+            yield case_from_launch(name, launch, capability=capability, main=main)
