@@ -20,7 +20,7 @@ class Fake:
         self.reason = reason
         self.large = large
 
-    def unsupported_reason(self, _call: Any) -> str | None:
+    def unsupported_reason(self, _call: Any, _hardware: Any) -> str | None:
         return self.reason
 
     def is_large(self, _call: Any) -> bool:

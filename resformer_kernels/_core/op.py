@@ -1,89 +1,163 @@
-"""What native backends do around a kernel, whichever op it is."""
+"""An op of torch.library, made from its record.
+
+A record is a NamedTuple whose fields are the op's arguments in the schema's order; a field that is
+itself a record contributes its fields in its place. `Op` derives the schema from the annotations
+and registers the op in two namespaces: `resformer`, whose kernels C++ supplies, and
+`resformer_triton`, whose launcher is imported, and Triton with it, at the first call.
+
+C++ reads arguments by position: `tests/test_records.py` holds its signatures to the records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, NoReturn, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+NATIVE, TRITON = "resformer", "resformer_triton"
+
+SymInt: TypeAlias = Annotated[int, "SymInt"]
+"""An int that torch.compile may keep symbolic."""
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    tuple[Tensor, ...]: "Tensor[]",
+    tuple[float, ...]: "float[]",
+    tuple[int, ...]: "int[]",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+}
+
+_libraries: list[torch.library.Library] = []  # a library unregisters its ops when it is collected
 
 
-def needs_copy(tensor: Tensor | None) -> bool:
-    """Whether the last axis is not contiguous, which is all that kernels ask of strides."""
-    return tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] != 1
+def _fields(record: Any) -> Iterator[tuple[str, Any]]:
+    """(name, annotation) of every field, those of nested records in place."""
+    for name, kind in get_type_hints(record, include_extras=True).items():
+        if hasattr(kind, "_fields"):
+            yield from _fields(kind)
+        else:
+            yield name, kind
 
 
-def copy_note(name: str, tensor: Tensor) -> str:
-    """What `explain` says of an argument that `needs_copy`."""
-    return f"{name} is copied once: its last axis has stride {tensor.stride(-1)}, not 1"
+def _declared(name: str, kind: Any) -> str:
+    written = get_args(kind)[1] if get_origin(kind) is Annotated else _TYPES[kind]
+    return f"{written} {name}"
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied where its last axis is not contiguous."""
-    return tensor.contiguous() if needs_copy(tensor) else tensor
+def field_names(record: Any) -> list[str]:
+    """The op's arguments in the schema's order."""
+    return [name for name, _ in _fields(record)]
 
 
-def refuse_forward_mode(op: str, leaves: Iterable[Tensor | None]) -> None:
-    """RuntimeError where a leaf carries a forward-mode tangent: an op drops it without a word."""
-    for leaf in leaves:
-        if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:
-            raise RuntimeError(
-                f"{op} has no forward-mode derivative (jvp); backend='reference' has"
-            )
-
-
-def distinct(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The same tensors, none of them twice: torch.compile takes none twice in a Function."""
-    seen: list[Tensor | None] = []
-    for tensor in tensors:
-        repeated = tensor is not None and any(tensor is other for other in seen)
-        seen.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
-    return tuple(seen)
-
-
-def wants_gradient(leaves: Iterable[Tensor | None]) -> bool:
-    """Whether autograd would record a call on these leaves."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-
-
-def vmap_error(op: str) -> str:
-    """What an op that has no batching rule says."""
+def vmap_error(function: str) -> str:
+    """The error of an op that has no batching rule; `function` is the public function."""
     return (
-        f"{op} does not support torch.func.vmap: it takes a batch axis of its own; fold the mapped "
-        "axis into that instead"
+        f"{function} does not support torch.func.vmap: it takes a batch axis of its own; fold the "
+        "mapped axis into that instead"
     )
 
 
-def run_backward(op: str, run: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
-    """`run(*arguments)`, a backward kernel; differentiating its result raises, naming `op`.
+def refuse_vmap(function: str, values: Iterable[Any]) -> None:
+    """RuntimeError where one of the tensors among `values` is mapped by torch.func.vmap."""
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in values):
+        raise RuntimeError(vmap_error(function))
 
-    Tensors must stand among the arguments themselves, not in lists: autograd looks no deeper.
+
+class Op:
+    """One op in both namespaces.
+
+    Args:
+        name: of the op.
+        record: NamedTuple type of its arguments. Annotations give the schema's types; `Annotated`
+            gives one in words, such as `Annotated[Tensor, "Tensor(a!)"]`.
+        returns: the schema's result, such as "(Tensor out, Tensor lse)".
+        function: the public function, as errors call it.
+        fake: fake(call) -> results on meta tensors, for torch.compile and torch.export.
+        triton: "module:function" of the Triton launcher, called with the record.
+        composed: instead, "module:function" of an implementation in Python over other ops, called
+            with the namespace and the record, in both namespaces.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # create_graph=True: the gradients may be used, and only their own gradient is missing.
-        return tuple(_Once.apply(op, run, *arguments))
-    return tuple(run(*arguments))
+
+    def __init__(
+        self,
+        name: str,
+        record: Any,
+        returns: str,
+        *,
+        function: str,
+        fake: Callable[[Any], Any],
+        triton: str | None = None,
+        composed: str | None = None,
+    ) -> None:
+        self.name, self.record, self.function = name, record, function
+        arguments = ", ".join(_declared(*field) for field in _fields(record))
+        self.schema = f"{name}({arguments}) -> {returns}"
+        self._fake, self._triton, self._composed = fake, triton, composed
+        hints = get_type_hints(record)
+        self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
+        _libraries.extend(self.define(namespace) for namespace in (NATIVE, TRITON))
+
+    def define(self, namespace: str) -> torch.library.Library:
+        """Register the op in a namespace. It goes when the library that is returned does."""
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(self.schema)
+        qualified = f"{namespace}::{self.name}"
+        torch.library.register_fake(qualified, self._call(self._fake), lib=library)
+        library.impl(self.name, self._refuse_vmap, "FuncTorchBatched")
+        made = None
+        if self._composed is not None:
+            made = self._lazy(self._composed, namespace)
+        elif namespace == TRITON and self._triton is not None:
+            made = self._lazy(self._triton)
+        # CPU tensors are for Triton's interpreter.
+        for key in ("CPU", "CUDA") if made is not None else ():
+            library.impl(self.name, made, key)
+        return library
+
+    def __call__(self, namespace: str, call: Any) -> Any:
+        """Run the op of `namespace` on a record."""
+        return getattr(getattr(torch.ops, namespace), self.name).default(*self.flatten(call))
+
+    def flatten(self, call: Any) -> tuple[Any, ...]:
+        """The op's arguments: the record's fields, those of nested records in place."""
+        if not self._nested:
+            return tuple(call)
+        return tuple(y for x in call for y in (x if _is_record(x) else (x,)))
+
+    def read(self, arguments: tuple[Any, ...]) -> Any:
+        """The record of the op's arguments: the inverse of `flatten`."""
+        given = list(arguments)
+        for place, record in self._nested:
+            stop = place + len(record._fields)
+            given[place:stop] = [record(*given[place:stop])]
+        return self.record(*given)
+
+    def _call(self, function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+        def with_record(*arguments: Any) -> Any:
+            return function(*first, self.read(arguments))
+
+        return with_record
+
+    def _lazy(self, target: str, *first: Any) -> Callable[..., Any]:
+        module, _, name = target.partition(":")
+
+        def implementation(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*first, self.read(arguments))
+
+        return implementation
+
+    def _refuse_vmap(self, *_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(self.function))
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(_op: str, run: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(run(*arguments))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        del output
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_gradients: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{ctx.op} does not support double backward: its gradient cannot be differentiated "
-            "again (backend='reference' can)"
-        )
-
-    @staticmethod
-    def vmap(_info: Any, _in_dims: Any, op: str, *_arguments: Any) -> NoReturn:
-        raise RuntimeError(vmap_error(op))
+def _is_record(value: Any) -> bool:
+    return hasattr(value, "_fields")

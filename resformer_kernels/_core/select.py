@@ -1,13 +1,14 @@
 """Which backend serves a call, and why the others do not.
 
-A backend is a module (or any object) with NAME, `unsupported_reason(call)` and `run(call)`. An
-op lists its backends in order of preference; the last is "reference", which serves every call and
-has `is_large(call)`: whether it is slow enough there for `auto` to say that it fell back. A backend
-may have `notes(call) -> list[str]`: what it does beside the kernel, for `explain` to tell.
+A backend is a module, or any object, with the three names of `Backend`. An op lists its backends in
+order of preference. The last is "reference", which serves every call and has `is_large(call)`:
+whether `auto` should warn that it fell back. A backend may have `notes(call) -> list[str]`: what it
+does beside the kernel, for `explain`.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +16,18 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from resformer_kernels._core.hardware import MACHINE, Hardware
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Backend(Protocol):
-    """What an op's backend module offers. `call` is the op's own normalised argument record."""
+    """What an op's backend offers. `call` is the op's record."""
 
     NAME: str
 
-    def unsupported_reason(self, call: Any, /) -> str | None:
-        """Why this backend cannot serve the call, from metadata alone; None when it can."""
+    def unsupported_reason(self, call: Any, hardware: Hardware, /) -> str | None:
+        """Why it cannot serve the call on that hardware, by metadata alone; None where it can."""
 
     def run(self, call: Any, /) -> Any:
         """Serve the call."""
@@ -35,7 +38,7 @@ class Request(NamedTuple):
 
     op: str
     backend: str
-    backends: Sequence[Any]
+    backends: Sequence[Backend]
     call: Any
 
 
@@ -60,7 +63,24 @@ class Explanation:
 _announced: set[tuple[str, str]] = set()
 
 
-def select(op: str, backend: str, backends: Sequence[Any], call: Any) -> Any:
+class _Asked(Exception):  # carries a request, not an error
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+
+_asking: set[int] = set()
+"""Threads in which `prepare` wants a public function's request instead of its result."""
+
+
+def serve(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Any:
+    """Run a call on the backend that serves it. Public functions call this directly: the warning
+    about a fallback names their caller's line."""
+    if _asking and threading.get_ident() in _asking:
+        raise _Asked(Request(op, backend, backends, call))
+    return select(op, backend, backends, call).run(call)
+
+
+def select(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Backend:
     """The backend that serves `call`.
 
     "auto" takes the first that can; a name never falls back. Raises ValueError for an unknown
@@ -69,16 +89,16 @@ def select(op: str, backend: str, backends: Sequence[Any], call: Any) -> Any:
     if backend == "auto":
         reasons: list[str] = []
         for candidate in backends:
-            reason = candidate.unsupported_reason(call)
+            reason = candidate.unsupported_reason(call, MACHINE)
             if reason is None:
-                if reasons and candidate.NAME == "reference" and candidate.is_large(call):
+                if reasons and candidate.NAME == "reference" and candidate.is_large(call):  # type: ignore[attr-defined]
                     _announce_fallback(op, "; ".join(reasons))
                 return candidate
             reasons.append(f"{candidate.NAME}: {reason}")
         raise RuntimeError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
     for candidate in backends:
         if backend == candidate.NAME:
-            reason = candidate.unsupported_reason(call)
+            reason = candidate.unsupported_reason(call, MACHINE)
             if reason is not None:
                 raise RuntimeError(f"{op}: backend={backend!r} cannot serve this call: {reason}")
             return candidate
@@ -101,29 +121,35 @@ def _announce_fallback(op: str, reasons: str) -> None:
 _announce_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def explained_by(prepared: Callable[..., Request]) -> Callable[[F], F]:
-    """Let `explain` understand a public function: `prepared` takes its arguments, runs nothing."""
-
-    def mark(function: F) -> F:
-        function.__resformer_prepare__ = prepared  # type: ignore[attr-defined]
-        return function
-
-    return mark
+def explainable(function: F) -> F:
+    """Mark a public function that ends in `serve`: `explain` understands it."""
+    function.__resformer_explainable__ = True  # type: ignore[attr-defined]
+    return function
 
 
 def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request:
-    """What `function(*args, **kwargs)` asks for, checked and normalised; nothing is computed.
+    """What `function(*args, **kwargs)` asks for, checked and normalised; no backend runs.
 
     TypeError where `function` is not a public op of this package.
     """
-    prepared = getattr(function, "__resformer_prepare__", None)
-    if prepared is None:
+    own = getattr(function, "__resformer_prepare__", None)
+    if own is not None:
+        found: Request = own(*args, **kwargs)
+        return found
+    if not getattr(function, "__resformer_explainable__", False):
         raise TypeError(
             "explain: function must be a public op of resformer_kernels, such as "
             f"value_residual_attention, got {function!r}"
         )
-    request: Request = prepared(*args, **kwargs)
-    return request
+    thread = threading.get_ident()
+    _asking.add(thread)
+    try:
+        function(*args, **kwargs)
+    except _Asked as asked:
+        return asked.request
+    finally:
+        _asking.discard(thread)
+    raise AssertionError("unreachable: an explainable function ends in serve")
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -141,7 +167,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     chosen = None
     reasons: dict[str, str] = {}
     for candidate in request.backends:
-        reason = candidate.unsupported_reason(request.call)
+        reason = candidate.unsupported_reason(request.call, MACHINE)
         if reason is not None:
             reasons[candidate.NAME] = reason
         elif request.backend not in ("auto", candidate.NAME):
@@ -156,3 +182,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     describe = getattr(chosen, "notes", None)
     notes = describe(request.call) if describe is not None else []
     return Explanation(request.op, chosen.NAME if chosen else None, reasons, notes)
+
+
+def explained_by(prepared: Callable[..., Request]) -> Callable[[F], F]:
+    """Going: until every function is `explainable`."""
+
+    def mark(function: F) -> F:
+        function.__resformer_prepare__ = prepared  # type: ignore[attr-defined]
+        function.__resformer_explainable__ = True  # type: ignore[attr-defined]
+        return function
+
+    return mark

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.op import refuse_forward_mode, run_backward, wants_gradient
+from resformer_kernels._core.hardware import MACHINE, Hardware
+from resformer_kernels._core.old import refuse_forward_mode, run_backward, wants_gradient
 from resformer_kernels.attention.op import VMAP_ERROR
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.mix import mix_values
@@ -40,7 +41,7 @@ class _Source(NamedTuple):
     """Whether it is FlashAttention 3, for compute capability 9.0."""
 
 
-class _Package(NamedTuple):
+class Package(NamedTuple):
     """One that is."""
 
     attend: Callable[..., Any]
@@ -54,18 +55,16 @@ _SOURCES = (
     _Source("fa3_fwd_interface", "fa3_fwd_config", hopper=True),
     _Source("flash_attn", None, hopper=False),
 )
-_loaded: dict[str, _Package] = {}
-_load_errors: dict[str, str] = {}
 
 
-def unsupported_reason(call: AttentionCall) -> str | None:
+def unsupported_reason(call: AttentionCall, hardware: Hardware) -> str | None:
     """Why no package of FlashAttention's can serve this call; None when one can."""
-    reason = _device_reason(call.q.device) or _call_reason(call)
+    reason = _device_reason(call.q.device, hardware) or _call_reason(call)
     if reason is not None:
         return reason
     reasons = []
     for source in _SOURCES:
-        reason = _source_reason(source, call)
+        reason = _source_reason(source, call, hardware)
         if reason is None:
             return None
         reasons.append(f"{source.module}: {reason}")
@@ -96,7 +95,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         leaves = (call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first)
         refuse_forward_mode(_OP, leaves)
     source = _choose(call)
-    package = _loaded[source.module]
+    package = MACHINE.package(source.module, load)
     after_q = _after(call.cu_seqlens_q, call.q)
     after_k = _after(call.cu_seqlens_k, call.k)
     q, k, value = _Guard.apply(call.q, after_q), _Guard.apply(call.k, after_k), _mix(call, after_k)
@@ -132,12 +131,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
 
 
-def _device_reason(device: torch.device) -> str | None:
+def _device_reason(device: torch.device, hardware: Hardware) -> str | None:
     if device.type != "cuda":
         return f"it runs on CUDA tensors, these are on {device}"
     if torch.version.hip is not None:
         return "it was never run on ROCm, which these tensors are on"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = hardware.capability(device)
     if major < 8:
         return f"it needs compute capability 8.0 or newer, {device} has {major}.{minor}"
     return None
@@ -170,12 +169,12 @@ def _call_reason(call: AttentionCall) -> str | None:
     return None
 
 
-def _source_reason(source: _Source, call: AttentionCall) -> str | None:
+def _source_reason(source: _Source, call: AttentionCall, hardware: Hardware) -> str | None:
     """What this package does not serve."""
-    reason = _package_reason(source)
-    if reason is not None:
-        return reason
-    if source.hopper and _capability(call.q.device)[0] != 9:
+    package = hardware.package(source.module, load)
+    if isinstance(package, str):
+        return package
+    if source.hopper and hardware.capability(call.q.device)[0] != 9:
         return "it is written for compute capability 9.0"
     leaves = (call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first)
     head_dim = call.q.shape[-1]
@@ -189,7 +188,7 @@ def _source_reason(source: _Source, call: AttentionCall) -> str | None:
     late = call.max_seqlen_q > call.max_seqlen_k + 1
     if not source.hopper and local and not 0 <= right < call.max_seqlen_k and late:
         return "its windows that are open to the right need no more queries than keys"
-    lacks = _loaded[source.module].lacks
+    lacks = package.lacks
     wanted = {
         "BACKWARD": trains,
         "LOCAL": local,
@@ -208,34 +207,14 @@ def _source_reason(source: _Source, call: AttentionCall) -> str | None:
     return None
 
 
-def _package_reason(source: _Source) -> str | None:
-    """Import the package if that was not tried yet; None when it is usable."""
-    if source.module not in _loaded and source.module not in _load_errors:
-        found = _load(source)
-        if isinstance(found, str):
-            _load_errors[source.module] = found
-        else:
-            _loaded[source.module] = found
-    return _load_errors.get(source.module)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-# torch.compile must see these answers as constants: it cannot trace an import.
-_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_package_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _load(source: _Source) -> _Package | str:
-    """The package, or why it cannot be used."""
+def load(name: str) -> Package | str:
+    """The package of that name in `_SOURCES`, or why it cannot be used."""
+    (source,) = (source for source in _SOURCES if source.module == name)
     try:
-        module = importlib.import_module(source.module)
+        module = importlib.import_module(name)
         config = importlib.import_module(source.config) if source.config else None
     except ModuleNotFoundError as error:
-        if error.name == source.module:
+        if error.name == name:
             return "it is not installed"
         return f"it does not import: {error}"
     except (ImportError, OSError, RuntimeError) as error:
@@ -251,11 +230,11 @@ def _load(source: _Source) -> _Package | str:
             )
     flags = config.CONFIG["build_flags"] if config is not None else {}
     lacks = (name.split("_")[-1] for name, on in flags.items() if on and "_DISABLE_" in name)
-    return _Package(*functions, frozenset(lacks))
+    return Package(*functions, frozenset(lacks))
 
 
 def _choose(call: AttentionCall) -> _Source:
-    return next(source for source in _SOURCES if _source_reason(source, call) is None)
+    return next(source for source in _SOURCES if _source_reason(source, call, MACHINE) is None)
 
 
 def _window(call: AttentionCall) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 
 NAME = "reference"
@@ -25,7 +26,7 @@ Attend = Callable[[AttentionCall, Tensor, Tensor, Tensor, Tensor], tuple[Tensor,
 _LARGE = 2**24
 
 
-def unsupported_reason(_call: AttentionCall) -> str | None:
+def unsupported_reason(_call: AttentionCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 

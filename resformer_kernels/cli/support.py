@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,9 +26,8 @@ from resformer_kernels import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.select import prepare
-from resformer_kernels._triton import available as _triton
 from resformer_kernels.attention import flash_attn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
@@ -228,30 +225,29 @@ FEATURES: dict[str, Forms] = {
 """Each op's forms of a call, the plainest first."""
 
 
-@contextmanager
-def _supposed() -> Iterator[None]:
-    """Within it, everything that a backend can ask for counts as installed and present."""
+class _Supposed(Hardware):
+    """An H100 with everything installed that a backend can ask for."""
 
-    def triton(device: torch.device) -> str | None:
+    def cpu_library_reason(self) -> None:
+        return None
+
+    def cuda_library_reason(self, device: torch.device) -> None:
+        del device
+
+    def cuda_memory(self, device: torch.device) -> tuple[int, int]:
+        del device
+        return _HOPPER_MEMORY
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        del device
+        return _HOPPER
+
+    def triton_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it runs on CUDA tensors"
 
-    def flash(device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "it runs on CUDA tensors"
-
-    whole = flash_attn._Package(_never, _never, frozenset())
-    packages = {source.module: whole for source in flash_attn._SOURCES}
-    with ExitStack() as stack:
-        for module, name, instead in (
-            (_extension, "unavailable_reason", lambda: None),
-            (_extension, "cuda_unavailable_reason", lambda _device: None),
-            (_extension, "cuda_memory", lambda _device: _HOPPER_MEMORY),
-            (_triton, "unavailable_reason", triton),
-            (flash_attn, "_device_reason", flash),
-            (flash_attn, "_loaded", packages),
-            (flash_attn, "_capability", lambda _device: _HOPPER),
-        ):
-            stack.enter_context(mock.patch.object(module, name, instead))
-        yield
+    def package(self, name: str, load: Callable[[str], Any]) -> flash_attn.Package:
+        del name, load
+        return flash_attn.Package(_never, _never, frozenset())
 
 
 def _never(*_arguments: Any, **_options: Any) -> Any:
@@ -260,11 +256,10 @@ def _never(*_arguments: Any, **_options: Any) -> Any:
 
 def answers() -> Iterator[Answer]:
     """One for each op, feature, backend, device and dtype that the op's own checks let through."""
-    with _supposed():
-        for op, forms in FEATURES.items():
-            for feature, form in forms.items():
-                for dtype in DTYPES:
-                    yield from _ask(op, feature, form, dtype)
+    for op, forms in FEATURES.items():
+        for feature, form in forms.items():
+            for dtype in DTYPES:
+                yield from _ask(op, feature, form, dtype)
 
 
 def _ask(
@@ -278,7 +273,7 @@ def _ask(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for device, call in (("cpu", request.call), ("cuda", _on_cuda(request.call, mode))):
             for backend in request.backends:
-                reason = backend.unsupported_reason(call)
+                reason = backend.unsupported_reason(call, _Supposed())
                 name = str(dtype).removeprefix("torch.")
                 yield Answer(op, feature, backend.NAME, device, name, reason)
 

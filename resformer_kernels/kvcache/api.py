@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_tensor
-from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels._core.op import refuse_vmap
+from resformer_kernels._core.select import explainable, serve
 from resformer_kernels.kvcache import native, reference, triton
-from resformer_kernels.kvcache import op as ops
-from resformer_kernels.kvcache.record import prepare_call
+from resformer_kernels.kvcache.record import ATTEND, check_call
 
 BACKENDS = (native, triton, reference)
 
 
-def _prepare(
-    q: Any, k_cache: Any, v_cache: Any, *arguments: Any, backend: str = "auto", **options: Any
-) -> Request:
-    check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(q):
-        raise RuntimeError(ops.VMAP_ERROR)
-    call = prepare_call(q, k_cache, v_cache, *arguments, **options)
-    return Request("attention_with_kvcache", backend, BACKENDS, call)
-
-
-@explained_by(_prepare)
+@explainable
 def attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -103,7 +92,9 @@ def attention_with_kvcache(
 
     Under autocast q, k and v are cast to the cache's dtype (quantised caches: to autocast's).
     """
-    request = _prepare(
+    check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
+    refuse_vmap(ATTEND, (q,))
+    call = check_call(
         q,
         k_cache,
         v_cache,
@@ -121,8 +112,6 @@ def attention_with_kvcache(
         v_scale=v_scale,
         num_splits=num_splits,
         return_lse=return_lse,
-        backend=backend,
     )
-    chosen = select(request.op, request.backend, request.backends, request.call)
-    out, lse = chosen.run(request.call)
+    out, lse = serve(ATTEND, backend, BACKENDS, call)
     return (out, lse) if return_lse else out

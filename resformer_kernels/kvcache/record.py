@@ -6,11 +6,12 @@ is written before every one of them has passed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import strides
 from resformer_kernels._core.checks import (
     DTYPES,
     autocast_dtype,
@@ -19,7 +20,7 @@ from resformer_kernels._core.checks import (
     describe,
     readable,
 )
-from resformer_kernels._core.op import copy_note, needs_copy, unit_stride
+from resformer_kernels._core.strides import needs_copy
 from resformer_kernels.attention.record import (
     check_scale,
     check_sinks,
@@ -37,8 +38,13 @@ _CONTIGUOUS, _PAGED = "(batch, capacity, kv_heads, {})", "(pages, page_size, kv_
 _NEW = "(batch, new_tokens, kv_heads, {})"
 
 
+ATTEND = "attention_with_kvcache"
+READ_ONLY = ("q", "k", "v")
+"""Arguments that are copied where their last axis is not contiguous; caches never are."""
+
+
 class KVCacheCall(NamedTuple):
-    """What a backend receives, in the order of the op's arguments: validated, one form per meaning.
+    """A validated call, its fields in the order of the op's arguments; one form per meaning.
 
     `block_table` None: caches (B, T, Hkv, D); else (pages, page_size, Hkv, D). `cache_seqlens` is
     int32 (B,) on q's device, the lengths before k and v are appended. `key_mask` is bool
@@ -47,15 +53,15 @@ class KVCacheCall(NamedTuple):
     """
 
     q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
+    k_cache: Annotated[Tensor, "Tensor(a!)"]
+    v_cache: Annotated[Tensor, "Tensor(b!)"]
     k: Tensor | None
     v: Tensor | None
     cache_seqlens: Tensor
     block_table: Tensor | None
     key_mask: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
+    k_scale: Annotated[Tensor | None, "Tensor(c!)?"]
+    v_scale: Annotated[Tensor | None, "Tensor(d!)?"]
     window_left: int
     window_right: int
     scale: float
@@ -78,7 +84,7 @@ class KVCacheCall(NamedTuple):
         return self.block_table.shape[1] * self.k_cache.shape[1]
 
 
-def prepare_call(
+def check_call(
     q: Tensor,
     k_cache: Any,
     v_cache: Any,
@@ -147,20 +153,9 @@ def prepare_call(
     return call
 
 
-def op_arguments(call: KVCacheCall) -> KVCacheCall:
-    """The call as kernels take it: what they only read has a contiguous last axis."""
-    return call._replace(
-        q=unit_stride(call.q),
-        k=None if call.k is None else unit_stride(call.k),
-        v=None if call.v is None else unit_stride(call.v),
-        cache_seqlens=call.cache_seqlens.contiguous(),
-    )
-
-
 def copy_notes(call: KVCacheCall) -> list[str]:
-    """What `op_arguments` copies, for `explain`."""
-    named = (("q", call.q), ("k", call.k), ("v", call.v))
-    return [copy_note(name, x) for name, x in named if x is not None and needs_copy(x)]
+    """What is copied before the kernel, for `explain`."""
+    return strides.copy_notes(call, READ_ONLY)
 
 
 def strided_cache_reason(call: KVCacheCall) -> str | None:

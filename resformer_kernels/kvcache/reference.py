@@ -18,6 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
 from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
@@ -27,7 +28,7 @@ NAME = "reference"
 _LARGE = 2**24
 
 
-def unsupported_reason(_call: KVCacheCall) -> str | None:
+def unsupported_reason(_call: KVCacheCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 

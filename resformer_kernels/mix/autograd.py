@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.op import (
+from resformer_kernels._core.old import (
     copy_note,
     distinct,
     needs_copy,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.op import vmap_error
+from resformer_kernels._core.old import vmap_error
 
 VALUES = "mix_values"
 EMBEDDING = "mix_value_embedding"

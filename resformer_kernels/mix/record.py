@@ -16,7 +16,7 @@ from resformer_kernels._core.checks import (
     readable,
 )
 from resformer_kernels._core.coefficients import check_coefficient
-from resformer_kernels._core.op import vmap_error
+from resformer_kernels._core.old import vmap_error
 from resformer_kernels.mix.op import EMBEDDING, VALUES
 
 _AXES = "(batch, time, kv_heads, head_dim) or (total_tokens, kv_heads, head_dim)"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.mix.record import EmbeddingCall, MixCall
 
 NAME = "reference"
@@ -20,7 +21,7 @@ NAME = "reference"
 _LARGE = 2**24
 
 
-def unsupported_reason(_call: MixCall | EmbeddingCall) -> str | None:
+def unsupported_reason(_call: MixCall | EmbeddingCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 

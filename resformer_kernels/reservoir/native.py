@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir import autograd
 from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.op import NATIVE
@@ -15,10 +16,10 @@ from resformer_kernels.reservoir.reduction import Result
 NAME = "native"
 
 
-def unsupported_reason(call: ReservoirCall) -> str | None:
+def unsupported_reason(call: ReservoirCall, hardware: Hardware) -> str | None:
     """Why the native kernels cannot serve this call; None when they can."""
     device = call.inputs.device
-    foreign = _extension.foreign_device(device, cuda=True)
+    foreign = extension.foreign_device(device, cuda=True)
     if foreign is not None:
         return foreign
     if call.inputs.dtype is not torch.float32:
@@ -26,10 +27,10 @@ def unsupported_reason(call: ReservoirCall) -> str | None:
     if device.type == "cuda":
         return (
             _without_cuda_kernel(call)
-            or _extension.cuda_unavailable_reason(device)
-            or _too_large(call, *_extension.cuda_memory(device))
+            or hardware.cuda_library_reason(device)
+            or _too_large(call, *hardware.cuda_memory(device))
         )
-    return _extension.unavailable_reason()
+    return hardware.cpu_library_reason()
 
 
 def _without_cuda_kernel(call: ReservoirCall) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.op import vmap_error
+from resformer_kernels._core.old import vmap_error
 
 NAME = "reservoir_scan"
 NATIVE, TRITON = "resformer", "resformer_triton"

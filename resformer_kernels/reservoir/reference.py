@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir.record import ReservoirCall, ReservoirInfo
 from resformer_kernels.reservoir.reduction import Result, reduce_states
 
@@ -21,7 +22,7 @@ NAME = "reference"
 _LARGE = 1024
 
 
-def unsupported_reason(_call: ReservoirCall) -> str | None:
+def unsupported_reason(_call: ReservoirCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_cu_seqlens, check_flag, check_tensor
-from resformer_kernels._core.op import vmap_error
+from resformer_kernels._core.old import vmap_error
 from resformer_kernels.scan.op import SCAN, state_dtype
 
 DTYPES = (

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.scan.op import state_dtype
 from resformer_kernels.scan.record import ScanCall
 
@@ -21,7 +22,7 @@ NAME = "reference"
 _LARGE = 2**12
 
 
-def unsupported_reason(_call: ScanCall) -> str | None:
+def unsupported_reason(_call: ScanCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import reference
 from resformer_kernels.testing.inputs import AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
@@ -180,7 +181,7 @@ def _by_lse(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """`function` on the reference that differentiates from out and the LSE."""
 
     def run(**arguments: Any) -> tuple[Tensor, ...]:
-        request = function.__resformer_prepare__(**arguments)  # type: ignore[attr-defined]
+        request = prepare(function, **arguments)
         found = reference.run_with(reference.attend_by_lse, request.call)
         return tuple(x for x in found if x is not None)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import explain
+from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._core.select import prepare
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix import mix_value_embedding, mix_values
@@ -134,7 +135,7 @@ def _refusal(backend: str, function: Callable[..., Any], *args: Any, **kwargs: A
     request = prepare(function, *args, **kwargs)
     for candidate in request.backends:
         if backend == candidate.NAME:
-            reason: str | None = candidate.unsupported_reason(request.call)
+            reason: str | None = candidate.unsupported_reason(request.call, MACHINE)
             return reason
     return f"{request.op} {_NO_SUCH}"
 

@@ -20,6 +20,8 @@ from resformer_kernels import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
+from resformer_kernels._core.hardware import MACHINE
+from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import flash_attn
 from resformer_kernels.testing import AttentionCase, attention_inputs, compare_case
 from tests.attention.cases import TABLE, attention_cases
@@ -32,10 +34,9 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Put a fake package in place, and let CPU tensors through."""
-    monkeypatch.setattr(flash_attn, "_device_reason", lambda _device: None)
-    monkeypatch.setattr(flash_attn, "_capability", lambda _device: (9, 0))
-    monkeypatch.setattr(flash_attn, "_loaded", {})
-    monkeypatch.setattr(flash_attn, "_load_errors", {})
+    monkeypatch.setattr(flash_attn, "_device_reason", lambda _device, _hardware: None)
+    monkeypatch.setattr(MACHINE, "capability", lambda _device: (9, 0))
+    monkeypatch.setattr(MACHINE, "_packages", {})
 
     def put(module: str = "flash_attn", without: tuple[str, ...] = ()) -> Fake:
         fake = Fake(2 if module == "flash_attn" else 3)
@@ -63,10 +64,8 @@ def serves(case: AttentionCase) -> bool:
         name: x.requires_grad_() if x.is_floating_point() and x.is_leaf else x
         for name, x in inputs.tensors.items()
     }
-    request = inputs.function.__resformer_prepare__(  # type: ignore[attr-defined]
-        **leaves, **inputs.options, backend="flash_attn"
-    )
-    return flash_attn.unsupported_reason(request.call) is None
+    request = prepare(inputs.function, **leaves, **inputs.options, backend="flash_attn")
+    return flash_attn.unsupported_reason(request.call, MACHINE) is None
 
 
 def check(case: AttentionCase) -> None:
@@ -239,7 +238,7 @@ def test_limits_of_version_3(install: Install, monkeypatch: pytest.MonkeyPatch) 
         value_residual_attention(q, q, q, backend="flash_attn")
     # What version 2 gets wrong is right here.
     check(AttentionCase(dtype=BF16, window=(3, -1), q_len=60))
-    monkeypatch.setattr(flash_attn, "_capability", lambda _device: (8, 0))
+    monkeypatch.setattr(MACHINE, "capability", lambda _device: (8, 0))
     assert "compute capability 9.0" in refusal()
 
 
@@ -300,7 +299,7 @@ def test_it_compiles_without_a_graph_break(
 ) -> None:
     install()
     monkeypatch.setattr(flash_attn, "_device_reason", _constant(None))
-    monkeypatch.setattr(flash_attn, "_capability", _constant((9, 0)))
+    monkeypatch.setattr(MACHINE, "capability", _constant((9, 0)))
 
     def attend(
         q: Tensor,
@@ -357,7 +356,7 @@ def test_a_package_that_is_broken_or_strange_is_refused(
     def broken(_name: str) -> ModuleType:
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(flash_attn, "_load_errors", {})
+    monkeypatch.setattr(MACHINE, "_packages", {})
     monkeypatch.setattr("importlib.import_module", broken)
     assert "flash_attn: it does not import: undefined symbol" in refusal()
 
@@ -366,8 +365,8 @@ def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "runs on CUDA tensors, these are on cpu" in refusal()
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in str(flash_attn._device_reason(device))
+    assert "ROCm" in str(flash_attn._device_reason(device, MACHINE))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert "8.0 or newer, cuda:1 has 7.5" in str(flash_attn._device_reason(device))
-    assert "mps" in str(flash_attn._device_reason(torch.device("mps")))
+    assert "8.0 or newer, cuda:1 has 7.5" in str(flash_attn._device_reason(device, MACHINE))
+    assert "mps" in str(flash_attn._device_reason(torch.device("mps"), MACHINE))

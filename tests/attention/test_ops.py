@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import value_residual_attention
+from resformer_kernels._core.select import prepare
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.testing import AttentionCase, attention_inputs
 
@@ -25,8 +26,7 @@ CASES = {
 
 def op_arguments(case: AttentionCase) -> tuple[AttentionCall, tuple[Any, ...]]:
     inputs = attention_inputs(case)
-    prepare = inputs.function.__resformer_prepare__  # type: ignore[attr-defined]
-    call: AttentionCall = prepare(**inputs.tensors, **inputs.options).call
+    call: AttentionCall = prepare(inputs.function, **inputs.tensors, **inputs.options).call
     return call, tuple(call)
 
 

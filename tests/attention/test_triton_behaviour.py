@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import explain, value_residual_attention
+from resformer_kernels._core.hardware import MACHINE
+from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import triton
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton import configs as triton_configs
@@ -219,8 +221,7 @@ def test_tiles_are_chosen_by_the_kind_of_mask(options: dict[str, Any], kind: str
 
 def call_of(**changes: Any) -> AttentionCall:
     inputs = attention_inputs(AttentionCase(**changes))
-    prepare = value_residual_attention.__resformer_prepare__  # type: ignore[attr-defined]
-    call: AttentionCall = prepare(**inputs.tensors).call
+    call: AttentionCall = prepare(value_residual_attention, **inputs.tensors).call
     return call
 
 
@@ -231,14 +232,14 @@ def on_device(device: str) -> Any:
 
 
 def reason(call: AttentionCall) -> str:
-    found = triton.unsupported_reason(call)
+    found = triton.unsupported_reason(call, MACHINE)
     assert found is not None
     return found
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_what_the_kernels_cannot_serve() -> None:
-    assert triton.unsupported_reason(call_of(head_dim=256, value_dim=256)) is None
+    assert triton.unsupported_reason(call_of(head_dim=256, value_dim=256), MACHINE) is None
     assert "up to 256, these have 257" in reason(call_of(head_dim=257))
     assert "up to 256, these have 300" in reason(call_of(value_dim=300))
     assert "float32, bfloat16 and float16, these are torch.float64" in reason(

@@ -120,7 +120,7 @@ def test_every_public_op_is_reported() -> None:
     ops = {
         name
         for name in resformer_kernels.__all__
-        if hasattr(getattr(resformer_kernels, name), "__resformer_prepare__")
+        if hasattr(getattr(resformer_kernels, name), "__resformer_explainable__")
     }
     # A packed form is served by what serves the padded one.
     assert {name for name in ops if not name.endswith("_varlen")} == set(info._SAMPLES)

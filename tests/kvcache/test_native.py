@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
-from resformer_kernels.kvcache.record import op_arguments, prepare_call
+from resformer_kernels.kvcache.op import op_arguments
+from resformer_kernels.kvcache.record import check_call
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -93,7 +94,7 @@ def test_opcheck(native: str, name: str) -> None:
     }
     q, k_cache, v_cache = (tensors.pop(key) for key in ("q", "k_cache", "v_cache"))
     arguments: dict[str, Any] = {**tensors, **inputs.options}
-    call = op_arguments(prepare_call(q, k_cache, v_cache, **arguments))
+    call = op_arguments(check_call(q, k_cache, v_cache, **arguments))
     torch.library.opcheck(torch.ops.resformer.attention_with_kvcache.default, tuple(call))
 
 

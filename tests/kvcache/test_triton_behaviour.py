@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import attention_with_kvcache, explain
+from resformer_kernels._core.hardware import MACHINE
+from resformer_kernels._core.select import prepare
 from resformer_kernels.kvcache import triton
-from resformer_kernels.kvcache.record import KVCacheCall, op_arguments
+from resformer_kernels.kvcache.op import op_arguments
+from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import plan as triton_plan
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
@@ -38,8 +41,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def call_of(inputs: KVCacheInputs) -> KVCacheCall:
-    prepare = attention_with_kvcache.__resformer_prepare__  # type: ignore[attr-defined]
-    call: KVCacheCall = prepare(**inputs.tensors, **inputs.options).call
+    call: KVCacheCall = prepare(attention_with_kvcache, **inputs.tensors, **inputs.options).call
     return call
 
 
@@ -172,7 +174,7 @@ def test_compiles_whole_and_mutates_the_cache_in_place(name: str) -> None:
 
 def test_what_the_kernels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(**changes: Any) -> str:
-        found = triton.unsupported_reason(call_of(kvcache_inputs(KVCacheCase(**changes))))
+        found = triton.unsupported_reason(call_of(kvcache_inputs(KVCacheCase(**changes))), MACHINE)
         assert found is not None
         return found
 
@@ -182,8 +184,8 @@ def test_what_the_kernels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = kvcache_inputs(KVCacheCase())
     strided = inputs.tensors["k_cache"].repeat_interleave(2, dim=-1)[..., ::2]
     call = call_of(dataclasses.replace(inputs, tensors={**inputs.tensors, "k_cache": strided}))
-    assert "k_cache's last axis has stride 2" in str(triton.unsupported_reason(call))
-    assert triton.unsupported_reason(call_of(inputs)) is None
+    assert "k_cache's last axis has stride 2" in str(triton.unsupported_reason(call, MACHINE))
+    assert triton.unsupported_reason(call_of(inputs), MACHINE) is None
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "on the CPU" in reason()
 

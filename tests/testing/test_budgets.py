@@ -26,11 +26,9 @@ class Broken:
     def __init__(self, **mistakes: Any) -> None:
         self.mistakes = mistakes
 
-    @property
-    def __resformer_prepare__(self) -> Any:
-        return value_residual_attention.__resformer_prepare__  # type: ignore[attr-defined]
+    __resformer_explainable__ = True
 
-    def __call__(self, backend: str, **arguments: Any) -> Any:
+    def __call__(self, backend: str = "auto", **arguments: Any) -> Any:
         if backend != "broken":
             return value_residual_attention(**arguments, backend=backend)
         mistakes = dict(self.mistakes)

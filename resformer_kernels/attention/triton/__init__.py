@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.autograd import copy_notes, run_op
 from resformer_kernels.attention.op import TRITON
 from resformer_kernels.attention.record import AttentionCall
@@ -16,9 +16,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
 
 
-def unsupported_reason(call: AttentionCall) -> str | None:
+def unsupported_reason(call: AttentionCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    reason = _triton.unavailable_reason(call.q.device)
+    reason = hardware.triton_reason(call.q.device)
     if reason is not None:
         return reason
     if call.q.dtype not in _DTYPES:

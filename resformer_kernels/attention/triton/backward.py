@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resformer_kernels._core.op import unit_stride
+from resformer_kernels._core.old import unit_stride
 from resformer_kernels._triton import device as lib
 from resformer_kernels._triton.views import NOTHING, view_of
 from resformer_kernels.attention.triton import bias as bias_kernels

@@ -31,7 +31,7 @@ from transformers.masking_utils import (
 from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.import_utils import is_tracing
 
-from resformer_kernels._core.op import wants_gradient
+from resformer_kernels._core.gradient import wants_gradient
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
 
-from resformer_kernels._triton import available as _triton
+import torch
+
+from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.op import TRITON
+from resformer_kernels.kvcache import op
 from resformer_kernels.kvcache.record import (
     KVCacheCall,
     copy_notes,
-    op_arguments,
     strided_cache_reason,
 )
 
@@ -19,9 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
 
 
-def unsupported_reason(call: KVCacheCall) -> str | None:
+def unsupported_reason(call: KVCacheCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    reason = _triton.unavailable_reason(call.q.device)
+    reason = hardware.triton_reason(call.q.device)
     if reason is not None:
         return reason
     if call.q.dtype not in _DTYPES:
@@ -32,12 +34,5 @@ def unsupported_reason(call: KVCacheCall) -> str | None:
     return strided_cache_reason(call)
 
 
-def notes(call: KVCacheCall) -> list[str]:
-    """What this backend does to the arguments before the kernel."""
-    return copy_notes(call)
-
-
-def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
-    """(out, lse or None); the caches have the new tokens in them."""
-    out, lse = torch.ops.resformer_triton.attention_with_kvcache.default(*op_arguments(call))
-    return out, lse if call.return_lse else None
+notes = copy_notes
+run = partial(op.run, TRITON)

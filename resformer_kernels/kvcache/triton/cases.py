@@ -18,6 +18,7 @@ from resformer_kernels._triton.cases import (
     case_from_launch,
     recorded_launches,
 )
+from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import launch as triton_launch
 
 _CAPACITY = 8192
@@ -77,13 +78,26 @@ class _Call:
         if self.stored is not None:
             scales = [tensor(*rows, self.heads, dtype=torch.float32) for _ in range(2)]
         heads_q = self.heads * self.group
-        triton_launch.attend(
-            tensor(self.batch, self.queries, heads_q, self.head_dim), k_cache, v_cache, k, v,
-            tensor(self.batch, dtype=torch.int32), table,
-            tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
-            *scales, self.window, 0, self.head_dim**-0.5, self.softcap,
-            tensor(heads_q, dtype=torch.float32) if self.sinks else None, 0, self.lse,
-        )  # fmt: skip
+        call = KVCacheCall(
+            q=tensor(self.batch, self.queries, heads_q, self.head_dim),
+            k_cache=k_cache,
+            v_cache=v_cache,
+            k=k,
+            v=v,
+            cache_seqlens=tensor(self.batch, dtype=torch.int32),
+            block_table=table,
+            key_mask=tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
+            k_scale=scales[0],
+            v_scale=scales[1],
+            window_left=self.window,
+            window_right=0,
+            scale=self.head_dim**-0.5,
+            softcap=self.softcap,
+            sinks=tensor(heads_q, dtype=torch.float32) if self.sinks else None,
+            num_splits=0,
+            return_lse=self.lse,
+        )
+        triton_launch.attend(call)
 
 
 def _calls() -> Iterator[_Call]:

@@ -93,9 +93,8 @@ class _Problem:
         }
 
 
-def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The implementation of the op: its arguments, in the schema's order."""
-    call = KVCacheCall(*arguments)
+def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    """The implementation of the op."""
     p = _Problem(call)
     out = lib.empty(call.q, (*call.q.shape[:-1], p.dim_v))
     lse = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.mix.autograd import copy_notes, run_op
 from resformer_kernels.mix.op import TRITON
 from resformer_kernels.mix.record import EmbeddingCall, MixCall
@@ -15,10 +15,10 @@ NAME = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_reason(call: MixCall | EmbeddingCall) -> str | None:
+def unsupported_reason(call: MixCall | EmbeddingCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
     value = call.values[0] if isinstance(call, MixCall) else call.v
-    reason = _triton.unavailable_reason(value.device)
+    reason = hardware.triton_reason(value.device)
     if reason is not None:
         return reason
     if value.dtype not in _DTYPES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir import autograd
 from resformer_kernels.reservoir.op import TRITON
 from resformer_kernels.reservoir.record import ReservoirCall, ReservoirInfo
@@ -14,9 +14,9 @@ from resformer_kernels.reservoir.reduction import Result
 NAME = "triton"
 
 
-def unsupported_reason(call: ReservoirCall) -> str | None:
+def unsupported_reason(call: ReservoirCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    reason = _triton.unavailable_reason(call.inputs.device)
+    reason = hardware.triton_reason(call.inputs.device)
     if reason is not None:
         return reason
     if call.inputs.dtype is not torch.float32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.scan.autograd import copy_notes, run_op
 from resformer_kernels.scan.op import TRITON
 from resformer_kernels.scan.record import ScanCall
@@ -15,9 +15,9 @@ NAME = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
 
-def unsupported_reason(call: ScanCall) -> str | None:
+def unsupported_reason(call: ScanCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    reason = _triton.unavailable_reason(call.tokens.device)
+    reason = hardware.triton_reason(call.tokens.device)
     if reason is not None:
         return reason
     if call.tokens.dtype not in _DTYPES:

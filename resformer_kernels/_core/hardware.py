@@ -1,0 +1,64 @@
+"""What a backend asks about the machine. `MACHINE` answers for this one; the support matrix passes
+another object, and so asks about a machine that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from resformer_kernels._core import extension
+from resformer_kernels._triton import available
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant(method: F) -> F:
+    """Mark a method whose answer torch.compile takes as a constant: it cannot trace an import. The
+    public decorator that sets this mark imports all of torch._dynamo, which no import may cost."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
+class Hardware:
+    """The libraries, packages and GPUs of this machine. Reasons are None where nothing is missing,
+    and read after "cannot serve this call:"."""
+
+    def __init__(self) -> None:
+        self._packages: dict[str, Any] = {}
+
+    @_constant
+    def cpu_library_reason(self) -> str | None:
+        """Why the native CPU library cannot be used."""
+        return extension.unavailable_reason()
+
+    @_constant
+    def cuda_library_reason(self, device: torch.device) -> str | None:
+        """Why the native CUDA library cannot serve `device`."""
+        return extension.cuda_unavailable_reason(device)
+
+    @_constant
+    def cuda_memory(self, device: torch.device) -> tuple[int, int]:
+        """(multiprocessors, bytes of shared memory a block may have) of a CUDA device."""
+        return extension.cuda_memory(device)
+
+    @_constant
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """Compute capability of a CUDA device."""
+        return torch.cuda.get_device_capability(device)
+
+    @_constant
+    def triton_reason(self, device: torch.device) -> str | None:
+        """Why Triton kernels cannot run on tensors of `device`."""
+        return available.unavailable_reason(device)
+
+    @_constant
+    def package(self, name: str, load: Callable[[str], Any]) -> Any:
+        """`load(name)`, called once: what a backend needs of an optional package, or why not."""
+        if name not in self._packages:
+            self._packages[name] = load(name)
+        return self._packages[name]
+
+
+MACHINE = Hardware()
