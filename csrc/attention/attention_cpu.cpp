@@ -89,14 +89,14 @@ Bias read_bias(const Tensor& bias, const Problem& p, const Call& call) {
 
 Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first,
                const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
-               double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k,
+               double lambda_first_value, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
                int64_t window_left, int64_t window_right, double scale, double softcap,
-               const MaybeTensor& sinks, const MaybeTensor& bias) {
+               const MaybeTensor& sinks, const MaybeTensor& attn_bias) {
   Call call;
   Problem& p = call.problem;
-  call.packed = cu_q.has_value();
+  call.packed = cu_seqlens_q.has_value();
   const int64_t rank = call.packed ? 3 : 4;
-  STD_TORCH_CHECK(cu_k.has_value() == call.packed, "cu_seqlens_q and cu_seqlens_k come together");
+  STD_TORCH_CHECK(cu_seqlens_k.has_value() == call.packed, "cu_seqlens_q and cu_seqlens_k come together");
   STD_TORCH_CHECK(v || v_first, "v or v_first must be given");
   check_input(q, "q", rank, q.scalar_type());
   check_input(k, "k", rank, q.scalar_type());
@@ -134,7 +134,7 @@ Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const May
   p.window_right = window_right;
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
-  read_sequences(call, cu_q, cu_k);
+  read_sequences(call, cu_seqlens_q, cu_seqlens_k);
   if (sinks) {
     STD_TORCH_CHECK(sinks->is_cpu() && sinks->dim() == 1 && sinks->size(0) == p.heads_q,
                     "sinks must be (Hq,) = (", p.heads_q, ",) on the CPU");
@@ -144,7 +144,7 @@ Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const May
     call.sinks_float = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
     p.sinks = static_cast<const float*>(call.sinks_float.data_ptr());
   }
-  if (bias) p.bias = read_bias(*bias, p, call);
+  if (attn_bias) p.bias = read_bias(*attn_bias, p, call);
   return call;
 }
 
@@ -172,29 +172,33 @@ Tensor row_contiguous(const Tensor& t) {
   return whole ? t : torch::stable::contiguous(t);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first,
-    const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
-    double lambda_first_value, const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/,
-    int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
-    const MaybeTensor& sinks, const MaybeTensor& bias, bool return_lse, bool return_mixed) {
-  Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_q,
-                        cu_k, window_left, window_right, scale, softcap, sinks, bias);
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const MaybeTensor& v,
+                                           const MaybeTensor& v_first, const MaybeTensor& lambda_v,
+                                           const MaybeTensor& lambda_first, double lambda_v_value,
+                                           double lambda_first_value, const MaybeTensor& cu_seqlens_q,
+                                           const MaybeTensor& cu_seqlens_k, int64_t /*max_seqlen_q*/,
+                                           int64_t /*max_seqlen_k*/, int64_t window_left,
+                                           int64_t window_right, double scale, double softcap,
+                                           const MaybeTensor& sinks, const MaybeTensor& attn_bias,
+                                           bool return_lse, bool return_mixed_value) {
+  Call call =
+      read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_seqlens_q,
+                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias);
   Problem& p = call.problem;
   std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
   out_shape.back() = p.dim_v;
   const Tensor& any = v ? *v : *v_first;
   Tensor out = output(q, out_shape, q.scalar_type());
   Tensor lse = output(q, return_lse ? lse_shape(call) : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor mixed = output(
-      q,
-      return_mixed ? std::vector<int64_t>(any.sizes().begin(), any.sizes().end()) : std::vector<int64_t>{0},
-      q.scalar_type());
+  Tensor mixed = output(q,
+                        return_mixed_value ? std::vector<int64_t>(any.sizes().begin(), any.sizes().end())
+                                           : std::vector<int64_t>{0},
+                        q.scalar_type());
   ForwardOutput o;
   o.out = view_of(out);
   if (return_lse) o.lse = static_cast<float*>(lse.data_ptr());
   lse_strides(call, o.lse_stride);
-  if (return_mixed) o.mixed = view_of(mixed);
+  if (return_mixed_value) o.mixed = view_of(mixed);
   if (call.packed) {  // what lies past the last sequence belongs to none: zeros, as for a row that attends to
                       // nothing
     torch::stable::zero_(out);
@@ -202,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
   // Not where V' itself is asked for: every key of it has one writer then.
-  if (!return_mixed) p.sequences = cut_to_windows(p);
+  if (!return_mixed_value) p.sequences = cut_to_windows(p);
   current_attention_kernels().forward(p, o);
   return {out, lse, mixed};
 }
@@ -249,11 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     const Tensor& grad_out, const MaybeTensor& grad_lse, const MaybeTensor& grad_mixed, const Tensor& q,
     const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v,
     const MaybeTensor& lambda_first, double lambda_v_value, double lambda_first_value,
-    const MaybeTensor& cu_q, const MaybeTensor& cu_k, int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
-    int64_t window_left, int64_t window_right, double scale, double softcap, const MaybeTensor& sinks,
-    const MaybeTensor& bias, const Tensor& out, const Tensor& lse, int64_t grad_mask) {
-  const Call call = read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value,
-                              cu_q, cu_k, window_left, window_right, scale, softcap, sinks, bias);
+    const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
+    const MaybeTensor& sinks, const MaybeTensor& attn_bias, bool /*return_lse*/, bool /*return_mixed_value*/,
+    const Tensor& out, const Tensor& lse, int64_t grad_mask) {
+  const Call call =
+      read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_seqlens_q,
+                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias);
   const Problem& p = call.problem;
   auto wanted = [&](Gradient g, bool given) { return given && (grad_mask >> g & 1) != 0; };
 
@@ -308,31 +314,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     sink_rows = torch::stable::new_zeros(q, rows, ScalarType::Float);
     o.sinks = static_cast<float*>(sink_rows.data_ptr());
   }
-  const bool want_bias = wanted(kBias, bias.has_value()) && p.bias.kind == Bias::Kind::additive;
+  const bool want_bias = wanted(kBias, attn_bias.has_value()) && p.bias.kind == Bias::Kind::additive;
   if (want_bias) {
-    const std::vector<int64_t> shape(bias->sizes().begin(), bias->sizes().end());
-    const bool sums = bias->numel() < call.batch * p.heads_q * call.q_total * call.k_total;
+    const std::vector<int64_t> shape(attn_bias->sizes().begin(), attn_bias->sizes().end());
+    const bool sums = attn_bias->numel() < call.batch * p.heads_q * call.q_total * call.k_total;
     bias_grad = torch::stable::new_zeros(q, shape, sums ? ScalarType::Double : ScalarType::Float);
     if (sums) {
       o.bias.sums = static_cast<double*>(bias_grad.data_ptr());
     } else {
       o.bias.data = static_cast<float*>(bias_grad.data_ptr());
     }
-    for (int i = 0; i < 4; ++i) o.bias.stride[i] = bias->size(i) == 1 ? 0 : bias_grad.stride(i);
-    o.bias_shared = bias->size(0) < call.batch || bias->size(1) < p.heads_q;
+    for (int i = 0; i < 4; ++i) o.bias.stride[i] = attn_bias->size(i) == 1 ? 0 : bias_grad.stride(i);
+    o.bias_shared = attn_bias->size(0) < call.batch || attn_bias->size(1) < p.heads_q;
   }
   current_attention_kernels().backward(p, in, o);
 
   auto none = [&](const MaybeTensor& t) { return output(q, {0}, t ? t->scalar_type() : ScalarType::Float); };
   Tensor dlambda_v = cv.kind == Partial::none ? none(lambda_v) : cv.reduced(*lambda_v);
   Tensor dlambda_first = cf.kind == Partial::none ? none(lambda_first) : cf.reduced(*lambda_first);
-  Tensor dsinks = none(sinks), dbias = none(bias);
+  Tensor dsinks = none(sinks), dbias = none(attn_bias);
   if (want_sinks) {
     const std::vector<int64_t> axes = call.packed ? std::vector<int64_t>{1} : std::vector<int64_t>{0, 2};
     const Tensor sum = torch::stable::sum(sink_rows, axes, false, ScalarType::Double);
     dsinks = torch::stable::to(sum, sinks->scalar_type());
   }
-  if (want_bias) dbias = torch::stable::to(bias_grad, bias->scalar_type());
+  if (want_bias) dbias = torch::stable::to(bias_grad, attn_bias->scalar_type());
   return {dq, dk, dv, dv1, dlambda_v, dlambda_first, dsinks, dbias};
 }
 

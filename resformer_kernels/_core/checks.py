@@ -59,33 +59,45 @@ def readable(tensor: Tensor) -> bool:
     return kind == "cpu" or (kind != "meta" and os.environ.get("RESFORMER_CHECK") == "1")
 
 
-def check_cu_seqlens(cu_seqlens: object, name: str, rows: Tensor, extent: str) -> None:
+def check_cu_seqlens(
+    cu_seqlens: object,
+    name: str,
+    rows: Tensor,
+    extent: str,
+    *,
+    argument: str = "cu_seqlens",
+    sequences: str = "sequences",
+) -> list[int] | None:
     """Check the offsets of sequences packed along the first axis of `rows`, which is called `name`.
 
-    `extent` says in an error how many rows there are, as in "the {} tokens".
+    `extent` says in an error how many rows there are, as in "the {} tokens"; `argument` is what the
+    caller calls the offsets, and `sequences` their number. Returns the offsets where they may be
+    read.
     """
-    check_tensor("cu_seqlens", cu_seqlens, 1, "(sequences + 1,), int32")
+    check_tensor(argument, cu_seqlens, 1, f"({sequences} + 1,), int32")
     assert isinstance(cu_seqlens, Tensor)
     if cu_seqlens.dtype is not torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"{argument} must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != rows.device:
+        owner = f"{name}'" if name.endswith("s") else f"{name}'s"
         raise ValueError(
-            f"cu_seqlens must be on {name}' device {rows.device}, got {cu_seqlens.device}"
+            f"{argument} must be on {owner} device {rows.device}, got {cu_seqlens.device}"
         )
     if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens must have sequences + 1 entries, got none")
+        raise ValueError(f"{argument} must have {sequences} + 1 entries, got none")
     if not readable(cu_seqlens):
-        return
-    offsets = cu_seqlens.tolist()
+        return None
+    offsets: list[int] = cu_seqlens.tolist()
     if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
+        raise ValueError(f"{argument} must start at 0, got {offsets[0]}")
     for i in range(1, len(offsets)):
         if offsets[i] < offsets[i - 1]:
             raise ValueError(
-                f"cu_seqlens must not decrease, got {offsets[i]} after {offsets[i - 1]} "
+                f"{argument} must not decrease, got {offsets[i]} after {offsets[i - 1]} "
                 f"at index {i}"
             )
     if offsets[-1] > rows.shape[0]:
         raise ValueError(
-            f"cu_seqlens must end within {extent.format(rows.shape[0])}, got {offsets[-1]}"
+            f"{argument} must end within {extent.format(rows.shape[0])}, got {offsets[-1]}"
         )
+    return offsets

@@ -1,145 +1,28 @@
-"""The public attention functions: their meaning, their checks, and the choice of a backend."""
+"""The public attention functions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import autocast_dtype, check_flag, check_tensor
-from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels._core.select import explainable, serve
 from resformer_kernels.attention import flash_attn, native, reference, triton
-from resformer_kernels.attention import op as ops
-from resformer_kernels.attention import record as checks
-from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall, check_call
 
 BACKENDS = (native, triton, flash_attn, reference)
 
-_FIXED_Q = "(batch, time, heads, head_dim)"
-_FIXED_K = "(batch, time, kv_heads, head_dim)"
-_PACKED_Q = "(total_tokens, heads, head_dim)"
-_PACKED_K = "(total_tokens, kv_heads, head_dim)"
+
+def _asked_for(
+    call: AttentionCall, results: tuple[Tensor, Tensor | None, Tensor | None]
+) -> Tensor | tuple[Tensor | None, ...]:
+    out, lse, mixed = results
+    if not (call.return_lse or call.return_mixed_value):
+        return out
+    return (out, *((lse,) * call.return_lse), *((mixed,) * call.return_mixed_value))
 
 
-def _tensors(
-    q: Any, k: Any, v: Any, v_first: Any, packed: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check and autocast the four large arguments."""
-    rank, axes_q, axes_k = (3, _PACKED_Q, _PACKED_K) if packed else (4, _FIXED_Q, _FIXED_K)
-    check_tensor("q", q, rank, axes_q)
-    check_tensor("k", k, rank, axes_k)
-    for name, tensor in (("v", v), ("v_first", v_first)):
-        if tensor is not None:
-            check_tensor(name, tensor, rank, f"{axes_k} or None")
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(q):
-        raise RuntimeError(ops.VMAP_ERROR)
-    q, k, v, v_first = (
-        x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)
-    )
-    checks.check_values(q, k, v, v_first)
-    return q, k, v, v_first
-
-
-def _prepare(
-    q: Any,
-    k: Any,
-    v: Any,
-    v_first: Any = None,
-    lambda_v: Any = 0.5,
-    lambda_first: Any = 0.5,
-    *,
-    causal: Any = False,
-    window: Any = (-1, -1),
-    scale: Any = None,
-    softcap: Any = 0.0,
-    sinks: Any = None,
-    attn_bias: Any = None,
-    return_lse: Any = False,
-    return_mixed_value: Any = False,
-    backend: str = "auto",
-    packing: tuple[Any, Any, Any, Any] | None = None,
-) -> Request:
-    q, k, v, v_first = _tensors(q, k, v, v_first, packing is not None)
-    own, first, own_value, first_value = checks.coefficients(
-        v, v_first, lambda_v, lambda_first, q.shape[-2]
-    )
-    if packing is None:
-        cu_q = cu_k = None
-        batch, max_q, max_k = q.shape[0], q.shape[1], k.shape[1]
-    else:
-        cu_q, cu_k, max_q, max_k = packing
-        checks.check_packing("q", cu_q, max_q, q, q.shape[0])
-        checks.check_packing("k", cu_k, max_k, q, k.shape[0])
-        if cu_q.shape != cu_k.shape:
-            raise ValueError(
-                f"cu_seqlens_k must have cu_seqlens_q's {cu_q.shape[0]} entries, "
-                f"got {cu_k.shape[0]}"
-            )
-        batch = cu_q.shape[0] - 1
-    left, right = checks.check_window(window, causal)
-    checks.check_sinks(sinks, q)
-    check_flag("return_lse", return_lse)
-    check_flag("return_mixed_value", return_mixed_value)
-    call = AttentionCall(
-        q=q,
-        k=k,
-        v=v,
-        v_first=v_first,
-        lambda_v=own,
-        lambda_first=first,
-        lambda_v_value=own_value,
-        lambda_first_value=first_value,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        window_left=left,
-        window_right=right,
-        scale=checks.check_scale(scale, q.shape[-1]),
-        softcap=checks.check_softcap(softcap),
-        sinks=sinks,
-        attn_bias=checks.check_bias(attn_bias, q, (batch, q.shape[-2], max_q, max_k)),
-        return_lse=return_lse,
-        return_mixed_value=return_mixed_value,
-    )
-    name = "value_residual_attention" if packing is None else "value_residual_attention_varlen"
-    return Request(name, backend, BACKENDS, call)
-
-
-def _prepare_varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    v_first: Any = None,
-    lambda_v: Any = 0.5,
-    lambda_first: Any = 0.5,
-    *,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    **options: Any,
-) -> Request:
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _prepare(q, k, v, v_first, lambda_v, lambda_first, packing=packing, **options)
-
-
-def _serve(request: Request) -> Tensor | tuple[Tensor, ...]:
-    call: AttentionCall = request.call
-    chosen = select(request.op, request.backend, request.backends, call)
-    out, lse, mixed = chosen.run(call)
-    if call.return_lse and call.return_mixed_value:
-        return out, lse, mixed
-    if call.return_lse:
-        return out, lse
-    if call.return_mixed_value:
-        return out, mixed
-    result: Tensor = out
-    return result
-
-
-@explained_by(_prepare)
+@explainable
 def value_residual_attention(
     q: Tensor,
     k: Tensor,
@@ -203,28 +86,26 @@ def value_residual_attention(
 
     Under autocast q, k, v and v_first are cast to its dtype; coefficients, sinks and bias are not.
     """
-    return _serve(
-        _prepare(
-            q,
-            k,
-            v,
-            v_first,
-            lambda_v,
-            lambda_first,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            attn_bias=attn_bias,
-            return_lse=return_lse,
-            return_mixed_value=return_mixed_value,
-            backend=backend,
-        )
+    call = check_call(
+        q,
+        k,
+        v,
+        v_first,
+        lambda_v,
+        lambda_first,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        attn_bias=attn_bias,
+        return_lse=return_lse,
+        return_mixed_value=return_mixed_value,
     )
+    return _asked_for(call, serve(FIXED, backend, BACKENDS, call))
 
 
-@explained_by(_prepare_varlen)
+@explainable
 def value_residual_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -278,23 +159,21 @@ def value_residual_attention_varlen(
         As `value_residual_attention`. The contents of cu_seqlens are checked on a CPU, and on a
         GPU under RESFORMER_CHECK=1.
     """
-    return _serve(
-        _prepare(
-            q,
-            k,
-            v,
-            v_first,
-            lambda_v,
-            lambda_first,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            attn_bias=attn_bias,
-            return_lse=return_lse,
-            return_mixed_value=return_mixed_value,
-            backend=backend,
-            packing=(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        )
+    call = check_call(
+        q,
+        k,
+        v,
+        v_first,
+        lambda_v,
+        lambda_first,
+        packing=(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        attn_bias=attn_bias,
+        return_lse=return_lse,
+        return_mixed_value=return_mixed_value,
     )
+    return _asked_for(call, serve(PACKED, backend, BACKENDS, call))

@@ -1,120 +1,151 @@
-"""Schemas and fakes of the attention ops; torch alone is needed.
+"""The ops of value-residual attention and their gradient; torch alone is needed.
 
-One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
-whose launcher is imported, and Triton with it, when an op is first called.
-
-Both ops serve fixed-length (B, T, H, D) and packed (total, H, D) tensors; the latter come with
-`cu_seqlens`. Coefficients have V's rank and attn_bias rank 4, with axes of size 1 where they
-broadcast. What was not asked for comes back with no elements.
+Both serve fixed-length (B, T, H, D) and packed (total, H, D) tensors; the latter come with
+`cu_seqlens`. What was not asked for comes back with no elements. Saved for backward: the inputs, out
+and lse. V' is never saved: backward mixes it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.old import vmap_error
-
-_SHARED = (
-    "Tensor q, Tensor k, Tensor? v, Tensor? v_first, "
-    "Tensor? lambda_v, Tensor? lambda_first, float lambda_v_value, float lambda_first_value, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "int window_left, int window_right, float scale, float softcap, "
-    "Tensor? sinks, Tensor? attn_bias, "
+from resformer_kernels._core import strides
+from resformer_kernels._core.gradient import (
+    distinct,
+    in_place_of,
+    mask_of,
+    refuse_forward_mode,
+    run_backward,
+    save,
+    saved,
+    wanted,
+    wants_gradient,
 )
-FORWARD = "value_residual_attention_forward"
-BACKWARD = "value_residual_attention_backward"
+from resformer_kernels._core.op import Op, vmap_error
+from resformer_kernels.attention.record import FIXED, LEAVES, AttentionCall
 
-_SCHEMAS = (
-    f"{FORWARD}({_SHARED}bool return_lse, bool return_mixed_value) "
-    "-> (Tensor out, Tensor lse, Tensor mixed)",
-    f"{BACKWARD}(Tensor grad_out, Tensor? grad_lse, Tensor? grad_mixed, {_SHARED}"
-    "Tensor out, Tensor lse, int grad_mask) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dv_first, "
-    "Tensor dlambda_v, Tensor dlambda_first, Tensor dsinks, Tensor dattn_bias)",
-)
-NATIVE, TRITON = "resformer", "resformer_triton"
-
-VMAP_ERROR = vmap_error("value_residual_attention")
+_ROWS = ("q", "k", "v", "v_first")
+"""Arguments that are copied where their last axis is not contiguous."""
 
 
-def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(shape, dtype=dtype or like.dtype)
+class BackwardCall(NamedTuple):
+    """The arguments of the backward op. Bit i of grad_mask: leaf i of `LEAVES` wants a gradient."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    grad_mixed: Tensor | None
+    call: AttentionCall
+    out: Tensor
+    lse: Tensor
+    grad_mask: int
 
 
-def _forward_fake(
-    q: Tensor, _k: Tensor, v: Tensor | None, v_first: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return_lse, return_mixed_value = rest[-2:]
-    value = v if v is not None else v_first
-    assert value is not None
-    out = _fresh(q, (*q.shape[:-1], value.shape[-1]))
-    if not return_lse:
-        lse_shape: tuple[int, ...] = (0,)
-    elif q.dim() == 3:
-        lse_shape = (q.shape[1], q.shape[0])
-    else:
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    lse = _fresh(q, lse_shape, torch.float32)
-    mixed = _fresh(value, value.shape if return_mixed_value else (0,))
-    return out, lse, mixed
-
-
-def _backward_fake(
-    _grad_out: Tensor,
-    _grad_lse: Tensor | None,
-    _grad_mixed: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    v_first: Tensor | None,
-    lambda_v: Tensor | None,
-    lambda_first: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    sinks, attn_bias, _out, _lse, grad_mask = rest[-5:]
-    leaves = (q, k, v, v_first, lambda_v, lambda_first, sinks, attn_bias)
-    # An absent leaf's gradient has q's dtype where the leaf is one of q, k, v, v_first.
-    return tuple(
-        _fresh(q, (0,), q.dtype if bit < 4 else torch.float32)
-        if leaf is None
-        else _fresh(leaf, leaf.shape if grad_mask >> bit & 1 else (0,))
-        for bit, leaf in enumerate(leaves)
+def _forward_fake(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, value = call.q, call.value
+    *batch, time, heads, _ = q.shape
+    lse_shape = (*batch, heads, time) if call.return_lse else (0,)
+    return (
+        q.new_empty((*q.shape[:-1], value.shape[-1])),
+        q.new_empty(lse_shape, dtype=torch.float32),
+        value.new_empty(value.shape if call.return_mixed_value else (0,)),
     )
 
 
-def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
-    raise RuntimeError(VMAP_ERROR)
+def _backward_fake(given: BackwardCall) -> tuple[Tensor, ...]:
+    return tuple(
+        absent_gradient(given.call, bit)
+        if leaf is None or not given.grad_mask >> bit & 1
+        else leaf.new_empty(leaf.shape)
+        for bit, leaf in enumerate(given.call.leaves)
+    )
 
 
-def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from resformer_kernels.attention.triton import launch as triton_launch
-
-    return triton_launch.forward(*arguments)
-
-
-def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from resformer_kernels.attention.triton import backward as triton_gradients
-
-    return triton_gradients.backward(*arguments)
+def absent_gradient(call: AttentionCall, bit: int) -> Tensor:
+    """What stands for the gradient of a leaf that is absent or wants none."""
+    leaf = call.leaves[bit]
+    if leaf is not None:
+        return leaf.new_empty((0,))
+    return call.q.new_empty((0,), dtype=call.q.dtype if bit < len(_ROWS) else torch.float32)
 
 
-def _define(namespace: str) -> torch.library.Library:
-    library = torch.library.Library(namespace, "FRAGMENT")
-    fakes: tuple[Callable[..., Any], ...] = (_forward_fake, _backward_fake)
-    for name, schema, fake in zip((FORWARD, BACKWARD), _SCHEMAS, fakes, strict=True):
-        library.define(schema)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        library.impl(name, _no_vmap, "FuncTorchBatched")
-    return library
+FORWARD = Op(
+    f"{FIXED}_forward",
+    AttentionCall,
+    "(Tensor out, Tensor lse, Tensor mixed)",
+    function=FIXED,
+    fake=_forward_fake,
+    triton="resformer_kernels.attention.triton.forward:forward",
+)
+BACKWARD = Op(
+    f"{FIXED}_backward",
+    BackwardCall,
+    f"({', '.join(f'Tensor d{name}' for name in LEAVES)})",
+    function=FIXED,
+    fake=_backward_fake,
+    triton="resformer_kernels.attention.triton.backward:backward",
+)
 
 
-# Libraries unregister what they hold when they are collected.
-_libraries = {namespace: _define(namespace) for namespace in (NATIVE, TRITON)}
-# CPU tensors are for Triton's interpreter.
-for _key in ("CUDA", "CPU"):
-    _libraries[TRITON].impl(FORWARD, _triton_forward, _key)
-    _libraries[TRITON].impl(BACKWARD, _triton_backward, _key)
+class ValueResidualAttention(torch.autograd.Function):
+    """apply(namespace, *call) -> (out, lse, mixed). The mixed value is empty where not asked for."""
+
+    @staticmethod
+    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Backward needs the LSE whether the caller does or not.
+        call = AttentionCall(*arguments)._replace(return_lse=True)
+        result: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, call)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.namespace, *arguments = inputs
+        call = AttentionCall(*arguments)
+        out, lse, mixed = output
+        save(ctx, call, out, lse)
+        unwanted = [] if call.return_lse else [lse]
+        ctx.mark_non_differentiable(*unwanted, *([] if call.return_mixed_value else [mixed]))
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mixed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        call, out, lse = saved(ctx, AttentionCall)
+        needs = wanted(ctx, AttentionCall, LEAVES)
+        # torch.compile materialises the gradients of outputs that were marked not differentiable.
+        given = BackwardCall(
+            grad_out=torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse=grad_lse if call.return_lse else None,
+            grad_mixed=grad_mixed if call.return_mixed_value else None,
+            call=call,
+            out=out,
+            lse=lse,
+            grad_mask=mask_of(needs),
+        )
+        gradients = run_backward(BACKWARD, ctx.namespace, given)
+        return in_place_of(AttentionCall, LEAVES, gradients, needs)
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(FIXED))
+
+
+def run(namespace: str, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, mixed value or None) of `call`, by the ops of `namespace`."""
+    call = strides.with_unit_strides(call, (*_ROWS, "cu_seqlens_q", "cu_seqlens_k"))
+    if torch.compiler.is_compiling():
+        call = distinct(call)
+    else:
+        refuse_forward_mode(FIXED, call.leaves)
+    if wants_gradient(call.leaves):
+        out, lse, mixed = ValueResidualAttention.apply(namespace, *call)
+    else:
+        out, lse, mixed = FORWARD(namespace, call)
+    return out, lse if call.return_lse else None, mixed if call.return_mixed_value else None
+
+
+def copy_notes(call: AttentionCall) -> list[str]:
+    """What `run` copies before the kernel, for `explain`."""
+    return strides.copy_notes(call, _ROWS)

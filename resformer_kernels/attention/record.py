@@ -1,10 +1,11 @@
-"""The normalised form of an attention call, and every check that leads to it.
+"""The record of an attention call, and every check that leads to it.
 
 Checks read metadata alone, except the few numbers in `cu_seqlens` where they lie in host memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -13,19 +14,28 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    autocast_dtype,
+    check_cu_seqlens,
     check_flag,
     check_real,
     check_tensor,
     describe,
-    readable,
 )
 from resformer_kernels._core.coefficients import check_coefficient
+from resformer_kernels._core.op import SymInt, refuse_vmap
+
+FIXED, PACKED = "value_residual_attention", "value_residual_attention_varlen"
+"""The public functions."""
+
+LEAVES = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
+"""Arguments that have gradients, in the order of the backward op's results and of `grad_mask`."""
 
 _INT = (int, torch.SymInt)
+_AXES = {False: "(batch, time, {}, head_dim)", True: "(total_tokens, {}, head_dim)"}
 
 
 class AttentionCall(NamedTuple):
-    """What a backend receives: validated, one form per meaning.
+    """A validated call, its fields in the order of the op's arguments; one form per meaning.
 
     Fixed length (cu_seqlens_* None): q (B, Tq, Hq, Dk), k (B, Tk, Hkv, Dk), values
     (B, Tk, Hkv, Dv). Packed: no batch axis, time is total_q and total_k. At least one of v and
@@ -44,8 +54,8 @@ class AttentionCall(NamedTuple):
     lambda_first_value: float
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
+    max_seqlen_q: SymInt
+    max_seqlen_k: SymInt
     window_left: int
     window_right: int
     scale: float
@@ -54,6 +64,109 @@ class AttentionCall(NamedTuple):
     attn_bias: Tensor | None
     return_lse: bool
     return_mixed_value: bool
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences lie one after the other, without a batch axis."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether V' has two sources."""
+        return self.v is not None and self.v_first is not None
+
+    @property
+    def value(self) -> Tensor:
+        """A source of V': its shape and dtype are those of V'."""
+        value = self.v if self.v is not None else self.v_first
+        assert value is not None
+        return value
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences: the batch size, or the number of packed ones."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """The arguments that `LEAVES` names."""
+        return tuple(getattr(self, name) for name in LEAVES)
+
+
+def check_call(
+    q: Any,
+    k: Any,
+    v: Any,
+    v_first: Any,
+    lambda_v: Any,
+    lambda_first: Any,
+    *,
+    packing: tuple[Any, Any, Any, Any] | None = None,
+    causal: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    sinks: Any,
+    attn_bias: Any,
+    return_lse: Any,
+    return_mixed_value: Any,
+) -> AttentionCall:
+    """Check and normalise the arguments of a public function.
+
+    `packing` is None, or (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k).
+    """
+    packed = packing is not None
+    axes_k = _AXES[packed].format("kv_heads")
+    check_tensor("q", q, 4 - packed, _AXES[packed].format("heads"))
+    check_tensor("k", k, 4 - packed, axes_k)
+    for name, tensor in (("v", v), ("v_first", v_first)):
+        if tensor is not None:
+            check_tensor(name, tensor, 4 - packed, f"{axes_k} or None")
+    refuse_vmap(FIXED, (q,))
+    q, k, v, v_first = (
+        x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)
+    )
+    check_values(q, k, v, v_first)
+    own, first, own_value, first_value = coefficients(
+        v, v_first, lambda_v, lambda_first, q.shape[-2]
+    )
+    cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[1], k.shape[1])
+    batch = q.shape[0]
+    if packed:
+        _check_packing("q", cu_q, max_q, q)
+        _check_packing("k", cu_k, max_k, k)
+        if cu_q.shape != cu_k.shape:
+            raise ValueError(
+                f"cu_seqlens_k must have cu_seqlens_q's {cu_q.shape[0]} entries, "
+                f"got {cu_k.shape[0]}"
+            )
+        batch = cu_q.shape[0] - 1
+    left, right = check_window(window, causal)
+    check_sinks(sinks, q)
+    check_flag("return_lse", return_lse)
+    check_flag("return_mixed_value", return_mixed_value)
+    return AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        v_first=v_first,
+        lambda_v=own,
+        lambda_first=first,
+        lambda_v_value=own_value,
+        lambda_first_value=first_value,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        window_left=left,
+        window_right=right,
+        scale=check_scale(scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
+        sinks=sinks,
+        attn_bias=check_bias(attn_bias, q, (batch, q.shape[-2], max_q, max_k)),
+        return_lse=return_lse,
+        return_mixed_value=return_mixed_value,
+    )
 
 
 def check_values(q: Tensor, k: Tensor, v: Tensor | None, v_first: Tensor | None) -> None:
@@ -193,42 +306,26 @@ def check_bias(bias: Any, q: Tensor, target: tuple[int, int, int, int]) -> Tenso
     return bias[(None,) * missing] if missing else bias
 
 
-def check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, q: Tensor, total: int) -> None:
-    """Check one of the two cu_seqlens and its max_seqlen; `name` is "q" or "k"."""
-    argument = f"cu_seqlens_{name}"
-    check_tensor(argument, cu_seqlens, 1, "(batch + 1,), int32")
-    if cu_seqlens.dtype is not torch.int32:
-        raise TypeError(f"{argument} must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{argument} must be on q's device {q.device}, got {cu_seqlens.device}")
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{argument} must have batch + 1 entries, got none")
-    longest = f"max_seqlen_{name}"
+def _check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, rows: Tensor) -> None:
+    """Check one of the two cu_seqlens and its max_seqlen; `rows` is q or k, as `name` says."""
+    offsets = check_cu_seqlens(
+        cu_seqlens,
+        name,
+        rows,
+        f"{name}'s {{}} tokens",
+        argument=f"cu_seqlens_{name}",
+        sequences="batch",
+    )
+    argument = f"max_seqlen_{name}"
     if not isinstance(max_seqlen, _INT) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{longest} must be an int, got {describe(max_seqlen)}")
+        raise TypeError(f"{argument} must be an int, got {describe(max_seqlen)}")
     if max_seqlen < 0:
-        raise ValueError(f"{longest} must be 0 or more, got {max_seqlen}")
-    if readable(cu_seqlens):
-        _check_offsets(argument, cu_seqlens.tolist(), longest, max_seqlen, name, total)
-
-
-def _check_offsets(
-    argument: str, offsets: list[int], longest: str, max_seqlen: Any, name: str, total: int
-) -> None:
-    if offsets[0] != 0:
-        raise ValueError(f"{argument} must start at 0, got {offsets[0]}")
-    found = 0
-    for i in range(1, len(offsets)):
-        if offsets[i] < offsets[i - 1]:
-            raise ValueError(
-                f"{argument} must not decrease, got {offsets[i]} after {offsets[i - 1]} "
-                f"at index {i}"
-            )
-        found = max(found, offsets[i] - offsets[i - 1])
-    if offsets[-1] > total:
-        raise ValueError(f"{argument} must end within {name}'s {total} tokens, got {offsets[-1]}")
-    if found > max_seqlen:
+        raise ValueError(f"{argument} must be 0 or more, got {max_seqlen}")
+    if offsets is None:
+        return
+    longest = max((end - start for start, end in itertools.pairwise(offsets)), default=0)
+    if longest > max_seqlen:
         raise ValueError(
-            f"{longest} must be at least the longest sequence of {argument}, {found}, "
+            f"{argument} must be at least the longest sequence of cu_seqlens_{name}, {longest}, "
             f"got {max_seqlen}"
         )
