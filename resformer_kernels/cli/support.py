@@ -30,12 +30,12 @@ from resformer_kernels import (
 )
 from resformer_kernels._core import extension as _extension
 from resformer_kernels._core.select import prepare
+from resformer_kernels._triton import arch
 from resformer_kernels._triton import available as _triton
 from resformer_kernels.attention import flash_attn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
-_HOPPER = (9, 0)
-_HOPPER_MEMORY = (132, 227 * 1024)
+_MEMORY = (arch.STAND_IN_MULTIPROCESSORS, arch.architecture(arch.STAND_IN).shared_bytes)
 """Multiprocessors, and bytes of shared memory of a block."""
 _B, _T, _H, _D, _UNITS = 2, 8, 2, 64, 32
 
@@ -244,11 +244,11 @@ def _supposed() -> Iterator[None]:
         for module, name, instead in (
             (_extension, "unavailable_reason", lambda: None),
             (_extension, "cuda_unavailable_reason", lambda _device: None),
-            (_extension, "cuda_memory", lambda _device: _HOPPER_MEMORY),
+            (_extension, "cuda_memory", lambda _device: _MEMORY),
             (_triton, "unavailable_reason", triton),
             (flash_attn, "_device_reason", flash),
             (flash_attn, "_loaded", packages),
-            (flash_attn, "_capability", lambda _device: _HOPPER),
+            (flash_attn, "_capability", lambda _device: arch.STAND_IN),
         ):
             stack.enter_context(mock.patch.object(module, name, instead))
         yield
