@@ -26,6 +26,7 @@ from benchmarks.device_timer import timer_for
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention
+from resformer_kernels._triton import arch
 from resformer_kernels.bench.timing import Call, alternate
 from resformer_kernels.bench.workloads import timed_call
 
@@ -159,11 +160,10 @@ def run_job(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 def architecture(device: str) -> str:
-    """The table's name for the device's kind; without a GPU, that which the interpreter plays."""
-    kind = torch.device(device).type
-    capability = torch.cuda.get_device_capability(device) if kind == "cuda" else (9, 0)
-    name: str = configs().architecture(capability)
-    return name
+    """The table's name for the device's architecture, or for the stand-in's without a GPU."""
+    cuda = torch.device(device).type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if cuda else arch.STAND_IN
+    return arch.architecture(capability).name
 
 
 def configs() -> Any:

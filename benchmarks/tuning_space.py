@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import product, zip_longest
 from typing import Any, TypeAlias
 
+from resformer_kernels._triton.arch import ARCHITECTURES
+
 Config: TypeAlias = tuple[int, int, int, int]
 """Rows and keys of a tile, warps of a program, stages of its pipeline."""
 Table: TypeAlias = dict[str, Any]
@@ -26,7 +28,7 @@ GAIN = 0.02
 """By how much another configuration must be faster than the one that is there: above noise."""
 
 _ROWS, _KEYS, _WARPS, _STAGES = (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-_SHARED_BYTES = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+_SHARED_BYTES = {arch.name: arch.shared_bytes for arch in ARCHITECTURES.values()}
 _ACCUMULATORS = 192
 """Of a thread's 255 registers, those that its share of the sums and scores may take."""
 _LEAST_ACCUMULATORS = 24

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from resformer_kernels._triton import device as lib
 from resformer_kernels._triton.available import interpreted
+from resformer_kernels._triton.launch import launch
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -102,7 +103,7 @@ FUNCTIONS = ("powers", "exponentials", "tangents", "slopes", "fast", "fast_slope
 
 
 def run(kernel: object, **arguments: object) -> None:
-    lib.launch(kernel, (1,), CPU, **arguments)
+    launch(kernel, (1,), CPU, **arguments)
 
 
 def awkward() -> torch.Tensor:
@@ -198,5 +199,5 @@ def test_mix_reads_a_coefficient_of_any_form(dtype: torch.dtype, form: int) -> N
 
 def test_an_empty_grid_launches_nothing() -> None:
     out = torch.full((4,), 7.0)
-    lib.launch(_widen, (0,), CPU, source=out, target=out, COUNT=4)
+    launch(_widen, (0,), CPU, source=out, target=out, COUNT=4)
     assert out.tolist() == [7.0] * 4

@@ -7,8 +7,9 @@ import os
 
 import torch
 
+from resformer_kernels._triton import arch
+
 OLDEST = (3, 6)
-OLDEST_CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
@@ -30,7 +31,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs and was never run on ROCm, which these tensors are on"
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
+    if capability < arch.OLDEST:
         found = ".".join(str(part) for part in capability)
         return f"it needs compute capability 8.0 or newer, {device} has {found}"
     return version_reason()

@@ -1,4 +1,4 @@
-"""Device functions that every Triton kernel shares, and how a kernel is launched.
+"""Device functions that every Triton kernel shares.
 
 Kernels are proved by Triton's interpreter, which differs from a GPU where INTERPRETED is asked:
 there, bfloat16 products and arithmetic are garbage and rounding to bfloat16 truncates. A choice
@@ -7,16 +7,8 @@ by a constant needs if and else, with one return after both: the compiler follow
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -26,52 +18,6 @@ PER_TILE: tl.constexpr = tl.constexpr(1)
 PER_ROW: tl.constexpr = tl.constexpr(2)
 PER_COLUMN: tl.constexpr = tl.constexpr(3)
 PER_ELEMENT: tl.constexpr = tl.constexpr(4)
-
-
-_assumed: tuple[int, int] | None = None
-
-
-@contextmanager
-def assumed_capability(capability: tuple[int, int]) -> Iterator[None]:
-    """Within it launchers choose for that compute capability, whatever their tensors are on."""
-    global _assumed
-    before, _assumed = _assumed, capability
-    try:
-        yield
-    finally:
-        _assumed = before
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability to choose for; without a GPU the interpreter plays sm_90."""
-    if _assumed is not None:
-        return _assumed
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Run `kernel` on `device`; nothing where the grid is empty."""
-    if 0 in grid:
-        return
-    if triton.knobs.runtime.interpret:
-        import numpy
-
-        # numpy warns where a GPU goes on (inf - inf, an overflowing exponential, a NaN), and of
-        # how the interpreter uses it.
-        with numpy.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kernel[grid](**arguments)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments)
-
-
-def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that a kernel is to write: uninitialised, or NaN under RESFORMER_POISON=1."""
-    fresh = like.new_empty(shape, dtype=dtype)
-    if os.environ.get("RESFORMER_POISON"):
-        fresh.fill_(torch.nan)
-    return fresh
 
 
 @triton.jit

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from resformer_kernels._triton.arch import ARCHITECTURES
 from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import at_least, counter, output, refuse
 from resformer_kernels.cli.compile import check as triton_check
 from resformer_kernels.cli.compile import cuda as cuda_check
-from resformer_kernels.cli.compile.artifacts import SHARED_LIMITS, Compiled
+from resformer_kernels.cli.compile.artifacts import Compiled
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -37,7 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--arch",
         type=int,
         action="append",
-        choices=tuple(SHARED_LIMITS),
+        choices=tuple(ARCHITECTURES),
         help="this architecture alone; may be repeated (default: all)",
     )
     parser.add_argument("--op", metavar="OP", action="append", help="this op alone, by its folder")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         return refuse("compile-check", f"no Triton kernels in {unknown}; there are some in {ops}")
     wanted = [
         job
-        for job in triton_check.jobs(modules, args.arch or tuple(SHARED_LIMITS))
+        for job in triton_check.jobs(modules, args.arch or tuple(ARCHITECTURES))
         if (not args.op or job.op in args.op)
         and (job.main or not args.main)
         and all(word in job.name for word in (args.filter or "").split())
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         wanted = brief(wanted)
     built = [
         case
-        for case in cuda_check.kernels(args.op or ops, args.arch or tuple(SHARED_LIMITS))
+        for case in cuda_check.kernels(args.op or ops, args.arch or tuple(ARCHITECTURES))
         if all(word in case.name for word in (args.filter or "").split())
     ]
     if not wanted and not built:

@@ -28,11 +28,11 @@ from resformer_kernels import (
 )
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.select import prepare
+from resformer_kernels._triton import arch
 from resformer_kernels.attention import flash_attn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
-_HOPPER = (9, 0)
-_HOPPER_MEMORY = (132, 227 * 1024)
+_MEMORY = (arch.STAND_IN_MULTIPROCESSORS, arch.architecture(arch.STAND_IN).shared_bytes)
 """Multiprocessors, and bytes of shared memory of a block."""
 _B, _T, _H, _D, _UNITS = 2, 8, 2, 64, 32
 
@@ -236,11 +236,11 @@ class _Supposed(Hardware):
 
     def cuda_memory(self, device: torch.device) -> tuple[int, int]:
         del device
-        return _HOPPER_MEMORY
+        return _MEMORY
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         del device
-        return _HOPPER
+        return arch.STAND_IN
 
     def triton_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it runs on CUDA tensors"

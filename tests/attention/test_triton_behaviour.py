@@ -15,6 +15,7 @@ from torch import Tensor
 from resformer_kernels import explain, value_residual_attention
 from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._core.select import prepare
+from resformer_kernels._triton.arch import architecture
 from resformer_kernels.attention import triton
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton import configs as triton_configs
@@ -63,14 +64,14 @@ def test_where_values_are_mixed_changes_no_bits(
     case: AttentionCase,
     capability: tuple[int, int],
 ) -> None:
-    from resformer_kernels._triton import device as lib
+    from resformer_kernels._triton.launch import assumed_capability
 
     if case is not EVERYTHING and dtype is torch.float16:
         pytest.skip("as bfloat16")
     found = []
     for placement in ("inline", "prologue"):
         monkeypatch.setenv(triton_configs.VARIABLE, placement)
-        with lib.assumed_capability(capability):
+        with assumed_capability(capability):
             found.append(all_bits(dataclasses.replace(case, dtype=dtype)))
     assert_same_bits(*found)
 
@@ -185,7 +186,7 @@ def test_few_rows_mix_inline(monkeypatch: pytest.MonkeyPatch) -> None:
      ((11, 0), "sm100"), ((12, 0), "sm80"), ((13, 0), "sm80")],
 )  # fmt: skip
 def test_each_architecture_has_a_table(capability: tuple[int, int], name: str) -> None:
-    assert triton_configs.architecture(capability) == name
+    assert architecture(capability).name == name
     assert name in triton_configs.table()
 
 

@@ -22,12 +22,12 @@ class Variant:
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        from resformer_kernels._triton import device as lib
+        from resformer_kernels._triton.launch import assumed_capability
 
         config = triton_configs.Config(self.rows, self.keys, warps=4, stages=1)
         with (
             mock.patch.object(triton_configs, "choose", return_value=config),
             mock.patch.dict(os.environ, {triton_configs.VARIABLE: self.mix}),
-            lib.assumed_capability(self.capability),
+            assumed_capability(self.capability),
         ):
             yield

@@ -206,10 +206,6 @@ def test_a_trial_changes_the_table_while_it_runs_and_no_longer(
         def table() -> Table:
             return content
 
-        @staticmethod
-        def architecture(_capability: tuple[int, int]) -> str:
-            return "sm90"
-
     seen: list[Any] = []
 
     def compare(point: Point, _settings: object) -> str:

@@ -7,6 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resformer_kernels._triton.launch import launch
+
+META = torch.device("meta")
+
 
 @triton.jit
 def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr):
@@ -49,21 +53,23 @@ def launch_matmul(
     """One block of a product, on meta tensors."""
     a, b = (torch.empty(shape, device="meta", dtype=dtype) for shape in ((m, 4096), (4096, n)))
     out = torch.empty((m, n), device="meta")
-    matmul[(1,)](a, b, out, 4096, M=m, N=n, K=k, IEEE=dtype is torch.float32, **options)
+    ieee = dtype is torch.float32
+    launch(matmul, (1,), META, a=a, b=b, out=out, n=4096, M=m, N=n, K=k, IEEE=ieee, **options)
 
 
 def launch_copy(source: Tensor) -> None:
     """A copy of a flat tensor."""
     n = source.numel()
-    copy[(triton.cdiv(n, 1024),)](source, torch.empty_like(source), n, BLOCK=1024)
+    target = torch.empty_like(source)
+    launch(copy, (triton.cdiv(n, 1024),), META, source=source, target=target, n=n, BLOCK=1024)
 
 
 def launch_hoard(maxnreg: int) -> None:
     """128 elements a thread, in `maxnreg` registers."""
     x = torch.empty(128 * 128, device="meta")
-    hoard[(1,)](x, x, BLOCK=x.numel(), maxnreg=maxnreg)
+    launch(hoard, (1,), META, source=x, target=x, BLOCK=x.numel(), maxnreg=maxnreg)
 
 
 def launch_wrong() -> None:
     """A kernel that Triton refuses."""
-    wrong[(1,)](torch.empty(1, device="meta"), BLOCK=16)
+    launch(wrong, (1,), META, source=torch.empty(1, device=META), BLOCK=16)

@@ -100,7 +100,8 @@ def test_what_is_wrong_is_named(
 LAUNCHES = """
 import torch
 from tests.compile_check import kernels
-from resformer_kernels._triton.cases import case_from_launch, recorded_launches
+from resformer_kernels._triton.cases import case_from_launch
+from resformer_kernels._triton.launch import recorded_launches
 
 x = torch.empty(4096 + 8 + 1, device="meta", dtype=torch.bfloat16)
 cases = []

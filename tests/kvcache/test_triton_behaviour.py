@@ -217,12 +217,12 @@ def test_splits_fill_the_gpu() -> None:
 def test_what_is_read_once_leaves_the_second_level_cache_first(
     queries: int, hints: tuple[str, str]
 ) -> None:
-    from resformer_kernels._triton import device as lib
+    from resformer_kernels._triton.launch import recorded_launches
 
     inputs = kvcache_inputs(KVCacheCase(q_len=queries, append="none", dtype=torch.bfloat16))
-    with mock.patch.object(lib, "launch") as launch:
+    with recorded_launches() as launches:
         run_copied(inputs, "triton")
-    (attend,) = launch.call_args_list
+    (attend,) = launches
     assert (attend.kwargs["KEY_POLICY"], attend.kwargs["VALUE_POLICY"]) == hints
     # Loads that the compiler makes copies to shared memory would lose them.
     assert attend.kwargs["AHEAD"] == bool(hints[0])

@@ -50,10 +50,9 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
 @contextmanager
 def together(programs: int) -> Iterator[list[int]]:
     """Within it, up to `programs` run at once; yields how many each launch had."""
-    from resformer_kernels._triton import device as lib
+    from resformer_kernels._triton.launch import launch as run_launch
     from resformer_kernels.reservoir.triton import launch as triton_launch
 
-    run = lib.launch
     launched: list[int] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
@@ -62,7 +61,7 @@ def together(programs: int) -> Iterator[list[int]]:
         given = {"kernel": kernel, **arguments}
         fork = multiprocessing.get_context("fork")
         workers = [
-            fork.Process(target=_run_one, args=(run, place, grid[0], given), daemon=True)
+            fork.Process(target=_run_one, args=(run_launch, place, grid[0], given), daemon=True)
             for place in range(grid[0])
         ]
         for worker in workers:
@@ -77,6 +76,6 @@ def together(programs: int) -> Iterator[list[int]]:
 
     with (
         mock.patch.object(triton_launch, "_programs", return_value=programs),
-        mock.patch.object(lib, "launch", launch),
+        mock.patch.object(triton_launch, "launch", launch),
     ):
         yield launched

@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resformer_kernels._core.old import unit_stride
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.arch import has_tensor_descriptors
+from resformer_kernels._triton.launch import capability, empty, launch
 from resformer_kernels._triton.views import NOTHING, view_of
 from resformer_kernels.attention.triton import bias as bias_kernels
 from resformer_kernels.attention.triton import configs, loads
@@ -49,8 +50,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         unit_stride(grad_out),
         grad_lse if grad_lse is not None and grad_lse.numel() else None,
         unit_stride(grad_mixed) if grad_mixed is not None and grad_mixed.numel() else None,
-        lib.empty(p.q, (slots,), torch.float32),
-        lib.empty(p.q, (slots,), torch.float32),
+        empty(p.q, (slots,), torch.float32),
+        empty(p.q, (slots,), torch.float32),
         premix(p) if p.mixes else p.value,
     )
     found: list[Tensor | None] = [None] * len(leaves)
@@ -91,7 +92,7 @@ def _reduce_rows(
     heads_first = (*lse.shape,)
     sink_rows = p.q.new_zeros(heads_first, dtype=torch.float32) if want_sinks else None
     masks = p.masks()
-    lib.launch(
+    launch(
         kernels.rows_kernel,
         (p.sequences * p.heads * count,),
         p.q.device,
@@ -120,7 +121,7 @@ def _reduce_rows(
 
 def _fresh(p: Problem, leaf: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A gradient of the leaf's shape; what lies after the last sequence is zero."""
-    gradient = lib.empty(leaf, leaf.shape)
+    gradient = empty(leaf, leaf.shape)
     if p.packed:
         clear_tail(cu_seqlens, gradient)
     return gradient
@@ -145,7 +146,7 @@ class _Partial:
         else:
             self.kind = kernels.BY_ELEMENT.value
         # Of packed keys, some belong to no sequence, and some tiles to none.
-        make = torch.Tensor.new_zeros if p.packed else lib.empty
+        make = torch.Tensor.new_zeros if p.packed else empty
         self.sums = make(p.value, shape, dtype=torch.float32)
 
     def reduced(self) -> Tensor | None:
@@ -167,7 +168,7 @@ def _row_descriptors(
 ) -> dict[str, TensorDescriptor | None]:
     """Of what is read by tiles of rows: q and dO (where tiles hold whole queries), base, delta."""
     names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
-    if lib.capability(p.q.device) < (9, 0) or p.q.numel() == 0:
+    if not has_tensor_descriptors(capability(p.q.device)) or p.q.numel() == 0:
         return dict.fromkeys(names)
     dims = p.dims()
     whole = config.rows % p.group == 0
@@ -184,7 +185,7 @@ def _key_descriptors(
     p: Problem, config: configs.Config, **tensors: tuple[Tensor | None, str]
 ) -> dict[str, TensorDescriptor | None]:
     """Of tensors by tiles of keys, each with the name of its block's width."""
-    if lib.capability(p.q.device) < (9, 0):
+    if not has_tensor_descriptors(capability(p.q.device)):
         return dict.fromkeys(tensors)
     dims = p.dims()
     return {
@@ -196,7 +197,7 @@ def _keys(p: Problem, incoming: Incoming, wanted: list[bool]) -> list[Tensor | N
     """The gradients of k, v, v_first, lambda_v and lambda_first."""
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
-    arch = lib.capability(p.q.device)
+    arch = capability(p.q.device)
     config = configs.choose(arch, "keys", p.q.dtype, widest, p.mask_kind)
     count = -(-p.max_k // config.keys)
     dk = _fresh(p, p.k, p.cu_k) if wanted[K] else None
@@ -220,7 +221,7 @@ def _keys(p: Problem, incoming: Incoming, wanted: list[bool]) -> list[Tensor | N
             first_descriptor=(written[2], "BLOCK_V"),
         ),
     }
-    lib.launch(
+    launch(
         kernels.keys_gradient_kernel,
         (p.sequences * p.heads * count,),
         p.q.device,
@@ -264,7 +265,7 @@ def _queries(p: Problem, incoming: Incoming) -> Tensor:
     """The gradient of q."""
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
-    arch = lib.capability(p.q.device)
+    arch = capability(p.q.device)
     config = configs.choose(arch, "queries", p.q.dtype, widest, p.mask_kind)
     descriptors = _key_descriptors(
         p,
@@ -275,7 +276,7 @@ def _queries(p: Problem, incoming: Incoming) -> Tensor:
     dq = _fresh(p, p.q, p.cu_q)
     count = -(-p.rows // config.rows)
     listed, list_size = open_tiles(p, config, by_rows=True)
-    lib.launch(
+    launch(
         queries_kernels.queries_gradient_kernel,
         (p.sequences * p.heads * count,),
         p.q.device,
@@ -309,7 +310,7 @@ def _bias(p: Problem, incoming: Incoming, bias: Tensor) -> Tensor:
     """The gradient of an additive attn_bias, (batch or 1, heads or 1, queries or 1, keys or 1)."""
     dims = p.dims()
     widest = max(dims["BLOCK_K"], dims["BLOCK_V"])
-    config = configs.choose(lib.capability(p.q.device), "bias", p.q.dtype, widest, "full")
+    config = configs.choose(capability(p.q.device), "bias", p.q.dtype, widest, "full")
     heads_q = p.q.shape[-2]
     q_tiles, k_tiles = -(-p.max_q // config.rows), -(-p.max_k // config.keys)
     inner = (1, 1)
@@ -328,10 +329,10 @@ def _bias(p: Problem, incoming: Incoming, bias: Tensor) -> Tensor:
         )
         outer = (bias.shape[0], bias.shape[1])
         shape = (*outer, p.max_q, p.max_k)
-    sums = lib.empty(p.q, shape, torch.float32)
+    sums = empty(p.q, shape, torch.float32)
     scores, masks = p.scores(), p.masks()
     del scores["RAW"], masks["heads"]
-    lib.launch(
+    launch(
         bias_kernels.bias_gradient_kernel,
         (outer[0] * outer[1] * q_tiles * k_tiles,),
         p.q.device,

@@ -13,13 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
-from resformer_kernels._triton.cases import (
-    CompileCase,
-    Launch,
-    case_from_launch,
-    recorded_launches,
-)
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
 from resformer_kernels.attention.triton import backward as triton_gradients
 from resformer_kernels.attention.triton import configs as triton_configs
 from resformer_kernels.attention.triton import launch as triton_launch
@@ -141,7 +136,7 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
     A kernel that two calls share is a case of the first alone.
     """
     seen: set[str] = set()
-    with lib.assumed_capability((capability // 10, capability % 10)):
+    with assumed_capability((capability // 10, capability % 10)):
         for call in _calls():
             with recorded_launches() as launches:
                 call.forward("prologue")

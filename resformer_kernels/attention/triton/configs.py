@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from resformer_kernels._triton.arch import architecture
+
 TABLE = Path(__file__).with_name("configs.json")
 VARIABLE = "RESFORMER_MIX"
 
@@ -36,17 +38,6 @@ def table() -> dict[str, Any]:
     return table
 
 
-def architecture(capability: tuple[int, int]) -> str:
-    """The table's name for a compute capability.
-
-    Consumer Blackwell (12.x) has the shared memory and the products of sm_80's relatives.
-    """
-    major, _ = capability
-    if major == 9:
-        return "sm90"
-    return "sm100" if major in (10, 11) else "sm80"
-
-
 def choose(
     capability: tuple[int, int], direction: str, dtype: torch.dtype, head_dim: int, mask: str
 ) -> Config:
@@ -57,7 +48,7 @@ def choose(
     (scores with a bias or a softcap).
     """
     precision = "float32" if dtype is torch.float32 else "half"
-    by_dim = table()[architecture(capability)][direction][precision]
+    by_dim = table()[architecture(capability).name][direction][precision]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)
     by_mask = by_dim[str(bucket)]
     config = Config(*by_mask.get(mask, by_mask["full"]))
@@ -77,6 +68,6 @@ def mixes_inline(capability: tuple[int, int], head_dim: int, rows: int) -> bool:
         if forced not in ("inline", "prologue"):
             raise RuntimeError(f"{VARIABLE} must be 'inline' or 'prologue', got {forced!r}")
         return forced == "inline"
-    by_dim: dict[str, int] = table()[architecture(capability)]["inline_rows"]
+    by_dim: dict[str, int] = table()[architecture(capability).name]["inline_rows"]
     bucket = min(int(dim) for dim in by_dim if int(dim) >= head_dim)
     return rows <= by_dim[str(bucket)]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.arch import has_tensor_descriptors
+from resformer_kernels._triton.launch import capability, empty, launch
 from resformer_kernels._triton.views import NOTHING, view_of
 from resformer_kernels.attention.triton import configs, tiles
 from resformer_kernels.attention.triton import forward as kernels
@@ -22,9 +23,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *shared, return_lse, return_mixed = arguments
     p = Problem(*shared)
     q, value = p.q, p.value
-    out = lib.empty(q, (*q.shape[:-1], value.shape[-1]))
+    out = empty(q, (*q.shape[:-1], value.shape[-1]))
     lse = _lse(p) if return_lse else q.new_empty((0,), dtype=torch.float32)
-    arch = lib.capability(q.device)
+    arch = capability(q.device)
     inline = configs.mixes_inline(arch, padded(value.shape[-1]), p.rows)
     mixed = None
     if p.mixes and (return_mixed or not inline):
@@ -44,7 +45,7 @@ def _lse(p: Problem) -> Tensor:
     heads, time = p.q.shape[-2], p.q.shape[-3]
     if p.packed:
         return p.q.new_full((heads, time), -torch.inf, dtype=torch.float32)
-    return lib.empty(p.q, (p.q.shape[0], heads, time), torch.float32)
+    return empty(p.q, (p.q.shape[0], heads, time), torch.float32)
 
 
 def _returned(p: Problem) -> Tensor:
@@ -58,14 +59,14 @@ def _returned(p: Problem) -> Tensor:
 def premix(p: Problem) -> Tensor:
     """V', mixed by a kernel of its own."""
     value = p.value
-    mixed = lib.empty(value, value.shape)
+    mixed = empty(value, value.shape)
     values, how = p.values()
     batch, time = (1, value.shape[0]) if p.packed else (value.shape[0], value.shape[1])
     dim = value.shape[-1]
     block = padded(dim)
     keys = max(16, 4096 // block)
     del how["MIXES"]
-    lib.launch(
+    launch(
         kernels.mix_kernel,
         (batch * p.heads * -(-time // keys),),
         value.device,
@@ -88,7 +89,7 @@ def premix(p: Problem) -> Tensor:
 def clear_tail(cu_seqlens: Tensor | None, x: Tensor) -> None:
     """Zero what lies after the last sequence of a packed tensor, without asking where that is."""
     assert cu_seqlens is not None
-    lib.launch(
+    launch(
         kernels.clear_tail_kernel,
         (64 if x.numel() else 0,),
         x.device,
@@ -110,7 +111,7 @@ def open_tiles(p: Problem, config: configs.Config, by_rows: bool) -> tuple[Tenso
         across, along = along, across
     listed = p.q.new_empty((p.sequences, p.heads, across, 1 + along), dtype=torch.int32)
     how = p.scores()
-    lib.launch(
+    launch(
         tiles.open_tiles_kernel,
         (p.sequences * p.heads * across,),
         p.q.device,
@@ -148,7 +149,7 @@ def _launch_forward(
     direction = "forward_inline" if how["MIXES"] else "forward"
     config = configs.choose(arch, direction, p.q.dtype, widest, p.mask_kind)
     descriptors: list[Any] = [None, None, None]
-    if arch >= (9, 0):
+    if has_tensor_descriptors(arch):
         descriptors = [
             descriptor_of(p.k, config.keys, dims["BLOCK_K"]),
             descriptor_of(values.v.pointer, config.keys, dims["BLOCK_V"]),
@@ -156,7 +157,7 @@ def _launch_forward(
         ]
     listed, list_size = open_tiles(p, config, by_rows=True)
     row_tiles = -(-p.rows // config.rows)
-    lib.launch(
+    launch(
         kernels.forward_kernel,
         (p.sequences * p.heads * row_tiles,),
         p.q.device,

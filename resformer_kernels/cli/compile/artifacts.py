@@ -16,12 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resformer_kernels._triton.cases import WARP, CompileCase
-
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one block may have, by capability."""
-TENSOR_MEMORY_LIMIT = 512
-"""Columns of tensor memory that one block may have."""
+from resformer_kernels._triton.arch import ARCHITECTURES, WARP
+from resformer_kernels._triton.cases import CompileCase
 
 _MATRIX_INSTRUCTIONS = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
@@ -177,11 +173,11 @@ def _problems(
     found = []
     if case.main and local_accesses:
         found.append(f"{local_accesses} accesses to {local_bytes} bytes of local memory a thread")
-    limit = SHARED_LIMITS[capability]
-    if shared_bytes > limit:
-        found.append(f"{shared_bytes} bytes of shared memory, over the limit of {limit}")
-    if tensor_memory > TENSOR_MEMORY_LIMIT:
-        found.append(f"{tensor_memory} columns of tensor memory, over {TENSOR_MEMORY_LIMIT}")
+    _, shared_limit, tensor_limit = ARCHITECTURES[capability]
+    if shared_bytes > shared_limit:
+        found.append(f"{shared_bytes} bytes of shared memory, over the limit of {shared_limit}")
+    if tensor_memory > tensor_limit:
+        found.append(f"{tensor_memory} columns of tensor memory, over {tensor_limit}")
     if case.expects_mma and capability == 90 and "wgmma" not in matrix:
         found.append("no wgmma")
     elif case.expects_mma and not matrix:

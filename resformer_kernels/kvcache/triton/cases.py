@@ -11,13 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
-from resformer_kernels._triton.cases import (
-    CompileCase,
-    Launch,
-    case_from_launch,
-    recorded_launches,
-)
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
 from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import launch as triton_launch
 
@@ -126,7 +121,7 @@ def _kernel(launch: Launch) -> str:
 def compile_cases(capability: int) -> Iterator[CompileCase]:
     """Every kernel of a call; what two calls share is a case of the first alone."""
     seen: set[str] = set()
-    with lib.assumed_capability((capability // 10, capability % 10)):
+    with assumed_capability((capability // 10, capability % 10)):
         for call in _calls():
             with recorded_launches() as launches:
                 call.run()

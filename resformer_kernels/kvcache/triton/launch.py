@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.arch import multiprocessors
+from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.views import NOTHING, View, view_of
 from resformer_kernels.attention.triton.problem import FAR, lse_view, padded, score_scale
 from resformer_kernels.kvcache.record import KVCacheCall
@@ -96,11 +97,11 @@ class _Problem:
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """The implementation of the op."""
     p = _Problem(call)
-    out = lib.empty(call.q, (*call.q.shape[:-1], p.dim_v))
+    out = empty(call.q, (*call.q.shape[:-1], p.dim_v))
     lse = None
     if call.return_lse:
         shape = (p.sequences, call.q.shape[2], p.queries)
-        lse = lib.empty(call.q, shape, torch.float32)
+        lse = empty(call.q, shape, torch.float32)
     _append(p)
     _attend(p, out, lse)
     return out, call.q.new_empty((0,), dtype=torch.float32) if lse is None else lse
@@ -114,7 +115,7 @@ def _append(p: _Problem) -> None:
     widest = max(places["BLOCK_K"], places["BLOCK_V"])
     at_once = min(1 << (p.heads - 1).bit_length(), max(1, _ELEMENTS // widest))
     head_tiles = -(-p.heads // at_once)
-    lib.launch(
+    launch(
         codes.append_kernel,
         (p.sequences * call.new_tokens * head_tiles,),
         call.q.device,
@@ -140,7 +141,7 @@ def _span(p: _Problem) -> tuple[Mask, Tensor | None]:
         return Mask(None, 0, 0), None
     seen = Mask(mask.view(torch.uint8), *mask.stride())
     span = p.call.q.new_empty((p.sequences, 2), dtype=torch.int32)
-    lib.launch(
+    launch(
         kernels.mask_span_kernel,
         (p.sequences,),
         mask.device,
@@ -164,19 +165,19 @@ def _attend(p: _Problem, out: Tensor, lse: Tensor | None) -> None:
     splits, least = call.num_splits, 1
     if splits == 0:
         reach = plan.keys_in_reach(call.capacity, p.queries, call.window_left)
-        processors = plan.processors(call.q.device)
+        processors = multiprocessors(call.q.device)
         splits = plan.choose_splits(programs, -(-reach // tiles.keys), processors)
         least = plan.LEAST_BLOCKS if splits > 1 else 1
     sums = peaks = totals = None
     if splits > 1:
         slots = (p.sequences, p.heads, p.rows, splits)
-        sums = lib.empty(call.q, (*slots, p.dim_v), torch.float32)
-        peaks, totals = (lib.empty(call.q, slots, torch.float32) for _ in range(2))
+        sums = empty(call.q, (*slots, p.dim_v), torch.float32)
+        peaks, totals = (empty(call.q, slots, torch.float32) for _ in range(2))
     precise = call.q.dtype is torch.float32
     alpha, raw = score_scale(call.scale, call.softcap, biased=False, precise=precise)
     key_mask, span = _span(p)
     views = {"out": view_of(out), "lse": NOTHING if lse is None else lse_view(lse)}
-    lib.launch(
+    launch(
         kernels.attend_kernel,
         (programs * splits,),
         call.q.device,
@@ -229,7 +230,7 @@ def _merge(
     precise: bool,
 ) -> None:
     block = padded(p.dim_v)
-    lib.launch(
+    launch(
         kernels.merge_kernel,
         (p.sequences * p.heads * p.rows,),
         p.call.q.device,

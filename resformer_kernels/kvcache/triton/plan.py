@@ -6,7 +6,6 @@ decided by the cache's capacity, and each program finds its own keys from the le
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,6 @@ _ENOUGH = 0.85
 _MOST = 128
 LEAST_BLOCKS = 4
 """Tiles of keys of a split: fewer are not worth merging."""
-
-_H100 = 132
-"""Multiprocessors, where there is no GPU to ask."""
 
 
 class Tiles(NamedTuple):
@@ -85,11 +81,3 @@ def choose_splits(tiles: int, blocks: int, processors: int) -> int:
 def keys_in_reach(capacity: int, queries: int, window_left: int) -> int:
     """The most keys that some of `queries` queries, the last positions of a sequence, may see."""
     return capacity if window_left < 0 else min(capacity, window_left + queries)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    if device.type != "cuda":
-        return _H100
-    return torch.cuda.get_device_properties(device).multi_processor_count

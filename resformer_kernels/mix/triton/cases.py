@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import recorded_launches
 from resformer_kernels.mix.triton import launch as triton_launch
 
 _TIME, _HEADS, _DIM, _VOCAB = 4096, 16, 64, 32768

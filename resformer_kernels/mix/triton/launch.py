@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.views import (
     NOTHING,
     Coefficient,
@@ -126,7 +126,7 @@ def _forward(like: Tensor, sources: list[Source], ids: Ids, vocab: int) -> Tenso
     so_far: Tensor | None = None
     for first in range(0, len(sources), _AT_ONCE):
         last = first + _AT_ONCE >= len(sources)
-        out = lib.empty(like, like.shape, like.dtype if last else torch.float32)
+        out = empty(like, like.shape, like.dtype if last else torch.float32)
         _launch_forward(sources[first : first + _AT_ONCE], ids, so_far, out, vocab)
         so_far = out
     return out
@@ -142,7 +142,7 @@ def _launch_forward(
     absent = Source(sources[0].value, *_coefficient_of(None, 0.0))
     sources = sources + [absent] * (room - count)
     column_tiles = plan.tiles_of(shape.width, tile.columns)
-    lib.launch(
+    launch(
         kernels.forward_kernel,
         (plan.tiles_of(shape.rows, tile.rows) * column_tiles,),
         out.device,
@@ -190,8 +190,8 @@ def mix_values_backward(
     for i in range(count):
         value = view_of(values[i]) if grad_mask[count + i] else NOTHING
         c = coefficients[i] if _present(coefficients[i]) else None
-        d_value = lib.empty(grad, grad.shape) if grad_mask[i] else None
-        d_coefficient = lib.empty(c, c.shape) if c is not None and grad_mask[count + i] else None
+        d_value = empty(grad, grad.shape) if grad_mask[i] else None
+        d_coefficient = empty(c, c.shape) if c is not None and grad_mask[count + i] else None
         wanted.append(
             _Wanted(Source(value, *_coefficient_of(c, numbers[i])), d_value, d_coefficient)
         )
@@ -227,9 +227,9 @@ def _launch_backward(
     sums, partials = results, None
     if summed and how.over_rows:
         size = how.sequences * how.parts * how.sum_width
-        partials = lib.empty(grad, (len(wanted), size), torch.float64)
+        partials = empty(grad, (len(wanted), size), torch.float64)
         sums = list(partials.unbind())
-    lib.launch(
+    launch(
         kernels.backward_kernel,
         (how.programs() * len(wanted),),
         grad.device,
@@ -271,7 +271,7 @@ def _launch_backward(
 def _add_parts(partials: Tensor, how: plan.Backward, outs: list[Tensor | None]) -> None:
     tile = plan.tile_of(how.parts, how.sum_width, widest=64, tallest=_SUMS)
     width_tiles = plan.tiles_of(how.sum_width, tile.columns)
-    lib.launch(
+    launch(
         kernels.sum_kernel,
         (len(outs) * how.sequences * width_tiles,),
         partials.device,
@@ -300,7 +300,7 @@ def mix_value_embedding_backward(
     d_table, d_gate = table.new_empty((0,)), (grad if gate is None else gate).new_empty((0,))
     if grad_mask & 2:
         assert gate is not None
-        d_gate = lib.empty(gate, gate.shape)
+        d_gate = empty(gate, gate.shape)
         source = Source(_table_view(table), *_coefficient_of(gate, gate_value))
         _backward(grad, [_Wanted(source, None, d_gate)], _ids_of(token_ids), table.shape[0])
     if grad_mask & 1:
@@ -317,7 +317,7 @@ def mix_value_embedding_backward_sparse(
     is data, for which the host waits."""
     picked, order = _sorted(token_ids)
     ids, slots = torch.unique_consecutive(picked, return_inverse=True)
-    rows = lib.empty(table, (ids.shape[0], *table.shape[1:]))
+    rows = empty(table, (ids.shape[0], *table.shape[1:]))
     _scatter(grad, _coefficient_of(gate, gate_value), picked, order, slots, rows, table)
     return ids, rows
 
@@ -340,7 +340,7 @@ def _scatter(
     shape = _shape_of(grad)
     tile = plan.tile_of(picked.shape[0], shape.width, widest=512, tallest=8)
     column_tiles = plan.tiles_of(shape.width, tile.columns)
-    lib.launch(
+    launch(
         kernels.scatter_kernel,
         (picked.shape[0] * column_tiles,),
         grad.device,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import recorded_launches
 from resformer_kernels.reservoir.triton import launch as triton_launch
 from resformer_kernels.reservoir.triton.plan import CHUNKED, SEQUENTIAL
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.arch import multiprocessors
+from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels.reservoir.triton import plan as planning
 from resformer_kernels.reservoir.triton.kernels import reservoir_kernel
 from resformer_kernels.reservoir.triton.steps import DEPTH, GROUPS
@@ -24,8 +25,6 @@ _ACCEPTED, _MEETING = 0.5, 0.125
 _MOST_PARTS = 8
 _MOST_ROWS, _MOST_UNITS, _LEAST_UNITS = 16, 32, 8
 _IDENTITY = 2
-_PROGRAMS = 132
-"""Where no GPU is asked."""
 
 
 class Weights(NamedTuple):
@@ -110,9 +109,7 @@ class Problem(NamedTuple):
 
 def _programs(device: torch.device) -> int:
     """One a multiprocessor; the interpreter's programs run one after another, and cannot wait."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if device.type == "cpu" else _PROGRAMS
+    return 1 if device.type == "cpu" else multiprocessors(device)
 
 
 def tiling(chunks: int, groups: int, size: int, programs: int) -> Tiling:
@@ -171,7 +168,7 @@ def _sweeps(like: Tensor, sizes: Sizes, count: Tensor, plan: planning.Plan, cut:
     numbers = (whole(rows, dtype=torch.float32), whole(rows, dtype=torch.float32), before)
     nearest = like.new_full((rows,), torch.inf, dtype=torch.float32)
     exact = (plan.place == 0).int()
-    partial = lib.empty(like, (2, sizes.unit_tiles, 2, rows))
+    partial = empty(like, (2, sizes.unit_tiles, 2, rows))
     account = (nearest, whole(rows), exact)
     return Sweeps(*always, *integers, *numbers, *account, partial, whole(rows))
 
@@ -256,7 +253,7 @@ def _run(problem: Problem, states: Tensor) -> Tensor:
         first = (plan.place == 0)[:, None]
         start = torch.where(first, problem.start[owner], sweeps.start)
         sweeps = sweeps._replace(start=start)
-    lib.launch(
+    launch(
         reservoir_kernel,
         (tile.programs,),
         inputs.device,
@@ -286,7 +283,7 @@ def _run(problem: Problem, states: Tensor) -> Tensor:
 
 
 def _states_like(inputs: Tensor, units: int, cu_seqlens: Tensor | None) -> Tensor:
-    states = lib.empty(inputs, (*inputs.shape[:-1], units))
+    states = empty(inputs, (*inputs.shape[:-1], units))
     # Zeros for what belongs to no sequence.
     return states if cu_seqlens is None else states.zero_()
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import recorded_launches
 from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, state_dtype
 from resformer_kernels.scan.triton import launch as triton_launch
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, state_dtype
 from resformer_kernels.scan.triton import kernels
 from resformer_kernels.scan.triton.carry import carry_kernel
@@ -144,9 +144,9 @@ def _entering(
     if how.chunks == 1:
         return None
     shape = (how.tracks * how.chunks, how.width * (2 if flags["COMPLEX"] else 1))
-    products, ends, entering = (lib.empty(gates, shape, torch.float32) for _ in range(3))
+    products, ends, entering = (empty(gates, shape, torch.float32) for _ in range(3))
     resets = gates.new_empty(shape[:1], dtype=torch.int32) if flags["PACKED"] else None
-    lib.launch(
+    launch(
         kernels.summary_kernel,
         (how.programs,),
         gates.device,
@@ -162,7 +162,7 @@ def _entering(
         **how.arguments(),
         **flags,
     )
-    lib.launch(
+    launch(
         carry_kernel,
         (how.tracks * how.column_tiles,),
         gates.device,
@@ -203,8 +203,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The implementation of the op: its arguments, in the schema's order."""
     sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    states = lib.empty(tokens, tokens.shape)
-    final = lib.empty(tokens, (sequences, tokens.shape[-1]), state_dtype(tokens.dtype))
+    states = empty(tokens, tokens.shape)
+    final = empty(tokens, (sequences, tokens.shape[-1]), state_dtype(tokens.dtype))
     if cu_seqlens is not None or tokens.shape[-2] == 0:
         # An empty sequence is not visited.
         final.zero_() if initial_state is None else final.copy_(initial_state)
@@ -213,7 +213,7 @@ def forward(
     how, flags = cut(tokens), _flags(gates, tokens, cu_seqlens, reverse)
     packing, initial = _packing(cu_seqlens, how.time), _flat(initial_state)
     entering = _entering(how, gates, tokens, initial, packing, flags, backward=False)
-    lib.launch(
+    launch(
         kernels.forward_kernel,
         (how.programs,),
         tokens.device,
@@ -242,12 +242,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The implementation of the op: its arguments, in the schema's order."""
     sequences = states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    d_tokens = lib.empty(states, states.shape if grad_mask & WANTS_TOKENS else (0,))
-    d_gates = lib.empty(gates, gates.shape if grad_mask & WANTS_GATES else (0,))
+    d_tokens = empty(states, states.shape if grad_mask & WANTS_TOKENS else (0,))
+    d_gates = empty(gates, gates.shape if grad_mask & WANTS_GATES else (0,))
     d_initial = states.new_empty((0,))
     if grad_mask & WANTS_INITIAL:
         assert initial_state is not None
-        d_initial = lib.empty(initial_state, initial_state.shape)
+        d_initial = empty(initial_state, initial_state.shape)
         if cu_seqlens is not None or states.shape[-2] == 0:
             d_initial.zero_() if grad_final is None else d_initial.copy_(grad_final)
     if states.numel() == 0 or sequences == 0:
@@ -260,8 +260,8 @@ def backward(
     if wants_gates and flags["CONSTANT"]:
         parts = 2 if flags["COMPLEX"] else 1
         rows = how.tracks * how.chunks
-        sums = lib.empty(gates, (rows, how.width * parts), torch.float64)
-    lib.launch(
+        sums = empty(gates, (rows, how.width * parts), torch.float64)
+    launch(
         kernels.backward_kernel,
         (how.programs,),
         states.device,

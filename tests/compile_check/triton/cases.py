@@ -10,12 +10,8 @@ from typing import NoReturn
 
 import torch
 
-from resformer_kernels._triton.cases import (
-    CompileCase,
-    Launch,
-    case_from_launch,
-    recorded_launches,
-)
+from resformer_kernels._triton.cases import CompileCase, case_from_launch
+from resformer_kernels._triton.launch import Launch, recorded_launches
 from tests.compile_check.kernels import launch_copy, launch_hoard, launch_matmul, launch_wrong
 
 
