@@ -17,8 +17,8 @@ from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.old import refuse_forward_mode, run_backward, wants_gradient
-from resformer_kernels.attention.op import VMAP_ERROR
-from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels._core.op import vmap_error
+from resformer_kernels.attention.record import FIXED, AttentionCall
 from resformer_kernels.mix import mix_values
 
 NAME = "flash_attn"
@@ -308,4 +308,4 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
-        raise RuntimeError(VMAP_ERROR)
+        raise RuntimeError(vmap_error(FIXED))

@@ -1,8 +1,8 @@
 """The ops of value-residual attention and their gradient; torch alone is needed.
 
 Both serve fixed-length (B, T, H, D) and packed (total, H, D) tensors; the latter come with
-`cu_seqlens`. What was not asked for comes back with no elements. Saved for backward: the inputs, out
-and lse. V' is never saved: backward mixes it again.
+`cu_seqlens`. What was not asked for comes back with no elements. Saved for backward: the inputs,
+out and lse. V' is never saved: backward mixes it again.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ BACKWARD = Op(
 
 
 class ValueResidualAttention(torch.autograd.Function):
-    """apply(namespace, *call) -> (out, lse, mixed). The mixed value is empty where not asked for."""
+    """apply(namespace, *call) -> (out, lse, mixed); mixed is empty where not asked for."""
 
     @staticmethod
     def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,6 +88,21 @@ class AttentionCall(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
+    def kv_heads(self) -> int:
+        """Number of KV heads."""
+        return self.k.shape[-2]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[-2] // self.kv_heads
+
+    @property
+    def max_rows(self) -> int:
+        """The most queries of a sequence, times the query heads that share a KV head."""
+        return self.max_seqlen_q * self.group
+
+    @property
     def leaves(self) -> tuple[Tensor | None, ...]:
         """The arguments that `LEAVES` names."""
         return tuple(getattr(self, name) for name in LEAVES)
@@ -130,9 +145,11 @@ def check_call(
     own, first, own_value, first_value = coefficients(
         v, v_first, lambda_v, lambda_first, q.shape[-2]
     )
-    cu_q, cu_k, max_q, max_k = packing or (None, None, q.shape[1], k.shape[1])
+    cu_q = cu_k = None
+    max_q, max_k = q.shape[1], k.shape[1]
     batch = q.shape[0]
-    if packed:
+    if packing is not None:
+        cu_q, cu_k, max_q, max_k = packing
         _check_packing("q", cu_q, max_q, q)
         _check_packing("k", cu_k, max_k, k)
         if cu_q.shape != cu_k.shape:

@@ -5,19 +5,18 @@ Each case is a call of the op on meta tensors; its kernels are those that the la
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
-from resformer_kernels.attention.triton import backward as triton_gradients
-from resformer_kernels.attention.triton import configs as triton_configs
-from resformer_kernels.attention.triton import launch as triton_launch
+from resformer_kernels.attention.op import BackwardCall
+from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.triton.backward import backward
+from resformer_kernels.attention.triton.forward import forward
 
 _BATCH, _HEADS = 2, 8
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -46,8 +45,8 @@ class _Call:
     def name(self) -> str:
         return f"D{self.head_dim} {_NAMES[self.dtype]} {self.what}"
 
-    def arguments(self) -> list[object]:
-        """The forward op's, up to what it is to return."""
+    def record(self) -> AttentionCall:
+        """The call, on meta tensors."""
         rows: tuple[int, ...] = (_BATCH, self.length)
         if self.packed:
             rows = (_BATCH * self.length,)
@@ -78,23 +77,35 @@ class _Call:
             bias = tensor(1, 1, 1, self.length, dtype=torch.float32)
         elif self.bias == "per query":
             bias = tensor(1, 1, self.length, 1, dtype=torch.float32)
-        return [
-            q, k, v, v_first, own, first, 0.5, 0.5, offsets, offsets, self.length, self.length,
-            self.window, 0 if self.causal else -1, self.head_dim**-0.5, self.softcap,
-            tensor(heads, dtype=torch.float32) if self.sinks else None, bias,
-        ]  # fmt: skip
+        return AttentionCall(
+            q=q,
+            k=k,
+            v=v,
+            v_first=v_first,
+            lambda_v=own,
+            lambda_first=first,
+            lambda_v_value=0.5,
+            lambda_first_value=0.5,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=self.length,
+            max_seqlen_k=self.length,
+            window_left=self.window,
+            window_right=0 if self.causal else -1,
+            scale=self.head_dim**-0.5,
+            softcap=self.softcap,
+            sinks=tensor(heads, dtype=torch.float32) if self.sinks else None,
+            attn_bias=bias,
+            return_lse=True,
+            return_mixed_value=False,
+        )
 
-    def forward(self, placement: str) -> None:
-        with mock.patch.dict(os.environ, {triton_configs.VARIABLE: placement}):
-            triton_launch.forward(*self.arguments(), True, False)
-
-    def backward(self) -> None:
-        arguments = self.arguments()
-        q = arguments[0]
-        assert isinstance(q, Tensor)
-        out = torch.empty_like(q)
-        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
-        triton_gradients.backward(out, None, None, *arguments, out, lse, _EVERY_GRADIENT)
+    def run(self) -> None:
+        """Forward with V' mixed before it and in its loop, then backward."""
+        call = self.record()
+        forward(call, inline=False)
+        out, lse, _ = forward(call, inline=True)
+        backward(BackwardCall(out, None, None, call, out, lse, grad_mask=_EVERY_GRADIENT))
 
 
 def _calls() -> Iterator[_Call]:
@@ -122,11 +133,12 @@ def _calls() -> Iterator[_Call]:
 def _kernel(launch: Launch) -> str:
     """Which kernel it is, in words."""
     name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
-    if name == "forward" and launch.kwargs["MIXES"]:
+    if name == "forward" and launch.kwargs["values"].MIXES.value:
         return "forward with the mix"
     if name == "open tiles":
         along = "keys" if launch.kwargs["BY_ROWS"] else "rows"
-        return f"open {launch.kwargs['ROWS']}x{launch.kwargs['KEYS']} tiles along {along}"
+        sizes = launch.kwargs["sizes"]
+        return f"open {sizes.ROWS.value}x{sizes.KEYS.value} tiles along {along}"
     return name
 
 
@@ -139,9 +151,7 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
     with assumed_capability((capability // 10, capability % 10)):
         for call in _calls():
             with recorded_launches() as launches:
-                call.forward("prologue")
-                call.forward("inline")
-                call.backward()
+                call.run()
             for launch in launches:
                 kernel = _kernel(launch)
                 products = "gradient" in kernel or "forward" in kernel

@@ -6,47 +6,183 @@ V' = lambda_v V + lambda_first V1 (arXiv 2410.17897) is mixed in the loop over t
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from resformer_kernels._triton.device import dot, round_to
+from resformer_kernels._triton.launch import capability, empty, launch
+from resformer_kernels._triton.views import view_of
+from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.triton import configs
 from resformer_kernels.attention.triton.loads import (
-    at_head,
+    Mixed,
+    Source,
+    key_pointers,
     load_keys,
     load_row_tile,
     load_values,
-    row_pointers,
+    row_cells,
+    store_rows,
 )
+from resformer_kernels.attention.triton.problem import (
+    config_of,
+    descriptor_of,
+    lse_view,
+    padded,
+    shared,
+    sizes,
+    values,
+)
+from resformer_kernels.attention.triton.softmax import NO_BIAS, close_rows, scores, softmax_step
 from resformer_kernels.attention.triton.tiles import (
-    BOOLEAN,
-    NO_BIAS,
-    bias_tile,
-    close_rows,
-    key_bounds,
-    key_tiles,
+    Limits,
+    Place,
+    phase_span,
+    rows_and_spans,
     scheduled,
-    scores,
-    sequence_of,
-    softmax_step,
+    seen_by_rows,
+    tile_start,
+    work_of,
 )
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+def forward_kernel(
+    q,
+    k,
+    values,
+    out,
+    lse,
+    sinks,
+    work,
+    k_descriptor,
+    v_descriptor,
+    first_descriptor,
+    scoring,
+    geometry,
+    q_len,
+    k_len,
+    window_left,
+    window_right,
+    sizes,
+):
+    """One tile of ROWS rows of one KV head. `lse.pointer` and `sinks` may be None."""
+    ROWS: tl.constexpr = sizes.ROWS
+    KEYS: tl.constexpr = sizes.KEYS
+    tile, at = scheduled(
+        work,
+        geometry,
+        Limits(q_len, k_len, window_left, window_right),
+        geometry.HAS_RIGHT and not geometry.HAS_LEFT,
+    )
+    if tile * ROWS >= at.count:
+        return
+    q_source = Source(q, None, sizes.DIM_K, sizes.BLOCK_K)
+    k_source = Source(k, k_descriptor, sizes.DIM_K, sizes.BLOCK_K)
+    mixed = Mixed(
+        Source(values.v, v_descriptor, sizes.DIM_V, sizes.BLOCK_V),
+        Source(values.v_first, first_descriptor, sizes.DIM_V, sizes.BLOCK_V),
+        values.own,
+        values.first,
+        values.MIXES,
+    )
+    # (ROWS, BLOCK_K)
+    q_tile = load_row_tile(q_source, at, tile * ROWS, ROWS, True)
+    rows, spans = rows_and_spans(tile, at, work, sizes, scoring.BIAS)
+    seen = seen_by_rows(rows, at, scoring)
+
+    # (ROWS, BLOCK_V)
+    acc = tl.zeros([ROWS, sizes.BLOCK_V], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for phase in tl.static_range(2 if scoring.BIAS != NO_BIAS else 0 if at.HAS_LEFT else 1, 3):
+        start, stop = phase_span(spans, phase)
+        for step in tl.range(start, stop):
+            key = tile_start(spans, step, KEYS)
+            # Keys past the last one need no zeros: their scores are masked, whatever they are.
+            # (KEYS, BLOCK_K)
+            k_tile = load_keys(k_source, at, key, KEYS, phase != 1, False)
+            # (ROWS, KEYS)
+            product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
+            keys = key + tl.arange(0, KEYS)
+            x, _slope = scores(product, keys[None, :], seen, scoring, phase != 1)
+            p, peak, total, acc = softmax_step(x, peak, total, acc, scoring)
+            # (KEYS, BLOCK_V)
+            v_tile = load_values(mixed, at, key, KEYS, phase != 1)
+            acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
+
+    heads = at.head * at.GROUP + rows % at.GROUP
+    factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE)
+    out_source = Source(out, None, sizes.DIM_V, sizes.BLOCK_V)
+    store_rows(acc * factor[:, None], out_source, at, rows)
+    if lse.pointer is not None:
+        tl.store(row_cells(lse, at, rows), logarithm, mask=rows < at.count)
+
+
+def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op; `inline` says where V' is mixed, in place of the table of configurations."""
+    q, value = call.q, call.value
+    out = empty(q, (*q.shape[:-1], value.shape[-1]))
+    lse = _lse(call) if call.return_lse else q.new_empty((0,), dtype=torch.float32)
+    if inline is None:
+        dim = padded(value.shape[-1])
+        inline = configs.mixes_inline(capability(q.device), dim, call.max_rows)
+    mixed = None
+    if call.mixes and (call.return_mixed_value or not inline):
+        mixed = premix(call)
+    _attend(call, out, lse if call.return_lse else None, mixed)
+    if call.packed:
+        clear_tail(call.cu_seqlens_q, out)
+    if not call.return_mixed_value:
+        mixed = value.new_empty((0,))
+    elif mixed is None:
+        # Nothing was mixed: a copy, zero after the last sequence.
+        mixed = value.clone(memory_format=torch.contiguous_format)
+        if call.packed:
+            clear_tail(call.cu_seqlens_k, mixed)
+    return out, lse, mixed
+
+
+def _lse(call: AttentionCall) -> Tensor:
+    """Packed rows that belong to no sequence see nothing: -inf."""
+    *batch, time, heads, _ = call.q.shape
+    if call.packed:
+        return call.q.new_full((heads, time), -torch.inf, dtype=torch.float32)
+    return empty(call.q, (*batch, heads, time), torch.float32)
+
+
+def _attend(call: AttentionCall, out: Tensor, lse: Tensor | None, mixed: Tensor | None) -> None:
+    sources = values(call, mixed)
+    config = config_of(call, "forward_inline" if sources.MIXES.value else "forward")
+    arguments = shared(call, config.rows, config.keys)
+    block_k, block_v = (arguments["sizes"].BLOCK_K.value, arguments["sizes"].BLOCK_V.value)
+    work = work_of(call, config, by_rows=True)
+    launch(
+        forward_kernel,
+        (call.sequences * call.kv_heads * work.tiles,),
+        call.q.device,
+        q=view_of(call.q),
+        k=view_of(call.k),
+        values=sources,
+        out=view_of(out),
+        lse=lse_view(lse),
+        sinks=call.sinks,
+        work=work,
+        k_descriptor=descriptor_of(call.k, config.keys, block_k),
+        v_descriptor=descriptor_of(sources.v.pointer, config.keys, block_v),
+        first_descriptor=descriptor_of(sources.v_first.pointer, config.keys, block_v),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **arguments,
+    )
 
 
 @triton.jit
-def mix_kernel(
-    values,
-    out,
-    cu_k,
-    k_len,
-    heads,
-    sequences,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    OWN_FORM: tl.constexpr,
-    FIRST_FORM: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+def mix_kernel(values, out, cu_k, k_len, heads, sequences, sizes, PACKED: tl.constexpr):
     """V' of KEYS keys of one head and batch entry; zeros where no sequence lies."""
+    KEYS: tl.constexpr = sizes.KEYS
     tiles = tl.cdiv(k_len, KEYS)
     program = tl.program_id(0)
     head = program % heads
@@ -55,14 +191,45 @@ def mix_kernel(
     count = k_len
     if PACKED:
         count = tl.load(cu_k + sequences)
-    mixed = load_values(
-        values, None, None, batch, 0, key, head, count, DIM, BLOCK_DIM, KEYS, OWN_FORM, FIRST_FORM,
-        True, True, PACKED,
+    at = Place(
+        batch, batch, head, 0, 0, 0, 0, count, 0, 0, 0, 0, 1, PACKED, False, False
     )  # fmt: skip
+    mixed = Mixed(
+        Source(values.v, None, sizes.DIM_V, sizes.BLOCK_V),
+        Source(values.v_first, None, sizes.DIM_V, sizes.BLOCK_V),
+        values.own,
+        values.first,
+        True,
+    )
+    # (KEYS, BLOCK_V)
+    tile = load_values(mixed, at, key, KEYS, True)
     keys = key + tl.arange(0, KEYS)
-    columns = tl.arange(0, BLOCK_DIM)
-    at = at_head(out, batch, 0, head) + keys.to(tl.int64)[:, None] * out.time + columns[None, :]
-    tl.store(at, mixed, mask=(keys < k_len)[:, None] & (columns < DIM)[None, :])
+    columns = tl.arange(0, sizes.BLOCK_V)
+    inside = (keys < k_len)[:, None] & (columns < sizes.DIM_V)[None, :]
+    tl.store(key_pointers(out, at, keys, columns), tile, mask=inside)
+
+
+def premix(call: AttentionCall) -> Tensor:
+    """V', mixed by a kernel of its own."""
+    value = call.value
+    mixed = empty(value, value.shape)
+    *batch, time, heads, dim = value.shape
+    keys = max(16, 4096 // padded(dim))
+    launch(
+        mix_kernel,
+        ((batch[0] if batch else 1) * heads * -(-time // keys),),
+        value.device,
+        values=values(call),
+        out=view_of(mixed),
+        cu_k=call.cu_seqlens_k,
+        k_len=time,
+        heads=heads,
+        sequences=call.sequences,
+        sizes=sizes(call, 0, keys),
+        PACKED=call.packed,
+        num_warps=4,
+    )
+    return mixed
 
 
 @triton.jit
@@ -77,131 +244,17 @@ def clear_tail_kernel(x, cu_seqlens, sequences, total, row_size, BLOCK: tl.const
         at += tl.num_programs(0) * BLOCK
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
-def forward_kernel(
-    q,
-    k,
-    values,
-    out,
-    lse,
-    bias,
-    sinks,
-    open_tiles,
-    cu_q,
-    cu_k,
-    k_descriptor,
-    v_descriptor,
-    first_descriptor,
-    q_len,
-    k_len,
-    heads,
-    sequences,
-    row_tiles,
-    list_size,
-    section,
-    window_left,
-    window_right,
-    alpha,
-    softcap,
-    DIM_K: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    GROUP: tl.constexpr,
-    OWN_FORM: tl.constexpr,
-    FIRST_FORM: tl.constexpr,
-    MIXES: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISE: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """One tile of ROWS rows of one KV head. `lse` and `sinks` may be None."""
-    tile, sequence_head = scheduled(
-        tl.program_id(0), row_tiles, sequences * heads, section, HAS_RIGHT and not HAS_LEFT
+def clear_tail(cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """Zero what lies after the last sequence of a packed tensor, without asking where that is."""
+    assert cu_seqlens is not None
+    launch(
+        clear_tail_kernel,
+        (64 if x.numel() else 0,),
+        x.device,
+        x=x,
+        cu_seqlens=cu_seqlens,
+        sequences=cu_seqlens.shape[0] - 1,
+        total=x.shape[0],
+        row_size=x.shape[1] * x.shape[2],
+        BLOCK=1024,
     )
-    head = sequence_head % heads
-    sequence = sequence_head // heads
-    batch, q_start, k_start, q_len, k_len = sequence_of(cu_q, cu_k, sequence, q_len, k_len, PACKED)
-    count = q_len * GROUP
-    if tile * ROWS >= count:
-        return
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    q_tile = load_row_tile(
-        q, None, batch, q_start, tile * ROWS, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True,
-        PACKED,
-    )  # fmt: skip
-    shift = k_len - q_len
-    lo, hi = key_bounds(
-        rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
-    )
-    begin, inner_begin, inner_end, end = key_tiles(
-        tile * ROWS, tl.minimum(tile * ROWS + ROWS, count) - 1, shift, k_len, window_left,
-        window_right, GROUP, KEYS, HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
-    bias_start, bias_offsets = bias_tile(bias, sequence, head, rows, GROUP, BIAS, INDEX)
-    if BIAS != NO_BIAS:
-        inner_end = begin
-    if BIAS == BOOLEAN:
-        listed = open_tiles + (tl.cast(sequence_head, tl.int64) * row_tiles + tile) * list_size
-        inner_end = begin * 0
-        end = tl.load(listed)
-
-    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # Tiles before, inside and after those that every row sees whole.
-    for phase in tl.static_range(2 if BIAS != NO_BIAS else 0 if HAS_LEFT else 1, 3):
-        if phase == 0:
-            start = begin
-            stop = inner_begin
-        elif phase == 1:
-            start = inner_begin
-            stop = inner_end
-        else:
-            start = inner_end
-            stop = end
-        for step in tl.range(start, stop):
-            key = step * KEYS
-            if BIAS == BOOLEAN:
-                key = tl.load(listed + 1 + step) * KEYS
-            # Keys past the last one need no zeros: their scores are masked, whatever they are.
-            k_tile = load_keys(
-                k, k_descriptor, batch, k_start, key, head, k_len, DIM_K, BLOCK_K, KEYS,
-                phase != 1, False,
-            )  # fmt: skip
-            product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
-            keys = key + tl.arange(0, KEYS)
-            x, _slope = scores(
-                product, keys[None, :], lo[:, None], hi[:, None], bias, bias_start,
-                bias_offsets[:, None], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
-                PRECISE, INDEX,
-            )  # fmt: skip
-            p, peak, total, acc = softmax_step(x, peak, total, acc, alpha, RAW, PRECISE)
-            v_tile = load_values(
-                values, v_descriptor, first_descriptor, batch, k_start, key, head, k_len, DIM_V,
-                BLOCK_V, KEYS, OWN_FORM, FIRST_FORM, MIXES, phase != 1, PACKED,
-            )  # fmt: skip
-            acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
-
-    factor, logarithm = close_rows(
-        peak, total, sinks, head * GROUP + rows % GROUP, alpha, PRECISE, lse.pointer is not None
-    )
-    columns = tl.arange(0, BLOCK_V)
-    out_base = at_head(out, batch, q_start, head * GROUP)
-    inside = (rows < count)[:, None] & (columns < DIM_V)[None, :]
-    tl.store(
-        row_pointers(out, out_base, rows, columns, GROUP),
-        round_to(acc * factor[:, None], out.pointer.dtype.element_ty),
-        mask=inside,
-    )
-    if lse.pointer is not None:
-        queries = (rows // GROUP).to(tl.int64) * lse.time + (rows % GROUP).to(tl.int64) * lse.head
-        at = at_head(lse, batch, q_start, head * GROUP) + queries
-        tl.store(at, logarithm, mask=rows < count)

@@ -1,181 +1,102 @@
-"""Backward on a GPU, without atomics: the same bits from run to run.
+"""The gradients of keys and values on a GPU: a tile of keys a program, which passes over rows.
 
-`rows_kernel` first reduces dO and O to one number a row; `keys_gradient_kernel` keeps a tile of
-keys and passes all rows by (dK, dV', coefficients); `queries_gradient_kernel` keeps a tile of rows
-and passes all keys by (dQ). See README.md for the equations.
+dV' is split into the gradients of v, v_first and the coefficients where it is complete; nothing is
+added by atomics, so the same bits come out of every run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resformer_kernels._triton.device import dot, exp, round_to, widen
+from resformer_kernels._triton.arch import has_tensor_descriptors
+from resformer_kernels._triton.device import dot, round_to, widen
+from resformer_kernels._triton.launch import capability, empty, launch
+from resformer_kernels._triton.views import view_of
+from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.triton.configs import Config
+from resformer_kernels.attention.triton.forward import clear_tail
 from resformer_kernels.attention.triton.loads import (
-    at_head,
-    load_coefficient,
+    RowNumbers,
+    Source,
+    load_factor,
     load_keys,
     load_row_numbers,
     load_row_tile,
     row_slot,
     store_keys,
 )
+from resformer_kernels.attention.triton.problem import config_of, descriptor_of, shared, values
+from resformer_kernels.attention.triton.rows import Incoming
+from resformer_kernels.attention.triton.softmax import NO_BIAS, probabilities, scores
 from resformer_kernels.attention.triton.tiles import (
-    BOOLEAN,
-    LOG2E,
-    NO_BIAS,
-    bias_tile,
-    key_bounds,
-    probabilities,
+    Limits,
+    narrowed,
+    phase_span,
     row_tiles,
     scheduled,
-    scores,
-    sequence_of,
+    seen_by_columns,
+    tile_start,
+    work_of,
 )
 
-# How a coefficient's gradient leaves `keys_gradient_kernel`: as float32 sums of dV' * V in a fixed
-# order, over the channels of each key, over the keys of each tile, or none at all.
+# How a coefficient's gradient leaves the kernel: as float32 sums of dV' * V in a fixed order, over
+# the channels of each key, over the keys of each tile, or not summed at all.
 NO_PARTIAL: tl.constexpr = tl.constexpr(0)
 BY_KEY: tl.constexpr = tl.constexpr(1)
 BY_COLUMN: tl.constexpr = tl.constexpr(2)
 BY_ELEMENT: tl.constexpr = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len"])
-def rows_kernel(
-    grad_out,
-    out,
-    lse,
-    grad_lse,
-    sinks,
-    base,
-    delta,
-    sink_rows,
-    cu_q,
-    cu_k,
-    q_len,
-    k_len,
-    heads,
-    slots,
-    tiles,
-    DIM_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISE: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """delta = dO.O - dLSE of ROWS rows, the LSE in the unit of scores, and the sinks' summands."""
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % heads
-    sequence = tl.program_id(0) // tiles // heads
-    batch, q_start, _, q_len, _ = sequence_of(cu_q, cu_k, sequence, q_len, k_len, PACKED)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    count = q_len * GROUP
-    there = rows < count
-    gradient = load_row_tile(
-        grad_out,
-        None,
-        batch,
-        q_start,
-        tile * ROWS,
-        head,
-        count,
-        DIM_V,
-        BLOCK_V,
-        ROWS,
-        GROUP,
-        True,
-        PACKED,
-    )
-    result = load_row_tile(
-        out,
-        None,
-        batch,
-        q_start,
-        tile * ROWS,
-        head,
-        count,
-        DIM_V,
-        BLOCK_V,
-        ROWS,
-        GROUP,
-        True,
-        PACKED,
-    )
-    d = tl.sum(widen(gradient) * widen(result), 1)
-    queries = (rows // GROUP).to(tl.int64)
-    members = (rows % GROUP).to(tl.int64)
-    if grad_lse.pointer is not None:
-        at = at_head(grad_lse, batch, q_start, head * GROUP)
-        at += queries * grad_lse.time + members * grad_lse.head
-        d -= widen(tl.load(at, mask=there, other=0.0))
-    at = at_head(lse, batch, q_start, head * GROUP) + queries * lse.time + members * lse.head
-    logarithm = tl.load(at, mask=there, other=0.0)
-    empty = logarithm == float("-inf")
-    scaled = logarithm
-    if not PRECISE:
-        scaled = logarithm * LOG2E
-    slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED)
-    tl.store(delta + slot + rows, d, mask=there)
-    tl.store(base + slot + rows, tl.where(empty, 0.0, scaled), mask=there)
-    if sink_rows.pointer is not None:
-        # The sink is a score whose value is zero: dP = 0, so dS = -P delta.
-        sink = widen(tl.load(sinks + head * GROUP + rows % GROUP))
-        term = tl.where(empty, 0.0, -exp(sink - logarithm) * d)
-        at = at_head(sink_rows, batch, q_start, head * GROUP)
-        tl.store(at + queries * sink_rows.time + members * sink_rows.head, term, mask=there)
+class Partial(NamedTuple):
+    """Partial sums of a coefficient's gradient."""
+
+    pointer: Tensor | None
+    KIND: tl.constexpr
+
+
+class Gradient(NamedTuple):
+    """One source of V' in a kernel: where its gradient goes, what it was mixed with."""
+
+    out: Any
+    value: Any
+    factor: Any
+    partial: Any
+    MIXES: Any
 
 
 @triton.jit
-def _write_value_gradient(
-    gradient,
-    out,
-    descriptor,
-    value,
-    c,
-    partial,
-    batch,
-    start,
-    key,
-    head,
-    count,
-    tile,
-    heads,
-    k_total,
-    DIM_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    KEYS: tl.constexpr,
-    FORM: tl.constexpr,
-    MIXES: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):
-    """c dV' to one source of V', and the partial sums of dV' * value for c's gradient."""
-    if out.pointer is not None:
+def _write_value_gradient(gradient, to, at, first_key, tile, k_total, heads, KEYS: tl.constexpr):
+    """factor * dV' to one source of V', and the partial sums of dV' * value for the factor."""
+    if to.out.view.pointer is not None:
         own = gradient
-        if MIXES:
-            own = gradient * load_coefficient(
-                c, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, FORM
-            )
-        store_keys(own, out, descriptor, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS)
-    if PARTIAL != NO_PARTIAL:
-        keys = key + tl.arange(0, KEYS)
-        columns = tl.arange(0, BLOCK_V)
-        inside = (keys < count)[:, None] & (columns < DIM_V)[None, :]
-        v_tile = load_keys(
-            value, None, batch, start, key, head, count, DIM_V, BLOCK_V, KEYS, True, False
-        )
-        terms = gradient * widen(v_tile)
-        row = (tl.cast(batch, tl.int64) * k_total + start + keys) * heads + head
-        if PARTIAL == BY_KEY:
-            tl.store(partial + row, tl.sum(terms, 1), mask=keys < count)
-        elif PARTIAL == BY_COLUMN:
-            # Gradients of keys past `count` are of no key at all.
+        if to.MIXES:
+            own = gradient * load_factor(to.factor, to.out, at, first_key, KEYS)
+        store_keys(own, to.out, at, first_key, KEYS)
+    if to.partial.KIND != NO_PARTIAL:
+        WIDTH: tl.constexpr = to.value.WIDTH
+        keys = first_key + tl.arange(0, KEYS)
+        columns = tl.arange(0, to.value.BLOCK)
+        inside = (keys < at.k_len)[:, None] & (columns < WIDTH)[None, :]
+        # (KEYS, BLOCK_V)
+        terms = gradient * widen(load_keys(to.value, at, first_key, KEYS, True))
+        row = (tl.cast(at.batch, tl.int64) * k_total + at.k_start + keys) * heads + at.head
+        if to.partial.KIND == BY_KEY:
+            tl.store(to.partial.pointer + row, tl.sum(terms, 1), mask=keys < at.k_len)
+        elif to.partial.KIND == BY_COLUMN:
+            # Gradients past the last key belong to no key at all.
             terms = tl.where(inside, terms, 0.0)
-            at = partial + (tl.cast(tile, tl.int64) * heads + head) * DIM_V
-            tl.store(at + columns, tl.sum(terms, 0), mask=columns < DIM_V)
+            cell = to.partial.pointer + (tl.cast(tile, tl.int64) * heads + at.head) * WIDTH
+            tl.store(cell + columns, tl.sum(terms, 0), mask=columns < WIDTH)
         else:
-            tl.store(partial + row[:, None] * DIM_V + columns[None, :], terms, mask=inside)
+            cells = to.partial.pointer + row[:, None] * WIDTH + columns[None, :]
+            tl.store(cells, terms, mask=inside)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
@@ -187,16 +108,14 @@ def keys_gradient_kernel(
     grad_out,
     base,
     delta,
-    bias,
-    listed,
+    slots,
     dk,
     dv,
     dv_first,
     grad_mixed,
     own_partial,
     first_partial,
-    cu_q,
-    cu_k,
+    work,
     q_descriptor,
     grad_descriptor,
     base_descriptor,
@@ -204,151 +123,220 @@ def keys_gradient_kernel(
     dk_descriptor,
     dv_descriptor,
     first_descriptor,
+    k_total,
+    scale,
+    scoring,
+    geometry,
     q_len,
     k_len,
-    k_total,
-    heads,
-    slots,
-    sequences,
-    tiles,
-    list_size,
-    section,
     window_left,
     window_right,
-    scale,
-    alpha,
-    softcap,
-    DIM_K: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    GROUP: tl.constexpr,
-    OWN_FORM: tl.constexpr,
-    FIRST_FORM: tl.constexpr,
-    MIXES: tl.constexpr,
-    OWN_PARTIAL: tl.constexpr,
-    FIRST_PARTIAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISE: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEX: tl.constexpr,
+    sizes,
 ):
     """dK and dV' of one tile of keys, and what dV' is to v, v_first and the coefficients.
 
     `mixed` is V', `values` what it was mixed from.
     """
-    tile, sequence_head = scheduled(tl.program_id(0), tiles, sequences * heads, section, False)
-    head = sequence_head % heads
-    sequence = sequence_head // heads
-    batch, q_start, k_start, q_len, k_len = sequence_of(cu_q, cu_k, sequence, q_len, k_len, PACKED)
+    ROWS: tl.constexpr = sizes.ROWS
+    KEYS: tl.constexpr = sizes.KEYS
+    DIM_V: tl.constexpr = sizes.DIM_V
+    BLOCK_V: tl.constexpr = sizes.BLOCK_V
+    limits = Limits(q_len, k_len, window_left, window_right)
+    tile, at = scheduled(work, geometry, limits, False)
     first_key = tile * KEYS
-    if first_key >= k_len:
+    if first_key >= at.k_len:
         return
+    q_source = Source(q, q_descriptor, sizes.DIM_K, sizes.BLOCK_K)
+    grad_source = Source(grad_out, grad_descriptor, DIM_V, BLOCK_V)
+    slot = row_slot(at, slots)
+    base_numbers = RowNumbers(base, base_descriptor, slot)
+    delta_numbers = RowNumbers(delta, delta_descriptor, slot)
     keys = first_key + tl.arange(0, KEYS)
     # By pointers: the compiler keeps the left operand of a product in shared memory only where it
     # is a plain load. A tile of registers here would spill.
-    k_tile = load_keys(
-        k, None, batch, k_start, first_key, head, k_len, DIM_K, BLOCK_K, KEYS, True, False
-    )
-    v_tile = load_keys(
-        mixed, None, batch, k_start, first_key, head, k_len, DIM_V, BLOCK_V, KEYS, True, False
-    )
-
-    count = q_len * GROUP
-    shift = k_len - q_len
-    begin, inner_begin, inner_end, end = row_tiles(
-        first_key, tl.minimum(first_key + KEYS, k_len) - 1, shift, q_len, window_left,
-        window_right, GROUP, ROWS, HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
-    if BIAS != NO_BIAS:
-        inner_end = begin
-    if BIAS == BOOLEAN:
-        open_rows = listed + (tl.cast(sequence_head, tl.int64) * tiles + tile) * list_size
-        inner_end = begin * 0
-        end = tl.load(open_rows)
-    slot = row_slot(sequence, q_start, head, q_len, slots, GROUP, PACKED)
-    dk_tile = tl.zeros([KEYS, BLOCK_K], tl.float32)
+    # (KEYS, BLOCK_K), (KEYS, BLOCK_V)
+    k_source = Source(k, None, sizes.DIM_K, sizes.BLOCK_K)
+    k_tile = load_keys(k_source, at, first_key, KEYS, True)
+    v_tile = load_keys(Source(mixed, None, DIM_V, BLOCK_V), at, first_key, KEYS, True)
+    last_key = tl.minimum(first_key + KEYS, at.k_len) - 1
+    spans = row_tiles(first_key, last_key, at, ROWS)
+    spans = narrowed(spans, work, tile, at, scoring.BIAS)
+    dk_tile = tl.zeros([KEYS, sizes.BLOCK_K], tl.float32)
     dv_tile = tl.zeros([KEYS, BLOCK_V], tl.float32)
-    for phase in tl.static_range(2 if BIAS != NO_BIAS else 0 if HAS_RIGHT else 1, 3):
-        if phase == 0:
-            start = begin
-            stop = inner_begin
-        elif phase == 1:
-            start = inner_begin
-            stop = inner_end
-        else:
-            start = inner_end
-            stop = end
+    for phase in tl.static_range(2 if scoring.BIAS != NO_BIAS else 0 if at.HAS_RIGHT else 1, 3):
+        start, stop = phase_span(spans, phase)
         for step in tl.range(start, stop):
-            first_row = step * ROWS
-            if BIAS == BOOLEAN:
-                first_row = tl.load(open_rows + 1 + step) * ROWS
+            first_row = tile_start(spans, step, ROWS)
             rows = first_row + tl.arange(0, ROWS)
-            q_tile = load_row_tile(
-                q, q_descriptor, batch, q_start, first_row, head, count, DIM_K, BLOCK_K, ROWS,
-                GROUP, phase != 1, PACKED,
-            )  # fmt: skip
-            if PRECISE:
+            # (ROWS, BLOCK_K)
+            q_tile = load_row_tile(q_source, at, first_row, ROWS, phase != 1)
+            # (KEYS, ROWS)
+            if scoring.PRECISE:
                 # Summed in forward's order: a row with one key must find P = exp(s - LSE) = 1.
                 product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
                 product = tl.trans(product)
             else:
                 product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_base = load_row_numbers(
-                base, base_descriptor, slot, first_row, count, ROWS, phase != 1
-            )
-            lo, hi = key_bounds(
-                rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
-            )
-            bias_start, bias_offsets = bias_tile(bias, sequence, head, rows, GROUP, BIAS, INDEX)
-            x, slope = scores(
-                product, keys[:, None], lo[None, :], hi[None, :], bias, bias_start,
-                bias_offsets[None, :], alpha, softcap, phase != 1, HAS_LEFT, CAPPED, BIAS, RAW,
-                PRECISE, INDEX,
-            )  # fmt: skip
-            p = probabilities(x, row_base[None, :], alpha, RAW, PRECISE)
-            grad_tile = load_row_tile(
-                grad_out, grad_descriptor, batch, q_start, first_row, head, count, DIM_V, BLOCK_V,
-                ROWS, GROUP, phase != 1, PACKED,
-            )  # fmt: skip
+            row_base = load_row_numbers(base_numbers, at, first_row, ROWS, phase != 1)
+            seen = seen_by_columns(rows, at, scoring)
+            x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
+            p = probabilities(x, row_base[None, :], scoring)
+            # (ROWS, BLOCK_V)
+            grad_tile = load_row_tile(grad_source, at, first_row, ROWS, phase != 1)
             dv_tile = dot(round_to(p, grad_tile.dtype), grad_tile, dv_tile)
+            # (KEYS, ROWS)
             dp = dot(v_tile, tl.trans(grad_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_delta = load_row_numbers(
-                delta, delta_descriptor, slot, first_row, count, ROWS, phase != 1
-            )
+            row_delta = load_row_numbers(delta_numbers, at, first_row, ROWS, phase != 1)
             ds = p * (dp - row_delta[None, :])
-            if CAPPED:
+            if scoring.CAPPED:
                 ds = ds * slope
             dk_tile = dot(round_to(ds, q_tile.dtype), q_tile, dk_tile)
 
-    # Plus 0, as the compiler does not know: else it would keep the addresses of these keys in
+    # Plus 0, which the compiler does not know: else it would keep the addresses of these keys in
     # registers throughout the loops, and spill.
-    first_key += tl.minimum(end, 0)
+    first_key += tl.minimum(spans.end, 0)
     if dk.pointer is not None:
-        store_keys(
-            dk_tile * scale, dk, dk_descriptor, batch, k_start, first_key, head, k_len, DIM_K,
-            BLOCK_K, KEYS,
-        )  # fmt: skip
+        dk_source = Source(dk, dk_descriptor, sizes.DIM_K, sizes.BLOCK_K)
+        store_keys(dk_tile * scale, dk_source, at, first_key, KEYS)
     if grad_mixed.pointer is not None:
-        dv_tile += widen(
-            load_keys(
-                grad_mixed, None, batch, k_start, first_key, head, k_len, DIM_V, BLOCK_V, KEYS,
-                True, False,
-            )
-        )  # fmt: skip
-    place = sequence * tiles + tile
-    _write_value_gradient(
-        dv_tile, dv, dv_descriptor, values.v, values.own, own_partial, batch, k_start, first_key,
-        head, k_len, place, heads, k_total, DIM_V, BLOCK_V, KEYS, OWN_FORM, MIXES, OWN_PARTIAL,
-    )  # fmt: skip
-    _write_value_gradient(
-        dv_tile, dv_first, first_descriptor, values.v_first, values.first, first_partial, batch,
-        k_start, first_key, head, k_len, place, heads, k_total, DIM_V, BLOCK_V, KEYS, FIRST_FORM,
-        MIXES, FIRST_PARTIAL,
-    )  # fmt: skip
+        mixed_source = Source(grad_mixed, None, DIM_V, BLOCK_V)
+        dv_tile += widen(load_keys(mixed_source, at, first_key, KEYS, True))
+    own = Gradient(
+        Source(dv, dv_descriptor, DIM_V, BLOCK_V),
+        Source(values.v, None, DIM_V, BLOCK_V),
+        values.own,
+        own_partial,
+        values.MIXES,
+    )
+    first = Gradient(
+        Source(dv_first, first_descriptor, DIM_V, BLOCK_V),
+        Source(values.v_first, None, DIM_V, BLOCK_V),
+        values.first,
+        first_partial,
+        values.MIXES,
+    )
+    cell = at.sequence * work.tiles + tile
+    _write_value_gradient(dv_tile, own, at, first_key, cell, k_total, geometry.heads, KEYS)
+    _write_value_gradient(dv_tile, first, at, first_key, cell, k_total, geometry.heads, KEYS)
+
+
+def keys_gradients(
+    call: AttentionCall, incoming: Incoming, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of k, v, v_first, lambda_v and lambda_first, where wanted."""
+    want_k, want_v, want_first, want_lambda_v, want_lambda_first = wanted
+    config = config_of(call, "keys")
+    work = work_of(call, config, by_rows=False)
+    dk = _fresh(call, call.k) if want_k else None
+    dv = _fresh(call, call.value) if want_v else None
+    dv_first = _fresh(call, call.value) if want_first else None
+    own = _Partial(call, call.lambda_v if want_lambda_v else None, work.tiles)
+    first = _Partial(call, call.lambda_first if want_lambda_first else None, work.tiles)
+    # Where nothing is mixed, the values that are there are `values.v`.
+    written = (dk, dv if call.v is not None else dv_first, dv_first if call.mixes else None)
+    arguments = shared(call, config.rows, config.keys)
+    blocks = (arguments["sizes"].BLOCK_K.value, *(arguments["sizes"].BLOCK_V.value,) * 2)
+    descriptors: list[TensorDescriptor | None] = [None] * 3
+    if not call.packed:
+        # In a packed tensor a descriptor would write past the sequence's end, into the next one.
+        descriptors = [
+            descriptor_of(x, config.keys, block) for x, block in zip(written, blocks, strict=True)
+        ]
+    launch(
+        keys_gradient_kernel,
+        (call.sequences * call.kv_heads * work.tiles,),
+        call.q.device,
+        q=view_of(call.q),
+        k=view_of(call.k),
+        mixed=view_of(incoming.mixed),
+        values=values(call),
+        grad_out=view_of(incoming.grad_out),
+        dk=view_of(dk),
+        dv=view_of(written[1]),
+        dv_first=view_of(written[2]),
+        grad_mixed=view_of(incoming.grad_mixed),
+        own_partial=own.argument(),
+        first_partial=first.argument(),
+        work=work,
+        dk_descriptor=descriptors[0],
+        dv_descriptor=descriptors[1],
+        first_descriptor=descriptors[2],
+        k_total=call.k.shape[-3],
+        scale=call.scale,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **incoming.row_numbers(),
+        **_row_descriptors(call, incoming, config, blocks),
+        **arguments,
+    )
+    return [dk, dv, dv_first, own.reduced(), first.reduced()]
+
+
+def _fresh(call: AttentionCall, leaf: Tensor) -> Tensor:
+    """A gradient of the leaf's shape; what lies after the last sequence is zero."""
+    gradient = empty(leaf, leaf.shape)
+    if call.packed:
+        clear_tail(call.cu_seqlens_k, gradient)
+    return gradient
+
+
+def _row_descriptors(
+    call: AttentionCall, incoming: Incoming, config: Config, blocks: tuple[int, ...]
+) -> dict[str, TensorDescriptor | None]:
+    """Descriptors of what is read by tiles of rows: q and dO where tiles hold whole queries, and
+    the numbers of rows."""
+    names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
+    if not has_tensor_descriptors(capability(call.q.device)) or call.q.numel() == 0:
+        return dict.fromkeys(names)
+    whole = config.rows % call.group == 0
+    found = [
+        descriptor_of(x, config.rows // call.group, block, call.group) if whole else None
+        for x, block in ((call.q, blocks[0]), (incoming.grad_out, blocks[1]))
+    ]
+    numbers = (incoming.base, incoming.delta)
+    found += [TensorDescriptor(x, [x.numel()], [1], [config.rows]) for x in numbers]
+    return dict(zip(names, found, strict=True))
+
+
+class _Partial:
+    """The gradient of a coefficient: what the kernel fills, and how the rest is summed away."""
+
+    def __init__(self, call: AttentionCall, c: Tensor | None, tiles: int) -> None:
+        self.kind, self.c = NO_PARTIAL, c
+        self.sums: Tensor | None = None
+        if c is None:
+            return
+        shape = list(call.value.shape)
+        if c.shape[-1] == 1:
+            self.kind = BY_KEY
+            shape[-1] = 1
+        elif c.shape[-3] == 1:
+            self.kind = BY_COLUMN
+            shape[-3] = call.sequences * tiles if call.packed else tiles
+        else:
+            self.kind = BY_ELEMENT
+        # Some packed keys belong to no sequence, and some tiles to none.
+        make = torch.Tensor.new_zeros if call.packed else empty
+        self.sums = make(call.value, shape, dtype=torch.float32)
+
+    def argument(self) -> Partial:
+        """What the kernel is given."""
+        return Partial(self.sums, self.kind)
+
+    def reduced(self) -> Tensor | None:
+        """The gradient, once the kernel has run."""
+        if self.sums is None or self.c is None:
+            return None
+        return summed_to(self.sums, self.c)
+
+
+def summed_to(sums: Tensor, leaf: Tensor) -> Tensor:
+    """Sums over the axes along which `leaf` broadcasts, in float64, in the leaf's dtype."""
+    axes = [
+        axis
+        for axis, (size, found) in enumerate(zip(leaf.shape, sums.shape, strict=True))
+        if size == 1 and found != 1
+    ]
+    if axes:
+        sums = sums.sum(axes, keepdim=True, dtype=torch.float64)
+    return sums.to(leaf.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,229 +12,209 @@ from resformer_kernels._triton.device import NUMBER, coefficient, mix, round_to
 ROW_SLOT: tl.constexpr = tl.constexpr(128)
 
 
+class Source(NamedTuple):
+    """A tensor that is read or written by tiles, through its descriptor where there is one.
+
+    WIDTH columns in tiles of BLOCK columns.
+    """
+
+    view: Any
+    descriptor: Any
+    WIDTH: Any
+    BLOCK: Any
+
+
+class Mixed(NamedTuple):
+    """V' of two sources that are mixed tile by tile, or of `v` alone."""
+
+    v: Any
+    v_first: Any
+    own: Any
+    first: Any
+    MIXES: Any
+
+
+class RowNumbers(NamedTuple):
+    """One float32 number a row, at `slot` of a buffer: see `row_slot`."""
+
+    pointer: Any
+    descriptor: Any
+    slot: Any
+
+
 @triton.jit
 def at_head(view, batch, time, head):
-    """Where (batch, time, head) lies in memory, in 64 bits."""
+    """Pointer to (batch, time, head), in 64 bits."""
     offset = tl.cast(batch, tl.int64) * view.batch + tl.cast(time, tl.int64) * view.time
     return view.pointer + (offset + tl.cast(head, tl.int64) * view.head)
 
 
 @triton.jit
-def row_slot(sequence, q_start, head, q_len, slots, GROUP: tl.constexpr, PACKED: tl.constexpr):
+def row_slot(at, slots):
     """Where backward keeps its numbers of a KV head's rows, one after the other, in (heads, slots).
 
-    At multiples of ROW_SLOT, which descriptors want and which any tile of rows divides.
+    At multiples of ROW_SLOT: descriptors want that, and any tile of rows divides it.
     """
-    if PACKED:
-        before = q_start
+    if at.PACKED:
+        before = at.q_start
     else:
-        before = sequence * q_len
-    first = (before * GROUP + sequence * ROW_SLOT) // ROW_SLOT * ROW_SLOT
-    return head * slots + first
+        before = at.sequence * at.q_len
+    first = (before * at.GROUP + at.sequence * ROW_SLOT) // ROW_SLOT * ROW_SLOT
+    return at.head * slots + first
 
 
 @triton.jit
-def load_row_numbers(
-    numbers, descriptor, slot, first_row, count, ROWS: tl.constexpr, MASKED: tl.constexpr
-):
-    """One number each of ROWS rows from first_row on; zero from `count` on where MASKED."""
+def load_row_numbers(numbers, at, first_row, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """(ROWS,) numbers from first_row on; zero past the last row where MASKED."""
     rows = first_row + tl.arange(0, ROWS)
-    if descriptor is None:
-        found = tl.load(numbers + slot + rows, mask=rows < count, other=0.0)
+    if numbers.descriptor is None:
+        found = tl.load(numbers.pointer + numbers.slot + rows, mask=rows < at.count, other=0.0)
     else:
-        found = descriptor.load([slot + first_row])
+        found = numbers.descriptor.load([numbers.slot + first_row])
         if MASKED:
-            found = tl.where(rows < count, found, 0.0)
+            found = tl.where(rows < at.count, found, 0.0)
     return found
 
 
 @triton.jit
-def row_pointers(view, base, rows, columns, GROUP: tl.constexpr):
-    """Pointers to a tile of rows; `base` is the first query of the KV head's first head."""
-    queries = (rows // GROUP).to(tl.int64) * view.time + (rows % GROUP).to(tl.int64) * view.head
-    return base + queries[:, None] + columns[None, :]
+def row_cells(view, at, rows):
+    """Pointers to one number a row, as the LSE has it."""
+    queries = (rows // at.GROUP).to(tl.int64) * view.time
+    members = (rows % at.GROUP).to(tl.int64) * view.head
+    return at_head(view, at.batch, at.q_start, at.head * at.GROUP) + (queries + members)
 
 
 @triton.jit
-def load_rows(pointers, rows, count, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def row_pointers(view, at, rows, columns):
+    """(ROWS, BLOCK) pointers to a tile of rows."""
+    return row_cells(view, at, rows)[:, None] + columns[None, :]
+
+
+@triton.jit
+def load_rows(pointers, rows, count, columns, source):
     """A tile, zero in rows from `count` on and columns from WIDTH on."""
-    if WIDTH == BLOCK:
+    if source.WIDTH == source.BLOCK:
         tile = tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
     else:
-        inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+        inside = (rows < count)[:, None] & (columns < source.WIDTH)[None, :]
         tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
-def load_row_tile(
-    view,
-    descriptor,
-    batch,
-    start,
-    first_row,
-    head,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """ROWS rows of KV head `head`, from first_row on; zero from `count` on where MASKED."""
-    rows = first_row + tl.arange(0, ROWS)
-    if descriptor is not None:
-        at = [batch, start + first_row // GROUP, head, 0, 0]
-        tile = descriptor.load(at).reshape(ROWS, BLOCK)
-        if MASKED and PACKED:
-            tile = tl.where((rows < count)[:, None], tile, tl.zeros_like(tile))
+def load_columns(pointers, columns, source):
+    """A tile whose rows all exist, zero in columns from WIDTH on."""
+    if source.WIDTH == source.BLOCK:
+        tile = tl.load(pointers)
     else:
-        columns = tl.arange(0, BLOCK)
-        base = at_head(view, batch, start, head * GROUP)
-        pointers = row_pointers(view, base, rows, columns, GROUP)
-        if MASKED:
-            tile = load_rows(pointers, rows, count, columns, WIDTH, BLOCK)
-        elif WIDTH == BLOCK:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=(columns < source.WIDTH)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def load_row_tile(source, at, first_row, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """(ROWS, BLOCK) of the rows from first_row on; zero past the last row where MASKED."""
+    rows = first_row + tl.arange(0, ROWS)
+    if source.descriptor is not None:
+        start = [at.batch, at.q_start + first_row // at.GROUP, at.head, 0, 0]
+        tile = source.descriptor.load(start).reshape(ROWS, source.BLOCK)
+        if MASKED and at.PACKED:
+            tile = tl.where((rows < at.count)[:, None], tile, tl.zeros_like(tile))
+    else:
+        columns = tl.arange(0, source.BLOCK)
+        pointers = row_pointers(source.view, at, rows, columns)
+        if MASKED:
+            tile = load_rows(pointers, rows, at.count, columns, source)
+        else:
+            tile = load_columns(pointers, columns, source)
+    return tile
+
+
+@triton.jit
+def store_rows(tile, source, at, rows):
+    """Write a tile of rows, rounded to the tensor's dtype, as far as the last row."""
+    columns = tl.arange(0, source.BLOCK)
+    rounded = round_to(tile, source.view.pointer.dtype.element_ty)
+    inside = (rows < at.count)[:, None] & (columns < source.WIDTH)[None, :]
+    tl.store(row_pointers(source.view, at, rows, columns), rounded, mask=inside)
+
+
+@triton.jit
+def key_pointers(view, at, keys, columns):
+    """(KEYS, BLOCK) pointers to a tile of keys."""
+    cells = at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64)[:, None] * view.time
+    return cells + columns[None, :]
 
 
 @triton.jit
 def load_keys(
-    view,
-    descriptor,
-    batch,
-    start,
-    key,
-    head,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
+    source, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr, ZERO_TAIL: tl.constexpr = True
 ):
-    """KEYS keys (or values) from `key` on of the sequence that begins at `start`.
+    """(KEYS, BLOCK) of the keys (or values) from `key` on.
 
-    Where MASKED, what lies from `count` on is zero.
+    MASKED: keys past the last one are zero; without ZERO_TAIL a descriptor may load the next
+    sequence's instead.
     """
     keys = key + tl.arange(0, KEYS)
-    if descriptor is not None:
-        tile = descriptor.load([batch, start + key, head, 0]).reshape(KEYS, BLOCK)
-        if MASKED and PACKED:
+    if source.descriptor is not None:
+        start = [at.batch, at.k_start + key, at.head, 0]
+        tile = source.descriptor.load(start).reshape(KEYS, source.BLOCK)
+        if MASKED and ZERO_TAIL and at.PACKED:
             # The descriptor knows where the tensor ends, not where the sequence does.
-            tile = tl.where((keys < count)[:, None], tile, tl.zeros_like(tile))
+            tile = tl.where((keys < at.k_len)[:, None], tile, tl.zeros_like(tile))
     else:
-        columns = tl.arange(0, BLOCK)
-        at = at_head(view, batch, start, head) + keys.to(tl.int64)[:, None] * view.time
+        columns = tl.arange(0, source.BLOCK)
+        pointers = key_pointers(source.view, at, keys, columns)
         if MASKED:
-            tile = load_rows(at + columns[None, :], keys, count, columns, WIDTH, BLOCK)
-        elif WIDTH == BLOCK:
-            tile = tl.load(at + columns[None, :])
+            tile = load_rows(pointers, keys, at.k_len, columns, source)
         else:
-            tile = tl.load(at + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)
+            tile = load_columns(pointers, columns, source)
     return tile
 
 
 @triton.jit
-def store_keys(
-    tile,
-    view,
-    descriptor,
-    batch,
-    start,
-    key,
-    head,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Write a tile of keys (or values), rounded to the tensor's dtype, as far as `count`."""
-    rounded = round_to(tile, view.pointer.dtype.element_ty)
-    if descriptor is not None:
-        descriptor.store([batch, start + key, head, 0], rounded.reshape(1, KEYS, 1, BLOCK))
+def store_keys(tile, source, at, key, KEYS: tl.constexpr):
+    """Write a tile of keys (or values), rounded to the tensor's dtype, as far as the last key."""
+    rounded = round_to(tile, source.view.pointer.dtype.element_ty)
+    if source.descriptor is not None:
+        start = [at.batch, at.k_start + key, at.head, 0]
+        source.descriptor.store(start, rounded.reshape(1, KEYS, 1, source.BLOCK))
     else:
         keys = key + tl.arange(0, KEYS)
-        columns = tl.arange(0, BLOCK)
-        at = at_head(view, batch, start, head) + keys.to(tl.int64)[:, None] * view.time
-        inside = (keys < count)[:, None] & (columns < WIDTH)[None, :]
-        tl.store(at + columns[None, :], rounded, mask=inside)
+        columns = tl.arange(0, source.BLOCK)
+        inside = (keys < at.k_len)[:, None] & (columns < source.WIDTH)[None, :]
+        tl.store(key_pointers(source.view, at, keys, columns), rounded, mask=inside)
 
 
 @triton.jit
-def load_coefficient(
-    c,
-    batch,
-    start,
-    key,
-    head,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """A mixing coefficient over the tile that `load_keys` would load."""
-    if FORM == NUMBER:
-        found = c.number
+def load_factor(factor, source, at, key, KEYS: tl.constexpr):
+    """A mixing coefficient over the tile of `source` that `load_keys` would load."""
+    if factor.FORM == NUMBER:
+        found = factor.number
     else:
         keys = key + tl.arange(0, KEYS)
-        columns = tl.arange(0, BLOCK)
-        base = at_head(c, batch, start, head)
-        rows = keys.to(tl.int64)
+        columns = tl.arange(0, source.BLOCK)
+        base = at_head(factor, at.batch, at.k_start, at.head)
         found = coefficient(
-            base, c.number, rows, columns, c.time, c.column, keys < count, columns < WIDTH, FORM
-        )
+            base, factor.number, keys.to(tl.int64), columns, factor.time, factor.column,
+            keys < at.k_len, columns < source.WIDTH, factor.FORM,
+        )  # fmt: skip
     return found
 
 
 @triton.jit
-def load_values(
-    values,
-    v_descriptor,
-    first_descriptor,
-    batch,
-    start,
-    key,
-    head,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-    OWN_FORM: tl.constexpr,
-    FIRST_FORM: tl.constexpr,
-    MIXES: tl.constexpr,
-    MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """A tile of V', zero from `count` on where MASKED, whatever lies there."""
-    if MIXES:
-        own_tile = load_keys(
-            values.v, v_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS, MASKED,
-            False,
-        )  # fmt: skip
-        first_tile = load_keys(
-            values.v_first, first_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS,
-            MASKED, False,
-        )  # fmt: skip
-        own = load_coefficient(
-            values.own, batch, start, key, head, count, WIDTH, BLOCK, KEYS, OWN_FORM
-        )
-        first = load_coefficient(
-            values.first, batch, start, key, head, count, WIDTH, BLOCK, KEYS, FIRST_FORM
-        )
+def load_values(values, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """(KEYS, BLOCK) of V', zero past the last key where MASKED, whatever lies there."""
+    if values.MIXES:
+        own_tile = load_keys(values.v, at, key, KEYS, MASKED, False)
+        first_tile = load_keys(values.v_first, at, key, KEYS, MASKED, False)
+        own = load_factor(values.own, values.v, at, key, KEYS)
+        first = load_factor(values.first, values.v, at, key, KEYS)
         tile = mix(own, own_tile, first, first_tile, own_tile.dtype)
         if MASKED:
-            # Not by the values alone: a coefficient may be infinite.
-            inside = key + tl.arange(0, KEYS) < count
+            # Masking the values is not enough: a coefficient may be infinite.
+            inside = key + tl.arange(0, KEYS) < at.k_len
             tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
     else:
-        tile = load_keys(
-            values.v, v_descriptor, batch, start, key, head, count, WIDTH, BLOCK, KEYS, MASKED,
-            PACKED,
-        )  # fmt: skip
+        tile = load_keys(values.v, at, key, KEYS, MASKED)
     return tile

@@ -1,8 +1,12 @@
-"""The arguments of the Triton kernels, from the op's: what forward and backward launches share."""
+"""A call in the terms of the Triton kernels: the records that several launches share.
+
+Fields in capitals are compile-time constants. Lengths and window sizes are no record's fields:
+Triton specialises the integers of a tuple whatever `do_not_specialize` says, and lengths change
+with every call.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,28 +14,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resformer_kernels._triton import device as lib
-from resformer_kernels._triton.views import (
-    Coefficient,
-    View,
-    coefficient_of,
-    form_over_tile,
-    view_of,
-)
-from resformer_kernels.attention.triton import tiles
+from resformer_kernels._triton.arch import has_tensor_descriptors
+from resformer_kernels._triton.device import NUMBER
+from resformer_kernels._triton.launch import capability
+from resformer_kernels._triton.views import View, coefficient_of, form_over_tile, view_of
+from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.triton import configs
+from resformer_kernels.attention.triton.softmax import ADDITIVE, BOOLEAN, NO_BIAS
 
 FAR = 2**30
 """Stands for any larger side of a window, within 32 bits."""
 _LOG2E = 1.4426950408889634
-
-
-class Values(NamedTuple):
-    """What V' is mixed from; v alone where nothing is mixed."""
-
-    v: View
-    v_first: View
-    own: Coefficient
-    first: Coefficient
+# Bytes of keys and values that a section of heads may keep in the second-level cache.
+_CACHE_BYTES = 16 * 2**20
 
 
 class Bias(NamedTuple):
@@ -44,36 +39,178 @@ class Bias(NamedTuple):
     key: int
 
 
-def lse_view(lse: Tensor) -> View:
-    """(B, Hq, Tq), or (Hq, total), by strides; time is contiguous."""
-    return View(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
+class Scoring(NamedTuple):
+    """How a product q.k becomes a score: see `softmax.scores`."""
+
+    bias: Bias
+    alpha: float
+    softcap: float
+    CAPPED: tl.constexpr
+    BIAS: tl.constexpr
+    RAW: tl.constexpr
+    PRECISE: tl.constexpr
+    """float32: natural scores, and functions to an ulp."""
+    INDEX: tl.constexpr
+    """Integer type of offsets into the bias."""
 
 
-def bias_of(tensor: Tensor | None) -> tuple[Bias, int, Any]:
+class Geometry(NamedTuple):
+    """How sequences and heads lie in the tensors, and which sides of the window are bounded."""
+
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    heads: int
+    """KV heads."""
+    GROUP: tl.constexpr
+    """Query heads per KV head."""
+    PACKED: tl.constexpr
+    HAS_LEFT: tl.constexpr
+    HAS_RIGHT: tl.constexpr
+
+
+class Sizes(NamedTuple):
+    """Head dimensions, the tile widths that hold them, and rows and keys of a tile."""
+
+    DIM_K: tl.constexpr
+    DIM_V: tl.constexpr
+    BLOCK_K: tl.constexpr
+    BLOCK_V: tl.constexpr
+    ROWS: tl.constexpr
+    KEYS: tl.constexpr
+
+
+class Work(NamedTuple):
+    """How programs share the tiles: see `tiles.scheduled`."""
+
+    sequences: int
+    tiles: int
+    """Tiles of a sequence and KV head."""
+    section: int
+    open_tiles: Tensor | None
+    """Tiles that a boolean mask leaves open: see `tiles.open_tiles_kernel`."""
+    list_size: int
+
+
+class Factor(NamedTuple):
+    """A mixing coefficient: a tensor by strides, 0 where it broadcasts, or a number."""
+
+    pointer: Tensor | None
+    number: float
+    batch: int
+    time: int
+    head: int
+    column: int
+    FORM: tl.constexpr
+
+
+class Values(NamedTuple):
+    """The sources of V'; v alone where nothing is mixed."""
+
+    v: View
+    v_first: View
+    own: Factor
+    first: Factor
+    MIXES: tl.constexpr
+
+
+def mask_kind(call: AttentionCall) -> str:
+    """The mask, or transformation of scores, by which tiles are chosen."""
+    if call.attn_bias is not None or call.softcap > 0:
+        return "transformed"
+    if call.window_left >= 0:
+        return "window"
+    return "causal" if call.window_right >= 0 else "full"
+
+
+def config_of(call: AttentionCall, direction: str, mask: str | None = None) -> configs.Config:
+    """The configuration of a kernel of this call; `mask` in place of the call's own."""
+    widest = max(padded(call.q.shape[-1]), padded(call.value.shape[-1]))
+    arch = capability(call.q.device)
+    return configs.choose(arch, direction, call.q.dtype, widest, mask or mask_kind(call))
+
+
+def sizes(call: AttentionCall, rows: int, keys: int) -> Sizes:
+    """Sizes of tiles of so many rows and keys."""
+    dim_k, dim_v = call.q.shape[-1], call.value.shape[-1]
+    found = (dim_k, dim_v, padded(dim_k), padded(dim_v), rows, keys)
+    return Sizes(*(tl.constexpr(size) for size in found))
+
+
+def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
+    """The arguments that every kernel over scores takes; its tiles have so many rows and keys."""
+    flags = (call.group, call.packed, call.window_left >= 0, call.window_right >= 0)
+    return {
+        "scoring": scoring(call.attn_bias, call.scale, call.softcap, call.q.dtype),
+        "geometry": Geometry(
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
+            call.kv_heads,
+            *(tl.constexpr(flag) for flag in flags),
+        ),
+        "q_len": call.max_seqlen_q,
+        "k_len": call.max_seqlen_k,
+        "window_left": min(call.window_left, FAR),
+        "window_right": min(call.window_right, FAR),
+        "sizes": sizes(call, rows, keys),
+    }
+
+
+def scoring(attn_bias: Tensor | None, scale: float, softcap: float, dtype: torch.dtype) -> Scoring:
+    """How scores are made, in log2 units unless dtype is float32."""
+    bias, kind, index = _bias(attn_bias)
+    precise = dtype is torch.float32
+    capped = softcap > 0
+    alpha = scale / softcap if capped else scale
+    raw = False
+    if not (capped or kind is ADDITIVE or precise):
+        alpha *= _LOG2E
+        # The maximum of scores is alpha times that of the products only where alpha > 0, and -inf
+        # times an alpha that is 0 in float32 would be NaN.
+        raw = alpha > 1e-30
+    flags = (capped, kind.value, raw, precise, index)
+    return Scoring(bias, alpha, softcap, *(tl.constexpr(flag) for flag in flags))
+
+
+def _bias(tensor: Tensor | None) -> tuple[Bias, tl.constexpr, Any]:
     """attn_bias, its kind, and the integer type that holds its offsets."""
     if tensor is None:
-        return Bias(None, 0, 0, 0, 0), tiles.NO_BIAS.value, tl.int32
-    boolean = tensor.dtype is torch.bool
+        return Bias(None, 0, 0, 0, 0), NO_BIAS, tl.int32
     strides = [
         0 if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-    kind = tiles.BOOLEAN if boolean else tiles.ADDITIVE
-    data = tensor.view(torch.uint8) if boolean else tensor
-    return Bias(data, *strides), kind.value, tl.int32 if span < 2**31 else tl.int64
+    index = tl.int32 if span < 2**31 else tl.int64
+    if tensor.dtype is torch.bool:
+        return Bias(tensor.view(torch.uint8), *strides), BOOLEAN, index
+    return Bias(tensor, *strides), ADDITIVE, index
 
 
-def score_scale(scale: float, softcap: float, *, biased: bool, precise: bool) -> tuple[float, bool]:
-    """(alpha, RAW) of `triton_tiles.scores`; `biased`: an additive bias follows the softcap."""
-    capped = softcap > 0
-    alpha = scale / softcap if capped else scale
-    if capped or biased or precise:
-        return alpha, False
-    alpha *= _LOG2E
-    # The maximum of scores is alpha times that of the products only where alpha > 0, and -inf
-    # times an alpha that is 0 in float32 would be NaN.
-    return alpha, alpha > 1e-30
+def values(call: AttentionCall, mixed: Tensor | None = None) -> Values:
+    """The sources of V'; `mixed` is V' itself, where it was mixed before."""
+    mixes = call.mixes and mixed is None
+    v, v_first = (call.v, call.v_first) if mixes else (call.value, None)
+    return Values(
+        view_of(mixed if mixed is not None else v),
+        view_of(v_first),
+        _factor(call.lambda_v, call.lambda_v_value, mixes),
+        _factor(call.lambda_first, call.lambda_first_value, mixes),
+        tl.constexpr(mixes),
+    )
+
+
+def _factor(tensor: Tensor | None, number: float, mixes: bool) -> Factor:
+    c = coefficient_of(tensor, number)
+    # A tile has the tokens of one head, by the channels.
+    form = form_over_tile(c, c.time != 0, c.column != 0) if mixes else NUMBER.value
+    return Factor(*c, tl.constexpr(form))
+
+
+def lse_view(lse: Tensor | None) -> View:
+    """(B, Hq, Tq), or (Hq, total), by strides; time is contiguous."""
+    if lse is None:
+        return View(None, 0, 0, 0)
+    return View(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
 
 
 def padded(dim: int) -> int:
@@ -81,16 +218,30 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def section(call: AttentionCall, length: int) -> int:
+    """Number of KV heads whose tiles are scheduled together: under a causal mask, as many as the
+    cache holds.
+
+    `length` is that of what all programs of a head read: keys and values, or the rows of q and dO.
+    """
+    if call.window_right < 0 or call.window_left >= 0:
+        return 1
+    width = call.k.shape[-1] + call.value.shape[-1]
+    return max(1, _CACHE_BYTES // max(1, length * width * call.k.element_size()))
+
+
 def descriptor_of(
     tensor: Tensor | None, length: int, block: int, group: int | None = None
 ) -> TensorDescriptor | None:
-    """A TMA descriptor of tiles (1, length, 1, block) of a (batch, time, heads, dim) tensor.
+    """A tensor descriptor of tiles (1, length, 1, block) of a (batch, time, heads, dim) tensor.
 
-    With `group`, of (1, length, 1, group, block): its heads then are (KV heads, group). None where
-    the layout does not allow one: an empty tensor, addresses off 16 bytes, an axis that is one
-    element seen many times, a group that is no power of two.
+    With `group`, of tiles (1, length, 1, group, block): heads are then (KV heads, group). None
+    where the GPU or the layout allows none: an empty tensor, addresses that are not multiples of 16
+    bytes, an expanded axis, a group that is no power of two.
     """
     if tensor is None or tensor.numel() == 0 or (group is not None and group & (group - 1)):
+        return None
+    if not has_tensor_descriptors(capability(tensor.device)):
         return None
     whole = tensor if tensor.dim() == 4 else tensor[None]
     tile = [1, length, 1, block]
@@ -105,131 +256,3 @@ def descriptor_of(
     if tensor.data_ptr() % 16 or any(stride % unit or stride == 0 for stride in strides):
         return None
     return TensorDescriptor(whole, list(whole.shape), [*strides, 1], tile)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call of the op, forward or backward, in the terms of the kernels."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
-    v_first: Tensor | None
-    lambda_v: Tensor | None
-    lambda_first: Tensor | None
-    lambda_v_value: float
-    lambda_first_value: float
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    max_q: int
-    max_k: int
-    window_left: int
-    window_right: int
-    scale: float
-    softcap: float
-    sinks: Tensor | None
-    attn_bias: Tensor | None
-
-    @property
-    def packed(self) -> bool:
-        return self.cu_q is not None
-
-    @property
-    def mixes(self) -> bool:
-        return self.v is not None and self.v_first is not None
-
-    @property
-    def value(self) -> Tensor:
-        """A tensor of values that is there."""
-        value = self.v if self.v is not None else self.v_first
-        assert value is not None
-        return value
-
-    @property
-    def precise(self) -> bool:
-        """float32: natural scores, and functions to an ulp."""
-        return self.q.dtype is torch.float32
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_q is None else self.cu_q.shape[0] - 1
-
-    @property
-    def heads(self) -> int:
-        """KV heads."""
-        return self.k.shape[-2]
-
-    @property
-    def group(self) -> int:
-        """Query heads to a KV head."""
-        return self.q.shape[-2] // self.heads
-
-    @property
-    def rows(self) -> int:
-        """The most rows of a sequence and KV head."""
-        return self.max_q * self.group
-
-    @property
-    def mask_kind(self) -> str:
-        """By which of its masks, or what else is done to its scores, tiles are chosen."""
-        if self.attn_bias is not None or self.softcap > 0:
-            return "transformed"
-        if self.window_left >= 0:
-            return "window"
-        return "causal" if self.window_right >= 0 else "full"
-
-    def values(self, mixed: Tensor | None = None) -> tuple[Values, dict[str, Any]]:
-        """What V' is loaded from and how; `mixed`: V' itself, where it was mixed before."""
-        own = coefficient_of(self.lambda_v, self.lambda_v_value)
-        first = coefficient_of(self.lambda_first, self.lambda_first_value)
-        mixes = self.mixes and mixed is None
-        v, v_first = (self.v, self.v_first) if mixes else (self.value, None)
-        values = Values(view_of(mixed if mixed is not None else v), view_of(v_first), own, first)
-        # A tile has the tokens of one head, by the channels.
-        forms = [
-            form_over_tile(c, c.time != 0, c.column != 0) if mixes else lib.NUMBER.value
-            for c in (own, first)
-        ]
-        return values, {"OWN_FORM": forms[0], "FIRST_FORM": forms[1], "MIXES": mixes}
-
-    def masks(self) -> dict[str, Any]:
-        """The arguments that say which keys a row may see."""
-        return {
-            "cu_q": self.cu_q,
-            "cu_k": self.cu_k,
-            "q_len": self.max_q,
-            "k_len": self.max_k,
-            "heads": self.heads,
-            "window_left": min(self.window_left, FAR),
-            "window_right": min(self.window_right, FAR),
-            "GROUP": self.group,
-            "HAS_LEFT": self.window_left >= 0,
-            "HAS_RIGHT": self.window_right >= 0,
-            "PACKED": self.packed,
-        }
-
-    def scores(self) -> dict[str, Any]:
-        """The arguments that turn a product q.k into a score."""
-        bias, kind, index = bias_of(self.attn_bias)
-        biased = kind == tiles.ADDITIVE.value
-        alpha, raw = score_scale(self.scale, self.softcap, biased=biased, precise=self.precise)
-        return {
-            "bias": bias,
-            "alpha": alpha,
-            "softcap": self.softcap,
-            "CAPPED": self.softcap > 0,
-            "BIAS": kind,
-            "RAW": raw,
-            "PRECISE": self.precise,
-            "INDEX": index,
-        }
-
-    def dims(self) -> dict[str, int]:
-        """Head dimensions, and the widths of the tiles that hold them."""
-        dim_k, dim_v = self.q.shape[-1], self.value.shape[-1]
-        return {
-            "DIM_K": dim_k,
-            "DIM_V": dim_v,
-            "BLOCK_K": padded(dim_k),
-            "BLOCK_V": padded(dim_v),
-        }
