@@ -34,6 +34,9 @@ _TYPES: dict[Any, str] = {
     str: "str",
 }
 
+OPS: dict[str, Op] = {}
+"""Every op by its name."""
+
 _libraries: list[torch.library.Library] = []  # a library unregisters its ops when it is collected
 
 
@@ -101,9 +104,10 @@ class Op:
         self.name, self.record, self.function = name, record, function
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
-        self._fake, self._triton, self._composed = fake, triton, composed
+        self._fake, self._triton, self.composed = fake, triton, composed
         hints = get_type_hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
+        OPS[name] = self
         _libraries.extend(self.define(namespace) for namespace in (NATIVE, TRITON))
 
     def define(self, namespace: str) -> torch.library.Library:
@@ -114,8 +118,8 @@ class Op:
         torch.library.register_fake(qualified, self._call(self._fake), lib=library)
         library.impl(self.name, self._refuse_vmap, "FuncTorchBatched")
         made = None
-        if self._composed is not None:
-            made = self._lazy(self._composed, namespace)
+        if self.composed is not None:
+            made = self._lazy(self.composed, namespace)
         elif namespace == TRITON and self._triton is not None:
             made = self._lazy(self._triton)
         # CPU tensors are for Triton's interpreter.
