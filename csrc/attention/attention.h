@@ -37,7 +37,7 @@ struct Problem {
   std::vector<Sequence> sequences;
   int64_t keys_total = 0;  // the length of v's time axis
   int64_t heads_q = 0, heads_kv = 0, group = 1, dim_k = 0, dim_v = 0;
-  View q, k, v, v_first;  // v or v_first has no data where the call mixes nothing
+  View q, k, v, v_first;  // one of v and v_first has no data where nothing is mixed
   Coefficient lambda_v{}, lambda_first{};
   int64_t window_left = -1, window_right = -1;
   float scale = 1.0f, softcap = 0.0f;
@@ -88,10 +88,10 @@ struct BackwardOutput {
   Partial lambda_v_partial = Partial::none, lambda_first_partial = Partial::none;
   float* lambda_v = nullptr;
   float* lambda_first = nullptr;
-  float* sinks = nullptr;  // one a query and head, laid out as the LSE
+  float* sinks = nullptr;  // one per query and head, laid out as the LSE
   struct {
     float* data = nullptr;   // zero on entry, strides 0 where the bias broadcasts:
-    double* sums = nullptr;  // then many terms add to one entry, in float64
+    double* sums = nullptr;  // in its place where many terms add to one entry: float64
     int64_t stride[4] = {0, 0, 0, 0};
     bool wanted() const { return data != nullptr || sums != nullptr; }
   } bias;

@@ -30,7 +30,7 @@ View view_of(const Tensor& t) {
   return v;
 }
 
-// What forward and backward are both given, checked and as plain data. The tensors stay alive in it.
+// The arguments that forward and backward share, checked and as plain data. It keeps their tensors alive.
 struct Call {
   Problem problem;
   bool packed = false;
@@ -199,13 +199,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   if (return_lse) o.lse = static_cast<float*>(lse.data_ptr());
   lse_strides(call, o.lse_stride);
   if (return_mixed_value) o.mixed = view_of(mixed);
-  if (call.packed) {  // what lies past the last sequence belongs to none: zeros, as for a row that attends to
-                      // nothing
+  if (call.packed) {  // rows past the last sequence get zeros, like a row that attends to nothing
     torch::stable::zero_(out);
     torch::stable::zero_(mixed);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
-  // Not where V' itself is asked for: every key of it has one writer then.
+  // Segments overlap in keys; a returned V' needs one writer per key.
   if (!return_mixed_value) p.sequences = cut_to_windows(p);
   current_attention_kernels().forward(p, o);
   return {out, lse, mixed};
@@ -213,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
 
 enum Gradient : int64_t { kQ, kK, kV, kVFirst, kLambdaV, kLambdaFirst, kSinks, kBias };
 
-// The partial sums of a coefficient's gradient: what the kernel fills, and how the rest is summed away.
+// A coefficient's gradient: partial sums that the kernel fills, then the sum over the broadcast axes.
 struct CoefficientGradient {
   Partial kind = Partial::none;
   Tensor partial;
@@ -294,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   auto leaf = [&](Gradient g, const MaybeTensor& t, View* view) {
     if (!wanted(g, t.has_value())) return output(q, {0}, q.scalar_type());
     Tensor result = output(q, {t->sizes().begin(), t->sizes().end()}, q.scalar_type());
-    if (call.packed) torch::stable::zero_(result);  // what lies past the last sequence has no gradient
+    if (call.packed) torch::stable::zero_(result);  // tokens past the last sequence have no gradient
     *view = view_of(result);
     return result;
   };

@@ -1,5 +1,5 @@
-// Backward, keys stationary: V' is mixed again once per tile of keys, every row tile that sees the tile
-// passes by, and the epilogue turns dV' into lambda_v dV', lambda_first dV' and the coefficients' partial
+// Backward, keys stationary: V' is mixed again once per tile of keys, the loop runs over the row tiles that
+// see it, and the epilogue turns dV' into lambda_v dV', lambda_first dV' and the coefficients' partial
 // sums. See resformer_kernels/attention/README.md for the equations.
 #pragma once
 
@@ -49,8 +49,8 @@ class Backward {
   }
 
   void run_shared(const WavePlan& plan, Wave& wave) {
-    // Heads that add to the same entries of the bias gradient go in order inside one unit; the keys tell
-    // units apart.
+    // Heads that add to the same entries of the bias gradient run in order inside one unit; units differ by
+    // their keys.
     const int64_t groups = out_.bias_shared ? 1 : wave.last - wave.first;
     const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
     const int64_t splits = owns_columns ? plan.splits(wave, groups) : 1;
@@ -71,8 +71,7 @@ class Backward {
   }
 
   // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
-  // only, where the summed axis runs over rows), LSE in the
-  // unit of scores, and delta.
+  // only, where the summed axis runs over rows), the LSE in the unit of scores, and delta.
   struct RowPack {
     float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta;
   };
@@ -150,7 +149,7 @@ class Backward {
           bias(kGradKeys),
           mix(p) {}
     Scratch k, k_pairs, k_t, v_t, v, mixed, dk, dv, p, ds, p_pairs, ds_pairs, slope, bias;
-    Scratch packed{0}, sums{0};  // of a thread that runs whole heads
+    Scratch packed{0}, sums{0};  // used by a thread that runs whole heads
     ValueRow mix;
     Bounds bounds;
     Span spans[(kGradRows + kTileRows - 1) / kTileRows];    // keys of each block of rows

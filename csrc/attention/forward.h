@@ -35,7 +35,7 @@ class Forward {
   using Unit = Scores<kPrecision>;
 
   int64_t columns() const { return round_up(p_.dim_v, kLanes); }
-  int64_t key_words(int64_t keys) const {  // of K^T and V' for so many keys
+  int64_t key_words(int64_t keys) const {  // words that K^T and V' of `keys` keys take
     return keys * row_words<Dot>(p_.dim_k) + (keys + Dot::kPack - 1) / Dot::kPack * columns();
   }
   int64_t partial_row() const { return columns() + 2; }
@@ -93,8 +93,8 @@ class Forward {
         const int64_t packed = wave.packed_tile(tile, head);
         if (tile.attended) {
           for (int64_t i = 0; i < count; ++i) {
-            // The next keys of this head: too far away for the hardware to guess, and among the work, not in
-            // a burst.
+            // Prefetch the next keys of this head: too far away for the hardware prefetcher, and spread over
+            // the work rather than in a burst.
             const int64_t next = smaller(t + kLanes + i, seq.k_start + seq.tk - 1);
             prefetch_row(p_.k.row<const T>(seq.batch, next, head), p_.dim_k * sizeof(T));
             if (p_.v.data) prefetch_row(p_.v.row<const T>(seq.batch, next, head), p_.dim_v * sizeof(T));
@@ -216,7 +216,7 @@ class Forward {
                          rows.count, s.words, s.acc.get(), columns());
   }
 
-  // Rows [r, r + count) of one block.
+  // Softmax of rows [r, r + count) of one block.
   template <int count>
   void softmax(const RowTile& rows, int64_t r, int64_t key, int64_t keys, AttendScratch& s) {
     const Span span = s.spans[r / kTileRows];
@@ -233,7 +233,7 @@ class Forward {
                                          s.state + r, s.acc.get() + r * columns(), columns());
   }
 
-  // Some of the rows of Q that come next, which this tile's first keys leave time enough to fetch.
+  // Prefetches rows of the next tile of Q while this tile passes over its first keys.
   void prefetch_next_rows(const RowTile& rows, int64_t r) {
     if (rows.first < kRows) return;
     for (int64_t i = r - kRows; i < r - kRows + kRowsAbreast; ++i) {

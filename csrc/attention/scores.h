@@ -1,4 +1,4 @@
-// What lies between the two products of a tile: softcap, bias and masks.
+// Between the two products of a tile: softcap, bias and masks.
 //
 // Order of the contract: scale * qk, softcap, bias, mask, sink.
 #pragma once
@@ -117,7 +117,7 @@ static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t
     if (biased) x = add(x, load(bias_scratch + c));
     store(s + c, mul(x, set1(Scores<precision>::kUnit)));
   }
-  if (boolean) {  // not by the sum alone: NaN at a masked key must not survive
+  if (boolean) {  // adding -inf is not enough: NaN at a masked key must not survive
     for (int64_t c = from; c < to; ++c) s[c] = bias_scratch[c] == kMinusInf ? kMinusInf : s[c];
   }
 }
@@ -125,7 +125,7 @@ static void transform_row(const RowTile& rows, int64_t row, int64_t key, int64_t
 static inline bool needs_transform(const Problem& p) {
   return p.softcap > 0.0f || p.bias.kind != Bias::Kind::none;
 }
-// What the score product is multiplied by: the scale, and the unit at once where nothing comes between.
+// Factor of the score product: the scale, times log2(e) where neither softcap nor bias follows.
 template <Precision precision>
 static inline float score_alpha(const Problem& p) {
   return needs_transform(p) ? p.scale : p.scale * Scores<precision>::kUnit;

@@ -1,4 +1,4 @@
-// Long sequences under a short window, cut into shorter ones.
+// Long sequences under a short window, split into shorter ones.
 #pragma once
 
 #include <algorithm>

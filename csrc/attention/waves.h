@@ -32,7 +32,7 @@ struct Wave {
   const int64_t* tile_prefix;              // key tiles by sequence
   int64_t first, last, tile_rows, tile_keys;
   int64_t key_tiles, row_tiles;
-  int64_t head_chunks;      // into how many parts a sequence's heads are cut for packing
+  int64_t head_chunks;      // parts that a sequence's heads are split into for packing
   float* packed = nullptr;  // scratch of the wave: packed operands,
   float* sums = nullptr;    // and partial sums of dQ
 
@@ -105,8 +105,7 @@ class WavePlan {
 
   int64_t heads() const { return heads_; }
 
-  // How many heads a thread takes at a time to run them whole; 0 where heads are too few or too large for
-  // that.
+  // Number of heads that a thread takes at a time to run them whole; 0 where heads are too few or too large.
   int64_t heads_a_thread() const {
     const int64_t fair = heads_ / (8 * threads_);
     if (threads_ == 1 || fair == 0 || words(0, 1) > kThreadWords) return 0;
@@ -141,8 +140,8 @@ class WavePlan {
             1};
   }
 
-  // Into how many parts the keys of a unit are cut so that every thread has work: 1 where there are units
-  // enough.
+  // Number of parts that the keys of a unit are split into, so that every thread has work: 1 where there are
+  // enough units.
   int64_t splits(const Wave& wave, int64_t units) const {
     if (threads_ == 1 || units == 0 || units >= 4 * threads_) return 1;
     int64_t most = 1;

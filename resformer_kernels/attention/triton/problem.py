@@ -140,7 +140,7 @@ def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
     """The arguments that every kernel over scores takes; its tiles have so many rows and keys."""
     flags = (call.group, call.packed, call.window_left >= 0, call.window_right >= 0)
     return {
-        "scoring": scoring(call.attn_bias, call.scale, call.softcap, call.q.dtype),
+        "scoring": scoring(call, call.attn_bias),
         "geometry": Geometry(
             call.cu_seqlens_q,
             call.cu_seqlens_k,
@@ -155,12 +155,13 @@ def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
     }
 
 
-def scoring(attn_bias: Tensor | None, scale: float, softcap: float, dtype: torch.dtype) -> Scoring:
-    """How scores are made, in log2 units unless dtype is float32."""
+def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
+    """How the scores of a call are made, of attention or over a cache: in log2 units, or natural ones
+    for float32."""
     bias, kind, index = _bias(attn_bias)
-    precise = dtype is torch.float32
-    capped = softcap > 0
-    alpha = scale / softcap if capped else scale
+    precise = call.q.dtype is torch.float32
+    capped = call.softcap > 0
+    alpha = call.scale / call.softcap if capped else call.scale
     raw = False
     if not (capped or kind is ADDITIVE or precise):
         alpha *= _LOG2E
@@ -168,7 +169,7 @@ def scoring(attn_bias: Tensor | None, scale: float, softcap: float, dtype: torch
         # times an alpha that is 0 in float32 would be NaN.
         raw = alpha > 1e-30
     flags = (capped, kind.value, raw, precise, index)
-    return Scoring(bias, alpha, softcap, *(tl.constexpr(flag) for flag in flags))
+    return Scoring(bias, alpha, call.softcap, *(tl.constexpr(flag) for flag in flags))
 
 
 def _bias(tensor: Tensor | None) -> tuple[Bias, tl.constexpr, Any]:
