@@ -46,7 +46,7 @@ class Package(NamedTuple):
 
     attend: Callable[..., Any]
     attend_packed: Callable[..., Any]
-    lacks: frozenset[str]
+    lacks: tuple[str, ...]
     """What the build left out: "BACKWARD", "LOCAL", "HDIM96" and their like."""
 
 
@@ -230,7 +230,7 @@ def load(name: str) -> Package | str:
             )
     flags = config.CONFIG["build_flags"] if config is not None else {}
     lacks = (name.split("_")[-1] for name, on in flags.items() if on and "_DISABLE_" in name)
-    return Package(*functions, frozenset(lacks))
+    return Package(*functions, tuple(lacks))
 
 
 def _choose(call: AttentionCall) -> _Source:

@@ -6,6 +6,7 @@ what those kernels never write is NaN, and what they cannot do raises.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -52,6 +53,19 @@ class _Garbage(torch.autograd.Function):
         return grad, None
 
 
+_TENSORS = "q, k, v"
+_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_SHARED = ("softmax_scale", "causal", "window_size", "softcap", "deterministic")
+_REST = {
+    2: "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False",
+    3: "softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
+    "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
+    "deterministic=False, sm_margin=0, return_attn_probs=False",
+}
+"""The parameters of either package's functions after the tensors, as published."""
+
+
 class Fake:
     """One package: `calls` are the options that it was called with."""
 
@@ -63,120 +77,38 @@ class Fake:
     def module(self, name: str) -> ModuleType:
         """What `import name` gives."""
         found: Any = ModuleType(name)
-        if self.version == 2:
-            found.flash_attn_func, found.flash_attn_varlen_func = self._functions_of_2()
-        else:
-            found.flash_attn_func, found.flash_attn_varlen_func = self._functions_of_3()
+        rest = _REST[self.version]
+        found.flash_attn_func = self._function(f"{_TENSORS}, {rest}")
+        used = "seqused_q=None, seqused_k=None, " if self.version == 3 else ""
+        after = ", block_table=None" if self.version == 2 else ""
+        found.flash_attn_varlen_func = self._function(
+            f"{_TENSORS}, {', '.join(_PACKING)}, {used}{rest}{after}"
+        )
         return found
 
-    def _functions_of_2(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def flash_attn_func(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            dropout_p: float = 0.0,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            window_size: tuple[int, int] = (-1, -1),
-            softcap: float = 0.0,
-            alibi_slopes: Tensor | None = None,
-            deterministic: bool = False,
-            return_attn_probs: bool = False,
-        ) -> Any:
-            assert dropout_p == 0
-            assert alibi_slopes is None
-            shared = (softmax_scale, causal, window_size, softcap, deterministic)
-            out, lse = self.fixed(q, k, v, *shared)
-            return (out, lse, None) if return_attn_probs else out
+    def _function(self, parameters: str) -> Callable[..., Any]:
+        """A function of these parameters. What the backend has no use for keeps its default."""
+        signature = inspect.signature(eval(f"lambda {parameters}: None"))
 
-        def flash_attn_varlen_func(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            cu_seqlens_q: Tensor,
-            cu_seqlens_k: Tensor,
-            max_seqlen_q: int,
-            max_seqlen_k: int,
-            dropout_p: float = 0.0,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            window_size: tuple[int, int] = (-1, -1),
-            softcap: float = 0.0,
-            alibi_slopes: Tensor | None = None,
-            deterministic: bool = False,
-            return_attn_probs: bool = False,
-            block_table: Tensor | None = None,
-        ) -> Any:
-            assert dropout_p == 0
-            assert alibi_slopes is None
-            assert block_table is None
-            packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-            shared = (softmax_scale, causal, window_size, softcap, deterministic)
-            out, lse = self.packed(q, k, v, packing, *shared)
-            return (out, lse, None) if return_attn_probs else out
+        def flash_attn(*arguments: Any, **options: Any) -> Any:
+            bound = signature.bind(*arguments, **options)
+            bound.apply_defaults()
+            given = bound.arguments
+            tensors = [given[name] for name in ("q", "k", "v")]
+            shared = [given[name] for name in _SHARED]
+            used = {"q", "k", "v", *_PACKING, *_SHARED, "return_attn_probs"}
+            for name, parameter in signature.parameters.items():
+                assert name in used or given[name] == parameter.default
+            if "cu_seqlens_q" in given:
+                packing = tuple(given[name] for name in _PACKING)
+                out, lse = self.packed(*tensors, packing, *shared)  # type: ignore[arg-type]
+            else:
+                out, lse = self.fixed(*tensors, *shared)
+            results = (out, lse, None) if self.version == 2 else (out, lse)
+            return results if given["return_attn_probs"] else out
 
-        return flash_attn_func, flash_attn_varlen_func
-
-    def _functions_of_3(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def flash_attn_func(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            qv: Tensor | None = None,
-            q_descale: Tensor | None = None,
-            k_descale: Tensor | None = None,
-            v_descale: Tensor | None = None,
-            window_size: tuple[int, int] = (-1, -1),
-            attention_chunk: int = 0,
-            softcap: float = 0.0,
-            num_splits: int = 1,
-            pack_gqa: bool | None = None,
-            deterministic: bool = False,
-            sm_margin: int = 0,
-            return_attn_probs: bool = False,
-        ) -> Any:
-            assert [qv, q_descale, k_descale, v_descale, pack_gqa] == [None] * 5
-            assert (attention_chunk, num_splits, sm_margin) == (0, 1, 0)
-            shared = (softmax_scale, causal, window_size, softcap, deterministic)
-            out, lse = self.fixed(q, k, v, *shared)
-            return (out, lse) if return_attn_probs else out
-
-        def flash_attn_varlen_func(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            cu_seqlens_q: Tensor,
-            cu_seqlens_k: Tensor,
-            max_seqlen_q: int,
-            max_seqlen_k: int,
-            seqused_q: Tensor | None = None,
-            seqused_k: Tensor | None = None,
-            softmax_scale: float | None = None,
-            causal: bool = False,
-            qv: Tensor | None = None,
-            q_descale: Tensor | None = None,
-            k_descale: Tensor | None = None,
-            v_descale: Tensor | None = None,
-            window_size: tuple[int, int] = (-1, -1),
-            attention_chunk: int = 0,
-            softcap: float = 0.0,
-            num_splits: int = 1,
-            pack_gqa: bool | None = None,
-            deterministic: bool = False,
-            sm_margin: int = 0,
-            return_attn_probs: bool = False,
-        ) -> Any:
-            assert [seqused_q, seqused_k] == [None] * 2
-            assert [qv, q_descale, k_descale, v_descale, pack_gqa] == [None] * 5
-            assert (attention_chunk, num_splits, sm_margin) == (0, 1, 0)
-            packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-            shared = (softmax_scale, causal, window_size, softcap, deterministic)
-            out, lse = self.packed(q, k, v, packing, *shared)
-            return (out, lse) if return_attn_probs else out
-
-        return flash_attn_func, flash_attn_varlen_func
+        flash_attn.__signature__ = signature  # type: ignore[attr-defined]
+        return flash_attn
 
     def fixed(
         self,
