@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from resformer_kernels.bench import machine
+from resformer_kernels.bench.tables import pivot, summary_table, verdict_table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import counter, output, refuse
 from resformer_kernels.testing.verification import Check, Verdict, checks, refusals, verify
@@ -146,104 +147,17 @@ def _print(
 
 def backend_table(verdicts: Sequence[Verdict]) -> Table:
     """The largest error of each op, backend and dtype over its budget."""
-    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
-    rows: dict[tuple[str, str], dict[str, list[Verdict]]] = {}
-    for verdict in sorted(verdicts, key=lambda v: (v.op, v.device)):
-        cells = rows.setdefault((verdict.op, f"{verdict.backend}, {verdict.device}"), {})
-        cells.setdefault(verdict.dtype, []).append(verdict)
-    table = Table(
-        title="Largest error of any output or gradient against float64, over its budget",
-        title_justify="left",
-        header_style="bold",
-    )
-    table.add_column("op", overflow="fold")
-    table.add_column("backend", no_wrap=True)
-    for dtype in dtypes:
-        table.add_column(dtype, justify="right", no_wrap=True)
-    previous = ""
-    for (op, backend), cells in rows.items():
-        first = op.removeprefix("value_residual_") if op != previous else ""
-        table.add_row(first, backend, *(_worst_cell(cells.get(dtype, [])) for dtype in dtypes))
-        previous = op
-    return table
+    grouped: dict[tuple[tuple[str, str], str], list[Verdict]] = {}
+    for v in sorted(verdicts, key=lambda v: (v.op, v.device)):
+        row = (v.op.removeprefix("value_residual_"), f"{v.backend}, {v.device}")
+        grouped.setdefault((row, v.dtype), []).append(v)
+    cells = ((*place, _worst_cell(found)) for place, found in grouped.items())
+    title = "Largest error of any output or gradient against float64, over its budget"
+    return pivot(("op", "backend"), cells, numbers=True, title=title)
 
 
 def _worst_cell(verdicts: Sequence[Verdict]) -> str:
-    if not verdicts:
-        return ""
     failed = sum(not verdict.ok for verdict in verdicts)
-    share = max(verdict.share for verdict in verdicts)
     if failed:
         return f"[bold red]{failed} of {len(verdicts)} failed[/]"
-    return f"[green]{share:4.0%}[/] of {len(verdicts)}"
-
-
-def worst(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Of each op, tensor and dtype the verdict that comes nearest to its budget."""
-    found: dict[tuple[str, str, str], Verdict] = {}
-    for verdict in verdicts:
-        key = (verdict.op, verdict.tensor.split("[")[0], verdict.dtype)
-        if key not in found or verdict.share > found[key].share:
-            found[key] = verdict
-    return list(found.values())
-
-
-def summary_table(verdicts: Sequence[Verdict]) -> Table:
-    """The worst error of each tensor over its budget, a column a dtype."""
-    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
-    rows: dict[tuple[str, str], dict[str, Verdict]] = {}
-    for verdict in worst(verdicts):
-        rows.setdefault((verdict.op, verdict.tensor.split("[")[0]), {})[verdict.dtype] = verdict
-    table = Table(
-        title="Error / budget, the worst case of each tensor (Frobenius norms, against float64)",
-        title_justify="left",
-        header_style="bold",
-    )
-    table.add_column("op", no_wrap=True)
-    table.add_column("tensor", no_wrap=True)
-    for dtype in dtypes:
-        table.add_column(dtype, justify="right", no_wrap=True)
-    previous = ""
-    for (op, tensor), cells in sorted(rows.items(), key=lambda row: row[0][0]):
-        if previous and op != previous:
-            table.add_section()
-        first = op.removeprefix("value_residual_") if op != previous else ""
-        table.add_row(first, tensor, *(_cell(cells.get(dtype)) for dtype in dtypes))
-        previous = op
-    return table
-
-
-def _cell(verdict: Verdict | None) -> str:
-    if verdict is None:
-        return ""
-    colour = "green" if verdict.ok else "bold red"
-    return f"{verdict.error:.0e} / {verdict.budget:.0e} [{colour}]{verdict.share:4.0%}[/]"
-
-
-def verdict_table(verdicts: Sequence[Verdict], title: str) -> Table:
-    """Errors and budgets as a table; both are Frobenius norms."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("op", "dtype", "backend", "tensor"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("error", "budget", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("case", overflow="fold")
-    previous = ""
-    for verdict in verdicts:
-        group = f"{verdict.op} {verdict.dtype}"
-        if previous and group != previous:
-            table.add_section()
-        table.add_row(
-            verdict.op.replace("value_residual_attention", "attention")
-            if group != previous
-            else "",
-            verdict.dtype if group != previous else "",
-            f"{verdict.backend}, {verdict.device}",
-            verdict.tensor,
-            f"{verdict.error:.2e}",
-            f"{verdict.budget:.2e}",
-            f"[{'green' if verdict.ok else 'bold red'}]{verdict.share:.0%}",
-            verdict.case,
-        )
-        previous = group
-    return table
+    return f"[green]{max(v.share for v in verdicts):4.0%}[/] of {len(verdicts)}"
