@@ -11,10 +11,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.table import Table
+from rich.markup import escape
 
 from resformer_kernels._triton.arch import ARCHITECTURES
 from resformer_kernels.bench.machine import usable_cores
+from resformer_kernels.bench.tables import markdown, pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import at_least, counter, output, refuse
 from resformer_kernels.cli.compile import check as triton_check
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{**asdict(case), "ok": case.ok} for case in found], indent=1))
     elif args.markdown:
-        print(markdown(found))
+        print(as_markdown(found))
     else:
         _print_table(found, failed)
     return 1 if failed else 0
@@ -139,30 +140,22 @@ def _compile(
 
 def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
     console = output(160)
-    table = Table(header_style="bold")
-    table.add_column("kernel", overflow="fold")
-    table.add_column("arch", no_wrap=True)
-    for heading in ("threads", "registers", "local", "shared"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("matrix", no_wrap=True)
-    table.add_column("", overflow="fold")
-    previous = ""
-    for case in found:
-        group = f"{case.op} sm_{case.capability}"
-        if previous and group != previous:
-            table.add_section()
-        previous = group
-        table.add_row(
-            f"{case.op}: {case.name}",
+    headings = ("op", "arch", "kernel", "threads", "registers", "local", "shared", "matrix", "")
+    rows = [
+        (
+            case.op,
             f"sm_{case.capability}",
+            case.name,
             str(case.threads or ""),
             str(case.registers or ""),
             f"{case.local_bytes} B" if case.local_accesses else "",
             kibibytes(case.shared_bytes),
             ", ".join(case.matrix),
-            "[green]ok" if case.ok else f"[bold red]{'; '.join(case.problems)}",
+            "[green]ok" if case.ok else f"[bold red]{escape('; '.join(case.problems))}",
         )
-    console.print(table)
+        for case in found
+    ]
+    console.print(table(headings, rows, right=headings[3:7], fold=("kernel", ""), group=2))
     spilling = sum(1 for case in found if case.local_accesses)
     verdict = f"[bold red]{len(failed)} failed" if failed else "[bold green]all passed"
     console.print(
@@ -178,31 +171,26 @@ def kibibytes(count: int) -> str:
     return f"{count / 1024:.4g} KiB"
 
 
-def markdown(found: Sequence[Compiled]) -> str:
+def as_markdown(found: Sequence[Compiled]) -> str:
     """A row a case, a column an architecture."""
-    capabilities = sorted({case.capability for case in found})
-    rows: dict[tuple[str, str], dict[int, Compiled]] = {}
-    for case in found:
-        rows.setdefault((case.op, case.name), {})[case.capability] = case
-    lines = [
-        "| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |",
-        "| --- |" + " --- |" * len(capabilities),
+    main = {(case.op, case.name) for case in found if case.main}
+    cells = [
+        (
+            (f"{case.op}: {case.name}{' (main)' if (case.op, case.name) in main else ''}",),
+            f"sm_{case.capability}",
+            _cell(case),
+        )
+        for case in found
     ]
-    for (op, name), cells in rows.items():
-        main = " (main)" if any(case.main for case in cells.values()) else ""
-        cell = " | ".join(_cell(cells.get(capability)) for capability in capabilities)
-        lines.append(f"| {op}: {name}{main} | {cell} |")
-    return "\n".join(lines)
+    return markdown(pivot(("kernel",), cells))
 
 
-def _cell(case: Compiled | None) -> str:
-    if case is None:
-        return ""
+def _cell(case: Compiled) -> str:
     if not case.registers:
-        return "; ".join(case.problems)
+        return escape("; ".join(case.problems))
     threads = f" × {case.threads}" if case.threads else ""
     parts = [f"{case.registers} registers{threads}", kibibytes(case.shared_bytes)]
     if case.local_accesses:
         parts.append(f"{case.local_bytes} B local")
-    parts += [*case.matrix, *(f"**{problem}**" for problem in case.problems)]
+    parts += [*case.matrix, *(f"[bold]{escape(problem)}[/]" for problem in case.problems)]
     return ", ".join(part for part in parts if part)

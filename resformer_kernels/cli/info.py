@@ -19,6 +19,7 @@ from torch import Tensor
 
 import resformer_kernels
 from resformer_kernels._core import extension as _extension
+from resformer_kernels.bench.tables import pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.kvcache.cache import pages
 
@@ -234,12 +235,9 @@ def _print_tables(report: Report, console: Console) -> None:
         ("Machine", report.machine),
         ("Native kernels", report.native),
     ):
-        table = Table(title=title, title_justify="left", show_header=False)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in section.items():
-            table.add_row(name, value)
-        console.print(table)
+        listed = table(("", ""), section.items(), fold=("",), title=title)
+        listed.show_header = False
+        console.print(listed)
     if not report.served:
         return
     console.print(served_table(report.served))
@@ -248,30 +246,21 @@ def _print_tables(report: Report, console: Console) -> None:
 
 def served_table(served: Sequence[Served]) -> Table:
     """The backend of each op and device, a column a dtype."""
-    table = Table(title='What backend="auto" takes', title_justify="left", header_style="bold")
-    dtypes = list(dict.fromkeys(row.dtype for row in served))
-    for heading in ("op", "device", *dtypes):
-        table.add_column(heading, overflow="fold")
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in served:
-        rows.setdefault((row.op, row.device), {})[row.dtype] = row.backend
-    for (op, device), backends in rows.items():
-        table.add_row(op, device, *(backends[dtype] for dtype in dtypes))
-    return table
+    cells = (((row.op, row.device), row.dtype, row.backend) for row in served)
+    return pivot(("op", "device"), cells, title='What backend="auto" takes')
 
 
 def reason_table(served: Sequence[Served]) -> Table:
     """Why each backend was passed over, every reason once, and for which dtypes."""
-    table = Table(title="Why not another", title_justify="left", header_style="bold")
-    table.add_column("backend", no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    table.add_column("for", overflow="fold")
     found: dict[tuple[str, str], dict[str, None]] = {}
     for row in served:
         for backend, reason in row.others.items():
             if reason != f"{row.backend} is preferred":
                 found.setdefault((backend, reason), {})[f"{row.device} {row.dtype}"] = None
     every = len({(row.device, row.dtype) for row in served})
-    for (backend, reason), where in found.items():
-        table.add_row(backend, reason, "everything" if len(where) == every else ", ".join(where))
-    return table
+    rows = [
+        (backend, reason, "everything" if len(where) == every else ", ".join(where))
+        for (backend, reason), where in found.items()
+    ]
+    headings = ("backend", "reason", "for")
+    return table(headings, rows, fold=headings[1:], title="Why not another")

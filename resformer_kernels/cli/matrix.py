@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from resformer_kernels.bench.tables import markdown, pivot
 from resformer_kernels.cli.support import Answer
 
 SHORT = {
@@ -79,62 +80,50 @@ def matrices(answers: Iterable[Answer]) -> list[Matrix]:
 
 def summary(found: Sequence[Matrix]) -> str:
     """Markdown: a row for each op, a column for each backend and device."""
-    columns = list(dict.fromkeys(column for matrix in found for column in matrix.columns))
-    columns.sort(key=lambda column: column[1] != "cpu")
-    lines = [
-        f"| op | {' | '.join(map(_heading, columns))} |",
-        f"| --- |{' --- |' * len(columns)}",
+    columns = dict.fromkeys(column for matrix in found for column in matrix.columns)
+    cells = [
+        ((f"`{matrix.op}`",), _heading(column), _served(matrix, column))
+        for matrix in found
+        for column in sorted(columns, key=lambda column: column[1] != "cpu")
     ]
-    for matrix in found:
-        cells = []
-        for column in columns:
-            dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
-            refused = ", ".join(matrix.refused(column)) if dtypes else ""
-            cells.append(f"{dtypes}; not: {refused}" if refused else dtypes or "no")
-        lines.append(f"| `{matrix.op}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(pivot(("op",), cells))
+
+
+def _served(matrix: Matrix, column: Column) -> str:
+    dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
+    refused = ", ".join(matrix.refused(column)) if dtypes else ""
+    return f"{dtypes}; not: {refused}" if refused else dtypes or "no"
 
 
 def whole(found: Sequence[Matrix]) -> str:
     """Markdown: a table for each op, a row for each form of a call."""
-    parts = []
-    for matrix in found:
-        headings = [_heading(column) for column in matrix.columns]
-        lines = [
-            f"## {matrix.op}",
-            "",
-            f"| form | {' | '.join(headings)} |",
-            f"| --- |{' --- |' * len(headings)}",
-        ]
-        for feature in matrix.features:
-            cells = [_cell(matrix, feature, column) for column in matrix.columns]
-            lines.append(f"| {feature} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(f"## {matrix.op}\n\n{markdown(_table(matrix))}" for matrix in found)
 
 
 def print_tables(found: Sequence[Matrix], console: Console) -> None:
     """The same in the terminal."""
     for matrix in found:
-        table = Table(title=matrix.op, title_justify="left", header_style="bold")
-        table.add_column("form", overflow="fold")
-        for column in matrix.columns:
-            table.add_column(_heading(column), overflow="fold")
-        for feature in matrix.features:
-            cells = [_cell(matrix, feature, column) for column in matrix.columns]
-            table.add_row(feature, *(cell if cell != "no" else "[yellow]no" for cell in cells))
-        console.print(table)
+        console.print(_table(matrix))
     names = ", ".join(f"{short} {name}" for name, short in SHORT.items())
     console.print(
         f"{names}; gradients included. The reference serves every form on any device, in float64 "
-        "too. What this machine lacks counts as there; without --matrix, info says what that is."
+        "too. What this machine lacks counts as present; without --matrix, info says what it lacks."
     )
+
+
+def _table(matrix: Matrix) -> Table:
+    cells = (
+        (
+            (feature,),
+            _heading(column),
+            " ".join(SHORT[dtype] for dtype in matrix.served[feature, column]) or "[yellow]no",
+        )
+        for feature in matrix.features
+        for column in matrix.columns
+    )
+    return pivot(("form",), cells, title=matrix.op)
 
 
 def _heading(column: Column) -> str:
     backend, device = column
     return f"{backend}, {_DEVICES[device]}"
-
-
-def _cell(matrix: Matrix, feature: str, column: Column) -> str:
-    return " ".join(SHORT[dtype] for dtype in matrix.served[feature, column]) or "no"

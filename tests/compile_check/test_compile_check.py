@@ -164,7 +164,7 @@ def test_markdown_has_a_column_for_each_architecture() -> None:
         return Compiled("attention", name, capability, **found)
 
     good = {"registers": 168, "threads": 256, "shared_bytes": 96 * 1024, "main": True}
-    text = compile_check.markdown(
+    text = compile_check.as_markdown(
         [
             case("forward", 80, **good, matrix=("mma.sync",)),
             case("forward", 90, **good, matrix=("wgmma",)),
