@@ -1,12 +1,12 @@
-"""`resformer-kernels info`: what this installation can run, and why."""
+"""Show what this installation can run, and why."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import resformer_kernels
 from resformer_kernels._core import extension as _extension
+from resformer_kernels.bench import machine
 from resformer_kernels.bench.tables import pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.kvcache.cache import pages
@@ -33,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _weight(x: Tensor) -> Tensor:
-    """Of a reservoir of 64 units, whose state is float32 for 16-bit inputs."""
+    """Weight of a reservoir of 64 units, whose state is float32 for 16-bit inputs."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_zeros((64, 64), dtype=dtype)
 
@@ -46,10 +47,10 @@ _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "linear_scan": lambda x: (x[0], x[0]),
     "reservoir_scan": lambda x: (x[0], _weight(x)),
 }
-"""Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
+"""Arguments to ask each public op about, made from one (1, 1, 1, 64) tensor."""
 _OPTIONS: dict[str, dict[str, Any]] = {"attention_with_kvcache": {"cache_seqlens": 1}}
-"""Arguments that are named."""
-# The flags that decide a CPU path, or that a reader of a benchmark asks about.
+"""Keyword arguments to ask about."""
+# Flags that decide the CPU path, or that readers of a benchmark want to know.
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
     *("avx512_fp16", "amx_bf16", "asimd", "sve", "bf16"),
@@ -58,7 +59,7 @@ _FEATURES = (
 
 @dataclass(frozen=True)
 class Served:
-    """Which backend `auto` takes for one kind of input, and why not the others."""
+    """Backend that `auto` takes for one kind of input, with reasons against the others."""
 
     op: str
     device: str
@@ -69,14 +70,14 @@ class Served:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `info` says."""
+    """Content of `info`."""
 
     versions: Section
     machine: Section
     native: Section
     served: list[Served]
     healthy: bool
-    """False where the environment asks for something that cannot run."""
+    """False where the environment asks for a CPU path that cannot run."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -86,7 +87,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="print which form of a call each backend serves in which dtype, on any machine",
+        help="print the dtypes and forms of a call that each backend serves, on any machine",
     )
 
 
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_matrix(*, as_json: bool) -> int:
-    # Both build tensors to ask about: not at import.
+    # These modules are slow to import and needed here only.
     from resformer_kernels.cli import matrix
     from resformer_kernels.cli.support import answers
 
@@ -122,52 +123,37 @@ def collect() -> Report:
 
 
 def _versions() -> Section:
-    versions = {
+    build = "CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+    return {
         "resformer-kernels": resformer_kernels.__version__,
         "installed at": str(Path(resformer_kernels.__file__).parent),
         "python": platform.python_version(),
-        "torch": f"{torch.__version__} ({_torch_build()})",
+        "torch": f"{torch.__version__} ({build})",
+        **dict.fromkeys(_OPTIONAL_PACKAGES, "not installed"),
+        **machine.versions(_OPTIONAL_PACKAGES),
     }
-    for name in _OPTIONAL_PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _torch_build() -> str:
-    if torch.version.cuda is None:
-        return "CPU build"
-    return f"CUDA {torch.version.cuda}"
 
 
 def _machine() -> Section:
-    model, features = _processor()
-    machine = {
+    section = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": model,
-        "features": " ".join(name for name in _FEATURES if name in features) or "none known",
-        "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
+        "processor": machine.processor(),
+        "features": _features(),
+        "cores": f"{machine.usable_cores()} usable of {os.cpu_count()}",
         "torch threads": f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)",
     }
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        machine[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
-    return machine
+        section[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    return section
 
 
-def _processor() -> tuple[str, frozenset[str]]:
-    fields: dict[str, str] = {}
+def _features() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        first_core = cpuinfo.read_text().split("\n\n")[0]
-        fields = {
-            name.strip(): value.strip()
-            for name, _, value in (line.partition(":") for line in first_core.splitlines())
-        }
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return model, frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    features = found[1].split() if found else []
+    return " ".join(name for name in _FEATURES if name in features) or "none known"
 
 
 def _native() -> tuple[Section, bool]:
@@ -245,13 +231,13 @@ def _print_tables(report: Report, console: Console) -> None:
 
 
 def served_table(served: Sequence[Served]) -> Table:
-    """The backend of each op and device, a column a dtype."""
+    """Backend of each op and device, a column a dtype."""
     cells = (((row.op, row.device), row.dtype, row.backend) for row in served)
     return pivot(("op", "device"), cells, title='What backend="auto" takes')
 
 
 def reason_table(served: Sequence[Served]) -> Table:
-    """Why each backend was passed over, every reason once, and for which dtypes."""
+    """Reasons against each backend, each once, with the dtypes that it holds for."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for row in served:
         for backend, reason in row.others.items():

@@ -1,6 +1,6 @@
-"""The support matrix as tables: `info --matrix`, README.md and docs/support.md.
+"""Tables of the support matrix for `info --matrix`, README.md and docs/support.md.
 
-The reference, which serves every call in every dtype, has no column.
+The reference serves every call in every dtype and has no column.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One op: which dtypes each backend serves of each form of a call."""
+    """Dtypes of one op that each backend serves, for each form of a call."""
 
     op: str
     features: tuple[str, ...]
     columns: tuple[Column, ...]
-    """Those that serve anything."""
+    """Columns that serve at least one form."""
     served: dict[tuple[str, Column], tuple[str, ...]]
-    """By feature and column."""
+    """Dtypes by feature and column."""
 
     def dtypes(self, column: Column) -> tuple[str, ...]:
-        """Every dtype that a backend serves in some form."""
+        """Dtypes that a backend serves in at least one form."""
         found = {
             dtype for feature in self.features for dtype in self.served.get((feature, column), ())
         }
         return tuple(dtype for dtype in SHORT if dtype in found)
 
     def refused(self, column: Column) -> tuple[str, ...]:
-        """The forms that a backend does not serve, with the dtypes where it is not all of them."""
+        """Forms that a backend does not serve, with the dtypes unless it serves none."""
         dtypes, found = self.dtypes(column), []
         for feature in self.features:
             missing = [d for d in dtypes if d not in self.served[feature, column]]

@@ -1,4 +1,4 @@
-"""`resformer-kernels verify`: hold every kernel against float64 on this machine."""
+"""`resformer-kernels verify`: compare every kernel with float64 on this machine."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 BACKENDS = ("native", "triton", "flash_attn")
-"""Those that "all" runs where they serve; the reference where none does."""
+"""Backends that "all" runs where they serve; the reference runs where none does."""
 
 
 @dataclass
 class Plan:
-    """What is run on one device with one backend, and how many checks are not, by reason."""
+    """Checks to run on one device with one backend."""
 
     backend: str
     device: str
     table: list[Check]
     left_out: dict[str, int] = field(default_factory=dict)
+    """Number of checks that the backend refuses, by reason."""
     errors: list[str] = field(default_factory=list)
-    """What kernels raised."""
+    """Errors that kernels raised."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -50,18 +51,18 @@ def add_parser(subparsers: Subparsers) -> None:
         "--backend",
         default="all",
         choices=("all", "auto", *BACKENDS, "reference"),
-        help="whose results are checked; auto: the backend that calls get (default: all)",
+        help="backend to check; auto: the one that a call would get (default: all)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="this device alone (default: all that are here)"
+        "--device", choices=("cpu", "cuda"), help="check this device only (default: all available)"
     )
     parser.add_argument(
         "--dtype",
         action="append",
         choices=tuple(_DTYPES),
-        help="check this dtype alone; may be repeated (default: all)",
+        help="check this dtype only; can be repeated (default: all)",
     )
-    parser.add_argument("--tensors", action="store_true", help="print the worst of each tensor too")
+    parser.add_argument("--tensors", action="store_true", help="print each tensor's worst case")
     parser.add_argument("--all", action="store_true", help="print every tensor of every case")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
@@ -75,23 +76,21 @@ def run(args: argparse.Namespace) -> int:
     if args.device is not None and args.device not in here:
         return refuse("verify", "torch finds no CUDA device, or is built without CUDA")
     plans = [p for d in ([args.device] if args.device else here) for p in plan(dtypes, args, d)]
-    if not any(p.table for p in plans):
+    work = [(each, check) for each in plans for check in each.table]
+    if not work:
         reasons = "; ".join(reason for p in plans for reason in p.left_out)
         return refuse("verify", f"{args.backend} serves no case here: {reasons}")
     found: list[Verdict] = []
     with counter() as progress:
-        task = progress.add_task("comparing with float64", total=sum(len(p.table) for p in plans))
-        for each in plans:
-            for check in each.table:
-                found += _judged(check, each)
-                progress.advance(task)
+        for each, check in progress.track(work, description="comparing with float64"):
+            found += _judged(check, each)
     failed = [verdict for verdict in found if not verdict.ok]
     if args.json:
         print(json.dumps([{**asdict(v), "ok": v.ok} for v in found], indent=2))
     else:
         _print(found, failed, plans, args)
         output(100).print(
-            f"{len(found)} tensors of {sum(len(p.table) for p in plans)} cases in "
+            f"{len(found)} tensors of {len(work)} cases in "
             f"{time.monotonic() - begun:.0f} s, CPU path {machine.native_path()}: "
             + (f"[bold red]{len(failed)} failed" if failed else "[bold green]all within budget")
         )
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(dtypes: Sequence[torch.dtype], args: argparse.Namespace, device: str) -> list[Plan]:
-    """What to run on one device."""
+    """Checks to run on one device."""
     table = checks(dtypes, device=device)
     if args.backend == "auto":
         return [Plan("auto", device, table)]
@@ -112,7 +111,7 @@ def plan(dtypes: Sequence[torch.dtype], args: argparse.Namespace, device: str) -
 
 
 def _judged(check: Check, about: Plan) -> list[Verdict]:
-    """The check's verdicts; one that fails where its kernel does."""
+    """The check's verdicts; one failed verdict where a kernel raises."""
     try:
         (verdicts,) = verify([check], about.backend, about.device)
     except RuntimeError as error:
@@ -146,7 +145,7 @@ def _print(
 
 
 def backend_table(verdicts: Sequence[Verdict]) -> Table:
-    """The largest error of each op, backend and dtype over its budget."""
+    """Largest error over its budget of each op, backend and dtype."""
     grouped: dict[tuple[tuple[str, str], str], list[Verdict]] = {}
     for v in sorted(verdicts, key=lambda v: (v.op, v.device)):
         row = (v.op.removeprefix("value_residual_"), f"{v.backend}, {v.device}")
