@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from pathlib import Path
 
 import torch
@@ -112,9 +112,7 @@ def _time(demo: Demo) -> None:
     until = time.perf_counter() + _TIME_SHARE * demo.left()
     benchmarks = [
         AttentionBenchmark(*shape, dtype, direction)
-        for shape in _SHAPES
-        for direction in ("forward", "backward")
-        for dtype in _DTYPES
+        for shape, direction, dtype in product(_SHAPES, ("forward", "backward"), _DTYPES)
     ]
     record.benchmarks_planned = len(benchmarks)
     demo.show(0.0, "GEMM")
@@ -137,9 +135,9 @@ def _train(demo: Demo) -> None:
         f"{len(corpus.held_out) / 1e6:.1f} MB held out"
     )
 
-    def show(state: training.Progress) -> None:
-        bits = ", ".join(f"{run.name} {run.curve[-1][1]:.3f}" for run in record.runs if run.curve)
-        demo.show(state.share, f"{state.steps} steps of each; {bits}")
+    def show(share: float, steps: int) -> None:
+        bits = ", ".join(f"{run.name} {run.latest_bits:.3f}" for run in record.runs)
+        demo.show(share, f"{steps} steps of each; {bits}")
 
     seconds = max(1.0, (1 - _WRITE_SHARE) * demo.left())
     demo.models = training.train(corpus, record.plan, seconds, record.runs, show)

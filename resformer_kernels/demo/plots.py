@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -21,27 +21,16 @@ _DTYPE_COLOURS = {"float32": "#1d4ed8", "bfloat16": "#0f766e", "float16": "#c241
 _MODEL_COLOURS = {"Transformer": "#64748b", "ResFormer": "#0f766e", "SVFormer": "#c2410c"}
 _LEAST_SHARE = 1e-4
 _EARLY = 0.15
-_STYLE: Any = {
-    "axes.edgecolor": "#7b8794",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "grid.color": "#e4e7eb",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-}
+_STYLE: Any = [
+    "seaborn-v0_8-whitegrid",
+    {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid.axis": "x"},
+]
 
 
 @contextmanager
 def _figure(path: Path, width: float, height: float, panels: int = 1) -> Iterator[Any]:
     """A figure with panels side by side, saved at the end."""
-    with matplotlib.rc_context(_STYLE):
+    with style.context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.subplots(1, panels)
         yield figure

@@ -22,7 +22,7 @@ from resformer_kernels.models import (
 )
 
 MODELS = {"Transformer": "transformer", "ResFormer": "learnable", "SVFormer": "svformer"}
-"""The models that are compared, and their variants."""
+"""Variants to compare, by the model's name."""
 
 _WARM_UP = 0.05
 _CLIP = 1.0
@@ -41,11 +41,11 @@ class Plan:
     weight_decay: float = 0.1
     seed: int = 0
     evaluations: int = 12
-    """Points on the held-out curve, the last one apart."""
+    """Points on the held-out curve, without the last one."""
     max_windows: int = 512
     """Held-out windows of seqlen bytes behind the last figure, if there is time for them."""
     evaluation_share: float = 0.1
-    """Of the time: for the last figure, and as much again for the curve."""
+    """Share of the time for the last figure, and as much again for the curve."""
 
 
 @dataclass
@@ -84,14 +84,6 @@ class ModelRun:
         return self.curve[-1][1] if self.final_bits is None else self.final_bits
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far training has come: `share` of its time, `steps` of each model."""
-
-    share: float
-    steps: int
-
-
 class _Trainee:
     """A model, its optimiser and its record."""
 
@@ -112,16 +104,11 @@ class _Trainee:
             fused=True,
         )
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross entropy of the last seqlen bytes of each window, in nats."""
-        loss: Tensor = self.model(batch[:, :-1], batch[:, 1:])
-        return loss
-
     def step(self, batch: Tensor, learning_rate: float) -> None:
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
-        loss = self.loss(batch)
+        loss = self.model(batch[:, :-1], batch[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimiser.step()
@@ -139,7 +126,7 @@ class _Trainee:
 
 
 def configs(plan: Plan) -> dict[str, LanguageModelConfig]:
-    """The models' configurations, of as equal parameter counts as the MLP's width allows."""
+    """Configurations of the models, with parameter counts as equal as the MLP's width allows."""
     base = LanguageModelConfig(
         variant="transformer",
         dim=plan.dim,
@@ -160,30 +147,35 @@ def train(
     plan: Plan,
     seconds: float,
     runs: list[ModelRun],
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[float, int], None],
 ) -> dict[str, LanguageModel]:
     """Train every model for `seconds` in all, a step of each in turn on the same batch.
 
     The learning rate follows the time that has passed, alike for all: warm-up, then linear decay
-    to nothing at the limit. At least one step of each is taken.
+    to nothing at the limit. At least one step of each is taken. ValueError where the text is too
+    short for one window.
 
     Args:
         corpus: what to train on and what to hold out.
         plan: sizes and rates.
         seconds: the limit; the last evaluation is within it as far as can be foreseen.
-        runs: receives a record for each model, kept up to date: what a cut-off leaves.
-        on_progress: called after each round.
+        runs: receives a record for each model, kept up to date, so that a cut-off leaves it valid.
+        on_progress: called after each round with the share of the time that has passed, at most
+            1, and the steps of each model.
 
     Returns:
         The trained models by name.
     """
     start = time.perf_counter()
+    shortest = min(len(corpus.train), len(corpus.held_out))
+    if shortest <= plan.seqlen:
+        raise ValueError(f"corpus: {shortest} bytes are too few for windows of {plan.seqlen + 1}")
     trainees = [_Trainee(name, config, plan) for name, config in configs(plan).items()]
     runs.extend(trainee.run for trainee in trainees)
     batches = _batches(corpus.train, plan)
     first = next(batches)
     for trainee in trainees:
-        forward = functools.partial(trainee.loss, first)
+        forward = functools.partial(trainee.model, first[:, :-1], first[:, 1:])
         trainee.run.activation_bytes = saved_activation_bytes(trainee.model, forward)
     parts = _windows(corpus.held_out, plan).split(plan.batch)
     _held_out_bits(trainees, parts[:1])
@@ -207,7 +199,7 @@ def train(
             trainee.step(batch, rate)
         steps += 1
         share = (time.perf_counter() - start) / max(training, 1e-9)
-        on_progress(Progress(min(1.0, share), steps))
+        on_progress(min(1.0, share), steps)
     finals = _held_out_bits(trainees, parts, deadline=start + seconds)
     for trainee, bits in zip(trainees, finals, strict=True):
         trainee.run.final_bits = float(bits.mean())
@@ -233,19 +225,13 @@ def _batches(text: Tensor, plan: Plan) -> Iterator[Tensor]:
     """(batch, seqlen + 1) windows at random places, for ever; the same ones in every run."""
     generator = torch.Generator().manual_seed(plan.seed)
     offsets = torch.arange(plan.seqlen + 1)
-    last = len(text) - plan.seqlen
-    if last < 1:
-        raise ValueError(f"corpus: {len(text)} bytes are too few for windows of {plan.seqlen}")
     while True:
-        starts = torch.randint(last, (plan.batch, 1), generator=generator)
+        starts = torch.randint(len(text) - plan.seqlen, (plan.batch, 1), generator=generator)
         yield text[starts + offsets].long()
 
 
 def _windows(text: Tensor, plan: Plan) -> Tensor:
     """Windows of seqlen + 1 bytes in an order that makes every prefix a fair sample."""
-    size = plan.seqlen + 1
-    count = len(text) // size
-    if count < 1:
-        raise ValueError(f"corpus: {len(text)} held-out bytes are too few for one of {size}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(plan.seed))
-    return text[: count * size].view(count, size)[order[: plan.max_windows]].long()
+    windows = text.unfold(0, plan.seqlen + 1, plan.seqlen + 1)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(plan.seed))
+    return windows[order[: plan.max_windows]].long()
