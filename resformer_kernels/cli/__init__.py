@@ -47,7 +47,7 @@ class Command(Protocol):
 
 
 def checkout(*names: str) -> tuple[ModuleType, ...] | None:
-    """The modules of these names in benchmarks/ of a checkout; None where there is none.
+    """Modules of benchmarks/ of a checkout, by name; None without a checkout.
 
     The checkout that the package runs from takes precedence over the current folder.
     """

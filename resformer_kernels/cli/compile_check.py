@@ -124,14 +124,11 @@ def _compile(
 ) -> list[Compiled]:
     """Compile with a progress bar; results in the order of `wanted`."""
     order = {(job.op, job.capability, job.name): place for place, job in enumerate(wanted)}
-    found = []
     folder = tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache))
     with folder as kept, counter() as progress:
         Path(kept).mkdir(parents=True, exist_ok=True)
-        task = progress.add_task("compiling", total=len(wanted))
-        for compiled in triton_check.check(wanted, Path(kept), min(workers, len(wanted))):
-            found.append(compiled)
-            progress.update(task, advance=1, description=f"sm_{compiled.capability}")
+        running = triton_check.check(wanted, Path(kept), min(workers, len(wanted)))
+        found = list(progress.track(running, len(wanted), description="compiling"))
     return sorted(found, key=lambda case: order[case.op, case.capability, case.name])
 
 

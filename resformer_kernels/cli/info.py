@@ -116,7 +116,7 @@ def _run_matrix(*, as_json: bool) -> int:
 
 
 def collect() -> Report:
-    """Gather the report; loads the native library if it is there."""
+    """Gather the report; loads the native library where it is built."""
     native, healthy = _native()
     served = _served() if healthy else []
     return Report(_versions(), _machine(), native, served, healthy)

@@ -27,7 +27,7 @@ _SNIFFED = 8192
 
 
 class Document(NamedTuple):
-    """One text; a hash of `name` decides whether it is held out."""
+    """One text; a hash of `name` decides its place."""
 
     name: str
     text: bytes
@@ -44,7 +44,7 @@ class Corpus:
     train_documents: int
     held_out_documents: int
     split: str
-    """How the held-out part was chosen, in words."""
+    """Choice of the held-out part, in words."""
 
 
 def load_corpus(path: Path | None = None) -> Corpus:
@@ -55,16 +55,15 @@ def load_corpus(path: Path | None = None) -> Corpus:
     path does not exist, ValueError where there is too little text.
     """
     source = str(path or "English text and Python source of the running interpreter")
-    documents = _unique(interpreter_documents() if path is None else path_documents(path))
-    split = f"whole files, about one in {_HELD_OUT_SHARE}, by a hash of their names"
-    if len(documents) == 1:
-        ((name, text),) = documents
-        at = len(text) - len(text) // _HELD_OUT_SHARE
-        parts = [Document(name, text[:at])], [Document(name, text[at:])]
+    texts = _texts(interpreter_documents() if path is None else path_documents(path))
+    if len(texts) == 1:
+        at = len(texts[0]) - len(texts[0]) // _HELD_OUT_SHARE
+        parts = [texts[0][:at]], [texts[0][at:]]
         split = "the last tenth of the file"
     else:
-        parts = _split(documents)
-    train, held_out = (b"\n".join(document.text for document in part) for part in parts)
+        parts = [x for i, x in enumerate(texts) if i % _HELD_OUT_SHARE], texts[::_HELD_OUT_SHARE]
+        split = f"whole files, one in {_HELD_OUT_SHARE}, by a hash of their names"
+    train, held_out = (b"\n".join(part) for part in parts)
     if len(held_out) < _MIN_HELD_OUT or len(train) < 4 * _MIN_HELD_OUT:
         raise ValueError(
             f"corpus: {source} has {len(train)} bytes to train on and {len(held_out)} held out; "
@@ -110,29 +109,16 @@ def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _unique(documents: Iterable[Document]) -> list[Document]:
-    found: dict[bytes, Document] = {}
+def _texts(documents: Iterable[Document]) -> list[bytes]:
+    """Distinct texts up to MAX_BYTES, by a hash of their names: any prefix is a fair sample."""
+    found: dict[bytes, str] = {}
     size = 0
-    for document in documents:
-        if document.text and document.text not in found:
-            found[document.text] = document
-            size += len(document.text)
+    for name, text in documents:
+        if text and text not in found:
+            found[text] = name
+            size += len(text)
             if size >= MAX_BYTES:
                 break
     if not found:
         raise ValueError("corpus: no text was found (--corpus PATH names a file or folder)")
-    return list(found.values())
-
-
-def _split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    def bucket(document: Document) -> int:
-        digest = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big")
-
-    # A prefix of the text, ordered by hash, is a fair sample of it.
-    documents = sorted(documents, key=bucket)
-    held_out = [d for d in documents if bucket(d) % _HELD_OUT_SHARE == 0]
-    if not held_out or len(held_out) == len(documents):
-        held_out = documents[:1]
-    names = {document.name for document in held_out}
-    return [d for d in documents if d.name not in names], held_out
+    return sorted(found, key=lambda text: hashlib.blake2b(found[text].encode()).digest())

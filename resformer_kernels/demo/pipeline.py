@@ -42,9 +42,9 @@ class Demo:
         self.models: dict[str, LanguageModel] = {}
 
     def run(self) -> Path:
-        """Every part, each followed by a report of what there is; the report's path.
+        """Run every part, each followed by a report so far; the report's path.
 
-        Ctrl-C ends the part in progress and all that follow, and is noted in the record.
+        Ctrl-C ends the part in progress and skips the others; the record names the part.
         """
         for number, (name, (title, part)) in enumerate(_PARTS.items(), 1):
             self.console.rule(f"[bold]{number}. {title}", align="left")
@@ -60,7 +60,7 @@ class Demo:
         return path
 
     def left(self) -> float:
-        """Seconds until the last report must be begun."""
+        """Seconds until the last report must begin."""
         return self.start + 60 * self.record.minutes - self.reserve - time.perf_counter()
 
     def show(self, share: float, remark: str = "") -> None:
@@ -76,7 +76,7 @@ class Demo:
         begun = time.perf_counter()
         self.record.elapsed = begun - self.start
         path = write_report(self.record, self.folder)
-        # The last report has twice the plots of the one before it.
+        # The last report has twice as many plots as the one before it.
         self.reserve = max(_REPORT_SECONDS, 2 * (time.perf_counter() - begun))
         return path
 

@@ -1,4 +1,4 @@
-"""What a demo has measured so far, from which the report is written."""
+"""Measurements of a demo so far, from which the report is written."""
 
 from __future__ import annotations
 

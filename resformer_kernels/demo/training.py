@@ -30,7 +30,7 @@ _CLIP = 1.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. Lengths are in bytes of text, which are the tokens."""
+    """Settings of a training run. Lengths are in bytes of text, which are the tokens."""
 
     dim: int = 128
     num_layers: int = 4
@@ -43,7 +43,7 @@ class Plan:
     evaluations: int = 12
     """Points on the held-out curve, without the last one."""
     max_windows: int = 512
-    """Held-out windows of seqlen bytes behind the last figure, if there is time for them."""
+    """Held-out windows of seqlen bytes behind the last figure, as far as time allows."""
     evaluation_share: float = 0.1
     """Share of the time for the last figure, and as much again for the curve."""
 

@@ -1,4 +1,4 @@
-"""What the trained models write, how fast, and the size of their caches."""
+"""Text that the trained models generate, its speed, and the size of their caches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROUNDS = 7
 
 @dataclass
 class Writing:
-    """One model's text and what it took. Lengths are in bytes of text, which are the tokens."""
+    """One model's text, time and memory. Lengths are in bytes of text, which are the tokens."""
 
     name: str
     prompt: str

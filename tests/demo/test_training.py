@@ -1,4 +1,4 @@
-"""Training side by side within a limit, and what it keeps for backward."""
+"""Training side by side within a limit, and the memory saved for backward."""
 
 from __future__ import annotations
 
