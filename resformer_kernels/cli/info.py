@@ -68,18 +68,6 @@ class Served:
     others: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Report:
-    """Content of `info`."""
-
-    versions: Section
-    machine: Section
-    native: Section
-    served: list[Served]
-    healthy: bool
-    """False where the environment asks for a CPU path that cannot run."""
-
-
 def add_parser(subparsers: Subparsers) -> None:
     """Declare the arguments of `info`."""
     parser = subparsers.add_parser("info", help=COMMANDS["info"], description=__doc__)
@@ -95,12 +83,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the report. 1 where the environment asks for a CPU path that cannot run."""
     if args.matrix:
         return _run_matrix(as_json=args.json)
-    report = collect()
+    native, healthy = _native()
+    sections = {"versions": _versions(), "machine": _machine(), "native": native}
+    served = _served() if healthy else []
     if args.json:
-        print(json.dumps(asdict(report), indent=2))
+        rows = [asdict(row) for row in served]
+        print(json.dumps({**sections, "served": rows, "healthy": healthy}, indent=2))
     else:
-        _print_tables(report, Console())
-    return 0 if report.healthy else 1
+        _print_tables(sections, served, Console())
+    return 0 if healthy else 1
 
 
 def _run_matrix(*, as_json: bool) -> int:
@@ -113,13 +104,6 @@ def _run_matrix(*, as_json: bool) -> int:
     else:
         matrix.print_tables(matrix.matrices(answers()), Console())
     return 0
-
-
-def collect() -> Report:
-    """Gather the report; loads the native library where it is built."""
-    native, healthy = _native()
-    served = _served() if healthy else []
-    return Report(_versions(), _machine(), native, served, healthy)
 
 
 def _versions() -> Section:
@@ -215,19 +199,16 @@ def _serve(op: str, device: str, dtype: torch.dtype) -> Served:
     return Served(op, device, name, explained.backend or "none", explained.reasons)
 
 
-def _print_tables(report: Report, console: Console) -> None:
-    for title, section in (
-        ("Versions", report.versions),
-        ("Machine", report.machine),
-        ("Native kernels", report.native),
-    ):
-        listed = table(("", ""), section.items(), fold=("",), title=title)
+def _print_tables(sections: dict[str, Section], served: Sequence[Served], console: Console) -> None:
+    titles = ("Versions", "Machine", "Native kernels")
+    for title, section in zip(titles, sections.values(), strict=True):
+        rows = ((f"[bold]{name}[/]", value) for name, value in section.items())
+        listed = table(("", " "), rows, fold=(" ",), title=title)
         listed.show_header = False
         console.print(listed)
-    if not report.served:
-        return
-    console.print(served_table(report.served))
-    console.print(reason_table(report.served))
+    if served:
+        console.print(served_table(served))
+        console.print(reason_table(served))
 
 
 def served_table(served: Sequence[Served]) -> Table:
