@@ -27,7 +27,7 @@ _SNIFFED = 8192
 
 
 class Document(NamedTuple):
-    """One text; a hash of `name` decides its place."""
+    """One text; a hash of `name` decides whether it is held out."""
 
     name: str
     text: bytes
@@ -55,14 +55,15 @@ def load_corpus(path: Path | None = None) -> Corpus:
     path does not exist, ValueError where there is too little text.
     """
     source = str(path or "English text and Python source of the running interpreter")
-    texts = _texts(interpreter_documents() if path is None else path_documents(path))
-    if len(texts) == 1:
-        at = len(texts[0]) - len(texts[0]) // _HELD_OUT_SHARE
-        parts = [texts[0][:at]], [texts[0][at:]]
+    documents = _distinct(interpreter_documents() if path is None else path_documents(path))
+    if len(documents) == 1:
+        text = documents[0].text
+        at = len(text) - len(text) // _HELD_OUT_SHARE
+        parts = [text[:at]], [text[at:]]
         split = "the last tenth of the file"
     else:
-        parts = [x for i, x in enumerate(texts) if i % _HELD_OUT_SHARE], texts[::_HELD_OUT_SHARE]
-        split = f"whole files, one in {_HELD_OUT_SHARE}, by a hash of their names"
+        parts = _split(documents)
+        split = f"whole files, about one in {_HELD_OUT_SHARE}, by a hash of their names"
     train, held_out = (b"\n".join(part) for part in parts)
     if len(held_out) < _MIN_HELD_OUT or len(train) < 4 * _MIN_HELD_OUT:
         raise ValueError(
@@ -109,16 +110,27 @@ def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _texts(documents: Iterable[Document]) -> list[bytes]:
-    """Distinct texts up to MAX_BYTES, by a hash of their names: any prefix is a fair sample."""
-    found: dict[bytes, str] = {}
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """Documents with different texts, up to MAX_BYTES."""
+    found: dict[bytes, Document] = {}
     size = 0
-    for name, text in documents:
-        if text and text not in found:
-            found[text] = name
-            size += len(text)
+    for document in documents:
+        if document.text and document.text not in found:
+            found[document.text] = document
+            size += len(document.text)
             if size >= MAX_BYTES:
                 break
     if not found:
         raise ValueError("corpus: no text was found (--corpus PATH names a file or folder)")
-    return sorted(found, key=lambda text: hashlib.blake2b(found[text].encode()).digest())
+    return list(found.values())
+
+
+def _split(documents: list[Document]) -> tuple[list[bytes], list[bytes]]:
+    """Texts to train on and held-out texts, ordered by hash: any prefix is a fair sample."""
+    buckets = {d: hashlib.blake2b(d.name.encode(), digest_size=8).digest() for d in documents}
+    ordered = sorted(documents, key=lambda document: buckets[document])
+    held_out = [d for d in ordered if int.from_bytes(buckets[d], "big") % _HELD_OUT_SHARE == 0]
+    if len(held_out) in (0, len(ordered)):
+        held_out = ordered[:1]
+    names = {document.name for document in held_out}
+    return [d.text for d in ordered if d.name not in names], [d.text for d in held_out]
