@@ -1,4 +1,4 @@
-"""What GPU architectures have, and what stands in where there is no GPU to ask.
+"""Limits of GPU architectures, and a stand-in for the GPU where there is none to ask.
 
 The limits are those of the CUDA programming guide's table of compute capabilities.
 """

@@ -16,7 +16,7 @@ from resformer_kernels._triton.arch import STAND_IN
 
 
 class Launch(NamedTuple):
-    """What a launcher hands to Triton: `kernel[grid](**kwargs)`."""
+    """One launch of a kernel: `kernel[grid](**kwargs)`."""
 
     kernel: Any
     grid: tuple[int, ...]

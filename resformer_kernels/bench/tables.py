@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from resformer_kernels.bench.timing import OURS, Result
+from resformer_kernels.testing.verification import Verdict
 
 
 def duration(seconds: float) -> str:
@@ -81,3 +84,136 @@ def rate_and_share(
     else:
         share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""
     return f"{rate / 1e9:.1f} GB/s", share
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[str] = (),
+    fold: Collection[str] | None = None,
+    group: int = 0,
+    title: str | None = None,
+) -> Table:
+    """A table of rows, in rich's markup.
+
+    Args:
+        headings: headings of the columns.
+        rows: cells of each row.
+        right: columns aligned to the right.
+        fold: columns whose cells wrap where the terminal is narrow; None: all of them.
+        group: number of leading cells that name a row's group; a line separates groups.
+        title: printed above the table.
+    """
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for heading in headings:
+        made.add_column(
+            heading,
+            justify="right" if heading in right else "left",
+            no_wrap=fold is not None and heading not in fold,
+            overflow="fold",
+        )
+    previous: Sequence[str] = ()
+    for row in rows:
+        if previous and row[:group] != previous[:group]:
+            made.add_section()
+        made.add_row(*row)
+        previous = row
+    return made
+
+
+def pivot(
+    names: Sequence[str],
+    cells: Iterable[tuple[tuple[str, ...], str, str]],
+    *,
+    numbers: bool = False,
+    group: int = 0,
+    title: str | None = None,
+) -> Table:
+    """A table of cells, whose rows and columns stand in the order in which they first appear.
+
+    Args:
+        names: headings of the leading columns, which hold each row's name.
+        cells: (row, column, content) of each; combinations that are missing are left blank.
+        numbers: whether the cells are aligned to the right and never wrap.
+        group: as of `table`.
+        title: as of `table`.
+    """
+    by_row: dict[tuple[str, ...], dict[str, str]] = {}
+    for row, column, content in cells:
+        by_row.setdefault(row, {})[column] = content
+    columns = list(dict.fromkeys(column for found in by_row.values() for column in found))
+    rows = [(*row, *(found.get(column, "") for column in columns)) for row, found in by_row.items()]
+    right, fold = (columns, names[:1]) if numbers else ((), None)
+    return table((*names, *columns), rows, right=right, fold=fold, group=group, title=title)
+
+
+def markdown(found: Table, bold: Collection[str] = ()) -> str:
+    """A table in Markdown. Bold cells stay bold, other styles go.
+
+    Args:
+        found: the table, as printed in the terminal.
+        bold: headings of columns to set in bold.
+    """
+    columns = []
+    for column in found.columns:
+        cells = [_plain(str(cell)) for cell in column.cells]
+        if column.header in bold:
+            cells = [f"**{cell}**" for cell in cells]
+        rule = "---:" if column.justify == "right" else "---"
+        columns.append([str(column.header), rule, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+
+
+def _plain(cell: str) -> str:
+    return Text.from_markup(re.sub(r"\[bold[^]]*\](.+?)(?:\[/\]|$)", r"**\1**", cell)).plain
+
+
+def worst(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """The verdict of each op, tensor and dtype that is closest to its budget."""
+    found: dict[tuple[str, str, str], Verdict] = {}
+    for verdict in verdicts:
+        key = (verdict.op, verdict.tensor.split("[")[0], verdict.dtype)
+        if key not in found or verdict.share > found[key].share:
+            found[key] = verdict
+    return list(found.values())
+
+
+def summary_table(verdicts: Sequence[Verdict]) -> Table:
+    """The worst error of each tensor over its budget, a column a dtype."""
+    cells = [
+        (
+            (v.op.removeprefix("value_residual_"), v.tensor.split("[")[0]),
+            v.dtype,
+            f"{v.error:.0e} / {v.budget:.0e} {_share(v)}",
+        )
+        for v in sorted(worst(verdicts), key=lambda v: v.op)
+    ]
+    title = "Error / budget, the worst case of each tensor (Frobenius norms, against float64)"
+    return pivot(("op", "tensor"), cells, numbers=True, group=1, title=title)
+
+
+def verdict_table(verdicts: Iterable[Verdict], title: str) -> Table:
+    """Errors and budgets as a table; both are Frobenius norms."""
+    headings = ("op", "dtype", "backend", "tensor", "error", "budget", "share", "case")
+    rows = [
+        (
+            v.op.removeprefix("value_residual_"),
+            v.dtype,
+            f"{v.backend}, {v.device}",
+            v.tensor,
+            f"{v.error:.2e}",
+            f"{v.budget:.2e}",
+            _share(v),
+            v.case,
+        )
+        for v in verdicts
+    ]
+    numbers = ("error", "budget", "share")
+    return table(headings, rows, right=numbers, fold=("case",), group=2, title=title)
+
+
+def _share(verdict: Verdict) -> str:
+    if verdict.ok:
+        return f"[green]{verdict.share:4.0%}[/]"
+    return f"[bold red]{verdict.share:.0%}, OVER[/]"

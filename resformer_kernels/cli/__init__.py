@@ -1,8 +1,8 @@
 """The command line, `resformer-kernels`.
 
 Each subcommand is a module of this package with `add_parser(subparsers)`, which declares its
-arguments, and `run(args) -> int`, which returns the exit code. Only the module of the command that
-was asked for is imported: `info` must work where the packages that `demo` needs are missing.
+arguments, and `run(args) -> int`, which returns the exit code. Only the module of the requested
+command is imported: `info` must work where the packages that `demo` needs are missing.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from resformer_kernels import __version__
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 COMMANDS: dict[str, str] = {
-    "info": "what this installation can run, and why",
-    "verify": "hold every kernel against float64",
+    "info": "show what this installation can run, and why",
+    "verify": "compare every kernel with float64",
     "bench": "time every registered case against its peers",
-    "compile-check": "compile every Triton kernel for GPUs that are not there",
-    "device-check": "hold a GPU's kernels against float64, and time them",
+    "compile-check": "compile every Triton kernel for GPUs that need not be present",
+    "device-check": "compare a GPU's kernels with float64, and time them",
     "tune": "find the tile sizes of the Triton kernels on this GPU",
     "demo": "verify, time, train small models on real text, write a report",
 }
-"""Each subcommand, which is also its module's name (but for hyphens), and its line in `--help`."""
+"""Subcommands, with their line in `--help`. Modules have underscores instead of hyphens."""
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 INTERRUPTED = 130
-"""The shell's exit code for a command that Ctrl-C ended."""
+"""Exit code of a command that Ctrl-C ended, as shells expect it."""
 
 
 class Command(Protocol):
-    """What a subcommand's module offers."""
+    """Interface of a subcommand's module."""
 
     def add_parser(self, subparsers: Subparsers) -> None:
         """Declare the command's arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Carry the command out; 0 is success, 1 a failed check, 2 a usage error."""
+        """Run the command; 0 is success, 1 a failed check, 2 a usage error."""
 
 
 def checkout(*names: str) -> tuple[ModuleType, ...] | None:
-    """The modules of these names in benchmarks/ of a checkout; None where there is none.
+    """Modules of benchmarks/ of a checkout, by name; None without a checkout.
 
-    The checkout that the package runs from is preferred to the current folder.
+    The checkout that the package runs from takes precedence over the current folder.
     """
     for root in (_CHECKOUT, Path.cwd()):
         if (root / "benchmarks" / "registry.py").exists():

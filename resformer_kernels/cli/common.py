@@ -1,6 +1,6 @@
-"""What the commands share: arguments, refusals, and where they print.
+"""Helpers that the commands share: argument types, refusals, consoles and progress.
 
-Rich is imported where it prints: `device-check` and `tune` do without it.
+Rich is imported inside functions: `device-check` and `tune` run without it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NO_CHECKOUT = (
-    "no benchmarks/ beside the package or in the current folder: it is in the repository, run this "
-    "from a checkout"
+    "no benchmarks/ beside the package or in the current folder: it is part of the repository, run "
+    "this from a checkout"
 )
 
 _QUIET_SECONDS = 20.0
-"""Between lines about a run that goes on."""
+"""Seconds between lines about a step that goes on."""
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is not below `minimum`."""
+    """An argparse type: an integer of at least `minimum`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -52,14 +52,14 @@ def refuse(command: str, reason: str) -> int:
 
 
 def output(width: int) -> Console:
-    """Standard output. A table meant for a file gets `width`; a terminal's own is left to rich."""
+    """A console on standard output, `width` wide where that is no terminal."""
     from rich.console import Console
 
     return Console(width=None if Console().is_terminal else width)
 
 
 def counter() -> Progress:
-    """A bar on standard error that counts cases, and leaves nothing behind."""
+    """A progress bar on standard error that counts cases and is removed at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -74,10 +74,10 @@ def counter() -> Progress:
 
 
 class Meter:
-    """How far a run of unequal steps is: a bar with the time left, or lines where no one watches.
+    """Progress of a run of unequal steps: a bar with the time left, or lines without a terminal.
 
     Args:
-        costs: what each step is expected to take, in any unit.
+        costs: expected duration of each step, in any unit.
     """
 
     def __init__(self, costs: Sequence[float]) -> None:
@@ -106,7 +106,7 @@ class Meter:
         self._progress.stop()
 
     def begin(self, name: str) -> None:
-        """A step begins, and the one before it is done. Steps beyond the expected ones cost 0."""
+        """Begin a step, which ends the one before. Steps beyond the expected ones cost 0."""
         count = len(self._costs)
         if 0 < self._done <= count:
             self._progress.advance(self._task, self._costs[self._done - 1])
@@ -118,7 +118,7 @@ class Meter:
 
 
 class Teller:
-    """Where a long run is, in lines on standard error: `teller(phase, done, total)`."""
+    """Progress of a long run in lines on standard error: `teller(phase, done, total)`."""
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every = every_seconds
@@ -126,12 +126,12 @@ class Teller:
         self._phase = ""
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Tell of a new phase, its end, and what is between when some time has passed."""
+        """Report a new phase, its end, and progress between them from time to time."""
         now = time.monotonic()
         if phase != self._phase or done == total or now - self._told > self._every:
             self.say(f"{phase}: {done} of {total}")
             self._phase, self._told = phase, now
 
     def say(self, text: str) -> None:
-        """A line, with the seconds since the beginning."""
+        """Print a line with the seconds since the beginning."""
         print(f"[{time.monotonic() - self._begun:4.0f} s] {text}", file=sys.stderr, flush=True)

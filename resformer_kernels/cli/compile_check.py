@@ -1,5 +1,7 @@
-"""`resformer-kernels compile-check`: compile every Triton kernel for GPUs that are not there, and
-read what the CUDA library's became."""
+"""`resformer-kernels compile-check`: resources of every compiled kernel, without a GPU.
+
+Triton kernels are compiled for each architecture; the CUDA library is read as it was built.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.table import Table
+from rich.markup import escape
 
 from resformer_kernels._triton.arch import ARCHITECTURES
 from resformer_kernels.bench.machine import usable_cores
+from resformer_kernels.bench.tables import markdown, pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import at_least, counter, output, refuse
 from resformer_kernels.cli.compile import check as triton_check
@@ -29,8 +32,8 @@ def add_parser(subparsers: Subparsers) -> None:
         help=COMMANDS["compile-check"],
         description="Compile each Triton kernel in each of its configurations, specialised as its "
         "launcher would, and read registers, local memory, shared memory and matrix instructions "
-        "from the machine code; the same of the CUDA library's kernels, where that is built. No "
-        "GPU takes part. Exit code 1 where a kernel does not compile, a main configuration spills, "
+        "from the machine code. Kernels of the CUDA library, where it is built, are read too. No "
+        "GPU is needed. Exit code 1 where a kernel does not compile, a main configuration spills, "
         "shared memory is over the architecture's limit, or a matrix product does not use wgmma on "
         "sm_90.",
     )
@@ -39,19 +42,17 @@ def add_parser(subparsers: Subparsers) -> None:
         type=int,
         action="append",
         choices=tuple(ARCHITECTURES),
-        help="this architecture alone; may be repeated (default: all)",
+        help="this architecture only; can be repeated (default: all)",
     )
-    parser.add_argument("--op", metavar="OP", action="append", help="this op alone, by its folder")
+    parser.add_argument("--op", metavar="OP", action="append", help="this op only, by its folder")
     fewer = parser.add_mutually_exclusive_group()
-    fewer.add_argument("--main", action="store_true", help="the main configurations alone")
+    fewer.add_argument("--main", action="store_true", help="main configurations only")
     fewer.add_argument(
         "--brief",
         action="store_true",
-        help="the main configurations, and the first of every kernel that has none",
+        help="main configurations, and the first one of kernels without any",
     )
-    parser.add_argument(
-        "--filter", metavar="TEXT", help="only cases whose name has every word of TEXT"
-    )
+    parser.add_argument("--filter", metavar="TEXT", default="", help="names with all words")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--jobs", type=at_least(1), default=usable_cores(), help="compiled at once")
     parser.add_argument(
@@ -75,39 +76,36 @@ def run(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.op or ()) - set(ops))
     if unknown:
         return refuse("compile-check", f"no Triton kernels in {unknown}; there are some in {ops}")
-    wanted = [
-        job
-        for job in triton_check.jobs(modules, args.arch or tuple(ARCHITECTURES))
-        if (not args.op or job.op in args.op)
-        and (job.main or not args.main)
-        and all(word in job.name for word in (args.filter or "").split())
-    ]
+    ops, capabilities = args.op or ops, args.arch or tuple(ARCHITECTURES)
+
+    def named(case: triton_check.Job | Compiled) -> bool:
+        return all(word in case.name for word in args.filter.split())
+
+    modules = [module for module in modules if triton_check.op_of(module) in ops]
+    jobs = filter(named, triton_check.jobs(modules, capabilities))
+    wanted = [job for job in jobs if job.main or not args.main]
     if args.brief:
         wanted = brief(wanted)
-    built = [
-        case
-        for case in cuda_check.kernels(args.op or ops, args.arch or tuple(ARCHITECTURES))
-        if all(word in case.name for word in (args.filter or "").split())
-    ]
+    built = list(filter(named, cuda_check.kernels(ops, capabilities)))
     if not wanted and not built:
         return refuse("compile-check", "no case matches; --list prints the names")
     if args.list:
-        print("\n".join(f"sm_{job.capability} {job.op}: {job.name}" for job in wanted))
-        print("\n".join(f"sm_{case.capability} {case.op}: {case.name}" for case in built))
+        listed: list[triton_check.Job | Compiled] = [*wanted, *built]
+        for case in listed:
+            print(f"sm_{case.capability} {case.op}: {case.name}")
         return 0
     found = [*(_compile(wanted, args.cache, args.jobs) if wanted else ()), *built]
-    failed = [case for case in found if not case.ok]
     if args.json:
         print(json.dumps([{**asdict(case), "ok": case.ok} for case in found], indent=1))
     elif args.markdown:
-        print(markdown(found))
+        print(as_markdown(found))
     else:
-        _print_table(found, failed)
-    return 1 if failed else 0
+        _print_table(found)
+    return 0 if all(case.ok for case in found) else 1
 
 
 def brief(wanted: Sequence[triton_check.Job]) -> list[triton_check.Job]:
-    """The main configurations, and of every kernel without one its first on each architecture."""
+    """Main configurations, and the first one on each architecture of kernels without any."""
 
     def kernel(job: triton_check.Job) -> tuple[str, int, str]:
         return job.op, job.capability, job.name.partition(",")[0]
@@ -124,47 +122,37 @@ def brief(wanted: Sequence[triton_check.Job]) -> list[triton_check.Job]:
 def _compile(
     wanted: Sequence[triton_check.Job], cache: Path | None, workers: int
 ) -> list[Compiled]:
-    """In the order of `wanted`."""
+    """Compile with a progress bar; results in the order of `wanted`."""
     order = {(job.op, job.capability, job.name): place for place, job in enumerate(wanted)}
-    found = []
     folder = tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache))
     with folder as kept, counter() as progress:
         Path(kept).mkdir(parents=True, exist_ok=True)
-        task = progress.add_task("compiling", total=len(wanted))
-        for compiled in triton_check.check(wanted, Path(kept), min(workers, len(wanted))):
-            found.append(compiled)
-            progress.update(task, advance=1, description=f"sm_{compiled.capability}")
+        running = triton_check.check(wanted, Path(kept), min(workers, len(wanted)))
+        found = list(progress.track(running, len(wanted), description="compiling"))
     return sorted(found, key=lambda case: order[case.op, case.capability, case.name])
 
 
-def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
+def _print_table(found: Sequence[Compiled]) -> None:
     console = output(160)
-    table = Table(header_style="bold")
-    table.add_column("kernel", overflow="fold")
-    table.add_column("arch", no_wrap=True)
-    for heading in ("threads", "registers", "local", "shared"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("matrix", no_wrap=True)
-    table.add_column("", overflow="fold")
-    previous = ""
-    for case in found:
-        group = f"{case.op} sm_{case.capability}"
-        if previous and group != previous:
-            table.add_section()
-        previous = group
-        table.add_row(
-            f"{case.op}: {case.name}",
+    headings = ("op", "arch", "kernel", "threads", "registers", "local", "shared", "matrix", "")
+    rows = [
+        (
+            case.op,
             f"sm_{case.capability}",
+            case.name,
             str(case.threads or ""),
             str(case.registers or ""),
             f"{case.local_bytes} B" if case.local_accesses else "",
             kibibytes(case.shared_bytes),
             ", ".join(case.matrix),
-            "[green]ok" if case.ok else f"[bold red]{'; '.join(case.problems)}",
+            "[green]ok" if case.ok else f"[bold red]{escape('; '.join(case.problems))}",
         )
-    console.print(table)
+        for case in found
+    ]
+    console.print(table(headings, rows, right=headings[3:7], fold=("kernel", ""), group=2))
     spilling = sum(1 for case in found if case.local_accesses)
-    verdict = f"[bold red]{len(failed)} failed" if failed else "[bold green]all passed"
+    failed = sum(not case.ok for case in found)
+    verdict = f"[bold red]{failed} failed" if failed else "[bold green]all passed"
     console.print(
         f"{len(found)} kernels compiled, {sum(case.main for case in found)} of them main "
         f"configurations; {spilling} use local memory: {verdict}"
@@ -172,37 +160,32 @@ def _print_table(found: Sequence[Compiled], failed: Sequence[Compiled]) -> None:
 
 
 def kibibytes(count: int) -> str:
-    """Bytes as KiB; nothing for nothing."""
+    """Bytes in KiB; an empty string for 0."""
     if count < 1024:
         return f"{count} B" if count else ""
     return f"{count / 1024:.4g} KiB"
 
 
-def markdown(found: Sequence[Compiled]) -> str:
+def as_markdown(found: Sequence[Compiled]) -> str:
     """A row a case, a column an architecture."""
-    capabilities = sorted({case.capability for case in found})
-    rows: dict[tuple[str, str], dict[int, Compiled]] = {}
-    for case in found:
-        rows.setdefault((case.op, case.name), {})[case.capability] = case
-    lines = [
-        "| kernel | " + " | ".join(f"sm_{capability}" for capability in capabilities) + " |",
-        "| --- |" + " --- |" * len(capabilities),
+    main = {(case.op, case.name) for case in found if case.main}
+    cells = [
+        (
+            (f"{case.op}: {case.name}{' (main)' if (case.op, case.name) in main else ''}",),
+            f"sm_{case.capability}",
+            _cell(case),
+        )
+        for case in found
     ]
-    for (op, name), cells in rows.items():
-        main = " (main)" if any(case.main for case in cells.values()) else ""
-        cell = " | ".join(_cell(cells.get(capability)) for capability in capabilities)
-        lines.append(f"| {op}: {name}{main} | {cell} |")
-    return "\n".join(lines)
+    return markdown(pivot(("kernel",), cells))
 
 
-def _cell(case: Compiled | None) -> str:
-    if case is None:
-        return ""
+def _cell(case: Compiled) -> str:
     if not case.registers:
-        return "; ".join(case.problems)
+        return escape("; ".join(case.problems))
     threads = f" × {case.threads}" if case.threads else ""
     parts = [f"{case.registers} registers{threads}", kibibytes(case.shared_bytes)]
     if case.local_accesses:
         parts.append(f"{case.local_bytes} B local")
-    parts += [*case.matrix, *(f"**{problem}**" for problem in case.problems)]
+    parts += [*case.matrix, *(f"[bold]{escape(problem)}[/]" for problem in case.problems)]
     return ", ".join(part for part in parts if part)

@@ -20,7 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
         help=COMMANDS["demo"],
-        description="Check the kernels against float64, time them beside torch's SDPA, train a "
+        description="Compare the kernels with float64, time them beside torch's SDPA, train a "
         "Transformer, a ResFormer and an SVFormer of equal size on real text, and write a report. "
         "Ctrl-C ends it early with a report of what was measured by then.",
     )
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--minutes",
         type=positive,
         default=_DEFAULT_MINUTES,
-        help="time for all parts and the report together, about (default: %(default)s)",
+        help="approximate time for all parts and the report together (default: %(default)s)",
     )
     parser.add_argument(
         "--corpus",
@@ -44,17 +44,15 @@ def add_parser(subparsers: Subparsers) -> None:
         help="folder of the report (default: reports/demo-DATE-TIME)",
     )
     sizes = parser.add_argument_group("model size")
-    sizes.add_argument(
-        "--dim", type=at_least(1), default=128, help="channels (default: %(default)s)"
-    )
-    sizes.add_argument("--layers", type=at_least(1), default=4, help="default: %(default)s")
-    sizes.add_argument("--heads", type=at_least(1), default=2, help="default: %(default)s")
-    sizes.add_argument(
-        "--seqlen", type=at_least(1), default=256, help="bytes a window (default: %(default)s)"
-    )
-    sizes.add_argument(
-        "--batch", type=at_least(1), default=4, help="windows a step (default: %(default)s)"
-    )
+    for name, default, what in (
+        ("dim", 128, "channels "),
+        ("layers", 4, ""),
+        ("heads", 2, ""),
+        ("seqlen", 256, "bytes a window "),
+        ("batch", 4, "windows a step "),
+    ):
+        text = f"{what}(default: %(default)s)"
+        sizes.add_argument(f"--{name}", type=at_least(1), default=default, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,13 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from resformer_kernels.demo.report import summary
     from resformer_kernels.demo.training import Plan, configs
 
-    plan = Plan(
-        dim=args.dim,
-        num_layers=args.layers,
-        num_heads=args.heads,
-        seqlen=args.seqlen,
-        batch=args.batch,
-    )
+    plan = Plan(args.dim, args.layers, args.heads, args.seqlen, args.batch)
     started = datetime.now()
     folder = args.out or Path("reports") / f"demo-{started:%Y%m%d-%H%M%S}"
     command = shlex.join(["resformer-kernels", *sys.argv[1:]])

@@ -1,12 +1,12 @@
-"""`resformer-kernels info`: what this installation can run, and why."""
+"""Show what this installation can run, and why."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch import Tensor
 
 import resformer_kernels
 from resformer_kernels._core import extension as _extension
+from resformer_kernels.bench import machine
+from resformer_kernels.bench.tables import pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.kvcache.cache import pages
 
@@ -32,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _weight(x: Tensor) -> Tensor:
-    """Of a reservoir of 64 units, whose state is float32 for 16-bit inputs."""
+    """Weight of a reservoir of 64 units, whose state is float32 for 16-bit inputs."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_zeros((64, 64), dtype=dtype)
 
@@ -45,10 +47,10 @@ _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "linear_scan": lambda x: (x[0], x[0]),
     "reservoir_scan": lambda x: (x[0], _weight(x)),
 }
-"""Each public op, and the arguments it is asked about, made from one (1, 1, 1, 64) tensor."""
+"""Arguments to ask each public op about, made from one (1, 1, 1, 64) tensor."""
 _OPTIONS: dict[str, dict[str, Any]] = {"attention_with_kvcache": {"cache_seqlens": 1}}
-"""Arguments that are named."""
-# The flags that decide a CPU path, or that a reader of a benchmark asks about.
+"""Keyword arguments to ask about."""
+# Flags that decide the CPU path, or that readers of a benchmark want to know.
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
     *("avx512_fp16", "amx_bf16", "asimd", "sve", "bf16"),
@@ -57,25 +59,13 @@ _FEATURES = (
 
 @dataclass(frozen=True)
 class Served:
-    """Which backend `auto` takes for one kind of input, and why not the others."""
+    """Backend that `auto` takes for one kind of input, with reasons against the others."""
 
     op: str
     device: str
     dtype: str
     backend: str
     others: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything `info` says."""
-
-    versions: Section
-    machine: Section
-    native: Section
-    served: list[Served]
-    healthy: bool
-    """False where the environment asks for something that cannot run."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -85,7 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="print which form of a call each backend serves in which dtype, on any machine",
+        help="print the dtypes and forms of a call that each backend serves, on any machine",
     )
 
 
@@ -93,16 +83,19 @@ def run(args: argparse.Namespace) -> int:
     """Print the report. 1 where the environment asks for a CPU path that cannot run."""
     if args.matrix:
         return _run_matrix(as_json=args.json)
-    report = collect()
+    native, healthy = _native()
+    sections = {"versions": _versions(), "machine": _machine(), "native": native}
+    served = _served() if healthy else []
     if args.json:
-        print(json.dumps(asdict(report), indent=2))
+        rows = [asdict(row) for row in served]
+        print(json.dumps({**sections, "served": rows, "healthy": healthy}, indent=2))
     else:
-        _print_tables(report, Console())
-    return 0 if report.healthy else 1
+        _print_tables(sections, served, Console())
+    return 0 if healthy else 1
 
 
 def _run_matrix(*, as_json: bool) -> int:
-    # Both build tensors to ask about: not at import.
+    # These modules are slow to import and needed here only.
     from resformer_kernels.cli import matrix
     from resformer_kernels.cli.support import answers
 
@@ -113,60 +106,38 @@ def _run_matrix(*, as_json: bool) -> int:
     return 0
 
 
-def collect() -> Report:
-    """Gather the report; loads the native library if it is there."""
-    native, healthy = _native()
-    served = _served() if healthy else []
-    return Report(_versions(), _machine(), native, served, healthy)
-
-
 def _versions() -> Section:
-    versions = {
+    build = "CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+    return {
         "resformer-kernels": resformer_kernels.__version__,
         "installed at": str(Path(resformer_kernels.__file__).parent),
         "python": platform.python_version(),
-        "torch": f"{torch.__version__} ({_torch_build()})",
+        "torch": f"{torch.__version__} ({build})",
+        **dict.fromkeys(_OPTIONAL_PACKAGES, "not installed"),
+        **machine.versions(_OPTIONAL_PACKAGES),
     }
-    for name in _OPTIONAL_PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _torch_build() -> str:
-    if torch.version.cuda is None:
-        return "CPU build"
-    return f"CUDA {torch.version.cuda}"
 
 
 def _machine() -> Section:
-    model, features = _processor()
-    machine = {
+    section = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": model,
-        "features": " ".join(name for name in _FEATURES if name in features) or "none known",
-        "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
+        "processor": machine.processor(),
+        "features": _features(),
+        "cores": f"{machine.usable_cores()} usable of {os.cpu_count()}",
         "torch threads": f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)",
     }
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        machine[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
-    return machine
+        section[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    return section
 
 
-def _processor() -> tuple[str, frozenset[str]]:
-    fields: dict[str, str] = {}
+def _features() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        first_core = cpuinfo.read_text().split("\n\n")[0]
-        fields = {
-            name.strip(): value.strip()
-            for name, _, value in (line.partition(":") for line in first_core.splitlines())
-        }
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return model, frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    features = found[1].split() if found else []
+    return " ".join(name for name in _FEATURES if name in features) or "none known"
 
 
 def _native() -> tuple[Section, bool]:
@@ -228,50 +199,35 @@ def _serve(op: str, device: str, dtype: torch.dtype) -> Served:
     return Served(op, device, name, explained.backend or "none", explained.reasons)
 
 
-def _print_tables(report: Report, console: Console) -> None:
-    for title, section in (
-        ("Versions", report.versions),
-        ("Machine", report.machine),
-        ("Native kernels", report.native),
-    ):
-        table = Table(title=title, title_justify="left", show_header=False)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in section.items():
-            table.add_row(name, value)
-        console.print(table)
-    if not report.served:
-        return
-    console.print(served_table(report.served))
-    console.print(reason_table(report.served))
+def _print_tables(sections: dict[str, Section], served: Sequence[Served], console: Console) -> None:
+    titles = ("Versions", "Machine", "Native kernels")
+    for title, section in zip(titles, sections.values(), strict=True):
+        rows = ((f"[bold]{name}[/]", value) for name, value in section.items())
+        listed = table(("", " "), rows, fold=(" ",), title=title)
+        listed.show_header = False
+        console.print(listed)
+    if served:
+        console.print(served_table(served))
+        console.print(reason_table(served))
 
 
 def served_table(served: Sequence[Served]) -> Table:
-    """The backend of each op and device, a column a dtype."""
-    table = Table(title='What backend="auto" takes', title_justify="left", header_style="bold")
-    dtypes = list(dict.fromkeys(row.dtype for row in served))
-    for heading in ("op", "device", *dtypes):
-        table.add_column(heading, overflow="fold")
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in served:
-        rows.setdefault((row.op, row.device), {})[row.dtype] = row.backend
-    for (op, device), backends in rows.items():
-        table.add_row(op, device, *(backends[dtype] for dtype in dtypes))
-    return table
+    """Backend of each op and device, a column a dtype."""
+    cells = (((row.op, row.device), row.dtype, row.backend) for row in served)
+    return pivot(("op", "device"), cells, title='What backend="auto" takes')
 
 
 def reason_table(served: Sequence[Served]) -> Table:
-    """Why each backend was passed over, every reason once, and for which dtypes."""
-    table = Table(title="Why not another", title_justify="left", header_style="bold")
-    table.add_column("backend", no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    table.add_column("for", overflow="fold")
+    """Reasons against each backend, each once, with the dtypes that it holds for."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for row in served:
         for backend, reason in row.others.items():
             if reason != f"{row.backend} is preferred":
                 found.setdefault((backend, reason), {})[f"{row.device} {row.dtype}"] = None
     every = len({(row.device, row.dtype) for row in served})
-    for (backend, reason), where in found.items():
-        table.add_row(backend, reason, "everything" if len(where) == every else ", ".join(where))
-    return table
+    rows = [
+        (backend, reason, "everything" if len(where) == every else ", ".join(where))
+        for (backend, reason), where in found.items()
+    ]
+    headings = ("backend", "reason", "for")
+    return table(headings, rows, fold=headings[1:], title="Why not another")

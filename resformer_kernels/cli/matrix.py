@@ -1,6 +1,6 @@
-"""The support matrix as tables: `info --matrix`, README.md and docs/support.md.
+"""Tables of the support matrix for `info --matrix`, README.md and docs/support.md.
 
-The reference, which serves every call in every dtype, has no column.
+The reference serves every call in every dtype and has no column.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from resformer_kernels.bench.tables import markdown, pivot
 from resformer_kernels.cli.support import Answer
 
 SHORT = {
@@ -29,24 +30,24 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One op: which dtypes each backend serves of each form of a call."""
+    """Dtypes of one op that each backend serves, for each form of a call."""
 
     op: str
     features: tuple[str, ...]
     columns: tuple[Column, ...]
-    """Those that serve anything."""
+    """Columns that serve at least one form."""
     served: dict[tuple[str, Column], tuple[str, ...]]
-    """By feature and column."""
+    """Dtypes by feature and column."""
 
     def dtypes(self, column: Column) -> tuple[str, ...]:
-        """Every dtype that a backend serves in some form."""
+        """Dtypes that a backend serves in at least one form."""
         found = {
             dtype for feature in self.features for dtype in self.served.get((feature, column), ())
         }
         return tuple(dtype for dtype in SHORT if dtype in found)
 
     def refused(self, column: Column) -> tuple[str, ...]:
-        """The forms that a backend does not serve, with the dtypes where it is not all of them."""
+        """Forms that a backend does not serve, with the dtypes unless it serves none."""
         dtypes, found = self.dtypes(column), []
         for feature in self.features:
             missing = [d for d in dtypes if d not in self.served[feature, column]]
@@ -79,62 +80,50 @@ def matrices(answers: Iterable[Answer]) -> list[Matrix]:
 
 def summary(found: Sequence[Matrix]) -> str:
     """Markdown: a row for each op, a column for each backend and device."""
-    columns = list(dict.fromkeys(column for matrix in found for column in matrix.columns))
-    columns.sort(key=lambda column: column[1] != "cpu")
-    lines = [
-        f"| op | {' | '.join(map(_heading, columns))} |",
-        f"| --- |{' --- |' * len(columns)}",
+    columns = dict.fromkeys(column for matrix in found for column in matrix.columns)
+    cells = [
+        ((f"`{matrix.op}`",), _heading(column), _served(matrix, column))
+        for matrix in found
+        for column in sorted(columns, key=lambda column: column[1] != "cpu")
     ]
-    for matrix in found:
-        cells = []
-        for column in columns:
-            dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
-            refused = ", ".join(matrix.refused(column)) if dtypes else ""
-            cells.append(f"{dtypes}; not: {refused}" if refused else dtypes or "no")
-        lines.append(f"| `{matrix.op}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(pivot(("op",), cells))
+
+
+def _served(matrix: Matrix, column: Column) -> str:
+    dtypes = " ".join(SHORT[dtype] for dtype in matrix.dtypes(column))
+    refused = ", ".join(matrix.refused(column)) if dtypes else ""
+    return f"{dtypes}; not: {refused}" if refused else dtypes or "no"
 
 
 def whole(found: Sequence[Matrix]) -> str:
     """Markdown: a table for each op, a row for each form of a call."""
-    parts = []
-    for matrix in found:
-        headings = [_heading(column) for column in matrix.columns]
-        lines = [
-            f"## {matrix.op}",
-            "",
-            f"| form | {' | '.join(headings)} |",
-            f"| --- |{' --- |' * len(headings)}",
-        ]
-        for feature in matrix.features:
-            cells = [_cell(matrix, feature, column) for column in matrix.columns]
-            lines.append(f"| {feature} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(f"## {matrix.op}\n\n{markdown(_table(matrix))}" for matrix in found)
 
 
 def print_tables(found: Sequence[Matrix], console: Console) -> None:
     """The same in the terminal."""
     for matrix in found:
-        table = Table(title=matrix.op, title_justify="left", header_style="bold")
-        table.add_column("form", overflow="fold")
-        for column in matrix.columns:
-            table.add_column(_heading(column), overflow="fold")
-        for feature in matrix.features:
-            cells = [_cell(matrix, feature, column) for column in matrix.columns]
-            table.add_row(feature, *(cell if cell != "no" else "[yellow]no" for cell in cells))
-        console.print(table)
+        console.print(_table(matrix))
     names = ", ".join(f"{short} {name}" for name, short in SHORT.items())
     console.print(
         f"{names}; gradients included. The reference serves every form on any device, in float64 "
-        "too. What this machine lacks counts as there; without --matrix, info says what that is."
+        "too. What this machine lacks counts as present; without --matrix, info says what it lacks."
     )
+
+
+def _table(matrix: Matrix) -> Table:
+    cells = (
+        (
+            (feature,),
+            _heading(column),
+            " ".join(SHORT[dtype] for dtype in matrix.served[feature, column]) or "[yellow]no",
+        )
+        for feature in matrix.features
+        for column in matrix.columns
+    )
+    return pivot(("form",), cells, title=matrix.op)
 
 
 def _heading(column: Column) -> str:
     backend, device = column
     return f"{backend}, {_DEVICES[device]}"
-
-
-def _cell(matrix: Matrix, feature: str, column: Column) -> str:
-    return " ".join(SHORT[dtype] for dtype in matrix.served[feature, column]) or "no"

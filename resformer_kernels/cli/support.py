@@ -1,8 +1,8 @@
-"""What each backend of each op serves, asked of the backends themselves.
+"""Calls that each backend of each op serves, according to the backends themselves.
 
-Every answer is that of `unsupported_reason`, which `backend="auto"` goes by, for small calls that
-want gradients of everything. What a machine lacks does not count: the native libraries, Triton,
-FlashAttention and a GPU of compute capability 9.0 are supposed to be there, and no kernel runs.
+Every answer comes from `unsupported_reason`, by which `backend="auto"` chooses, for small calls
+that want gradients of everything. It does not depend on the machine: the native libraries, Triton,
+FlashAttention and a GPU of compute capability 9.0 count as present, and no kernel runs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Answer:
     device: str
     dtype: str
     reason: str | None
-    """Why it does not; None: it does."""
+    """Reason why it does not; None where it does."""
 
 
 class _Make:
-    """Tensors of one dtype that want gradients."""
+    """Makes tensors of one dtype that want gradients."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -62,24 +62,14 @@ class _Make:
     def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype).requires_grad_()
 
-    def plain(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
     def lengths(self, total: int) -> Tensor:
         return torch.tensor([0, total // 2, total], dtype=torch.int32)
 
 
-def _attention(make: _Make, **change: Any) -> Call:
-    k_heads, dim, value_dim = change.pop("kv_heads", _H), change.pop("dim", _D), None
-    value_dim = change.pop("value_dim", dim)
-    arguments = {
-        "q": make.leaf(_B, _T, _H, dim),
-        "k": make.leaf(_B, _T, k_heads, dim),
-        "v": make.leaf(_B, _T, k_heads, value_dim),
-        "v_first": make.leaf(_B, _T, k_heads, value_dim),
-        **change,
-    }
-    return value_residual_attention, (), arguments
+def _attention(make: _Make, heads: int = _H, dim: int = _D, wider: int = 1, **change: Any) -> Call:
+    v, v_first = (make.leaf(_B, _T, heads, wider * dim) for _ in range(2))
+    rows = (make.leaf(_B, _T, _H, dim), make.leaf(_B, _T, heads, dim))
+    return value_residual_attention, rows, {"v": v, "v_first": v_first, **change}
 
 
 def _packed(make: _Make) -> Call:
@@ -89,22 +79,21 @@ def _packed(make: _Make) -> Call:
     return value_residual_attention_varlen, tuple(rows), named
 
 
-def _decode(make: _Make, stored: torch.dtype | None = None, **change: Any) -> Call:
-    def rows(*shape: int, dtype: torch.dtype = make.dtype) -> Tensor:
-        return make.plain(*shape, dtype=dtype)
-
-    time = change.pop("time", 1)
-    new = [rows(_B, time, _H, _D) for _ in range(2)][: change.pop("appends", 2)]
+def _decode(
+    make: _Make,
+    stored: torch.dtype | None = None,
+    time: int = 1,
+    appends: int = 2,
+    **change: Any,
+) -> Call:
     shape = (4, 4, _H, _D) if "block_table" in change else (_B, _T, _H, _D)
-    caches = [rows(*shape, dtype=stored or make.dtype) for _ in range(2)]
+    q = torch.zeros(_B, time, 2 * _H, _D, dtype=make.dtype)
+    new = [torch.zeros(_B, time, _H, _D, dtype=make.dtype) for _ in range(appends)]
+    caches = [torch.zeros(shape, dtype=stored or make.dtype) for _ in range(2)]
     if stored is not None:
-        change |= {name: make.plain(*shape[:3], dtype=torch.float32) for name in _SCALES}
-    lengths = torch.ones(_B, dtype=torch.int32)
-    named = {"cache_seqlens": lengths, **change}
-    return attention_with_kvcache, (rows(_B, time, 2 * _H, _D), *caches, *new), named
-
-
-_SCALES = ("k_scale", "v_scale")
+        change |= {name: torch.zeros(shape[:3]) for name in ("k_scale", "v_scale")}
+    change["cache_seqlens"] = torch.ones(_B, dtype=torch.int32)
+    return attention_with_kvcache, (q, *caches, *new), change
 
 
 def _mix(make: _Make, count: int, *shape: int) -> Call:
@@ -124,12 +113,16 @@ def _scan(make: _Make, *gates: int, **change: Any) -> Call:
     return linear_scan, (make.leaf(*(gates or rows)), make.leaf(*rows)), change
 
 
-def _reservoir(make: _Make, weight: str = "dense", inputs: int = 0, **change: Any) -> Call:
+def _reservoir(
+    make: _Make,
+    weight: str = "dense",
+    inputs: int = 0,
+    stored: torch.dtype | None = None,
+    **change: Any,
+) -> Call:
     dtype = torch.promote_types(make.dtype, torch.float32)
-    stored = change.pop("stored", dtype)
-    dense = make.leaf(_UNITS, _UNITS, dtype=stored)
     given: Any = {
-        "dense": lambda: dense,
+        "dense": lambda: make.leaf(_UNITS, _UNITS, dtype=stored or dtype),
         "groups": lambda: make.leaf(4, _UNITS // 4, _UNITS // 4, dtype=dtype),
         "diagonal": lambda: make.leaf(_UNITS, dtype=dtype),
         "ring": lambda: RingWeight(make.leaf(_UNITS, dtype=dtype)),
@@ -139,7 +132,7 @@ def _reservoir(make: _Make, weight: str = "dense", inputs: int = 0, **change: An
     if inputs:
         change["input_weight"] = make.leaf(_UNITS, inputs, dtype=dtype)
     if change.get("reduce") == "gram":
-        change["targets"] = make.plain(*rows, 1, dtype=make.dtype)
+        change["targets"] = torch.zeros(*rows, 1, dtype=make.dtype)
     drive = make.leaf(*rows, inputs or _UNITS)
     return reservoir_scan, (drive, given), change
 
@@ -150,30 +143,22 @@ def _sparse(dense: Tensor) -> Tensor:
         return dense.to_sparse_csr()
 
 
-def _bias(make: _Make, dtype: torch.dtype | None = None) -> Tensor:
-    if dtype is torch.bool:
-        return make.plain(_T, _T, dtype=torch.bool)
-    return make.leaf(_B, _H, _T, _T)
-
-
-Forms = dict[str, Callable[[_Make], Call]]
-
-FEATURES: dict[str, Forms] = {
+FEATURES: dict[str, dict[str, Callable[[_Make], Call]]] = {
     "value_residual_attention": {
         "V' of two sources": _attention,
         "first layer's values alone": lambda m: _attention(m, v=None),
         "plain attention": lambda m: _attention(m, v_first=None),
         "learned scalars": lambda m: _attention(m, lambda_v=m.leaf(), lambda_first=m.leaf()),
         "a coefficient per element": lambda m: _attention(m, lambda_first=m.leaf(_B, _T, _H, _D)),
-        "grouped-query heads": lambda m: _attention(m, kv_heads=1),
+        "grouped-query heads": lambda m: _attention(m, heads=1),
         "causal": lambda m: _attention(m, causal=True),
         "window": lambda m: _attention(m, window=(3, 0)),
         "negative scale": lambda m: _attention(m, scale=-1.0),
         "softcap": lambda m: _attention(m, softcap=30.0),
         "sinks": lambda m: _attention(m, sinks=m.leaf(_H)),
-        "bool mask": lambda m: _attention(m, attn_bias=_bias(m, torch.bool)),
-        "additive bias": lambda m: _attention(m, attn_bias=_bias(m)),
-        "values wider than keys": lambda m: _attention(m, value_dim=2 * _D),
+        "bool mask": lambda m: _attention(m, attn_bias=torch.ones(_T, _T).bool()),
+        "additive bias": lambda m: _attention(m, attn_bias=m.leaf(_B, _H, _T, _T)),
+        "values wider than keys": lambda m: _attention(m, wider=2),
         "head_dim 512": lambda m: _attention(m, dim=512),
         "LSE and its gradient": lambda m: _attention(m, return_lse=True),
         "V' returned": lambda m: _attention(m, return_mixed_value=True),
@@ -181,16 +166,16 @@ FEATURES: dict[str, Forms] = {
     },
     "attention_with_kvcache": {
         "contiguous": _decode,
-        "paged": lambda m: _decode(m, block_table=m.plain(_B, 2, dtype=torch.int32)),
+        "paged": lambda m: _decode(m, block_table=torch.zeros(_B, 2).int()),
         "int8 cache": lambda m: _decode(m, torch.int8),
         "float8 cache": lambda m: _decode(m, torch.float8_e4m3fn),
         "K appended alone": lambda m: _decode(m, appends=1),
         "nothing appended": lambda m: _decode(m, appends=0),
         "several queries": lambda m: _decode(m, time=3),
-        "padding mask": lambda m: _decode(m, key_mask=m.plain(_B, _T, dtype=torch.bool)),
+        "padding mask": lambda m: _decode(m, key_mask=torch.ones(_B, _T).bool()),
         "window": lambda m: _decode(m, window=(3, 0)),
         "softcap": lambda m: _decode(m, softcap=30.0),
-        "sinks": lambda m: _decode(m, sinks=m.plain(2 * _H, dtype=m.dtype)),
+        "sinks": lambda m: _decode(m, sinks=torch.zeros(2 * _H).to(m.dtype)),
         "LSE": lambda m: _decode(m, return_lse=True),
     },
     "mix_values": {
@@ -222,7 +207,7 @@ FEATURES: dict[str, Forms] = {
         "Gram matrix": lambda m: _reservoir(m, reduce="gram"),
     },
 }
-"""Each op's forms of a call, the plainest first."""
+"""Forms of a call of each op, the plainest first."""
 
 
 class _Supposed(Hardware):
@@ -250,12 +235,12 @@ class _Supposed(Hardware):
         return flash_attn.Package(_never, _never, ())
 
 
-def _never(*_arguments: Any, **_options: Any) -> Any:
+def _never() -> None:
     raise AssertionError("unreachable: the matrix runs no kernel")
 
 
 def answers() -> Iterator[Answer]:
-    """One for each op, feature, backend, device and dtype that the op's own checks let through."""
+    """One answer for each op, feature, backend, device and dtype that the op's checks accept."""
     for op, forms in FEATURES.items():
         for feature, form in forms.items():
             for dtype in DTYPES:
@@ -269,7 +254,7 @@ def _ask(
         function, arguments, named = form(_Make(dtype))
         request = prepare(function, *arguments, **named)
     except (TypeError, ValueError):
-        return  # the op itself takes no such call
+        return  # the op itself refuses this dtype
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for device, call in (("cpu", request.call), ("cuda", _on_cuda(request.call, mode))):
             for backend in request.backends:
@@ -279,7 +264,7 @@ def _ask(
 
 
 def _on_cuda(value: Any, mode: FakeTensorMode) -> Any:
-    """A call's record with tensors that say they are on a GPU; there need be none."""
+    """A call's record with fake tensors on a GPU, which need not exist."""
     if isinstance(value, Tensor):
         shape = (value.shape, value.stride()) if value.layout is torch.strided else (value.shape,)
         make = torch.empty_strided if value.layout is torch.strided else torch.empty

@@ -1,11 +1,11 @@
-"""`resformer-kernels verify`: hold every kernel against float64 on this machine."""
+"""`resformer-kernels verify`: compare every kernel with float64 on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from resformer_kernels.bench import machine
+from resformer_kernels.bench.tables import pivot, summary_table, verdict_table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import counter, output, refuse
 from resformer_kernels.testing.verification import Check, Verdict, checks, refusals, verify
@@ -21,19 +22,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 BACKENDS = ("native", "triton", "flash_attn")
-"""Those that "all" runs where they serve; the reference where none does."""
+"""Backends that "all" runs where they serve; the reference runs where none does."""
 
 
 @dataclass
 class Plan:
-    """What is run on one device with one backend, and how many checks are not, by reason."""
+    """Checks to run on one device with one backend."""
 
     backend: str
     device: str
     table: list[Check]
     left_out: dict[str, int] = field(default_factory=dict)
+    """Number of checks that the backend refuses, by reason."""
     errors: list[str] = field(default_factory=list)
-    """What kernels raised."""
+    """Errors that kernels raised."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -49,18 +51,18 @@ def add_parser(subparsers: Subparsers) -> None:
         "--backend",
         default="all",
         choices=("all", "auto", *BACKENDS, "reference"),
-        help="whose results are checked; auto: the backend that calls get (default: all)",
+        help="backend to check; auto: the one that a call would get (default: all)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="this device alone (default: all that are here)"
+        "--device", choices=("cpu", "cuda"), help="check this device only (default: all available)"
     )
     parser.add_argument(
         "--dtype",
         action="append",
         choices=tuple(_DTYPES),
-        help="check this dtype alone; may be repeated (default: all)",
+        help="check this dtype only; can be repeated (default: all)",
     )
-    parser.add_argument("--tensors", action="store_true", help="print the worst of each tensor too")
+    parser.add_argument("--tensors", action="store_true", help="print each tensor's worst case")
     parser.add_argument("--all", action="store_true", help="print every tensor of every case")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
@@ -74,23 +76,21 @@ def run(args: argparse.Namespace) -> int:
     if args.device is not None and args.device not in here:
         return refuse("verify", "torch finds no CUDA device, or is built without CUDA")
     plans = [p for d in ([args.device] if args.device else here) for p in plan(dtypes, args, d)]
-    if not any(p.table for p in plans):
+    work = [(each, check) for each in plans for check in each.table]
+    if not work:
         reasons = "; ".join(reason for p in plans for reason in p.left_out)
         return refuse("verify", f"{args.backend} serves no case here: {reasons}")
     found: list[Verdict] = []
     with counter() as progress:
-        task = progress.add_task("comparing with float64", total=sum(len(p.table) for p in plans))
-        for each in plans:
-            for check in each.table:
-                found += _judged(check, each)
-                progress.advance(task)
+        for each, check in progress.track(work, description="comparing with float64"):
+            found += _judged(check, each)
     failed = [verdict for verdict in found if not verdict.ok]
     if args.json:
         print(json.dumps([{**asdict(v), "ok": v.ok} for v in found], indent=2))
     else:
         _print(found, failed, plans, args)
         output(100).print(
-            f"{len(found)} tensors of {sum(len(p.table) for p in plans)} cases in "
+            f"{len(found)} tensors of {len(work)} cases in "
             f"{time.monotonic() - begun:.0f} s, CPU path {machine.native_path()}: "
             + (f"[bold red]{len(failed)} failed" if failed else "[bold green]all within budget")
         )
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(dtypes: Sequence[torch.dtype], args: argparse.Namespace, device: str) -> list[Plan]:
-    """What to run on one device."""
+    """Checks to run on one device."""
     table = checks(dtypes, device=device)
     if args.backend == "auto":
         return [Plan("auto", device, table)]
@@ -111,7 +111,7 @@ def plan(dtypes: Sequence[torch.dtype], args: argparse.Namespace, device: str) -
 
 
 def _judged(check: Check, about: Plan) -> list[Verdict]:
-    """The check's verdicts; one that fails where its kernel does."""
+    """The check's verdicts; one failed verdict where a kernel raises."""
     try:
         (verdicts,) = verify([check], about.backend, about.device)
     except RuntimeError as error:
@@ -145,105 +145,18 @@ def _print(
 
 
 def backend_table(verdicts: Sequence[Verdict]) -> Table:
-    """The largest error of each op, backend and dtype over its budget."""
-    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
-    rows: dict[tuple[str, str], dict[str, list[Verdict]]] = {}
-    for verdict in sorted(verdicts, key=lambda v: (v.op, v.device)):
-        cells = rows.setdefault((verdict.op, f"{verdict.backend}, {verdict.device}"), {})
-        cells.setdefault(verdict.dtype, []).append(verdict)
-    table = Table(
-        title="Largest error of any output or gradient against float64, over its budget",
-        title_justify="left",
-        header_style="bold",
-    )
-    table.add_column("op", overflow="fold")
-    table.add_column("backend", no_wrap=True)
-    for dtype in dtypes:
-        table.add_column(dtype, justify="right", no_wrap=True)
-    previous = ""
-    for (op, backend), cells in rows.items():
-        first = op.removeprefix("value_residual_") if op != previous else ""
-        table.add_row(first, backend, *(_worst_cell(cells.get(dtype, [])) for dtype in dtypes))
-        previous = op
-    return table
+    """Largest error over its budget of each op, backend and dtype."""
+    grouped: dict[tuple[tuple[str, str], str], list[Verdict]] = {}
+    for v in sorted(verdicts, key=lambda v: (v.op, v.device)):
+        row = (v.op.removeprefix("value_residual_"), f"{v.backend}, {v.device}")
+        grouped.setdefault((row, v.dtype), []).append(v)
+    cells = ((*place, _worst_cell(found)) for place, found in grouped.items())
+    title = "Largest error of any output or gradient against float64, over its budget"
+    return pivot(("op", "backend"), cells, numbers=True, title=title)
 
 
 def _worst_cell(verdicts: Sequence[Verdict]) -> str:
-    if not verdicts:
-        return ""
     failed = sum(not verdict.ok for verdict in verdicts)
-    share = max(verdict.share for verdict in verdicts)
     if failed:
         return f"[bold red]{failed} of {len(verdicts)} failed[/]"
-    return f"[green]{share:4.0%}[/] of {len(verdicts)}"
-
-
-def worst(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Of each op, tensor and dtype the verdict that comes nearest to its budget."""
-    found: dict[tuple[str, str, str], Verdict] = {}
-    for verdict in verdicts:
-        key = (verdict.op, verdict.tensor.split("[")[0], verdict.dtype)
-        if key not in found or verdict.share > found[key].share:
-            found[key] = verdict
-    return list(found.values())
-
-
-def summary_table(verdicts: Sequence[Verdict]) -> Table:
-    """The worst error of each tensor over its budget, a column a dtype."""
-    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
-    rows: dict[tuple[str, str], dict[str, Verdict]] = {}
-    for verdict in worst(verdicts):
-        rows.setdefault((verdict.op, verdict.tensor.split("[")[0]), {})[verdict.dtype] = verdict
-    table = Table(
-        title="Error / budget, the worst case of each tensor (Frobenius norms, against float64)",
-        title_justify="left",
-        header_style="bold",
-    )
-    table.add_column("op", no_wrap=True)
-    table.add_column("tensor", no_wrap=True)
-    for dtype in dtypes:
-        table.add_column(dtype, justify="right", no_wrap=True)
-    previous = ""
-    for (op, tensor), cells in sorted(rows.items(), key=lambda row: row[0][0]):
-        if previous and op != previous:
-            table.add_section()
-        first = op.removeprefix("value_residual_") if op != previous else ""
-        table.add_row(first, tensor, *(_cell(cells.get(dtype)) for dtype in dtypes))
-        previous = op
-    return table
-
-
-def _cell(verdict: Verdict | None) -> str:
-    if verdict is None:
-        return ""
-    colour = "green" if verdict.ok else "bold red"
-    return f"{verdict.error:.0e} / {verdict.budget:.0e} [{colour}]{verdict.share:4.0%}[/]"
-
-
-def verdict_table(verdicts: Sequence[Verdict], title: str) -> Table:
-    """Errors and budgets as a table; both are Frobenius norms."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for heading in ("op", "dtype", "backend", "tensor"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("error", "budget", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("case", overflow="fold")
-    previous = ""
-    for verdict in verdicts:
-        group = f"{verdict.op} {verdict.dtype}"
-        if previous and group != previous:
-            table.add_section()
-        table.add_row(
-            verdict.op.replace("value_residual_attention", "attention")
-            if group != previous
-            else "",
-            verdict.dtype if group != previous else "",
-            f"{verdict.backend}, {verdict.device}",
-            verdict.tensor,
-            f"{verdict.error:.2e}",
-            f"{verdict.budget:.2e}",
-            f"[{'green' if verdict.ok else 'bold red'}]{verdict.share:.0%}",
-            verdict.case,
-        )
-        previous = group
-    return table
+    return f"[green]{max(v.share for v in verdicts):4.0%}[/] of {len(verdicts)}"

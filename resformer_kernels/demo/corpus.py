@@ -5,29 +5,29 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_BYTES = 32 * 2**20
-"""Reading stops here: a demo of minutes sees a part of this."""
+"""Limit of what is read: a demo of minutes trains on a part of it."""
 
 _HELD_OUT_SHARE = 10
 _MIN_HELD_OUT = 4096
 _SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test")
 )
-# Tables of numbers and names rather than anything anyone wrote.
-_SKIPPED_PYTHON = frozenset(("encodings", "pydoc_data", "lib2to3"))
+# Folders of the standard library that hold tables of numbers and names.
+_TABLES = frozenset(("encodings", "pydoc_data", "lib2to3"))
 _SNIFFED = 8192
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text; `name` decides whether it is held out."""
+class Document(NamedTuple):
+    """One text; a hash of `name` decides whether it is held out."""
 
     name: str
     text: bytes
@@ -38,13 +38,13 @@ class Corpus:
     """Bytes to train on and bytes never trained on, each uint8 and one-dimensional."""
 
     source: str
-    """Where the text is from, in words."""
+    """Origin of the text, in words."""
     train: Tensor
     held_out: Tensor
     train_documents: int
     held_out_documents: int
     split: str
-    """How the held-out part was chosen, in words."""
+    """Choice of the held-out part, in words."""
 
 
 def load_corpus(path: Path | None = None) -> Corpus:
@@ -54,26 +54,24 @@ def load_corpus(path: Path | None = None) -> Corpus:
     split; a lone file gives its last tenth. Duplicates are dropped. FileNotFoundError where the
     path does not exist, ValueError where there is too little text.
     """
-    if path is None:
-        source = "English text and Python source of the running interpreter"
-        documents = _unique(interpreter_documents())
-    else:
-        source = str(path)
-        documents = _unique(path_documents(path))
+    source = str(path or "English text and Python source of the running interpreter")
+    documents = _distinct(interpreter_documents() if path is None else path_documents(path))
     if len(documents) == 1:
-        train, held_out = _cut(documents[0])
+        text = documents[0].text
+        at = len(text) - len(text) // _HELD_OUT_SHARE
+        parts = [text[:at]], [text[at:]]
         split = "the last tenth of the file"
     else:
-        train, held_out = _split(documents)
+        parts = _split(documents)
         split = f"whole files, about one in {_HELD_OUT_SHARE}, by a hash of their names"
-    corpus = Corpus(source, _tensor(train), _tensor(held_out), len(train), len(held_out), split)
-    if len(corpus.held_out) < _MIN_HELD_OUT or len(corpus.train) < 4 * _MIN_HELD_OUT:
+    train, held_out = (b"\n".join(part) for part in parts)
+    if len(held_out) < _MIN_HELD_OUT or len(train) < 4 * _MIN_HELD_OUT:
         raise ValueError(
-            f"corpus: {source} has {len(corpus.train)} bytes to train on and "
-            f"{len(corpus.held_out)} held out; it takes at least {4 * _MIN_HELD_OUT} and "
-            f"{_MIN_HELD_OUT} (--corpus PATH names another file or folder)"
+            f"corpus: {source} has {len(train)} bytes to train on and {len(held_out)} held out; "
+            f"it takes at least {4 * _MIN_HELD_OUT} and {_MIN_HELD_OUT} "
+            "(--corpus PATH names another file or folder)"
         )
-    return corpus
+    return Corpus(source, _tensor(train), _tensor(held_out), len(parts[0]), len(parts[1]), split)
 
 
 def interpreter_documents() -> Iterator[Document]:
@@ -84,13 +82,8 @@ def interpreter_documents() -> Iterator[Document]:
         for name in sorted(topics):
             yield Document(f"help/{name}", topics[name].encode())
     library = Path(sysconfig.get_path("stdlib"))
-    texts = (path for pattern in ("*.txt", "*.rst") for path in library.rglob(pattern))
-    yield from _read(library, sorted(path for path in texts if _wanted(path, library)))
-    sources = (path for path in library.rglob("*.py") if _wanted(path, library))
-    yield from _read(
-        library,
-        sorted(p for p in sources if not _SKIPPED_PYTHON & set(p.relative_to(library).parts)),
-    )
+    yield from _read(library, (*library.rglob("*.txt"), *library.rglob("*.rst")), _SKIPPED_FOLDERS)
+    yield from _read(library, library.rglob("*.py"), _SKIPPED_FOLDERS | _TABLES)
 
 
 def path_documents(path: Path) -> Iterator[Document]:
@@ -100,64 +93,44 @@ def path_documents(path: Path) -> Iterator[Document]:
     if path.is_file():
         yield Document(path.name, path.read_bytes()[:MAX_BYTES])
         return
-    files = sorted(p for p in path.rglob("*") if p.is_file() and _wanted(p, path))
-    yield from _read(path, files)
+    yield from _read(path, path.rglob("*"), _SKIPPED_FOLDERS)
 
 
-def _wanted(path: Path, root: Path) -> bool:
-    parts = path.relative_to(root).parts
-    hidden = any(part.startswith(".") for part in parts)
-    return not hidden and not _SKIPPED_FOLDERS & set(parts)
+def _read(root: Path, paths: Iterable[Path], skipped: Collection[str]) -> Iterator[Document]:
+    """The text files among `paths` that are not hidden and lie in no skipped folder."""
+    for path in sorted(paths):
+        inner = path.relative_to(root)
+        if path.is_file() and not any(x.startswith(".") or x in skipped for x in inner.parts):
+            text = path.read_bytes()
+            if b"\0" not in text[:_SNIFFED]:
+                yield Document(inner.as_posix(), text)
 
 
-def _read(root: Path, files: Iterable[Path]) -> Iterator[Document]:
-    for path in files:
-        if not path.is_file():
-            continue
-        text = path.read_bytes()
-        if text and b"\0" not in text[:_SNIFFED]:
-            yield Document(path.relative_to(root).as_posix(), text)
+def _tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _unique(documents: Iterable[Document]) -> list[Document]:
-    seen: set[bytes] = set()
-    kept: list[Document] = []
+def _distinct(documents: Iterable[Document]) -> list[Document]:
+    """Documents with different texts, up to MAX_BYTES."""
+    found: dict[bytes, Document] = {}
     size = 0
     for document in documents:
-        digest = hashlib.blake2b(document.text, digest_size=16).digest()
-        if digest in seen or not document.text:
-            continue
-        seen.add(digest)
-        kept.append(document)
-        size += len(document.text)
-        if size >= MAX_BYTES:
-            break
-    if not kept:
+        if document.text and document.text not in found:
+            found[document.text] = document
+            size += len(document.text)
+            if size >= MAX_BYTES:
+                break
+    if not found:
         raise ValueError("corpus: no text was found (--corpus PATH names a file or folder)")
-    return kept
+    return list(found.values())
 
 
-def _bucket(document: Document) -> int:
-    return int.from_bytes(hashlib.blake2b(document.name.encode(), digest_size=8).digest(), "big")
-
-
-def _split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    # Order by hash too: a prefix of the text is then a fair sample of it.
-    documents = sorted(documents, key=_bucket)
-    held_out = [d for d in documents if _bucket(d) % _HELD_OUT_SHARE == 0]
-    if not held_out or len(held_out) == len(documents):
-        held_out = documents[:1]
-    names = {d.name for d in held_out}
-    return [d for d in documents if d.name not in names], held_out
-
-
-def _cut(document: Document) -> tuple[list[Document], list[Document]]:
-    at = len(document.text) - len(document.text) // _HELD_OUT_SHARE
-    parts = (document.text[:at], document.text[at:])
-    train, held_out = ([Document(document.name, part)] for part in parts)
-    return train, held_out
-
-
-def _tensor(documents: list[Document]) -> Tensor:
-    joined = bytearray(b"\n".join(document.text for document in documents))
-    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0).byte()
+def _split(documents: list[Document]) -> tuple[list[bytes], list[bytes]]:
+    """Texts to train on and held-out texts, ordered by hash: any prefix is a fair sample."""
+    buckets = {d: hashlib.blake2b(d.name.encode(), digest_size=8).digest() for d in documents}
+    ordered = sorted(documents, key=lambda document: buckets[document])
+    held_out = [d for d in ordered if int.from_bytes(buckets[d], "big") % _HELD_OUT_SHARE == 0]
+    if len(held_out) in (0, len(ordered)):
+        held_out = ordered[:1]
+    names = {document.name for document in held_out}
+    return [d.text for d in ordered if d.name not in names], [d.text for d in held_out]

@@ -1,4 +1,4 @@
-"""What a training step keeps between its forward and its backward."""
+"""Memory that a training step saves between its forward and its backward."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> i
     buffers do not count.
     """
     owned = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    # The storages are held, lest a freed one's address come back as another's.
+    # References to the storages prevent the reuse of a freed one's address.
     saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(x: Tensor) -> Tensor:
+    def save(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in owned:
             saved[storage.data_ptr()] = storage
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         forward()
     return sum(storage.nbytes() for storage in saved.values())

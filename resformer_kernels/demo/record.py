@@ -1,4 +1,4 @@
-"""Everything a demo found out, so far: what the report is written from."""
+"""Measurements of a demo so far, from which the report is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "results.json"
 
 @dataclass
 class Record:
-    """Filled in part by part; whatever is there is reported."""
+    """Filled in part by part, and reported however much of it is filled."""
 
     machine: dict[str, str | int]
     minutes: float
@@ -34,7 +34,6 @@ class Record:
     results: list[Result] = field(default_factory=list)
     benchmarks_planned: int = 0
     runs: list[ModelRun] = field(default_factory=list)
-    training_seconds: float = 0.0
     writings: list[Writing] = field(default_factory=list)
     interrupted_in: str | None = None
     """The part that Ctrl-C ended."""
@@ -46,6 +45,11 @@ class Record:
         """Tensors over their budget."""
         return [verdict for verdict in self.verdicts if not verdict.ok]
 
+    @property
+    def timed_writings(self) -> list[Writing]:
+        """Generations that were timed at least once."""
+        return [writing for writing in self.writings if writing.seconds]
+
     def save(self, folder: Path) -> None:
         """Write results.json."""
         content = {
@@ -56,22 +60,17 @@ class Record:
             "elapsed_s": self.elapsed,
             "interrupted_in": self.interrupted_in,
             "plan": asdict(self.plan),
-            "verdicts": [{**asdict(v), "ok": v.ok} for v in self.verdicts],
+            "verdicts": [asdict(v) | {"ok": v.ok} for v in self.verdicts],
             "gemm_flops_per_s": self.gemm,
             "timings": [
-                {
-                    **asdict(r),
-                    "peer": r.peer,
-                    "ratio": r.ratio,
-                    "medians_s": {name: timing.median for name, timing in r.timings.items()},
-                }
+                asdict(r)
+                | {"peer": r.peer, "ratio": r.ratio}
+                | {"medians_s": {name: timing.median for name, timing in r.timings.items()}}
                 for r in self.results
             ],
             "models": [asdict(run) for run in self.runs],
             "generation": [
-                {**asdict(w), "tokens_per_s": w.tokens_per_second}
-                for w in self.writings
-                if w.seconds
+                asdict(w) | {"tokens_per_s": w.tokens_per_second} for w in self.timed_writings
             ],
         }
         (folder / FILE).write_text(json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ from resformer_kernels.models import (
 )
 
 MODELS = {"Transformer": "transformer", "ResFormer": "learnable", "SVFormer": "svformer"}
-"""The models that are compared, and their variants."""
+"""Variants to compare, by the model's name."""
 
 _WARM_UP = 0.05
 _CLIP = 1.0
@@ -29,7 +30,7 @@ _CLIP = 1.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. Lengths are in bytes of text, which are the tokens."""
+    """Settings of a training run. Lengths are in bytes of text, which are the tokens."""
 
     dim: int = 128
     num_layers: int = 4
@@ -40,11 +41,11 @@ class Plan:
     weight_decay: float = 0.1
     seed: int = 0
     evaluations: int = 12
-    """Points on the held-out curve, the last one apart."""
+    """Points on the held-out curve, without the last one."""
     max_windows: int = 512
-    """Held-out windows of seqlen bytes behind the last figure, if there is time for them."""
+    """Held-out windows of seqlen bytes behind the last figure, as far as time allows."""
     evaluation_share: float = 0.1
-    """Of the time: for the last figure, and as much again for the curve."""
+    """Share of the time for the last figure, and as much again for the curve."""
 
 
 @dataclass
@@ -73,25 +74,14 @@ class ModelRun:
         return len(self.losses)
 
     @property
-    def median_step(self) -> float | None:
+    def median_step(self) -> float:
         """Seconds a step; the first ones, which warm up, are left out."""
-        timed = self.step_seconds[2:] or self.step_seconds
-        return statistics.median(timed) if timed else None
+        return statistics.median(self.step_seconds[2:] or self.step_seconds)
 
     @property
-    def latest_bits(self) -> float | None:
-        """The last held-out figure there is."""
-        if self.final_bits is not None:
-            return self.final_bits
-        return self.curve[-1][1] if self.curve else None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training has come: `share` of its time, `steps` of each model."""
-
-    share: float
-    steps: int
+    def latest_bits(self) -> float:
+        """The last held-out figure. The first one is measured before the first step."""
+        return self.curve[-1][1] if self.final_bits is None else self.final_bits
 
 
 class _Trainee:
@@ -100,24 +90,18 @@ class _Trainee:
     def __init__(self, name: str, config: LanguageModelConfig, plan: Plan) -> None:
         torch.manual_seed(plan.seed)
         self.model = LanguageModel(config)
-        self.plan = plan
         self.run = ModelRun(name, config, sum(p.numel() for p in self.model.parameters()))
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2 and p.shape[-1] > 1]
-        ids = {id(p) for p in matrices}
         # Decay would pull λ, which is no matrix, towards no values at all.
-        rest = [p for p in self.model.parameters() if id(p) not in ids]
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for p in self.model.parameters():
+            groups[p.dim() >= 2 and p.shape[-1] > 1].append(p)
         self.optimiser = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": plan.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
+                {"params": groups[True], "weight_decay": plan.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95),
             fused=True,
-        )
-
-    def measure_activations(self, batch: Tensor) -> None:
-        self.run.activation_bytes = saved_activation_bytes(
-            self.model, lambda: self.model(batch[:, :-1], batch[:, 1:])
         )
 
     def step(self, batch: Tensor, learning_rate: float) -> None:
@@ -129,22 +113,20 @@ class _Trainee:
         nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        bits = float(loss.detach()) / math.log(2)
+        self.run.losses.append(loss.item() / math.log(2))
         self.run.step_seconds.append(time.perf_counter() - start)
-        self.run.losses.append(bits)
 
     def held_out_bits(self, windows: Tensor) -> Tensor:
         """Bits a byte of each of the (windows, seqlen + 1) windows, (windows,)."""
         with torch.no_grad():
-            logits = self.model(windows[:, :-1])
-            losses = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none"
-            )
+            logits = self.model(windows[:, :-1]).float().flatten(0, 1)
+            targets = windows[:, 1:].flatten()
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         return losses.view(len(windows), -1).mean(1) / math.log(2)
 
 
 def configs(plan: Plan) -> dict[str, LanguageModelConfig]:
-    """The models' configurations, of as equal parameter counts as the MLP's width allows."""
+    """Configurations of the models, with parameter counts as equal as the MLP's width allows."""
     base = LanguageModelConfig(
         variant="transformer",
         dim=plan.dim,
@@ -165,108 +147,91 @@ def train(
     plan: Plan,
     seconds: float,
     runs: list[ModelRun],
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[float, int], None],
 ) -> dict[str, LanguageModel]:
     """Train every model for `seconds` in all, a step of each in turn on the same batch.
 
     The learning rate follows the time that has passed, alike for all: warm-up, then linear decay
-    to nothing at the limit. At least one step of each is taken.
+    to nothing at the limit. At least one step of each is taken. ValueError where the text is too
+    short for one window.
 
     Args:
         corpus: what to train on and what to hold out.
         plan: sizes and rates.
         seconds: the limit; the last evaluation is within it as far as can be foreseen.
-        runs: receives a record for each model, kept up to date: what a cut-off leaves.
-        on_progress: called after each round.
+        runs: receives a record for each model, kept up to date, so that a cut-off leaves it valid.
+        on_progress: called after each round with the share of the time that has passed, at most
+            1, and the steps of each model.
 
     Returns:
         The trained models by name.
     """
     start = time.perf_counter()
+    shortest = min(len(corpus.train), len(corpus.held_out))
+    if shortest <= plan.seqlen:
+        raise ValueError(f"corpus: {shortest} bytes are too few for windows of {plan.seqlen + 1}")
     trainees = [_Trainee(name, config, plan) for name, config in configs(plan).items()]
     runs.extend(trainee.run for trainee in trainees)
     batches = _batches(corpus.train, plan)
     first = next(batches)
     for trainee in trainees:
-        trainee.measure_activations(first)
+        forward = functools.partial(trainee.model, first[:, :-1], first[:, 1:])
+        trainee.run.activation_bytes = saved_activation_bytes(trainee.model, forward)
     parts = _windows(corpus.held_out, plan).split(plan.batch)
-    _evaluate(trainees, parts[:1])
-    round_seconds = _timed(lambda: _evaluate(trainees, parts[:1]))
-    for trainee in trainees:
-        trainee.run.curve.clear()
+    _held_out_bits(trainees, parts[:1])
+    evaluated = time.perf_counter()
+    _held_out_bits(trainees, parts[:1])
+    round_seconds = time.perf_counter() - evaluated
     affordable = plan.evaluation_share * seconds / round_seconds
     curve = parts[: max(1, int(affordable / plan.evaluations))]
-    _evaluate(trainees, curve)
     training = seconds - min(plan.evaluation_share * seconds, len(parts) * round_seconds)
-    due, share, steps = 1.0 / plan.evaluations, 0.0, 0
+    due, share, steps = 0.0, 0.0, 0
     while share < 1.0 or steps == 0:
+        if share >= due:
+            for trainee, bits in zip(trainees, _held_out_bits(trainees, curve), strict=True):
+                trainee.run.curve.append((steps, float(bits.mean())))
+            due = (math.floor(share * plan.evaluations) + 1) / plan.evaluations
         batch = next(batches)
-        rate = plan.learning_rate * _schedule(share)
+        warm_up, decay = max(0.02, share / _WARM_UP), max(0.0, (1.0 - share) / (1.0 - _WARM_UP))
+        rate = plan.learning_rate * min(warm_up, decay)
         turn = steps % len(trainees)
         for trainee in trainees[turn:] + trainees[:turn]:
             trainee.step(batch, rate)
         steps += 1
-        if share >= due:
-            _evaluate(trainees, curve)
-            due = (math.floor(share * plan.evaluations) + 1) / plan.evaluations
         share = (time.perf_counter() - start) / max(training, 1e-9)
-        on_progress(Progress(min(1.0, share), steps))
-    _finish(trainees, parts, start + seconds)
+        on_progress(min(1.0, share), steps)
+    finals = _held_out_bits(trainees, parts, deadline=start + seconds)
+    for trainee, bits in zip(trainees, finals, strict=True):
+        trainee.run.final_bits = float(bits.mean())
+        trainee.run.final_windows = len(bits)
+        if len(bits) > 1:
+            trainee.run.final_error = float(bits.std() / math.sqrt(len(bits)))
     return {trainee.run.name: trainee.model for trainee in trainees}
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _evaluate(trainees: list[_Trainee], parts: Sequence[Tensor]) -> None:
-    """Add a point to every curve."""
-    for trainee in trainees:
-        bits = torch.cat([trainee.held_out_bits(part) for part in parts])
-        trainee.run.curve.append((trainee.run.steps, float(bits.mean())))
-
-
-def _finish(trainees: list[_Trainee], parts: Sequence[Tensor], deadline: float) -> None:
-    """The last figures, from as many windows as the deadline allows, the same for all."""
-    found: list[list[Tensor]] = [[] for _ in trainees]
+def _held_out_bits(
+    trainees: Sequence[_Trainee], parts: Sequence[Tensor], deadline: float = math.inf
+) -> list[Tensor]:
+    """Bits a byte of each window by model, (windows,): as many parts as the deadline allows."""
+    found: list[list[Tensor]] = []
     for part in parts:
-        for bits, trainee in zip(found, trainees, strict=True):
-            bits.append(trainee.held_out_bits(part))
+        found.append([trainee.held_out_bits(part) for trainee in trainees])
         if time.perf_counter() > deadline:
             break
-    for bits, trainee in zip(found, trainees, strict=True):
-        windows = torch.cat(bits)
-        trainee.run.final_bits = float(windows.mean())
-        trainee.run.final_windows = len(windows)
-        if len(windows) > 1:
-            trainee.run.final_error = float(windows.std() / math.sqrt(len(windows)))
-
-
-def _schedule(share: float) -> float:
-    if share < _WARM_UP:
-        return max(0.02, share / _WARM_UP)
-    return max(0.0, (1.0 - share) / (1.0 - _WARM_UP))
+    return [torch.cat(bits) for bits in zip(*found, strict=True)]
 
 
 def _batches(text: Tensor, plan: Plan) -> Iterator[Tensor]:
     """(batch, seqlen + 1) windows at random places, for ever; the same ones in every run."""
     generator = torch.Generator().manual_seed(plan.seed)
     offsets = torch.arange(plan.seqlen + 1)
-    last = len(text) - plan.seqlen
-    if last < 1:
-        raise ValueError(f"corpus: {len(text)} bytes are too few for windows of {plan.seqlen}")
     while True:
-        starts = torch.randint(last, (plan.batch, 1), generator=generator)
+        starts = torch.randint(len(text) - plan.seqlen, (plan.batch, 1), generator=generator)
         yield text[starts + offsets].long()
 
 
 def _windows(text: Tensor, plan: Plan) -> Tensor:
     """Windows of seqlen + 1 bytes in an order that makes every prefix a fair sample."""
-    size = plan.seqlen + 1
-    count = len(text) // size
-    if count < 1:
-        raise ValueError(f"corpus: {len(text)} held-out bytes are too few for one of {size}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(plan.seed))
-    return text[: count * size].view(count, size)[order[: plan.max_windows]].long()
+    windows = text.unfold(0, plan.seqlen + 1, plan.seqlen + 1)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(plan.seed))
+    return windows[order[: plan.max_windows]].long()

@@ -1,4 +1,4 @@
-"""What the trained models write, how fast, and what their caches take."""
+"""Text that the trained models generate, its speed, and the size of their caches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.models import LanguageModel
 
 WRITERS = ("Transformer", "SVFormer")
-"""The models whose caches are compared."""
+"""The models whose caches are compared; the text of the last is shown."""
 DRAWS = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
-"""How the text that is shown is drawn."""
+"""Sampling of the text that is shown."""
 
 _ROUNDS = 7
 
 
 @dataclass
 class Writing:
-    """One model's text and what it took. Lengths are in bytes of text, which are the tokens."""
+    """One model's text, time and memory. Lengths are in bytes of text, which are the tokens."""
 
     name: str
     prompt: str
@@ -30,13 +30,13 @@ class Writing:
     prompt_length: int
     new_tokens: int
     cache_bytes: int
-    """Of keys and values, for one sequence of the model's greatest length, in float32."""
+    """Size of keys and values, for one sequence of the model's greatest length, in float32."""
     seconds: list[float] = field(default_factory=list)
-    """Of each greedy generation of new_tokens, the prompt included."""
+    """Duration of each greedy generation of new_tokens, the prompt included."""
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens, after the median."""
+        """New tokens a second, by the median."""
         return self.new_tokens / statistics.median(self.seconds)
 
 
@@ -51,7 +51,7 @@ def write(
 
     Args:
         models: by name.
-        corpus: whose held-out text begins with the prompt.
+        corpus: its held-out text begins with the prompt.
         seconds: the limit of the timing, which alternates between the models; one round is made.
         writings: receives a record for each model.
         on_progress: called with the share that is done.
@@ -63,9 +63,8 @@ def write(
     new = length - prompt.shape[1] + 1
     for name, model in chosen.items():
         drawn = model.generate(prompt, new, **DRAWS)
-        nbytes = model.new_cache(1).nbytes
         shown = (_readable(prompt[0]), _readable(drawn.tokens[0]))
-        writings.append(Writing(name, *shown, prompt.shape[1], new, nbytes))
+        writings.append(Writing(name, *shown, prompt.shape[1], new, model.new_cache(1).nbytes))
     for done in range(_ROUNDS):
         for writing in writings if done % 2 else writings[::-1]:
             begun = time.perf_counter()
@@ -77,6 +76,6 @@ def write(
 
 
 def _readable(tokens: torch.Tensor) -> str:
-    """Bytes as text; what is none is shown as a replacement character."""
+    """Bytes as text, with a replacement character for what cannot be shown."""
     text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -47,7 +47,7 @@ def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
-    """What the command says of every case of `triton_cases.py`, by architecture and name."""
+    """Output of the command for every case of `triton/cases.py`, by architecture and name."""
     program = tmp_path_factory.mktemp("compile_check") / "program.py"
     program.write_text(ON_THE_TESTS_KERNELS)
     done = run([str(program)], "--json", "--jobs", "1")
@@ -164,7 +164,7 @@ def test_markdown_has_a_column_for_each_architecture() -> None:
         return Compiled("attention", name, capability, **found)
 
     good = {"registers": 168, "threads": 256, "shared_bytes": 96 * 1024, "main": True}
-    text = compile_check.markdown(
+    text = compile_check.as_markdown(
         [
             case("forward", 80, **good, matrix=("mma.sync",)),
             case("forward", 90, **good, matrix=("wgmma",)),
@@ -198,8 +198,8 @@ def test_brief_has_every_main_configuration_and_every_kernel() -> None:
     assert kept == [wanted[1], wanted[2], wanted[3], wanted[5]]
 
 
-# Registers and wgmma are tightest on sm_90, where every configuration is compiled. On the others
-# `compile-check` does the same by hand; here it would take minutes more.
+# Registers and wgmma are tightest on sm_90, where every configuration is compiled. All of them on
+# the other architectures would take minutes more: run `compile-check` by hand for that.
 @pytest.mark.parametrize(
     "arch", [("90",), ("80", "--brief"), ("100", "--brief")], ids=["sm_90", "sm_80", "sm_100"]
 )

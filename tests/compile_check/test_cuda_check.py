@@ -1,4 +1,4 @@
-"""What compile-check reads from the CUDA library."""
+"""The CUDA library as compile-check reads it."""
 
 from __future__ import annotations
 

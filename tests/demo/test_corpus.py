@@ -1,4 +1,4 @@
-"""Where the text comes from, and what is held out."""
+"""Sources of the text, and the part that is held out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training side by side within a limit, and what it keeps for backward."""
+"""Training side by side within a limit, and the memory saved for backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from resformer_kernels.demo.corpus import Corpus
 from resformer_kernels.demo.memory import saved_activation_bytes
-from resformer_kernels.demo.training import ModelRun, Plan, Progress, configs, train
+from resformer_kernels.demo.training import ModelRun, Plan, configs, train
 
 TINY = Plan(dim=16, num_layers=2, num_heads=2, seqlen=16, batch=4, max_windows=16)
 
@@ -22,19 +22,18 @@ def test_models_are_of_equal_size() -> None:
     sizes = {name: config.mlp_hidden for name, config in configs(TINY).items()}
     assert list(sizes) == ["Transformer", "ResFormer", "SVFormer"]
     runs: list[ModelRun] = []
-    train(corpus(), TINY, 0.01, runs, lambda _: None)
+    train(corpus(), TINY, 0.01, runs, lambda *_: None)
     counts = [run.parameters for run in runs]
     assert max(counts) - min(counts) <= 3 * TINY.dim * TINY.num_layers
 
 
 def test_training_keeps_its_limit_and_learns() -> None:
     runs: list[ModelRun] = []
-    seen: list[Progress] = []
-    train(corpus(), TINY, 4.0, runs, seen.append)
+    seen: list[tuple[float, int]] = []
+    train(corpus(), TINY, 4.0, runs, lambda *progress: seen.append(progress))
     assert [run.name for run in runs] == ["Transformer", "ResFormer", "SVFormer"]
     assert len({run.steps for run in runs}) == 1
-    assert seen[-1].share == 1.0
-    assert seen[-1].steps == runs[0].steps
+    assert seen[-1] == (1.0, runs[0].steps)
     for run in runs:
         assert run.final_bits is not None
         assert run.final_bits < 6.0 < run.curve[0][1]
@@ -46,15 +45,15 @@ def test_training_keeps_its_limit_and_learns() -> None:
 
 def test_even_no_time_gives_a_step_of_each() -> None:
     runs: list[ModelRun] = []
-    train(corpus(), TINY, 1e-6, runs, lambda _: None)
+    train(corpus(), TINY, 1e-6, runs, lambda *_: None)
     assert [run.steps for run in runs] == [1, 1, 1]
 
 
 def test_a_cut_off_leaves_what_there_was() -> None:
     runs: list[ModelRun] = []
 
-    def interrupt(state: Progress) -> None:
-        if state.steps == 2:
+    def interrupt(_share: float, steps: int) -> None:
+        if steps == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

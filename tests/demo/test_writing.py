@@ -1,4 +1,4 @@
-"""What the models write: the record, the cache's bytes, and the limit."""
+"""Text of the models: the record, the cache's bytes, and the limit."""
 
 from __future__ import annotations
 

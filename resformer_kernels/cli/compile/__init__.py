@@ -1,1 +1,1 @@
-"""The compile check: every Triton kernel, compiled for GPUs that need not be there."""
+"""The compile check: every Triton kernel, compiled for GPUs that need not be present."""

@@ -1,7 +1,7 @@
-"""What a compiled Triton kernel uses: registers, local and shared memory, matrix instructions.
+"""Resources of a compiled Triton kernel: registers, local and shared memory, matrix instructions.
 
-Read from the compiler's metadata, the PTX and the machine code, with the cuobjdump and nvdisasm of
-Triton's package. No GPU takes part.
+They are read from the compiler's metadata, the PTX and the machine code, with the cuobjdump and
+nvdisasm of Triton's package. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,19 @@ _BRIEF = 300
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one case became on one architecture."""
+    """One case, compiled for one architecture."""
 
     op: str
     name: str
     capability: int
     main: bool = False
     problems: tuple[str, ...] = ()
-    """What the check fails on; none: the case passed."""
+    """Reasons for the check to fail; empty where the case passed."""
     seconds: float = 0.0
     threads: int = 0
     registers: int = 0
     local_bytes: int = 0
-    """Of local memory a thread: spilled registers and arrays that are not in registers."""
+    """Local memory of a thread: spilled registers and arrays that are not in registers."""
     local_accesses: int = 0
     """Instructions that read or write local memory."""
     shared_bytes: int = 0
@@ -61,7 +62,7 @@ class Compiled:
 
 
 def build(op: str, case: CompileCase, capability: int, cache: Path) -> Compiled:
-    """Compile `case` and judge it. What the compiler refuses is a problem like any other.
+    """Compile `case` and judge it. A refusal of the compiler is a problem like any other.
 
     `cache` is Triton's cache folder; the assembler's log of each kernel is kept there too.
     """
@@ -73,66 +74,48 @@ def build(op: str, case: CompileCase, capability: int, cache: Path) -> Compiled:
     except (triton.TritonError, RuntimeError) as error:
         problem = f"does not compile: {_brief(str(error))}"
         return Compiled(op, case.name, capability, case.main, (problem,))
-    cubin: bytes = artifact.asm["cubin"]
+    registers, local_bytes, local_accesses = _read_machine_code(artifact.asm["cubin"])
     ptx: str = artifact.asm["ptx"]
-    registers, local_bytes, local_accesses = _read_machine_code(cubin)
-    used: dict[str, Any] = {
-        "local_bytes": local_bytes,
-        "local_accesses": local_accesses,
-        "shared_bytes": int(artifact.metadata.shared),
-        "tensor_memory": int(artifact.metadata.tmem_size or 0),
-        "matrix": tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(ptx)),
-    }
-    return Compiled(
+    found = Compiled(
         op,
         case.name,
         capability,
         case.main,
-        tuple(_problems(case, capability, serialized=_SERIALIZED in log, **used)),
-        time.perf_counter() - start,
-        case.num_warps * WARP,
-        registers,
-        **used,
+        seconds=time.perf_counter() - start,
+        threads=case.num_warps * WARP,
+        registers=registers,
+        local_bytes=local_bytes,
+        local_accesses=local_accesses,
+        shared_bytes=int(artifact.metadata.shared),
+        tensor_memory=int(artifact.metadata.tmem_size or 0),
+        matrix=tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(ptx)),
     )
+    return replace(found, problems=tuple(_problems(case, found, serialized=_SERIALIZED in log)))
 
 
 def _compile(case: CompileCase, capability: int, cache: Path) -> tuple[Any, str]:
     """(Triton's compiled kernel, the assembler's log)."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
+    source = ASTSource(case.kernel, case.signature, case.constants, case.attrs)
+    target = GPUTarget("cuda", capability, WARP)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     printed = io.StringIO()
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = str(cache)
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(printed):
-            artifact = triton.compile(
-                _source(case),
-                target=GPUTarget("cuda", capability, WARP),
-                options={
-                    "num_warps": case.num_warps,
-                    "num_stages": case.num_stages,
-                    **case.options,
-                },
-            )
+            artifact = triton.compile(source, target=target, options=options)
     kept = cache / f"{artifact.hash}.log"
     if printed.getvalue():
         kept.write_text(printed.getvalue())
     return artifact, kept.read_text() if kept.exists() else ""
 
 
-def _source(case: CompileCase) -> Any:
-    if case.kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        return GluonASTSource(case.kernel, case.signature, case.constants, case.attrs)
-    from triton.compiler import ASTSource
-
-    return ASTSource(case.kernel, case.signature, case.constants, case.attrs)
-
-
 def _brief(message: str) -> str:
-    """What an error of the compiler says, less the program that it quotes."""
+    """A compiler's error without the program that it quotes."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     telling = [line for line in lines if _TELLING.search(line)] or lines
     return "; ".join(telling)[:_BRIEF]
@@ -146,8 +129,8 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage = _output(tools.cuobjdump.path, "-res-usage", str(path))
-        code = _output(tools.nvdisasm.path, "-c", str(path))
+        usage = printed_by(tools.cuobjdump.path, "-res-usage", str(path))
+        code = printed_by(tools.nvdisasm.path, "-c", str(path))
     found = _RESOURCES.search(usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resources: {usage!r}")
@@ -155,33 +138,23 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack + local, len(_LOCAL_ACCESS.findall(code))
 
 
-def _output(*command: str) -> str:
+def printed_by(*command: str) -> str:
+    """Standard output of a command that has to succeed."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _problems(
-    case: CompileCase,
-    capability: int,
-    *,
-    serialized: bool,
-    local_bytes: int,
-    local_accesses: int,
-    shared_bytes: int,
-    tensor_memory: int,
-    matrix: tuple[str, ...],
-) -> list[str]:
-    found = []
-    if case.main and local_accesses:
-        found.append(f"{local_accesses} accesses to {local_bytes} bytes of local memory a thread")
-    _, shared_limit, tensor_limit = ARCHITECTURES[capability]
-    if shared_bytes > shared_limit:
-        found.append(f"{shared_bytes} bytes of shared memory, over the limit of {shared_limit}")
-    if tensor_memory > tensor_limit:
-        found.append(f"{tensor_memory} columns of tensor memory, over {tensor_limit}")
-    if case.expects_mma and capability == 90 and "wgmma" not in matrix:
-        found.append("no wgmma")
-    elif case.expects_mma and not matrix:
-        found.append("no matrix instruction")
+def _problems(case: CompileCase, found: Compiled, *, serialized: bool) -> Iterator[str]:
+    _, shared_limit, tensor_limit = ARCHITECTURES[found.capability]
+    if case.main and found.local_accesses:
+        bytes_used = f"{found.local_bytes} bytes of local memory a thread"
+        yield f"{found.local_accesses} accesses to {bytes_used}"
+    if found.shared_bytes > shared_limit:
+        yield f"{found.shared_bytes} bytes of shared memory, over the limit of {shared_limit}"
+    if found.tensor_memory > tensor_limit:
+        yield f"{found.tensor_memory} columns of tensor memory, over {tensor_limit}"
+    if case.expects_mma and found.capability == 90 and "wgmma" not in found.matrix:
+        yield "no wgmma"
+    elif case.expects_mma and not found.matrix:
+        yield "no matrix instruction"
     if case.main and serialized:
-        found.append("the assembler serialises its wgmma instructions")
-    return found
+        yield "the assembler serialises its wgmma instructions"

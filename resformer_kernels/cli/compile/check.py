@@ -1,4 +1,4 @@
-"""Compile every op's cases, several at once, in processes that the compiler may take down."""
+"""Compile every op's cases in worker processes, which a crash of the compiler may end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from resformer_kernels._triton.cases import CompileCase
 from resformer_kernels.cli.compile.artifacts import Compiled, build
 
 CASES = "triton.cases"
-"""The module of an op's folder that lists its cases."""
+"""Module of an op's package that lists its cases."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case as another process finds it: the `index`-th of `module` for `capability`."""
+    """A case as a worker process finds it: the `index`-th of `module` for `capability`."""
 
     module: str
     capability: int
@@ -32,7 +32,7 @@ class Job:
 
     @property
     def op(self) -> str:
-        """The op that the module belongs to."""
+        """Op that the module belongs to."""
         return op_of(self.module)
 
 
@@ -73,10 +73,10 @@ def jobs(modules: Sequence[str], capabilities: Sequence[int]) -> list[Job]:
 
 
 def check(wanted: Sequence[Job], cache: Path, workers: int) -> Iterator[Compiled]:
-    """Compile `wanted`, `workers` at a time, in whichever order they are done.
+    """Compile `wanted`, `workers` at a time, and yield in order of completion.
 
-    Compilers do crash: what is left when a process dies is compiled one after the other, which
-    tells which case did it, and that one fails.
+    Compilers do crash: the cases left when a process dies are compiled one after the other, which
+    finds the case that crashes, and that one fails.
     """
     left = yield from _attempt(wanted, cache, workers)
     while left:
@@ -90,7 +90,7 @@ def check(wanted: Sequence[Job], cache: Path, workers: int) -> Iterator[Compiled
 def _attempt(
     wanted: Sequence[Job], cache: Path, workers: int
 ) -> Generator[Compiled, None, list[Job]]:
-    """Yields what was compiled; returns what was not when a process died, in order."""
+    """Yield what was compiled; return the jobs left when a process died, in order."""
     left = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures: dict[Future[Compiled], Job] = {

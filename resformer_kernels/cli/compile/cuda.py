@@ -1,17 +1,16 @@
-"""What the kernels of the built CUDA library use, read from its machine code.
+"""Resources of the built CUDA library's kernels, read from its machine code.
 
-With the cuobjdump of Triton's package; no GPU takes part, and nothing is compiled.
+cuobjdump comes with Triton's package; no GPU is needed, and nothing is compiled.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
 from resformer_kernels._core import extension as _extension
-from resformer_kernels.cli.compile.artifacts import Compiled
+from resformer_kernels.cli.compile.artifacts import Compiled, printed_by
 
 _ARCHITECTURE = re.compile(r"^arch = sm_(\d+)", re.MULTILINE)
 _FUNCTION = re.compile(
@@ -23,24 +22,22 @@ _SOURCE = re.compile(r"_\d+_(\w+)_cuda_cu_")
 def kernels(
     ops: Collection[str], capabilities: Collection[int], library: Path | None = None
 ) -> list[Compiled]:
-    """A case for each kernel and architecture, its instances taken together: the most that one
-    of them uses. None may use local memory. None at all where the library is not built.
+    """A case for each kernel and architecture, with the largest use among its instances.
 
-    Shared memory is what the kernel declares: what a launch asks for besides is not known here.
+    None of them may use local memory. Empty where the library is not built. Shared memory is what
+    the kernel declares: dynamic shared memory is chosen at a launch.
     """
-    library = _extension.CUDA_LIBRARY if library is None else library
-    return read(_usage(library), ops, capabilities) if library.exists() else []
-
-
-def _usage(library: Path) -> str:
     import triton
 
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    library = _extension.CUDA_LIBRARY if library is None else library
+    if not library.exists():
+        return []
+    usage = printed_by(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(library))
+    return read(usage, ops, capabilities)
 
 
 def read(usage: str, ops: Collection[str], capabilities: Collection[int]) -> list[Compiled]:
-    """The cases of what cuobjdump printed."""
+    """The cases in the output of cuobjdump."""
     instances: dict[tuple[str, int, str], list[tuple[int, int, int]]] = {}
     _, *parts = _ARCHITECTURE.split(usage)
     for capability, text in zip(map(int, parts[::2]), parts[1::2], strict=True):
@@ -50,36 +47,32 @@ def read(usage: str, ops: Collection[str], capabilities: Collection[int]) -> lis
             if op in ops and capability in capabilities:
                 found = instances.setdefault((op, capability, kernel), [])
                 found.append((registers, stack + local, shared))
-    return [_case(key, found) for key, found in sorted(instances.items())]
+    return [_case(*key, found) for key, found in sorted(instances.items())]
 
 
 def _kernel(symbol: str) -> tuple[str, str]:
     """(op, function) of a mangled name, in which every part follows its length."""
     parts, rest = [], symbol.removeprefix("_ZN")
-    for _ in range(3):
-        length = re.match(r"\d+", rest)
-        if length is None:
-            raise RuntimeError(f"not a kernel of a *_cuda.cu file: {symbol}")
-        rest = rest[length.end() :]
-        parts.append(rest[: int(length[0])])
-        rest = rest[int(length[0]) :]
-    source = _SOURCE.search(parts[1])
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        parts.append(rest[length.end() : end])
+        rest = rest[end:]
+    source = _SOURCE.search(parts[1]) if len(parts) > 2 else None
     if source is None:
         raise RuntimeError(f"not a kernel of a *_cuda.cu file: {symbol}")
     return source[1], parts[2]
 
 
-def _case(key: tuple[str, int, str], found: list[tuple[int, int, int]]) -> Compiled:
-    op, capability, kernel = key
-    registers, local_bytes, shared_bytes = (max(numbers) for numbers in zip(*found, strict=True))
-    spilling = sum(1 for _, local, _ in found if local)
-    problems = (f"{spilling} use up to {local_bytes} bytes of local memory",) if spilling else ()
+def _case(op: str, capability: int, kernel: str, found: list[tuple[int, int, int]]) -> Compiled:
+    registers, local_bytes, shared_bytes = map(max, zip(*found, strict=True))
+    spilling = sum(local > 0 for _, local, _ in found)
+    problem = f"{spilling} use up to {local_bytes} bytes of local memory"
     return Compiled(
         op,
         f"CUDA C++, {kernel}, {len(found)} forms",
         capability,
-        True,
-        problems,
+        main=True,
+        problems=(problem,) if spilling else (),
         registers=registers,
         local_bytes=local_bytes,
         local_accesses=spilling,
