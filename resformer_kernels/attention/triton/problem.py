@@ -156,8 +156,8 @@ def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
 
 
 def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
-    """How the scores of a call are made, of attention or over a cache: in log2 units, or natural ones
-    for float32."""
+    """How the scores of a call of attention, or over a cache, are made: in log2 units, or natural
+    ones for float32."""
     bias, kind, index = _bias(attn_bias)
     precise = call.q.dtype is torch.float32
     capped = call.softcap > 0
