@@ -53,7 +53,7 @@ def coefficient_of(tensor: Tensor | None, number: float) -> Coefficient:
 
 
 def form_over_tile(coefficient: Coefficient, rows: bool, columns: bool) -> int:
-    """Its form as `_triton_lib.coefficient` has it, where it differs along a tile's rows or not,
+    """Its form as `device.coefficient` has it, where it differs along a tile's rows or not,
     and along its columns or not."""
     if coefficient.pointer is None:
         return int(lib.NUMBER.value)

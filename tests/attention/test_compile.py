@@ -139,12 +139,13 @@ def test_the_library_may_load_while_compiling() -> None:
 
     program = """
 import torch
-from resformer_kernels import value_residual_attention, _extension
-assert _extension._reason is _extension._NOT_TRIED
+from resformer_kernels import value_residual_attention
+from resformer_kernels._core import extension
+assert extension._reason is extension._NOT_TRIED
 compiled = torch.compile(value_residual_attention, fullgraph=True, backend="aot_eager")
 q = torch.randn(1, 5, 2, 8)
 assert compiled(q, q, q).shape == q.shape
-assert _extension._reason is not _extension._NOT_TRIED
+assert extension._reason is not extension._NOT_TRIED
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 

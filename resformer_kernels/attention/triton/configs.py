@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels, and where V' is mixed: `triton_configs.json`, read once.
+"""Tile sizes of the Triton kernels, and where V' is mixed: `configs.json`, read once.
 
 {architecture: {direction: {precision: {head_dim: {mask: [rows, keys, warps, stages]}}}}}
 
