@@ -66,3 +66,8 @@ def reservoir() -> list[Benchmark]:
     by_units = ((units, RESERVOIR_CURVE_LENGTH) for units in RESERVOIR_UNITS)
     by_length = ((RESERVOIR_CURVE_UNITS, length) for length in RESERVOIR_LENGTHS)
     return [ReservoirBenchmark(units, 1, length) for units, length in (*by_units, *by_length)]
+
+
+def every() -> list[Benchmark]:
+    """Every case that is a point of a curve."""
+    return [*attention(), *decode_grid(), *scan(), *reservoir()]

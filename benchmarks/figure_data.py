@@ -1,30 +1,23 @@
-"""What the figures of a report are drawn from."""
+"""The data that the figures of a report are drawn from."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 from benchmarks import curves
-from benchmarks.runner import MemoryPoint, Run
+from benchmarks.figure_style import Look, look
+from benchmarks.runner import Run
 from benchmarks.workloads.decode import OWN_VALUES
 from benchmarks.workloads.scan import COPY
 from resformer_kernels.bench.timing import Benchmark, Result
+from resformer_kernels.testing.verification import Verdict
 
 _LABELS = re.compile(r"\b(B|Hq|Hkv|H|T|N|D)(\d+)\b")
 
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure with its words."""
-
-    name: str
-    """Also of its file."""
-    section: str
-    title: str
-    caption: str
-    svg: str
+Curve: TypeAlias = dict[Look, dict[float, float]]
+"""The lines of a plot: y by x."""
 
 
 class Cases:
@@ -33,28 +26,28 @@ class Cases:
     def __init__(self, runs: Sequence[Run]) -> None:
         newest = sorted(runs, key=lambda run: run.started)
         self.found = {result.name: (result, run) for run in newest for result in run.results}
-        self.memory: dict[tuple[str, int], MemoryPoint] = {
-            (point.contestant, point.length): point for run in newest for point in run.memory
-        }
-        self.errors = [verdict for run in newest[-1:] for verdict in run.errors]
-        ops = {verdict.op for verdict in self.errors}
-        for run in reversed(newest[:-1]):
-            self.errors += [verdict for verdict in run.errors if verdict.op not in ops]
-            ops |= {verdict.op for verdict in run.errors}
+        points = (point for run in newest for point in run.memory)
+        self.memory = {(point.contestant, point.length): point.bytes for point in points}
+        self.errors: list[Verdict] = []
+        for run in reversed(newest):
+            known = {verdict.op for verdict in self.errors}
+            self.errors += [verdict for verdict in run.errors if verdict.op not in known]
 
-    def of(self, cases: Iterable[Benchmark]) -> list[tuple[Result, Run]]:
-        """Those of these cases that were measured."""
-        return [self.found[case.name] for case in cases if case.name in self.found]
+    def of(self, cases: Iterable[Benchmark], *names: str) -> list[tuple[Result, Run]]:
+        """The measured ones of these cases, and of the cases of these names."""
+        wanted = (*(case.name for case in cases), *names)
+        return [self.found[name] for name in wanted if name in self.found]
 
     def group(self, group: str, *, yardstick: bool | None = False) -> list[Result]:
-        """What stands under this heading, curves left out, and has a peer.
+        """The results under this heading that have a peer, without the points of curves.
 
         Args:
             group: the heading.
-            yardstick: those whose fastest peer is a yardstick: a copy, or our own kernel otherwise
-                used. False: those that are held against somebody else's work. None: all.
+            yardstick: True: only those whose fastest peer is a yardstick, which is a copy or our
+                own kernel used otherwise. False: only those compared with somebody else's work.
+                None: all.
         """
-        drawn = {case.name for case in every_curve()}
+        drawn = {case.name for case in curves.every()}
         return [
             result
             for name, (result, _) in self.found.items()
@@ -65,11 +58,26 @@ class Cases:
         ]
 
 
-def every_curve() -> list[Benchmark]:
-    """The cases that are points of a curve."""
-    return [*curves.attention(), *curves.decode_grid(), *curves.scan(), *curves.reservoir()]
-
-
 def sizes(name: str) -> dict[str, int]:
-    """The sizes that a case's name tells: B, H or Hq and Hkv, T, N, D."""
+    """The sizes in a case's name: B, H or Hq and Hkv, T, N, D."""
     return {key: int(value) for key, value in _LABELS.findall(name)}
+
+
+def best(
+    found: Iterable[tuple[Result, Run]],
+    x: str,
+    y: Callable[[Result, str], float | None],
+    pick: Callable[[float, float], float] = min,
+) -> Curve:
+    """`y` over one size of the cases; of the contestants that look the same, what `pick` takes.
+
+    `y(result, contestant)` is None, or 0, where nothing was measured.
+    """
+    curve: Curve = {}
+    for result, _ in found:
+        place = sizes(result.name)[x]
+        for contestant in result.timings:
+            if value := y(result, contestant):
+                line = curve.setdefault(look(contestant), {})
+                line[place] = pick(value, line.get(place, value))
+    return curve

@@ -18,8 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import page, record, runner
-from benchmarks.figure_data import every_curve
+from benchmarks import curves, page, record, runner
 from benchmarks.workloads.decode import OWN_VALUES
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
 from resformer_kernels.bench.tables import duration, rate_and_share
@@ -154,7 +153,7 @@ def model_table() -> str:
 def suite_table(suite: str) -> str:
     """Of the newest run, every case of a suite but the points of curves and whole models."""
     run = newest()
-    drawn = {case.name for case in every_curve()}
+    drawn = {case.name for case in curves.every()}
     heading = (
         f"| {described(record.as_json(run))} | ours | rate | of the ceiling | fastest peer | |"
     )

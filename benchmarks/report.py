@@ -44,6 +44,11 @@ def print_run(run: Run, console: Console) -> None:
     console.print(pages_line(run), soft_wrap=True)
 
 
+def ceilings(run: Run) -> tuple[dict[str, float], float | None, float | None]:
+    """GEMM's rates by dtype, and the bandwidths of copying and reading."""
+    return run.gemm, run.bandwidth.get("copy"), run.bandwidth.get("read")
+
+
 def peer_table(run: Run) -> Table:
     """Every peer over all of its cases."""
     table = Table(header_style="bold", title="How many times faster", title_justify="left")
