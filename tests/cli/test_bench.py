@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import registry, runner
+from benchmarks import bench, registry, runner
 from resformer_kernels.bench import timing
 from resformer_kernels.bench.attention import SDPA, AttentionBenchmark
 from resformer_kernels.bench.workloads import FLASH_ATTN, MixBenchmark
-from resformer_kernels.cli import bench, main
+from resformer_kernels.cli import main
 from resformer_kernels.mix import native as mix_native
 from resformer_kernels.testing.verification import checks
 
