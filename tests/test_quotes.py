@@ -77,7 +77,7 @@ def test_a_changed_run_changes_its_quote(monkeypatch: pytest.MonkeyPatch) -> Non
     text = "<!-- quote: attention -->\nold\n<!-- end -->\n<!-- quote: others -->\n<!-- end -->\n"
     written = quotes.rewritten(text)
     assert "| P, 2 threads, avx2, torch 2.13.0, 2026-01-02 | forward, bfloat16 |" in written
-    assert "| B1 causal | 2.00x, 6 GFLOP/s |  |  |  |" in written
+    assert "| B1 causal | 2.00x, 6 GFLOP/s | | | |" in written
     decode = "decode B1 Hq8 Hkv8 T8192 D64, 12 layers, one V, bfloat16"
     assert written.count(f"| {decode} | 2 ms | none here | |") == 1
     assert quotes.rewritten(written) == written
