@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from benchmarks import curves, plots
-from benchmarks.figure_data import Cases, Curve, best, sizes
-from benchmarks.figure_style import ONE_VALUE, as_svg, count, doublings, look
 from benchmarks.peak_memory import SDPA
+from benchmarks.plots import ONE_VALUE, Curve, as_svg, count, doublings, look, sizes
 from benchmarks.runner import Run
+from benchmarks.workloads.decode import OWN_VALUES
+from benchmarks.workloads.scan import COPY
 from resformer_kernels.bench.attention import HEADS_FIRST
 from resformer_kernels.bench.tables import duration
-from resformer_kernels.bench.timing import OURS, Result
+from resformer_kernels.bench.timing import OURS, Benchmark, Result
+from resformer_kernels.testing.verification import Verdict
 
 _ROWS = 16
 """The most in one panel of bars."""
@@ -31,6 +33,44 @@ class Drawing:
     caption: str
     svg: str
     """Empty where there is no data for it."""
+
+
+class Cases:
+    """The newest result of every case, with its run."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        newest = sorted(runs, key=lambda run: run.started)
+        self.found = {result.name: (result, run) for run in newest for result in run.results}
+        points = (point for run in newest for point in run.memory)
+        self.memory = {(point.contestant, point.length): point.bytes for point in points}
+        self.errors: list[Verdict] = []
+        for run in reversed(newest):
+            known = {verdict.op for verdict in self.errors}
+            self.errors += [verdict for verdict in run.errors if verdict.op not in known]
+
+    def of(self, cases: Iterable[Benchmark], *names: str) -> list[tuple[Result, Run]]:
+        """The measured ones of these cases, and of the cases of these names."""
+        wanted = (*(case.name for case in cases), *names)
+        return [self.found[name] for name in wanted if name in self.found]
+
+    def group(self, group: str, *, yardstick: bool | None = False) -> list[Result]:
+        """The results under this heading that have a peer, without the points of curves.
+
+        Args:
+            group: the heading.
+            yardstick: True: only those whose fastest peer is a yardstick, which is a copy or our
+                own kernel used otherwise. False: only those compared with somebody else's work.
+                None: all.
+        """
+        drawn = {case.name for case in curves.every()}
+        return [
+            result
+            for name, (result, _) in self.found.items()
+            if result.group == group
+            and name not in drawn
+            and result.peers
+            and yardstick in (None, result.peer in (COPY, OWN_VALUES))
+        ]
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:
@@ -76,6 +116,26 @@ def _lines(height: float, curve: Curve, **form: Any) -> str:
     return as_svg(height, partial(plots.lines, curve=curve, **form))
 
 
+def _best(
+    found: Iterable[tuple[Result, Run]],
+    x: str,
+    y: Callable[[Result, str], float | None],
+    pick: Callable[[float, float], float] = min,
+) -> Curve:
+    """`y` over one size of the cases; of the contestants that look the same, what `pick` takes.
+
+    `y(result, contestant)` is None, or 0, where nothing was measured.
+    """
+    curve: Curve = {}
+    for result, _ in found:
+        place = sizes(result.name)[x]
+        for contestant in result.timings:
+            if value := y(result, contestant):
+                line = curve.setdefault(look(contestant), {})
+                line[place] = pick(value, line.get(place, value))
+    return curve
+
+
 def _median(result: Result, contestant: str) -> float:
     return result.timings[contestant].median
 
@@ -102,12 +162,12 @@ def _length(cases: Cases) -> Iterator[Drawing]:
     for direction in ("forward", "backward"):
         found = cases.of(case for case in curves.attention() if case.group.endswith(direction))
         caption = f"{shape} Mixing included."
-        svg = _lines(3.5, best(found, "T", _median), xlabel="length T", form=duration)
+        svg = _lines(3.5, _best(found, "T", _median), xlabel="length T", form=duration)
         yield Drawing(f"length-time-{direction}", _LENGTH, f"Time, {direction}", caption, svg)
         if direction == "backward":
             caption += " What the forward saved for it is there before, and not in it."
         title = f"Memory that a call takes, {direction}"
-        svg = _lines(3.5, best(found, "T", _peak), **_MEMORY_FORM)
+        svg = _lines(3.5, _best(found, "T", _peak), **_MEMORY_FORM)
         yield Drawing(f"length-memory-{direction}", _LENGTH, title, caption, svg)
 
 
@@ -174,7 +234,7 @@ def _scan(cases: Cases) -> Iterator[Drawing]:
         caption = f"Forward, B1 {fixed}{count(at)}, gates by step, float32. {pages}"
         svg = _lines(
             3.6,
-            best(chosen, x, lambda r, name: r.bytes / r.timings[name].median, max),
+            _best(chosen, x, lambda r, name: r.bytes / r.timings[name].median, max),
             xlabel=xlabel,
             ylabel="GB/s of gates, tokens and states",
             form=_gigabytes,
@@ -194,7 +254,7 @@ def _reservoir(cases: Cases) -> Iterator[Drawing]:
             f"Dense float32 weights, B1 {fixed}{count(at)}, leak 0.3, spectral radius 0.9; "
             "ReservoirPy with its default, a tenth of the weights."
         )
-        curve = best(chosen, x, lambda r, name: r.timings[name].median / sizes(r.name)["T"])
+        curve = _best(chosen, x, lambda r, name: r.timings[name].median / sizes(r.name)["T"])
         svg = _lines(3.6, curve, xlabel=xlabel, ylabel="time a step", form=duration)
         title = f"Reservoir over {xlabel}"
         yield Drawing(f"reservoir-{x.lower()}", _SCANS, title, caption, svg)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import jinja2
 
-from benchmarks import figure_style, figures
+from benchmarks import figures, plots
 from benchmarks.compare import LEAST
-from benchmarks.figure_data import Cases
 from benchmarks.report import absent, ceilings
 from benchmarks.runner import Run
 from resformer_kernels.bench.tables import duration, rate_and_share
@@ -45,7 +44,7 @@ def files(runs: Sequence[Run]) -> dict[str, str]:
     """What `write` writes, by path in the folder; equal runs give equal files."""
     runs = sorted(runs, key=lambda run: run.started)
     drawings = figures.draw(runs)
-    alone = {f"{FIGURES}/{d.name}.svg": figure_style.alone(d.svg) for d in drawings}
+    alone = {f"{FIGURES}/{d.name}.svg": plots.alone(d.svg) for d in drawings}
     return {PAGE: _page(runs, drawings), **alone}
 
 
@@ -57,12 +56,12 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    cases = Cases(runs)
+    cases = figures.Cases(runs)
     tiles = {title: [r.ratio for r in cases.group(group)] for title, group in _TILES.items()}
     return environment.get_template("page.html").render(
-        light=figure_style.variables(0),
-        dark=figure_style.variables(1),
-        font=figure_style.FONT,
+        light=plots.variables(0),
+        dark=plots.variables(1),
+        font=plots.FONT,
         stylesheet=(_FOLDER / "page.css").read_text(),
         facts=_facts(runs[-1]),
         tiles={title: ratios for title, ratios in tiles.items() if ratios},

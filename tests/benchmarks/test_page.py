@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks import curves, figures, page, record, registry
-from benchmarks.figure_data import Cases
-from benchmarks.figure_style import PALETTE
+from benchmarks.figures import Cases
+from benchmarks.plots import PALETTE
 from benchmarks.runner import MemoryPoint, Run
 from resformer_kernels.bench.timing import OURS, Benchmark, Result, Timing
 from resformer_kernels.cli import main
