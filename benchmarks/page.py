@@ -63,7 +63,7 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
         dark=plots.variables(1),
         font=plots.FONT,
         stylesheet=(_FOLDER / "page.css").read_text(),
-        facts=_facts(runs[-1]),
+        newest=runs[-1],
         tiles={title: ratios for title, ratios in tiles.items() if ratios},
         median=statistics.median,
         sections={s: list(found) for s, found in groupby(drawings, lambda d: d.section)},
@@ -77,17 +77,6 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
 
 def _when(run: Run) -> str:
     return run.started[:16].replace("T", " ")
-
-
-def _facts(run: Run) -> tuple[str, ...]:
-    about = run.machine
-    return (
-        str(about.get("processor", "unknown processor")),
-        f"{about.get('threads', '?')} threads",
-        f"kernels on the {about.get('native path', '?')} path",
-        f"torch {about.get('torch', '?')}",
-        run.started[:10],
-    )
 
 
 def _absent(runs: Sequence[Run]) -> list[tuple[str, str, int]]:

@@ -61,6 +61,16 @@ class Look(NamedTuple):
     marker: str = "o"
     dashes: str = "-"
 
+    def line(self, **more: Any) -> dict[str, Any]:
+        """The arguments of `Axes.plot` for a line."""
+        colour = COLOUR[self.colour]
+        about = {"color": colour, "marker": self.marker, "label": self.label}
+        return {**about, "linestyle": self.dashes, **more}
+
+    def dots(self, size: float, **more: Any) -> dict[str, Any]:
+        """The arguments of `Axes.plot` for points that no line connects."""
+        return self.line(linestyle="none", markersize=size, markeredgewidth=0, **more)
+
 
 Curve: TypeAlias = dict[Look, dict[float, float]]
 """The lines of a plot: y by x, by the look of the line."""
@@ -102,11 +112,16 @@ def look(contestant: str) -> Look:
 
 
 def as_svg(height: float, draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws, as SVG in CSS variables without an XML head; `height` is in inches."""
+    """The SVG of what `draw` draws, its legend above it, in CSS variables and without an XML head.
+
+    `height` is in inches.
+    """
     with matplotlib.rc_context(fname=_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=COLOUR["card"])
         FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
+        axes = figure.add_subplot()
+        draw(axes)
+        _legend(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -142,13 +157,6 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def powers_of_two(axes: Axes, values: set[float]) -> None:
-    """A logarithmic x axis with a tick at each value."""
-    axes.set_xscale("log", base=2)
-    _ticks(axes.xaxis, FixedLocator(sorted(values)), count)
-    axes.set_xlim(min(values) / 1.25, max(values) * 1.25)
-
-
 def decades(axis: Axis, form: Callable[[float], str]) -> None:
     """Ticks of a logarithmic axis, written by `form`; between decades where there are few."""
     low, high = sorted(axis.get_view_interval())
@@ -170,25 +178,23 @@ def _ticks(axis: Axis, locator: Locator, form: Callable[[float], str]) -> None:
     axis.set_major_formatter(lambda value, _: form(value))
 
 
-def legend_above(axes: Axes) -> None:
+def _legend(axes: Axes) -> None:
     """The legend above the axes, each label once, ours first; as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     ours = look(OURS).label
     unique = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] != ours))
-    columns = _LEGEND_CHARACTERS // (max(map(len, unique)) + 6)
-    axes.figure.legend(
-        unique.values(),
-        unique.keys(),
-        loc="outside upper left",
-        ncols=max(1, min(len(unique), columns)),
-        borderaxespad=0.1,
-    )
+    fitting = _LEGEND_CHARACTERS // (max(map(len, unique)) + 6)
+    columns = max(1, min(len(unique), fitting))
+    axes.figure.legend(unique.values(), unique.keys(), loc="outside upper left", ncols=columns)
 
 
-_DOT: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 0}
 _LEAST_SHARE = 1e-3
 """Smaller errors are drawn here, at the left edge."""
-_DTYPE_LOOKS = {"float32": ("ours", "o"), "bfloat16": ("orange", "s"), "float16": ("green", "^")}
+_DTYPE_LOOKS = [
+    Look("float32", "ours"),
+    Look("bfloat16", "orange", "s"),
+    Look("float16", "green", "^"),
+]
 _DTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "complex64": "c64"}
 _MARKS = {
     "mix_value_embedding": "embedding",
@@ -219,13 +225,13 @@ def lines(
     for style in sorted(curve, key=lambda style: style == ours):
         axes.plot(
             *zip(*sorted(curve[style].items()), strict=True),
-            color=COLOUR[style.colour],
-            marker=style.marker,
-            linestyle=style.dashes,
-            linewidth=2.4 if style == ours else 1.6,
-            label=style.label,
+            **style.line(linewidth=2.4 if style == ours else 1.6),
         )
-    powers_of_two(axes, {x for points in curve.values() for x in points})
+    # A tick at each measured size.
+    places = sorted({x for points in curve.values() for x in points})
+    axes.set_xscale("log", base=2)
+    _ticks(axes.xaxis, FixedLocator(places), count)
+    axes.set_xlim(places[0] / 1.25, places[-1] * 1.25)
     axes.set_yscale("log")
     if ceiling is not None:
         # Named in the legend: a name beside the rule would lie on one of the lines.
@@ -235,9 +241,7 @@ def lines(
         axes.set_ylim(low, max(high, 1.5 * value))
     ticks(axes.yaxis, form)
     axes.grid()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    legend_above(axes)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
 
 
 def bars(axes: Axes, results: Sequence[Result]) -> None:
@@ -254,8 +258,7 @@ def bars(axes: Axes, results: Sequence[Result]) -> None:
         for style, peer in shown.items():
             ratio = result.timings[peer].median / result.ours.median
             most = max(most, ratio)
-            form = {"marker": style.marker, "color": COLOUR[style.colour], "label": style.label}
-            axes.plot(ratio, y, markersize=6, **(_DOT | form))
+            axes.plot(ratio, y, **style.dots(6))
     axes.axvline(1.0, color=COLOUR["muted"], linewidth=1.0)
     least = min(result.ratio for result in results)
     axes.set_xlim(min(0.9, 0.85 * least), 1.25 * most)
@@ -265,7 +268,6 @@ def bars(axes: Axes, results: Sequence[Result]) -> None:
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(results)), ratios, fontweight="bold", color=COLOUR["ours"])
     right.spines["right"].set_visible(False)
-    legend_above(axes)
 
 
 def _short(result: Result) -> str:
@@ -285,17 +287,12 @@ def sizes(name: str) -> dict[str, int]:
 def errors(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     """Each tensor's error as a share of its budget, a row for each op, a colour for each dtype."""
     ops = list(dict.fromkeys(verdict.op for verdict in verdicts))
-    for place, (dtype, (colour, marker)) in enumerate(_DTYPE_LOOKS.items()):
-        found = [v for v in verdicts if v.dtype == dtype]
+    for place, style in enumerate(_DTYPE_LOOKS):
+        found = [v for v in verdicts if v.dtype == style.label]
         axes.plot(
             [min(max(v.share, _LEAST_SHARE), 10.0) for v in found],
             [ops.index(v.op) + 0.22 * (place - 1) for v in found],
-            marker=marker,
-            markersize=4.5,
-            alpha=0.6,
-            color=COLOUR[colour],
-            label=dtype,
-            **_DOT,
+            **style.dots(4.5, alpha=0.6),
         )
     axes.axvline(1.0, color=COLOUR["bad"], linewidth=1.2)
     axes.annotate(
@@ -311,7 +308,6 @@ def errors(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     axes.set_xlim(0.8 * _LEAST_SHARE, 2.0 if all(v.ok for v in verdicts) else 12.0)
     _rows(axes, ops, -0.8, "{:g}")
     axes.set_xlabel("error against float64, as a share of its budget")
-    legend_above(axes)
 
 
 def _rows(axes: Axes, names: Sequence[str], top: float, form: str) -> None:
