@@ -136,14 +136,6 @@ def _best(
     return curve
 
 
-def _median(result: Result, contestant: str) -> float:
-    return result.timings[contestant].median
-
-
-def _peak(result: Result, contestant: str) -> float | None:
-    return result.peak_bytes.get(contestant)
-
-
 def _mib(value: float) -> str:
     size = value / 2**20
     return f"{size / 1024:g} GiB" if size >= 1024 else f"{size:.3g} MiB"
@@ -158,16 +150,18 @@ _MEMORY_FORM: dict[str, Any] = {"xlabel": "length T", "form": _mib, "ticks": dou
 
 
 def _length(cases: Cases) -> Iterator[Drawing]:
-    shape = f"B1 H{curves.CURVE_HEADS} D{curves.CURVE_HEAD_DIM}, causal, bfloat16."
+    shape = f"B1 H{curves.HEADS} D{curves.HEAD_DIM}, causal, bfloat16."
     for direction in ("forward", "backward"):
         found = cases.of(case for case in curves.attention() if case.group.endswith(direction))
         caption = f"{shape} Mixing included."
-        svg = _lines(3.5, _best(found, "T", _median), xlabel="length T", form=duration)
+        times = _best(found, "T", lambda result, name: result.timings[name].median)
+        svg = _lines(3.5, times, xlabel="length T", form=duration)
         yield Drawing(f"length-time-{direction}", _LENGTH, f"Time, {direction}", caption, svg)
         if direction == "backward":
             caption += " What the forward saved for it is there before, and not in it."
         title = f"Memory that a call takes, {direction}"
-        svg = _lines(3.5, _best(found, "T", _peak), **_MEMORY_FORM)
+        peaks = _best(found, "T", lambda result, name: result.peak_bytes.get(name))
+        svg = _lines(3.5, peaks, **_MEMORY_FORM)
         yield Drawing(f"length-memory-{direction}", _LENGTH, title, caption, svg)
 
 
@@ -184,7 +178,7 @@ def _memory(cases: Cases) -> Iterator[Drawing]:
 
 
 def _decode(cases: Cases) -> Iterator[Drawing]:
-    for group in curves.GRID_GROUPS:
+    for group in curves.DECODE_GROUPS:
         curve: Curve = {}
         bandwidth = 0.0
         for case in curves.decode_grid():
@@ -200,7 +194,7 @@ def _decode(cases: Cases) -> Iterator[Drawing]:
                         curve.setdefault(style, {})[case.length] = attended / timing.median
         per = "one query head" if group == 1 else f"{group} query heads"
         caption = (
-            f"One token through 12 layers, B1 Hkv{curves.GRID_KV_HEADS} D{curves.GRID_HEAD_DIM}, "
+            f"One token through 12 layers, B1 Hkv{curves.KV_HEADS} D{curves.HEAD_DIM}, "
             "bfloat16; keys and values that are attended over. One V for all layers (SVFormer) is "
             "counted in each, though memory holds it once: its line may pass the ceiling."
         )
@@ -220,8 +214,7 @@ _SCANS = "Scans and reservoirs"
 
 
 def _scan(cases: Cases) -> Iterator[Drawing]:
-    on_both = "linear_scan forward B1 T8192 N1024 gates by step float32"
-    found = cases.of(curves.scan(), on_both)
+    found = cases.of(curves.scan(), "linear_scan forward B1 T8192 N1024 gates by step float32")
     for x, fixed, at, xlabel in (("T", "N", 1024, "length T"), ("N", "T", 8192, "channels N")):
         chosen = [(result, run) for result, run in found if sizes(result.name)[fixed] == at]
         pages = (
@@ -245,9 +238,8 @@ def _scan(cases: Cases) -> Iterator[Drawing]:
 
 
 def _reservoir(cases: Cases) -> Iterator[Drawing]:
-    on_both = "reservoir_scan dense B1 T16384 N256 float32"
-    found = cases.of(curves.reservoir(), on_both)
-    length, units = curves.RESERVOIR_CURVE_LENGTH, curves.RESERVOIR_CURVE_UNITS
+    found = cases.of(curves.reservoir(), "reservoir_scan dense B1 T16384 N256 float32")
+    length, units = curves.RESERVOIR_LENGTH, curves.RESERVOIR_UNITS
     for x, fixed, at, xlabel in (("N", "T", length, "units N"), ("T", "N", units, "steps T")):
         chosen = [(result, run) for result, run in found if sizes(result.name)[fixed] == at]
         caption = (

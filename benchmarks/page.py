@@ -57,6 +57,7 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     cases = figures.Cases(runs)
+    absences = sum(map(absent, runs), Counter[tuple[str, str]]())
     tiles = {title: [r.ratio for r in cases.group(group)] for title, group in _TILES.items()}
     return environment.get_template("page.html").render(
         light=plots.variables(0),
@@ -67,7 +68,7 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
         tiles={title: ratios for title, ratios in tiles.items() if ratios},
         median=statistics.median,
         sections={s: list(found) for s, found in groupby(drawings, lambda d: d.section)},
-        absent=_absent(runs),
+        absent=[(*names, cases) for names, cases in absences.items()],
         tables=_tables(runs),
         least=LEAST,
         machine_headings=("", *map(_when, runs)),
@@ -77,13 +78,6 @@ def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
 
 def _when(run: Run) -> str:
     return run.started[:16].replace("T", " ")
-
-
-def _absent(runs: Sequence[Run]) -> list[tuple[str, str, int]]:
-    cases: Counter[tuple[str, str]] = Counter()
-    for run in runs:
-        cases.update(absent(run))
-    return [(*key, count) for key, count in cases.items()]
 
 
 def _tables(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, ...]]]]:

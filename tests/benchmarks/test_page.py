@@ -51,7 +51,7 @@ def test_every_figure_is_drawn(whole: Run) -> None:
     expected = {f"speed-{kind}" for kind in (*kinds, "decode-shared", "decode-models", "scan-copy")}
     for direction in ("forward", "backward"):
         expected |= {f"length-{kind}-{direction}" for kind in ("time", "memory")}
-    expected |= {f"decode-group{group}" for group in curves.GRID_GROUPS}
+    expected |= {f"decode-group{group}" for group in curves.DECODE_GROUPS}
     expected |= {"scan-t", "scan-n", "reservoir-n", "reservoir-t", "memory-training", "errors"}
     assert set(drawings) == expected
     for drawing in drawings.values():
