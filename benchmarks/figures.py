@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.workloads.decode import OWN_VALUES
 from benchmarks.workloads.scan import COPY
 from resformer_kernels.bench.attention import HEADS_FIRST
 from resformer_kernels.bench.tables import duration
-from resformer_kernels.bench.timing import OURS, Benchmark, Result
+from resformer_kernels.bench.timing import Benchmark, Result
 from resformer_kernels.testing.verification import Verdict
 
 _ROWS = 16
@@ -136,6 +136,14 @@ def _best(
     return curve
 
 
+def _rate(result: Result, contestant: str) -> float:
+    return result.bytes / result.timings[contestant].median
+
+
+def _bandwidth(found: Iterable[tuple[Result, Run]], kind: str) -> float:
+    return max((run.bandwidth.get(kind, 0.0) for _, run in found), default=0.0)
+
+
 def _mib(value: float) -> str:
     size = value / 2**20
     return f"{size / 1024:g} GiB" if size >= 1024 else f"{size:.3g} MiB"
@@ -179,19 +187,15 @@ def _memory(cases: Cases) -> Iterator[Drawing]:
 
 def _decode(cases: Cases) -> Iterator[Drawing]:
     for group in curves.DECODE_GROUPS:
-        curve: Curve = {}
-        bandwidth = 0.0
-        for case in curves.decode_grid():
-            if case.batch != 1 or case.heads != group * case.kv_heads:
-                continue
-            # The bytes attended over: those of a V in each layer, for one V as well.
-            attended = replace(case, shared=False).bytes
-            for result, run in cases.of([case]):
-                bandwidth = max(bandwidth, run.bandwidth.get("read", 0.0))
-                for contestant, timing in result.timings.items():
-                    if contestant == OURS or not case.shared:
-                        style = ONE_VALUE if case.shared else look(contestant)
-                        curve.setdefault(style, {})[case.length] = attended / timing.median
+        grid = [c for c in curves.decode_grid() if c.batch == 1 and c.heads == group * c.kv_heads]
+        # The bytes attended over: those of a V in each layer, for one V as well.
+        attended = {case.length: case.bytes for case in grid if not case.shared}
+        own = cases.of(case for case in grid if not case.shared)
+        curve = _best(own, "T", _rate, max)
+        shared = cases.of(case for case in grid if case.shared)
+        for result, _ in shared:
+            length = sizes(result.name)["T"]
+            curve.setdefault(ONE_VALUE, {})[length] = attended[length] / result.ours.median
         per = "one query head" if group == 1 else f"{group} query heads"
         caption = (
             f"One token through 12 layers, B1 Hkv{curves.KV_HEADS} D{curves.HEAD_DIM}, "
@@ -204,7 +208,7 @@ def _decode(cases: Cases) -> Iterator[Drawing]:
             xlabel="tokens in the cache",
             ylabel="GB/s of keys and values",
             form=_gigabytes,
-            ceiling=("bandwidth of reading", bandwidth),
+            ceiling=("bandwidth of reading", _bandwidth([*own, *shared], "read")),
         )
         title = f"Decoding, {per} a KV head"
         yield Drawing(f"decode-group{group}", "Decoding over the context", title, caption, svg)
@@ -223,15 +227,14 @@ def _scan(cases: Cases) -> Iterator[Drawing]:
             else "States beyond 32 MiB come in fresh pages of memory at every call, and what the "
             "system does for them counts."
         )
-        bandwidth = max((run.bandwidth.get("copy", 0.0) for _, run in chosen), default=0.0)
         caption = f"Forward, B1 {fixed}{count(at)}, gates by step, float32. {pages}"
         svg = _lines(
             3.6,
-            _best(chosen, x, lambda r, name: r.bytes / r.timings[name].median, max),
+            _best(chosen, x, _rate, max),
             xlabel=xlabel,
             ylabel="GB/s of gates, tokens and states",
             form=_gigabytes,
-            ceiling=("bandwidth of a copy", bandwidth),
+            ceiling=("bandwidth of a copy", _bandwidth(chosen, "copy")),
         )
         title = f"Linear scan over {xlabel}"
         yield Drawing(f"scan-{x.lower()}", _SCANS, title, caption, svg)

@@ -87,7 +87,6 @@ _LOOKS = {
     attention.X_TRANSFORMERS: Look("x-transformers", "yellow", "P"),
     workloads.FLASH_ATTN: Look("flash-attn", "ink", "<"),
     device.FA3: Look("FlashAttention 3", "ink", ">"),
-    attention.NO_WINDOW: Look("ours without the window", "muted", "D"),
     decode.GQA: Look("SDPA, enable_gqa", "muted", "D", "--"),
     decode.FOLDED: Look("SDPA, group folded", "orange", "s"),
     decode.OWN_VALUES: Look("ours, a V in each layer", "green", "^"),
