@@ -50,28 +50,25 @@ def files(runs: Sequence[Run]) -> dict[str, str]:
 
 def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    template = environment.from_string((_FOLDER / "page.html").read_text())
     cases = figures.Cases(runs)
     absences = sum(map(absent, runs), Counter[tuple[str, str]]())
     tiles = {title: [r.ratio for r in cases.group(group)] for title, group in _TILES.items()}
-    return environment.get_template("page.html").render(
-        light=plots.variables(0),
-        dark=plots.variables(1),
-        font=plots.FONT,
+    return template.render(
+        plots=plots,
         stylesheet=(_FOLDER / "page.css").read_text(),
-        newest=runs[-1],
+        runs=runs,
         tiles={title: ratios for title, ratios in tiles.items() if ratios},
         median=statistics.median,
         sections={s: list(found) for s, found in groupby(drawings, lambda d: d.section)},
         absent=[(*names, cases) for names, cases in absences.items()],
         tables=_tables(runs),
         least=LEAST,
-        machine_headings=("", *map(_when, runs)),
         machines=_machines(runs),
     )
 
@@ -108,14 +105,14 @@ def _row(result: Result, run: Run) -> tuple[str, ...]:
 
 
 def _machines(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """What each run tells of its machine and its ceilings, a column for each run."""
-    columns = [
-        {
-            **{key: str(value) for key, value in run.machine.items()},
-            **{f"GEMM, {dtype}": f"{rate / 1e9:.0f} GFLOP/s" for dtype, rate in run.gemm.items()},
-            **{f"bandwidth, {k}": f"{rate / 1e9:.1f} GB/s" for k, rate in run.bandwidth.items()},
-        }
-        for run in runs
-    ]
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return [(key, *(column.get(key, "") for column in columns)) for key in keys]
+    """A table of machines and ceilings, a column for each run, under its headings."""
+    rows = [("", *map(_when, runs))]
+    for key in dict.fromkeys(key for run in runs for key in run.machine):
+        rows.append((key, *(str(run.machine.get(key, "")) for run in runs)))
+    for dtype in dict.fromkeys(dtype for run in runs for dtype in run.gemm):
+        rates = (f"{run.gemm.get(dtype, 0) / 1e9:.0f} GFLOP/s" for run in runs)
+        rows.append((f"GEMM, {dtype}", *rates))
+    for kind in dict.fromkeys(kind for run in runs for kind in run.bandwidth):
+        speeds = (f"{run.bandwidth.get(kind, 0) / 1e9:.1f} GB/s" for run in runs)
+        rows.append((f"bandwidth, {kind}", *speeds))
+    return rows
