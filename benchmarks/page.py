@@ -20,17 +20,6 @@ from resformer_kernels.bench.timing import OURS, Result
 PAGE, FIGURES = "index.html", "figures"
 _FOLDER = Path(__file__).parent
 
-_TILES = {
-    "Attention, forward": "attention forward",
-    "Attention, backward": "attention backward",
-    "Mixing": "mix",
-    "Decoding": "decode",
-    "Whole models": "decode in transformers",
-    "Linear scan": "scan",
-    "Reservoirs": "reservoir",
-}
-"""The group of each tile."""
-
 
 def write(runs: Sequence[Run], folder: Path) -> Path:
     """Write the page into `folder`, and each figure as a file of its own; the page's path."""
@@ -49,21 +38,18 @@ def files(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _page(runs: Sequence[Run], drawings: Sequence[figures.Drawing]) -> str:
-    environment = jinja2.Environment(
+    template = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-    )
-    template = environment.from_string((_FOLDER / "page.html").read_text())
-    cases = figures.Cases(runs)
+    ).from_string((_FOLDER / "page.html").read_text())
     absences = sum(map(absent, runs), Counter[tuple[str, str]]())
-    tiles = {title: [r.ratio for r in cases.group(group)] for title, group in _TILES.items()}
     return template.render(
         plots=plots,
         stylesheet=(_FOLDER / "page.css").read_text(),
         runs=runs,
-        tiles={title: ratios for title, ratios in tiles.items() if ratios},
+        cases=figures.Cases(runs),
         median=statistics.median,
         sections={s: list(found) for s, found in groupby(drawings, lambda d: d.section)},
         absent=[(*names, cases) for names, cases in absences.items()],

@@ -126,12 +126,11 @@ def model_table() -> str:
     }
     parts = []
     for run in runs().values():
-        rows = []
-        for timing in run["timings"]:
-            if timing["name"].startswith(MODELS):
-                found = medians(timing)
-                times = (duration(found[name]) if name in found else "" for name in shown)
-                rows.append((timing["name"].removeprefix(MODELS).strip(), *times))
+        found = {t["name"]: medians(t) for t in run["timings"] if t["name"].startswith(MODELS)}
+        rows = [
+            (name.removeprefix(MODELS).strip(), *(duration(m[w]) if w in m else "" for w in shown))
+            for name, m in found.items()
+        ]
         if rows:
             parts.append(markdown((described(run), *shown.values()), rows))
     return "\n\n".join(parts)
@@ -163,14 +162,13 @@ def _case_table(timings: Iterable[Any]) -> str:
 
 def _row(timing: Any) -> tuple[str, ...]:
     found, name = medians(timing), timing["name"]
-    peer = fastest_peer(found)
     if OURS not in found:
         return name, "failed", "", ""
-    ours = found[OURS]
+    ours, peer = found[OURS], fastest_peer(found)
     if peer is None:
         return name, duration(ours), "none here", ""
-    theirs = found[peer]
-    return name, duration(ours), f"{peer}, {duration(theirs)}", f"{theirs / ours:.2f}x"
+    beside = f"{peer}, {duration(found[peer])}"
+    return name, duration(ours), beside, f"{found[peer] / ours:.2f}x"
 
 
 def every_case() -> str:

@@ -80,7 +80,7 @@ def absent(run: Run) -> Counter[tuple[str, str]]:
 
 
 def print_changes(changes: Sequence[Change], console: Console) -> None:
-    """Print what `--compare` found, slower cases first."""
+    """Print what `--compare` found: the slower cases, and the median of all."""
     numbers = ["stored", "now", "times longer", "its yardstick"]
     found = table(["case"], numbers, "Slower than stored")
     for change in slower(changes):
@@ -126,18 +126,17 @@ def memory_table(points: Sequence[MemoryPoint]) -> Table:
         ["contestant", "dtype", "T", "MiB", "bytes a token", "exponent"],
         "Peak memory of forward + backward beyond the inputs (learnable λ)",
     )
-    previous: MemoryPoint | None = None
+    before: dict[tuple[str, str], MemoryPoint] = {}
     for point in points:
         line = (point.contestant, point.dtype)
-        same = previous is not None and line == (previous.contestant, previous.dtype)
         found.add_row(
             *line,
             str(point.length),
             f"{point.bytes / 2**20:.1f}",
             f"{point.bytes / point.length:.0f}",
-            f"{exponent(previous, point):.2f}" if previous is not None and same else "",
+            f"{exponent(before[line], point):.2f}" if line in before else "",
         )
-        previous = point
+        before[line] = point
     return found
 
 
