@@ -73,7 +73,6 @@ def _measure(
     settings = runner.Settings(args.samples, seconds, args.peer)
     costs = [1.0, *(_cost(case, settings) for case in cases), 2.0]
     costs += [_MEMORY_COST] * len(lengths) * len(_MEMORY_CONTESTANTS)
-    interrupted = False
     with Meter(costs) as meter:
         meter.begin("ceilings")
         found = runner.start(registry.DTYPES, args.samples)
@@ -95,10 +94,9 @@ def _measure(
             for change in compare.slower(compare.compare(found, stored)) if stored else ():
                 runner.time_again(found, by_name[change.name], settings, on_case=meter.begin)
         except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        print("interrupted; what was found is kept", file=sys.stderr)
-    return found, interrupted
+            print("interrupted; what was found is kept", file=sys.stderr)
+            return found, True
+    return found, False
 
 
 def _cost(case: Benchmark, settings: runner.Settings) -> float:

@@ -65,13 +65,11 @@ def _when(run: Run) -> str:
 
 def _tables(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """The title and the rows of a table for each run and group."""
-    found: dict[tuple[int, str], list[tuple[str, ...]]] = {}
-    for place, run in enumerate(runs):
-        for result in run.results:
-            found.setdefault((place, result.group), []).append(_row(result, run))
     return [
-        (f"{group}: {len(rows)} cases, {_when(runs[place])}", rows)
-        for (place, group), rows in found.items()
+        (f"{group}: {len(rows)} cases, {_when(run)}", rows)
+        for run in runs
+        for group in dict.fromkeys(result.group for result in run.results)
+        if (rows := [_row(result, run) for result in run.results if result.group == group])
     ]
 
 

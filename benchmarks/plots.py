@@ -79,8 +79,7 @@ ONE_VALUE = Look("ours, one V for all layers", "green", "^")
 """Our decoding of an SVFormer, drawn beside decoding with a V in each layer."""
 _LOOKS = {
     OURS: Look("resformer_kernels", "ours"),
-    attention.HEADS_FIRST: Look("torch SDPA", "orange", "s"),
-    attention.TIME_FIRST: Look("torch SDPA", "orange", "s"),
+    **dict.fromkeys(attention.SDPA, Look("torch SDPA", "orange", "s")),
     attention.MATH: Look("torch SDPA, math", "muted", "D", "--"),
     workloads.COMPILED: Look("torch.compile", "green", "^"),
     device.FLEX: Look("FlexAttention", "purple", "v"),

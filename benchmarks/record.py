@@ -76,17 +76,14 @@ def _benchmark(result: Result, contestant: str) -> dict[str, Any]:
     for sample in timing.samples:
         stats.update(sample)
     name = f"{result.name} [{contestant}]"
+    about = {"case": result.name, "contestant": contestant, "fresh_pages": timing.fresh_pages}
     return {
         "group": result.name,
         "name": name,
         "fullname": name,
         "params": None,
         "param": None,
-        "extra_info": {
-            "case": result.name,
-            "contestant": contestant,
-            "fresh_pages": timing.fresh_pages,
-        },
+        "extra_info": about,
         "options": {"disable_gc": True, "timer": "perf_counter", "warmup": True},
         "stats": {**stats.as_dict(), "iterations": 1, "data": stats.data},
     }

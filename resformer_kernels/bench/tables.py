@@ -56,6 +56,8 @@ def speed_table(
     for place, result in enumerate(results):
         if place and result.group != results[place - 1].group:
             found.add_section()
+        peaks = (result.peak_bytes.get(name) for name in (OURS, result.peer))
+        sizes = ["" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks]
         colour = "green" if result.ratio >= 1 else "yellow"
         found.add_row(
             result.name,
@@ -63,16 +65,10 @@ def speed_table(
             duration(result.timings[result.peer].median),
             f"[{colour}]{result.ratio:.2f}x",
             *rate_and_share(result, gemm, copy_bandwidth, read_bandwidth),
-            *(_memory(result) for _ in memory),
+            *(", ".join(sizes) for _ in memory),
             result.peer,
         )
     return found
-
-
-def _memory(result: Result) -> str:
-    """MiB that one call takes: ours, and its fastest peer's."""
-    cells = [result.peak_bytes.get(name) for name in (OURS, result.peer)]
-    return ", ".join("" if found is None else f"{found / 2**20:.1f}" for found in cells)
 
 
 def rate_and_share(

@@ -61,5 +61,4 @@ def run(args: argparse.Namespace) -> int:
     found = checkout("bench")
     if found is None:
         return refuse("bench", NO_CHECKOUT)
-    code: int = found[0].run(args)
-    return code
+    return int(found[0].run(args))
