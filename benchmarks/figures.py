@@ -1,4 +1,4 @@
-"""The figures of a report, from whatever runs it is given: no figure without its data."""
+"""The figures of a report, as far as its runs have the data for them."""
 
 from __future__ import annotations
 
@@ -92,11 +92,10 @@ _SPEED = (
     ("scan-copy", "Linear scan beside a copy", "scan", True),
 )
 """Name, title, group, whether beside a yardstick (None: both)."""
-_BESIDE_PEERS = "How many times as long each peer takes; the bar and its figure are the fastest's."
+_BESIDE_PEERS = "Time of each peer as a multiple of ours; the bar and its number are the fastest's."
 _BESIDE_YARDSTICKS = {
-    "decode-shared": "How many times as long a V in each layer takes, by our own kernel.",
-    "scan-copy": "How many times as long a plain copy of as many bytes takes, into memory that is "
-    "at hand.",
+    "decode-shared": "Time of our own kernel with a V in each layer, as a multiple of one V's.",
+    "scan-copy": "Time of a plain copy of as many bytes to pages in use, as a multiple of ours.",
 }
 
 
@@ -122,7 +121,7 @@ def _best(
     y: Callable[[Result, str], float | None],
     pick: Callable[[float, float], float] = min,
 ) -> Curve:
-    """`y` over one size of the cases; of the contestants that look the same, what `pick` takes.
+    """`y` over one size of the cases; `pick` chooses among contestants that look the same.
 
     `y(result, contestant)` is None, or 0, where nothing was measured.
     """
@@ -158,18 +157,17 @@ _MEMORY_FORM: dict[str, Any] = {"xlabel": "length T", "form": _mib, "ticks": dou
 
 
 def _length(cases: Cases) -> Iterator[Drawing]:
-    shape = f"B1 H{curves.HEADS} D{curves.HEAD_DIM}, causal, bfloat16."
+    caption = f"B1 H{curves.HEADS} D{curves.HEAD_DIM}, causal, bfloat16. Mixing included."
     for direction in ("forward", "backward"):
         found = cases.of(case for case in curves.attention() if case.group.endswith(direction))
-        caption = f"{shape} Mixing included."
         times = _best(found, "T", lambda result, name: result.timings[name].median)
         svg = _lines(3.5, times, xlabel="length T", form=duration)
         yield Drawing(f"length-time-{direction}", _LENGTH, f"Time, {direction}", caption, svg)
-        if direction == "backward":
-            caption += " What the forward saved for it is there before, and not in it."
         title = f"Memory that a call takes, {direction}"
         peaks = _best(found, "T", lambda result, name: result.peak_bytes.get(name))
         svg = _lines(3.5, peaks, **_MEMORY_FORM)
+        if direction == "backward":
+            caption += " What the forward saved for it is there before the call, and not counted."
         yield Drawing(f"length-memory-{direction}", _LENGTH, title, caption, svg)
 
 
@@ -188,7 +186,7 @@ def _memory(cases: Cases) -> Iterator[Drawing]:
 def _decode(cases: Cases) -> Iterator[Drawing]:
     for group in curves.DECODE_GROUPS:
         grid = [c for c in curves.decode_grid() if c.batch == 1 and c.heads == group * c.kv_heads]
-        # The bytes attended over: those of a V in each layer, for one V as well.
+        # One V counts as often as it is attended over, which is once in each layer.
         attended = {case.length: case.bytes for case in grid if not case.shared}
         own = cases.of(case for case in grid if not case.shared)
         curve = _best(own, "T", _rate, max)
@@ -199,8 +197,8 @@ def _decode(cases: Cases) -> Iterator[Drawing]:
         per = "one query head" if group == 1 else f"{group} query heads"
         caption = (
             f"One token through 12 layers, B1 Hkv{curves.KV_HEADS} D{curves.HEAD_DIM}, "
-            "bfloat16; keys and values that are attended over. One V for all layers (SVFormer) is "
-            "counted in each, though memory holds it once: its line may pass the ceiling."
+            "bfloat16. The rate counts the keys and values attended over: one V for all layers "
+            "(SVFormer) counts in each, though memory holds it once, so it may pass the ceiling."
         )
         svg = _lines(
             3.7,
@@ -222,10 +220,10 @@ def _scan(cases: Cases) -> Iterator[Drawing]:
     for x, fixed, at, xlabel in (("T", "N", 1024, "length T"), ("N", "T", 8192, "channels N")):
         chosen = [(result, run) for result, run in found if sizes(result.name)[fixed] == at]
         pages = (
-            "States go to pages that are there."
+            "States are written to pages that are mapped already."
             if all(run.freed_memory_kept for _, run in chosen)
-            else "States beyond 32 MiB come in fresh pages of memory at every call, and what the "
-            "system does for them counts."
+            else "States beyond 32 MiB are written to fresh pages at every call, and the time "
+            "that the system takes to map them counts."
         )
         caption = f"Forward, B1 {fixed}{count(at)}, gates by step, float32. {pages}"
         svg = _lines(

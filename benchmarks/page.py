@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, from any number of runs."""
+"""The report: one self-contained HTML page about any number of runs."""
 
 from __future__ import annotations
 

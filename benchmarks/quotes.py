@@ -84,21 +84,24 @@ def fastest_peer(found: dict[str, float]) -> str | None:
     return min((name for name in found if name != OURS), key=lambda n: found[n], default=None)
 
 
+def _by_run(headings: Iterable[str], rows: Callable[[Run], list[tuple[str, ...]]]) -> str:
+    """A table for each run that has rows, with the run in the first heading."""
+    found = [(run, rows(run)) for run in runs().values()]
+    return "\n\n".join(markdown((described(run), *headings), of) for run, of in found if of)
+
+
 def attention_tables() -> str:
     """A table for each machine: how many times faster than the fastest peer, and our rate."""
-    parts = []
-    for run in runs().values():
-        found = {timing["name"]: timing for timing in run["timings"]}
-        shapes = dict.fromkeys(
-            match[1] for name in found if (match := _ATTENTION.match(name)) and "window" not in name
-        )
-        rows = [
+
+    def rows(run: Run) -> list[tuple[str, ...]]:
+        found = {t["name"]: t for t in run["timings"] if "window" not in t["name"]}
+        shapes = dict.fromkeys(match[1] for name in found if (match := _ATTENTION.match(name)))
+        return [
             (shape, *(_cell(found.get(f"attention {p[0]} {shape} {p[1]}")) for p in _PASSES))
             for shape in list(shapes)[:_SHAPES]
         ]
-        if rows:
-            parts.append(markdown((described(run), *(", ".join(p) for p in _PASSES)), rows))
-    return "\n\n".join(parts)
+
+    return _by_run([", ".join(p) for p in _PASSES], rows)
 
 
 def _cell(timing: Any) -> str:
@@ -124,16 +127,15 @@ def model_table() -> str:
         DYNAMIC: "sdpa, `DynamicCache`",
         OWN_VALUES: "Llama, resformer",
     }
-    parts = []
-    for run in runs().values():
+
+    def rows(run: Run) -> list[tuple[str, ...]]:
         found = {t["name"]: medians(t) for t in run["timings"] if t["name"].startswith(MODELS)}
-        rows = [
+        return [
             (name.removeprefix(MODELS).strip(), *(duration(m[w]) if w in m else "" for w in shown))
             for name, m in found.items()
         ]
-        if rows:
-            parts.append(markdown((described(run), *shown.values()), rows))
-    return "\n\n".join(parts)
+
+    return _by_run(shown.values(), rows)
 
 
 def suite_table(suite: str) -> str:

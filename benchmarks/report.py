@@ -26,8 +26,8 @@ def print_run(run: Run, console: Console) -> None:
     if run.compared:
         samples = len(run.compared[0].ours.samples)
         console.print(
-            f"medians of {samples} alternating samples; mixing is inside ours and the peer's; the "
-            "peer is the fastest that is here"
+            f"medians of {samples} alternating samples, which include mixing, ours and the peer's; "
+            "the peer is the fastest one here"
         )
         console.print(speed_table(run.compared, *ceilings(run)))
         console.print(peer_table(run))
@@ -38,7 +38,7 @@ def print_run(run: Run, console: Console) -> None:
         worst = max(run.errors, key=lambda verdict: verdict.share)
         console.print(
             f"against float64: {len(run.errors)} tensors, {sum(not v.ok for v in run.errors)} over "
-            f"budget; the nearest to it is {worst.op} {worst.tensor} in {worst.dtype}, at "
+            f"budget; the worst is {worst.op} {worst.tensor} in {worst.dtype}, at "
             f"{worst.share:.0%}"
         )
     console.print(pages_line(run), soft_wrap=True)
@@ -58,21 +58,21 @@ def peer_table(run: Run) -> Table:
             ratios.setdefault((result.group, peer), []).append(ratio)
     found = table(["op", "than"], ["cases", "least", "median", "most"], "How many times faster")
     for names, over in ratios.items():
-        cells = (min(over), statistics.median(over), max(over))
-        found.add_row(*names, str(len(over)), *(f"{cell:.2f}x" for cell in cells))
+        cells = (f"{of(over):.2f}x" for of in (min, statistics.median, max))
+        found.add_row(*names, str(len(over)), *cells)
     return found
 
 
 def absent_table(run: Run) -> Table:
-    """Peers that did not take part, and why."""
-    found = table(["peer", "why"], ["cases"], "Not here")
+    """Peers that were not timed, and why."""
+    found = table(["peer", "why"], ["cases"], "Not measured")
     for names, cases in absent(run).items():
         found.add_row(*names, str(cases))
     return found
 
 
 def absent(run: Run) -> Counter[tuple[str, str]]:
-    """Cases that a peer took no part in, by peer and reason; ours, where nobody did."""
+    """How many cases a peer is missing from, by peer and reason; ours, for cases left out."""
     found = Counter((OURS, reason) for reason in run.left_out.values())
     for result in run.results:
         found.update(result.absent.items())
@@ -97,7 +97,7 @@ def print_changes(changes: Sequence[Change], console: Console) -> None:
 
 
 def pages_line(run: Run) -> str:
-    """The samples that time fresh pages too, and not the call alone."""
+    """The samples that include the mapping of fresh pages."""
     disturbed = [
         f"{result.name}, {name}: {timing.disturbed} of {len(timing.samples)} samples"
         for result in run.results
@@ -109,7 +109,7 @@ def pages_line(run: Run) -> str:
 
 
 def window_table(run: Run) -> Table:
-    """What a window costs beside full causal attention, and beside the pairs that it leaves."""
+    """The time of a window as a share of full causal attention's, beside its share of pairs."""
     numbers = ["share of pairs", "share of time", "time / pairs"]
     found = table(["case"], numbers, "A window, against no window")
     for result in run.results:

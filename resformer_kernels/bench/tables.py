@@ -79,11 +79,10 @@ def rate_and_share(
 ) -> tuple[str, str]:
     """Our rate with its unit, and its share of the ceiling with the ceiling's name."""
     if result.flops:
-        rate, ceiling, name = result.flops / result.ours.median, gemm.get(result.dtype), "GEMM"
-        told = f"{rate / 1e9:.0f} GFLOP/s"
+        work, ceiling, name, form = result.flops, gemm.get(result.dtype), "GEMM", "{:.0f} GFLOP/s"
+    elif result.group.startswith("decode"):
+        work, ceiling, name, form = result.bytes, read_bandwidth, "read", "{:.1f} GB/s"
     else:
-        reads = result.group.startswith("decode")
-        ceiling, name = (read_bandwidth, "read") if reads else (copy_bandwidth, "copy")
-        rate = result.bytes / result.ours.median
-        told = f"{rate / 1e9:.1f} GB/s"
-    return told, f"{rate / ceiling:.0%} of {name}" if ceiling else ""
+        work, ceiling, name, form = result.bytes, copy_bandwidth, "copy", "{:.1f} GB/s"
+    rate = work / result.ours.median
+    return form.format(rate / 1e9), f"{rate / ceiling:.0%} of {name}" if ceiling else ""

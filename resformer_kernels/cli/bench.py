@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("bench", help=COMMANDS["bench"], description=_DESCRIPTION)
     add = parser.add_argument_group("what is timed").add_argument
     add("--suite", choices=_SUITES, help="only the cases of one kind")
-    text = "only peers whose name contains one of these, and cases that have one"
+    text = "only peers whose name contains one of these, and cases that have such a peer"
     add("--peer", metavar="NAME", nargs="+", help=text)
     text = "only cases whose name has every word of TEXT; repeated: any of them"
     add("--filter", metavar="TEXT", action="append", help=text)
@@ -34,9 +34,9 @@ def add_parser(subparsers: Subparsers) -> None:
     add("--samples", type=at_least(MIN_SAMPLES), default=MIN_SAMPLES, help=text)
     text = "threads that torch and the kernels use (default: torch's own choice)"
     add("--threads", type=at_least(1), help=text)
-    text = "time nothing: show, compare or draw these stored runs"
+    text = "show, compare or draw these stored runs, and time nothing"
     add("--from", dest="stored", type=Path, nargs="+", metavar="FILE", help=text)
-    add = parser.add_argument_group("what becomes of it").add_argument
+    add = parser.add_argument_group("output").add_argument
     text = "store the run here (default, if every case is timed: reports/bench-DATE-TIME/run.json)"
     add("--json", type=Path, metavar="FILE", help=text)
     text = "name the cases that are slower than in this stored run by more than the spread of both"
@@ -49,8 +49,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time, print, store. 0; 1 where something is slower or wrong, 2 for what cannot be done."""
-    # A run of every case is stored and drawn even where no option says where.
+    """Time, print, store. 1 where a case is slower or a tensor over budget, 2 for a usage error."""
+    # A run of every case is stored and drawn by default.
     if not any((args.list, args.quick, args.filter, args.suite, args.peer, args.stored)):
         folder = Path("reports") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
         args.json = args.json or folder / "run.json"
