@@ -1,4 +1,4 @@
-"""The README is short, and what it and docs/ quote is true."""
+"""The README is short, and its quotes and those of docs/ are up to date."""
 
 from __future__ import annotations
 

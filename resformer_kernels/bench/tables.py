@@ -1,4 +1,4 @@
-"""Tables that more than one command prints, and the forms of their figures."""
+"""Tables that more than one command prints, and the format of their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: made of whatever was measured, in one file, for light and dark."""
+"""The report: one self-contained page about any run, for light and dark."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ MIX = MixBenchmark(2, 1, 32, 2, 8, torch.bfloat16, "forward")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Three quick cases, one length, ceilings that nobody measured, one thread, an empty folder."""
+    """Three quick cases, one length, invented ceilings, one thread, an empty folder."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
