@@ -1,17 +1,17 @@
 """What became slower since a stored run.
 
-Runs differ by more than their code: another day, busier neighbours, memory laid out otherwise. So
-a case is slower only where all of this holds:
+Two runs differ by more than their code: another day, busier neighbours, another layout of memory.
+So a case is slower only where all of this holds:
 
-- the medians lie further apart than the quartiles of both runs do, taken together: for two sets of
-  seven samples that differ by chance alone, that happens about once in 1500;
-- the median grew by more than `LEAST`, by which one process differs from the next;
-- it did so beside its peers: what slowed them, measured in turn with ours, slowed ours no more.
+- the medians lie further apart than the quartiles of both runs together: for two sets of seven
+  samples that differ by chance alone, that happens about once in 1500;
+- the median grew by more than `LEAST`, the difference between one process and the next;
+- it grew beside its peers: what slowed them, measured in turn with ours, slowed ours no more.
 
 `resformer-kernels bench` times what looks slower once more before it says so.
 
-A peer that is this package's own code is no yardstick for it. A case that has no other is held
-against the peers of the whole run.
+A peer that is this package's own code is no yardstick for it. A case that has no other peer is
+compared with the peers of the whole run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Change:
     after: float
     """Medians, seconds."""
     drift: float
-    """How many times longer its yardstick took than then; 1 where it has none."""
+    """How many times longer its yardstick took than in the stored run; 1 where it has none."""
     beyond_spread: bool
     """The medians lie further apart than the quartiles of both runs together, drift allowed for."""
 
@@ -54,9 +54,12 @@ def compare(run: Run, stored: Run) -> list[Change]:
     """Each case that both runs have, in the order of `run`."""
     then = {result.name: result for result in stored.results}
     pairs = [(result, then[result.name]) for result in run.results if result.name in then]
-    drifts = [drift for pair in pairs if (drift := _drift(*pair)) is not None]
-    overall = statistics.median(drifts) if drifts else 1.0
-    return [_change(now, before, overall) for now, before in pairs]
+    drifts = [_drift(*pair) for pair in pairs]
+    overall = statistics.median([drift for drift in drifts if drift is not None] or [1.0])
+    return [
+        _change(*pair, overall if drift is None else drift)
+        for pair, drift in zip(pairs, drifts, strict=True)
+    ]
 
 
 def slower(changes: Sequence[Change]) -> list[Change]:
@@ -64,9 +67,7 @@ def slower(changes: Sequence[Change]) -> list[Change]:
     return [change for change in changes if change.slower]
 
 
-def _change(now: Result, then: Result, overall: float) -> Change:
-    own = _drift(now, then)
-    drift = overall if own is None else own
+def _change(now: Result, then: Result, drift: float) -> Change:
     allowed = max(1.0, drift)
     apart = now.ours.median - allowed * then.ours.median
     beyond = apart > _quartiles_apart(now.ours) + allowed * _quartiles_apart(then.ours)
@@ -78,8 +79,7 @@ def _quartiles_apart(timing: Timing) -> float:
 
 
 def _drift(now: Result, then: Result) -> float | None:
-    """How many times longer the peers of both took: the median over them; None without any."""
+    """How many times longer the peers of both runs took, as a median; None where none is shared."""
     shared = [name for name in now.peers if name in then.timings and not name.startswith(OURS)]
-    if not shared:
-        return None
-    return statistics.median(now.timings[n].median / then.timings[n].median for n in shared)
+    ratios = [now.timings[name].median / then.timings[name].median for name in shared]
+    return statistics.median(ratios) if ratios else None

@@ -1,9 +1,9 @@
-"""What README.md and docs/ quote from the code and from stored runs: `python -m benchmarks.quotes`.
+"""Write what README.md and docs/ quote from the code and from stored runs.
 
-Between `<!-- quote: NAME -->` and `<!-- end -->` stands what `QUOTES[NAME]` makes, and nobody edits
-it; docs/index.html and docs/figures/ are the report of the newest run. After a change of a
-backend's limits or of a run in benchmarks/results/, the command rewrites all of it (`make docs`); a
-test holds them equal.
+`python -m benchmarks.quotes` (`make docs`) replaces the text between `<!-- quote: NAME -->` and
+`<!-- end -->` by what `QUOTES[NAME]` returns; nobody edits that text by hand. docs/index.html and
+docs/figures/ are the report of the newest run. Run it after a change of a backend's limits or of a
+run in benchmarks/results/: a test compares the files with what it would write.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import page, record, runner
-from benchmarks.figure_data import every_curve
+from benchmarks import curves, page, record, runner
+from benchmarks.report import ceilings
 from benchmarks.workloads.decode import OWN_VALUES
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
-from resformer_kernels.bench.tables import duration, rate_and_share
+from resformer_kernels.bench.tables import duration, markdown_rows, rate_and_share
 from resformer_kernels.bench.timing import OURS
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
 from resformer_kernels.cli.support import answers
@@ -37,8 +37,9 @@ DOCUMENTS = (
 _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _SHAPES = 4
-"""Of attention, how many the README shows of each machine."""
+"""Shapes of attention that the README shows for each machine."""
 _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
+_ATTENTION = re.compile(r"attention (?:for|back)ward (.+) (?:bfloat16|float32)$")
 _SHORT = (
     r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
     r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
@@ -46,10 +47,10 @@ _SHORT = (
     r"reservoir_scan .*(B1 T16384|B32) .* float32",
     r"linear_scan forward (B4 T16384|B1 T8192) N1024 gates by step float32",
 )
-"""The cases other than attention that the README shows: of those that are stored, what matches."""
+"""Patterns of the stored cases other than attention that the README shows."""
 
 Run = dict[str, Any]
-"""A stored run as JSON, of a CPU or a device: only "machine", "started" and "timings" are read."""
+"""A stored run of a CPU or a device as JSON: only "machine", "started" and "timings" are read."""
 
 
 @cache
@@ -59,12 +60,12 @@ def _support() -> tuple[Matrix, ...]:
 
 def runs() -> dict[str, Run]:
     """Every stored run by its file's name."""
-    found = sorted(record.RESULTS.glob("*.json"))
-    return {path.stem: json.loads(path.read_text()) for path in found}
+    paths = sorted(record.RESULTS.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def described(run: Run) -> str:
-    """Where and when a run was measured, in a line."""
+    """Where and when a run was measured, in one line."""
     machine = run["machine"]
     where = machine.get("device") or f"{machine['processor']}, {machine['threads']} threads"
     path = f", {machine['native path']}" if "native path" in machine else ""
@@ -73,118 +74,103 @@ def described(run: Run) -> str:
 
 def medians(timing: Any) -> dict[str, float]:
     """Seconds by contestant; a device's run stores samples alone."""
-    stored: dict[str, float] | None = timing.get("medians_s")
-    if stored is not None:
-        return stored
+    if "medians_s" in timing:
+        return dict(timing["medians_s"])
     return {name: statistics.median(found) for name, found in timing.get("timings", {}).items()}
 
 
-def fastest_peer(timing: Any) -> str | None:
-    """Whichever of the others took the least time; None where there is no other."""
-    others = {name: seconds for name, seconds in medians(timing).items() if name != OURS}
-    return min(others, key=lambda name: others[name], default=None)
+def fastest_peer(found: dict[str, float]) -> str | None:
+    """The contestant other than ours with the least seconds; None where there is no other."""
+    return min((name for name in found if name != OURS), key=lambda n: found[n], default=None)
+
+
+def _by_run(headings: Iterable[str], rows: Callable[[Run], list[tuple[str, ...]]]) -> str:
+    """A table for each run that has rows, with the run in the first heading."""
+    found = [(run, rows(run)) for run in runs().values()]
+    return "\n\n".join(markdown_rows((described(run), *headings), of) for run, of in found if of)
 
 
 def attention_tables() -> str:
     """A table for each machine: how many times faster than the fastest peer, and our rate."""
-    parts = []
-    for run in runs().values():
-        found = {timing["name"]: timing for timing in run["timings"]}
-        shapes = dict.fromkeys(
-            match[1] for name in found if (match := _attention(name)) and "window" not in name
-        )
-        if not shapes:
-            continue
-        shown = list(shapes)[:_SHAPES]
-        lines = [
-            f"| {described(run)} | {' | '.join(', '.join(p) for p in _PASSES)} |",
-            f"| --- |{' --- |' * len(_PASSES)}",
+
+    def rows(run: Run) -> list[tuple[str, ...]]:
+        found = {t["name"]: t for t in run["timings"] if "window" not in t["name"]}
+        shapes = dict.fromkeys(match[1] for name in found if (match := _ATTENTION.match(name)))
+        return [
+            (shape, *(_cell(found.get(f"attention {p[0]} {shape} {p[1]}")) for p in _PASSES))
+            for shape in list(shapes)[:_SHAPES]
         ]
-        for shape in shown:
-            names = [f"attention {way} {shape} {dtype}" for way, dtype in _PASSES]
-            lines.append(f"| {shape} | {' | '.join(_cell(found.get(n)) for n in names)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
 
-
-def _attention(name: str) -> re.Match[str] | None:
-    return re.fullmatch(r"attention (?:for|back)ward (.+) (?:bfloat16|float32)", name)
+    return _by_run([", ".join(p) for p in _PASSES], rows)
 
 
 def _cell(timing: Any) -> str:
-    peer = None if timing is None else fastest_peer(timing)
-    if peer is None or OURS not in medians(timing):
+    found = medians(timing or {})
+    peer = fastest_peer(found)
+    if peer is None or OURS not in found:
         return ""
-    ours = medians(timing)[OURS]
-    return f"{medians(timing)[peer] / ours:.2f}x, {timing['flops'] / ours / 1e9:.0f} GFLOP/s"
+    ours = found[OURS]
+    return f"{found[peer] / ours:.2f}x, {timing['flops'] / ours / 1e9:.0f} GFLOP/s"
 
 
 def other_table() -> str:
-    """Decoding, scans and reservoirs, the cases of `_SHORT`."""
-    rows = [
-        _row(timing)
-        for run in runs().values()
-        for timing in run["timings"]
-        if any(re.match(pattern, timing["name"]) for pattern in _SHORT)
-    ]
-    return "\n".join([*_HEADING, *rows])
+    """Decoding, scans and reservoirs: the cases of `_SHORT`."""
+    timings = [timing for run in runs().values() for timing in run["timings"]]
+    return _case_table(t for t in timings if any(re.match(p, t["name"]) for p in _SHORT))
 
 
 def model_table() -> str:
     """Decoding with whole models of transformers, every contestant, a table for each run."""
-    shown = (OURS, STATIC, DYNAMIC, OWN_VALUES)
-    parts = []
-    for run in runs().values():
-        found = [t for t in run["timings"] if t["name"].startswith(MODELS)]
-        if not found:
-            continue
-        lines = [
-            f"| {described(run)} | resformer, `ResFormerCache` | sdpa, `StaticCache` | "
-            "sdpa, `DynamicCache` | Llama, resformer |",
-            f"| --- |{' --- |' * len(shown)}",
+    shown = {
+        OURS: "resformer, `ResFormerCache`",
+        STATIC: "sdpa, `StaticCache`",
+        DYNAMIC: "sdpa, `DynamicCache`",
+        OWN_VALUES: "Llama, resformer",
+    }
+
+    def rows(run: Run) -> list[tuple[str, ...]]:
+        found = {t["name"]: medians(t) for t in run["timings"] if t["name"].startswith(MODELS)}
+        return [
+            (name.removeprefix(MODELS).strip(), *(duration(m[w]) if w in m else "" for w in shown))
+            for name, m in found.items()
         ]
-        for timing in found:
-            times = (medians(timing).get(name) for name in shown)
-            cells = " | ".join("" if time is None else duration(time) for time in times)
-            lines.append(f"| {timing['name'].removeprefix(MODELS).strip()} | {cells} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+
+    return _by_run(shown.values(), rows)
 
 
 def suite_table(suite: str) -> str:
-    """Of the newest run, every case of a suite but the points of curves and whole models."""
+    """Every case of a suite in the newest run, without points of curves and whole models."""
     run = newest()
-    drawn = {case.name for case in every_curve()}
-    heading = (
-        f"| {described(record.as_json(run))} | ours | rate | of the ceiling | fastest peer | |"
-    )
-    lines = [heading, "| --- | --- | --- | --- | --- | --- |"]
-    for result in run.results:
-        if result.group.split()[0] != suite or result.name in drawn or MODELS in result.name:
-            continue
-        rate, share = rate_and_share(
-            result, run.gemm, run.bandwidth.get("copy"), run.bandwidth.get("read")
+    left_out = {case.name for case in curves.every()}
+    rows = [
+        (
+            result.name,
+            duration(result.ours.median),
+            *rate_and_share(result, *ceilings(run)),
+            f"{result.peer}, {duration(result.timings[result.peer].median)}",
+            f"{result.ratio:.2f}x",
         )
-        peer = f"{result.peer}, {duration(result.timings[result.peer].median)}"
-        ours = duration(result.ours.median)
-        lines.append(
-            f"| {result.name} | {ours} | {rate} | {share} | {peer} | {result.ratio:.2f}x |"
-        )
-    return "\n".join(lines)
+        for result in run.results
+        if result.group.split()[0] == suite and not result.name.startswith(MODELS)
+        if result.name not in left_out
+    ]
+    about = described({"machine": run.machine, "started": run.started})
+    return markdown_rows((about, "ours", "rate", "of the ceiling", "fastest peer", ""), rows)
 
 
-_HEADING = ("| case | ours | fastest peer | times faster |", "| --- | --- | --- | --- |")
+def _case_table(timings: Iterable[Any]) -> str:
+    return markdown_rows(("case", "ours", "fastest peer", "times faster"), map(_row, timings))
 
 
-def _row(timing: Any) -> str:
-    found, peer, name = medians(timing), fastest_peer(timing), timing["name"]
+def _row(timing: Any) -> tuple[str, ...]:
+    found, name = medians(timing), timing["name"]
     if OURS not in found:
-        return f"| {name} | failed | | |"
-    ours = found[OURS]
+        return name, "failed", "", ""
+    ours, peer = found[OURS], fastest_peer(found)
     if peer is None:
-        return f"| {name} | {duration(ours)} | none here | |"
-    theirs = found[peer]
-    return f"| {name} | {duration(ours)} | {peer}, {duration(theirs)} | {theirs / ours:.2f}x |"
+        return name, duration(ours), "none here", ""
+    beside = f"{peer}, {duration(found[peer])}"
+    return name, duration(ours), beside, f"{found[peer] / ours:.2f}x"
 
 
 def every_case() -> str:
@@ -195,21 +181,15 @@ def every_case() -> str:
 def _section(name: str, run: Run) -> str:
     commit = run["machine"].get("commit", "unknown")
     about = f"{described(run)}, at commit {commit}; `benchmarks/results/{name}.json`."
-    memory = _memory(run.get("peak_memory", []))
-    return "\n".join([f"## {name}", "", about, "", *_HEADING, *map(_row, run["timings"]), *memory])
-
-
-def _memory(points: Sequence[Any]) -> list[str]:
-    """A line for each dtype and contestant of the peak over the length."""
+    parts = [f"## {name}", about, _case_table(run["timings"])]
     lines: dict[str, list[str]] = {}
-    for point in points:
-        who = f"{point.get('contestant', OURS)}, {point['dtype']}"
+    for point in run.get("peak_memory", []):
         size = f"{point['bytes'] / 2**20:.1f} MiB at T={point['length']}"
-        lines.setdefault(who, []).append(size)
-    if not lines:
-        return []
-    said = [f"- {who}: {', '.join(sizes)}" for who, sizes in lines.items()]
-    return ["", "Peak memory of forward and backward of attention, beyond the inputs:", "", *said]
+        lines.setdefault(f"{point.get('contestant', OURS)}, {point['dtype']}", []).append(size)
+    if lines:
+        parts.append("Peak memory of forward and backward of attention, beyond the inputs:")
+        parts.append("\n".join(f"- {who}: {', '.join(sizes)}" for who, sizes in lines.items()))
+    return "\n\n".join(parts)
 
 
 QUOTES: dict[str, Callable[[], str]] = {
@@ -224,7 +204,7 @@ QUOTES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """`text` with every quote as it should be. KeyError for one that nobody makes."""
+    """`text` with every quote up to date. KeyError for the name of an unknown quote."""
     return _PART.sub(lambda part: f"{part[1]}{QUOTES[part[2]]()}\n{part[3]}", text)
 
 
@@ -236,14 +216,14 @@ def newest() -> runner.Run:
 
 
 def report() -> dict[Path, str | None]:
-    """What docs/ should hold of the newest run; None for a figure that nothing draws."""
+    """The files that docs/ should hold of the newest run; None for a figure that nothing draws."""
     drawn = page.files([newest()])
     left: dict[Path, str | None] = dict.fromkeys((REPORT / page.FIGURES).glob("*.svg"))
     return left | {REPORT / name: text for name, text in drawn.items()}
 
 
 def stale() -> Iterator[tuple[Path, str | None]]:
-    """The files that say something else than they should, and what they should say."""
+    """The files that are out of date, each with its correct text."""
     documents = {ROOT / name: rewritten((ROOT / name).read_text()) for name in DOCUMENTS}
     for path, text in (documents | report()).items():
         if not path.exists() or path.read_text() != text:
@@ -251,9 +231,9 @@ def stale() -> Iterator[tuple[Path, str | None]]:
 
 
 def main() -> int:
-    """Rewrite what is stale; with --check, only say so, and exit with 1."""
+    """Rewrite the stale files; with --check, only name them, and exit with 1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quotes", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where a file would")
+    parser.add_argument("--check", action="store_true", help="name stale files and exit with 1")
     check = parser.parse_args().check
     found = list(stale())
     for path, text in found:

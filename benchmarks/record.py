@@ -1,14 +1,13 @@
 """A run as a file, and back.
 
-The file is one of pytest-benchmark's, whose statistics are its own, so that `pytest-benchmark
-compare` reads it too; what that format has no place for stands beside.
+The file has the format and the statistics of pytest-benchmark, so that `pytest-benchmark compare`
+reads it too; what that format has no place for is stored beside.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,15 @@ from resformer_kernels.testing.verification import Verdict
 FORMAT = 2
 RESULTS = Path(__file__).parent / "results"
 """The runs that README.md and docs/ quote."""
+
+_NAMES = {
+    "gemm": "gemm_flops_per_s",
+    "bandwidth": "bandwidth_bytes_per_s",
+    "results": "timings",
+    "window_shares": "window_pair_shares",
+    "memory": "peak_memory",
+}
+"""The names of `Run`'s fields in the file, where they differ."""
 
 
 class UnreadableError(ValueError):
@@ -38,8 +46,7 @@ def store(run: Run, path: Path) -> Path:
 def load(path: Path) -> Run:
     """The run in a file. `UnreadableError` where there is none."""
     try:
-        data = json.loads(path.read_text())
-        return from_json(data)
+        return from_json(json.loads(path.read_text()))
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -47,7 +54,7 @@ def load(path: Path) -> Run:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """For `store`."""
+    """The content of the file."""
     return {
         "format": FORMAT,
         "version": pytest_benchmark.__version__,
@@ -57,103 +64,70 @@ def as_json(run: Run) -> dict[str, Any]:
         "benchmarks": [
             _benchmark(result, name) for result in run.results for name in result.timings
         ],
-        "machine": run.machine,
-        "started": run.started,
-        "gemm_flops_per_s": run.gemm,
-        "bandwidth_bytes_per_s": run.bandwidth,
-        "freed_memory_kept": run.freed_memory_kept,
+        **{_NAMES.get(name, name): value for name, value in asdict(run).items()},
         "timings": [_summary(result) for result in run.results],
-        "left_out": run.left_out,
-        "window_pair_shares": run.window_shares,
-        "peak_memory": [asdict(point) for point in run.memory],
-        "errors": [asdict(verdict) for verdict in run.errors],
     }
 
 
 def _benchmark(result: Result, contestant: str) -> dict[str, Any]:
+    """An entry of pytest-benchmark's."""
+    timing = result.timings[contestant]
     stats: Any = Stats()
-    for sample in result.timings[contestant].samples:
+    for sample in timing.samples:
         stats.update(sample)
     name = f"{result.name} [{contestant}]"
+    about = {"case": result.name, "contestant": contestant, "fresh_pages": timing.fresh_pages}
     return {
         "group": result.name,
         "name": name,
         "fullname": name,
         "params": None,
         "param": None,
-        "extra_info": {
-            "case": result.name,
-            "contestant": contestant,
-            "fresh_pages": list(result.timings[contestant].fresh_pages),
-        },
+        "extra_info": about,
         "options": {"disable_gc": True, "timer": "perf_counter", "warmup": True},
         "stats": {**stats.as_dict(), "iterations": 1, "data": stats.data},
     }
 
 
 def _summary(result: Result) -> dict[str, Any]:
+    about = asdict(result)
+    del about["timings"]
     return {
-        "name": result.name,
-        "group": result.group,
-        "dtype": result.dtype,
-        "flops": result.flops,
-        "bytes": result.bytes,
+        **about,
         "medians_s": {name: timing.median for name, timing in result.timings.items()},
         "peer": result.peer if result.peers else None,
         "ratio": result.ratio if result.peers else None,
-        "absent": result.absent,
-        "peak_bytes": result.peak_bytes,
     }
 
 
 def from_json(data: dict[str, Any]) -> Run:
-    """For `load`; the first format is read as well."""
+    """The run in the content of a file; the first format is read as well."""
     if data["format"] not in (1, FORMAT):
         raise ValueError(f"format {data['format']}, this reads 1 and {FORMAT}")
     timings = _timings(data)
-    results = [
+    found = {field.name: data.get(_NAMES.get(field.name, field.name)) for field in fields(Run)}
+    found["results"] = [
         Result(
-            timing["name"],
-            timing["group"],
-            timing["dtype"],
-            timing["flops"],
-            timing["bytes"],
-            timings[timing["name"]],
-            timing.get("absent", {}),
-            timing.get("peak_bytes", {}),
+            **{field.name: case[field.name] for field in fields(Result) if field.name in case}
+            | {"timings": timings[case["name"]]}
         )
-        for timing in data["timings"]
+        for case in data["timings"]
     ]
-    return Run(
-        machine=data["machine"],
-        started=data["started"],
-        gemm=data["gemm_flops_per_s"],
-        bandwidth=data["bandwidth_bytes_per_s"],
-        freed_memory_kept=data.get("freed_memory_kept", False),
-        results=results,
-        left_out=data.get("left_out", {}),
-        window_shares=data["window_pair_shares"],
-        memory=[MemoryPoint(**point) for point in data["peak_memory"]],
-        errors=[Verdict(**verdict) for verdict in data.get("errors", [])],
-    )
+    found["memory"] = [MemoryPoint(**point) for point in data["peak_memory"]]
+    found["errors"] = [Verdict(**verdict) for verdict in data.get("errors", [])]
+    return Run(**{name: value for name, value in found.items() if value is not None})
 
 
 def _timings(data: dict[str, Any]) -> dict[str, dict[str, Timing]]:
-    """By case and contestant."""
-
-    def timing(samples: Sequence[float], about: dict[str, Any]) -> Timing:
-        return Timing(tuple(samples), tuple(about.get("fresh_pages", ())))
-
-    if data["format"] == 1:
-        return {
-            case["name"]: {
-                name: timing(kept["samples"], kept) for name, kept in case["timings"].items()
-            }
-            for case in data["timings"]
-        }
+    """The timings by case and contestant."""
     found: dict[str, dict[str, Timing]] = {}
-    for entry in data["benchmarks"]:
+    if data["format"] == 1:
+        for case in data["timings"]:
+            for name, stored in case["timings"].items():
+                timing = Timing(tuple(stored["samples"]), tuple(stored.get("fresh_pages", ())))
+                found.setdefault(case["name"], {})[name] = timing
+    for entry in data.get("benchmarks", ()):
         about = entry["extra_info"]
-        by_name = found.setdefault(about["case"], {})
-        by_name[about["contestant"]] = timing(entry["stats"]["data"], about)
+        timing = Timing(tuple(entry["stats"]["data"]), tuple(about.get("fresh_pages", ())))
+        found.setdefault(about["case"], {})[about["contestant"]] = timing
     return found

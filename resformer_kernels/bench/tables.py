@@ -1,4 +1,4 @@
-"""Tables that more than one command prints."""
+"""Tables that more than one command prints, and the format of their numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,29 @@ from resformer_kernels.testing.verification import Verdict
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * scale >= 1.0 or unit == "µs":
+    for scale, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * scale >= 1.0:
             return f"{seconds * scale:.3g} {unit}"
-    raise AssertionError("unreachable: µs takes everything")
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def blank_table(words: Iterable[str], numbers: Iterable[str], title: str | None = None) -> Table:
+    """An empty table: columns of words, which fold, then columns of numbers, flush right."""
+    empty = Table(header_style="bold", title=title, title_justify="left")
+    for heading in words:
+        empty.add_column(heading, overflow="fold")
+    for heading in numbers:
+        empty.add_column(heading, justify="right", no_wrap=True)
+    return empty
+
+
+def markdown_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of text as a table in Markdown."""
+    rule = ["---"] * len(headings)
+    return "\n".join(
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in row)
+        for row in (headings, rule, *rows)
+    )
 
 
 def speed_table(
@@ -26,45 +45,33 @@ def speed_table(
     copy_bandwidth: float | None = None,
     read_bandwidth: float | None = None,
 ) -> Table:
-    """Ours beside the fastest peer of each case, and our share of the ceiling measured beside.
+    """Ours beside the fastest peer of each case, and our share of the measured ceiling.
 
     Args:
-        results: what was timed.
+        results: the timed cases.
         gemm: FLOP/s of a matrix product, by dtype.
         copy_bandwidth: bytes a second, the ceiling of cases without FLOPs.
         read_bandwidth: bytes a second, the ceiling of decoding, which only reads.
     """
-    table = Table(header_style="bold")
-    table.add_column("case", overflow="fold")
-    remembered = any(result.peak_bytes for result in results)
-    headings = ("ours", "peer", "ratio", "ours, rate", "ceiling")
-    for heading in (*headings, *(("MiB, peer's",) if remembered else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("fastest peer", no_wrap=True)
-    group = ""
-    for result in results:
-        if group and result.group != group:
-            table.add_section()
-        group = result.group
-        rate, share = rate_and_share(result, gemm, copy_bandwidth, read_bandwidth)
+    memory = ["MiB, peer's"] if any(result.peak_bytes for result in results) else []
+    found = blank_table(["case"], ["ours", "peer", "ratio", "ours, rate", "ceiling", *memory])
+    found.add_column("fastest peer", no_wrap=True)
+    for place, result in enumerate(results):
+        if place and result.group != results[place - 1].group:
+            found.add_section()
+        peaks = (result.peak_bytes.get(name) for name in (OURS, result.peer))
+        sizes = ["" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks]
         colour = "green" if result.ratio >= 1 else "yellow"
-        table.add_row(
+        found.add_row(
             result.name,
             duration(result.ours.median),
             duration(result.timings[result.peer].median),
             f"[{colour}]{result.ratio:.2f}x",
-            rate,
-            share,
-            *((_memory(result),) if remembered else ()),
+            *rate_and_share(result, gemm, copy_bandwidth, read_bandwidth),
+            *(", ".join(sizes) for _ in memory),
             result.peer,
         )
-    return table
-
-
-def _memory(result: Result) -> str:
-    """MiB that one call takes: ours, and its fastest peer's."""
-    cells = [result.peak_bytes.get(name) for name in (OURS, result.peer)]
-    return ", ".join("" if found is None else f"{found / 2**20:.1f}" for found in cells)
+    return found
 
 
 def rate_and_share(
@@ -75,15 +82,13 @@ def rate_and_share(
 ) -> tuple[str, str]:
     """Our rate with its unit, and its share of the ceiling with the ceiling's name."""
     if result.flops:
-        rate = result.flops / result.ours.median
-        ceiling = gemm.get(result.dtype)
-        return f"{rate / 1e9:.0f} GFLOP/s", f"{rate / ceiling:.0%} of GEMM" if ceiling else ""
-    rate = result.bytes / result.ours.median
-    if result.group.startswith("decode"):
-        share = f"{rate / read_bandwidth:.0%} of read" if read_bandwidth else ""
+        work, ceiling, name, form = result.flops, gemm.get(result.dtype), "GEMM", "{:.0f} GFLOP/s"
+    elif result.group.startswith("decode"):
+        work, ceiling, name, form = result.bytes, read_bandwidth, "read", "{:.1f} GB/s"
     else:
-        share = f"{rate / copy_bandwidth:.0%} of copy" if copy_bandwidth else ""
-    return f"{rate / 1e9:.1f} GB/s", share
+        work, ceiling, name, form = result.bytes, copy_bandwidth, "copy", "{:.1f} GB/s"
+    rate = work / result.ours.median
+    return form.format(rate / 1e9), f"{rate / ceiling:.0%} of {name}" if ceiling else ""
 
 
 def table(

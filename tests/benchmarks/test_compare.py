@@ -1,4 +1,4 @@
-"""What `bench --compare` calls slower."""
+"""Which cases `bench --compare` calls slower."""
 
 from __future__ import annotations
 

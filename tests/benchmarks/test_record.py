@@ -19,12 +19,8 @@ RESULTS = sorted(record.RESULTS.glob("*.json"))
 
 def a_run() -> Run:
     timings = {"ours": Timing((1.0, 1.1, 0.9)), "SDPA": Timing((2.0, 2.2, 1.8))}
-    result = Result(
-        *("attention forward B1", "attention forward", "bfloat16", 7, 9),
-        timings,
-        {"flash-attn": "not installed"},
-        {"ours": 5, "SDPA": 6},
-    )
+    told = (timings, {"flash-attn": "not installed"}, {"ours": 5, "SDPA": 6})
+    result = Result("attention forward B1", "attention forward", "bfloat16", 7, 9, *told)
     return Run(
         {"processor": "a processor", "commit": "0123456789ab"},
         "2026-01-01T00:00:00+00:00",

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 
-from benchmarks import registry, runner
+from benchmarks import bench, registry, runner
 from resformer_kernels.bench import timing
 from resformer_kernels.bench.attention import SDPA, AttentionBenchmark
 from resformer_kernels.bench.workloads import FLASH_ATTN, MixBenchmark
-from resformer_kernels.cli import bench, main
+from resformer_kernels.cli import main
 from resformer_kernels.mix import native as mix_native
 from resformer_kernels.testing.verification import checks
 
@@ -29,15 +29,11 @@ MIX = MixBenchmark(2, 1, 32, 2, 8, torch.bfloat16, "forward")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Three quick cases, one length, ceilings that nobody measured, one thread, an empty folder."""
+    """Three quick cases, one length, invented ceilings, one thread, an empty folder."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cases = [
-        ATTENTION,
-        replace(ATTENTION, direction="forward", window=4),
-        MIX,
-    ]
+    cases = [ATTENTION, replace(ATTENTION, direction="forward", window=4), MIX]
     monkeypatch.setattr(registry, "cases", lambda *, quick: cases)  # noqa: ARG005
     monkeypatch.setattr(registry, "MEMORY_LENGTHS", (2048,))
     # One check an op: `verify` has tests of its own.
@@ -51,24 +47,27 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+Bench: TypeAlias = Callable[..., str]
+
+
+@pytest.fixture
+def printed_by(capsys: pytest.CaptureFixture[str]) -> Bench:
+    """`printed_by(*arguments, code=0)`: what `bench` prints; where it breaks off, its errors."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        assert main(["bench", *map(str, arguments)]) == code
+        captured = capsys.readouterr()
+        return captured.out if code in (0, 1) else captured.err
+
+    return run
+
+
 @pytest.mark.usefixtures("small")
-def test_everything_is_printed_and_stored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], native: str
-) -> None:
+def test_everything_is_printed_and_stored(tmp_path: Path, printed_by: Bench, native: str) -> None:
     assert native == "native"
-    assert main(["bench"]) == 0
-    printed = capsys.readouterr().out
-    for expected in (
-        "ceilings",
-        "of GEMM",
-        "of copy",
-        "time / pairs",
-        "exponent",
-        "threads",
-        "MiB",
-        "float64",
-    ):
-        assert expected in printed
+    printed = printed_by()
+    told = ("ceilings", "of GEMM", "of copy", "time / pairs", "exponent", "threads", "float64")
+    assert [text for text in (*told, "MiB") if text not in printed] == []
     (path,) = tmp_path.glob("reports/bench-*/run.json")
     assert ATTENTION.name in (path.parent / "index.html").read_text()
     stored = json.loads(path.read_text())
@@ -88,37 +87,32 @@ def test_everything_is_printed_and_stored(
 
 
 @pytest.mark.usefixtures("small")
-def test_filter_and_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--list", "--filter", "attention backward", "--filter", "mix"]) == 0
-    names = capsys.readouterr().out.splitlines()
+def test_filter_and_list(printed_by: Bench) -> None:
+    printed = printed_by("--list", "--filter", "attention backward", "--filter", "mix")
+    names = printed.splitlines()
     assert [name.split()[0] for name in names] == ["attention", "mix_values"]
     assert names[1].endswith("[sum of products, stack and einsum]")
     for refused in (["--filter", "no such case"], ["--peer", "no such peer"]):
-        assert main(["bench", *refused]) == 2
-        assert "--list prints the names" in capsys.readouterr().err
+        assert "--list prints the names" in printed_by(*refused, code=2)
 
 
 @pytest.mark.usefixtures("small")
-def test_peers_and_suites_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--list", "--suite", "window"]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
-    assert main(["bench", "--peer", "EINSUM", "(b,h,t,d)"]) == 0
-    printed = capsys.readouterr().out
+def test_peers_and_suites_are_chosen(tmp_path: Path, printed_by: Bench) -> None:
+    assert printed_by("--list", "--suite", "window").count("\n") == 1
+    printed = printed_by("--peer", "EINSUM", "(b,h,t,d)")
     assert "stack and einsum" in printed
     assert "sum of products" not in printed
-    assert main(["bench", "--suite", "attention", "--peer", "flash-attn"]) == 0
-    assert "flash_attn is not installed" in capsys.readouterr().out
+    absent = "flash_attn is not installed"
+    assert absent in printed_by("--suite", "attention", "--peer", "flash-attn")
     assert list(tmp_path.iterdir()) == [], "a part of the suite is not stored by itself"
 
 
 @pytest.mark.usefixtures("small")
 def test_a_sleep_in_a_launcher_is_found(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], native: str
+    monkeypatch: pytest.MonkeyPatch, printed_by: Bench, native: str
 ) -> None:
     assert native == "native"
-    path = tmp_path / "run.json"
-    mixes = ["bench", "--filter", "mix_values"]
-    assert main([*mixes, "--json", str(path)]) == 0
+    printed_by("--filter", "mix_values", "--json", "run.json")
     launch = mix_native.run
 
     def sleepy(*arguments: Any) -> Any:
@@ -126,31 +120,25 @@ def test_a_sleep_in_a_launcher_is_found(
         return launch(*arguments)
 
     monkeypatch.setattr(mix_native, "run", sleepy)
-    capsys.readouterr()
-    assert main([*mixes, "--compare", str(path)]) == 1
-    printed = capsys.readouterr().out
+    printed = printed_by("--filter", "mix_values", "--compare", "run.json", code=1)
     assert "1 slower" in printed
     assert MIX.name in printed
 
 
 @pytest.mark.usefixtures("small")
-def test_noise_is_not_called_slower(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_noise_is_not_called_slower(monkeypatch: pytest.MonkeyPatch, printed_by: Bench) -> None:
     rng = random.Random(0)
-    # Of a clock that a busy machine jerks about: what the same code takes differs by a fifth.
+    # The clock of a busy machine: the times of the same code differ by a fifth.
     monkeypatch.setattr(timing, "host_timer", lambda call, _: (call(), rng.gauss(1, 0.1))[1])
-    path = tmp_path / "run.json"
-    assert main(["bench", "--filter", "causal", "--filter", "mix", "--json", str(path)]) == 0
+    cases = ("--filter", "causal", "--filter", "mix")
+    printed_by(*cases, "--json", "run.json")
     for _ in range(3):
-        arguments = ["--filter", "causal", "--filter", "mix", "--compare", str(path)]
-        assert main(["bench", *arguments]) == 0
-        assert " 0 slower" in capsys.readouterr().out
+        assert " 0 slower" in printed_by(*cases, "--compare", "run.json")
 
 
 @pytest.mark.usefixtures("small")
 def test_what_an_interrupted_run_found_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, printed_by: Bench
 ) -> None:
     time_case = runner.time_case
 
@@ -160,42 +148,36 @@ def test_what_an_interrupted_run_found_is_kept(
         return time_case(case, *args, **kwargs)
 
     monkeypatch.setattr(runner, "time_case", until_mixing)
-    assert main(["bench", "--filter", "attention", "--filter", "mix", "--json", "run.json"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-    stored = json.loads((tmp_path / "run.json").read_text())
-    assert [timing["group"] for timing in stored["timings"]] == [
-        "attention backward",
-        "window forward",
-    ]
+    cases = ("--filter", "attention", "--filter", "mix")
+    assert "interrupted" in printed_by(*cases, "--json", "run.json", code=130)
+    stored = json.loads(Path("run.json").read_text())
+    groups = [timing["group"] for timing in stored["timings"]]
+    assert groups == ["attention backward", "window forward"]
 
 
 @pytest.mark.usefixtures("small")
 def test_stored_runs_are_shown_without_timing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, printed_by: Bench
 ) -> None:
-    path = tmp_path / "run.json"
-    assert main(["bench", "--filter", "mix", "--json", str(path)]) == 0
+    printed_by("--filter", "mix", "--json", "run.json")
     monkeypatch.delattr(runner, "time_cases")
-    capsys.readouterr()
-    assert main(["bench", "--from", str(path), "--compare", str(path)]) == 0
-    printed = capsys.readouterr().out
+    printed = printed_by("--from", "run.json", "--compare", "run.json")
     assert MIX.name in printed
     assert "1 cases are in the stored run too: 0 slower" in printed
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_refused(tmp_path: Path, printed_by: Bench) -> None:
     for option in ("--from", "--compare"):
-        assert main(["bench", option, str(tmp_path / "none.json")]) == 2
-        assert "none.json: No such file" in capsys.readouterr().err
+        printed = printed_by(option, tmp_path / "none.json", code=2)
+        assert "none.json: No such file" in printed
 
 
 def test_without_a_registry_the_error_says_where_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed_by: Bench
 ) -> None:
     monkeypatch.setattr("resformer_kernels.cli._CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["bench"]) == 2
-    assert "run this from a checkout" in capsys.readouterr().err
+    assert "run this from a checkout" in printed_by(code=2)
 
 
 def test_too_few_samples_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
