@@ -101,9 +101,9 @@ class Fake:
                 assert name in used or given[name] == parameter.default
             if "cu_seqlens_q" in given:
                 packing = tuple(given[name] for name in _PACKING)
-                out, lse = self.packed(*tensors, packing, *shared)  # type: ignore[arg-type]
+                out, lse = self.packed(*[*tensors, packing, *shared])
             else:
-                out, lse = self.fixed(*tensors, *shared)
+                out, lse = self.fixed(*[*tensors, *shared])
             results = (out, lse, None) if self.version == 2 else (out, lse)
             return results if given["return_attn_probs"] else out
 
