@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.workloads.attention import MATH, CPUAttention
 from benchmarks.workloads.decode import DecodeBenchmark
 from benchmarks.workloads.reservoir import ReservoirBenchmark
 from benchmarks.workloads.scan import PEERS, ScanBenchmark
-from resformer_kernels.bench.attention import MATH, SDPA, AttentionBenchmark
+from resformer_kernels.bench.attention import SDPA
 from resformer_kernels.bench.timing import Benchmark
 
 CURVE_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -30,7 +31,7 @@ RESERVOIR_LENGTHS, RESERVOIR_CURVE_UNITS = (1024, 65536), 256
 def attention() -> list[Benchmark]:
     """How time and memory grow with the length; the scores of plain mathematics with its square."""
     return [
-        AttentionBenchmark(
+        CPUAttention(
             *(1, CURVE_HEADS, CURVE_HEADS, length, CURVE_HEAD_DIM),
             torch.bfloat16,
             direction,

@@ -16,13 +16,7 @@ from torch import Tensor
 from benchmarks import registry
 from benchmarks.device_timer import readings, timer_for
 from benchmarks.supervisor import Job
-from benchmarks.workloads.device import (
-    FA3,
-    FLEX,
-    SDPA_CUDNN,
-    SDPA_FLASH,
-    DeviceAttention,
-)
+from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
 from resformer_kernels.attention import api as attention
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
@@ -31,6 +25,7 @@ from resformer_kernels.kvcache import api as kvcache
 from resformer_kernels.mix import api as mix
 from resformer_kernels.reservoir import api as reservoir
 from resformer_kernels.scan import api as scan
+from resformer_kernels.testing.inputs import dtype_name
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
@@ -82,12 +77,11 @@ def check_jobs(settings: Settings) -> tuple[list[Job], list[Job]]:
 
 def warm_jobs(settings: Settings) -> list[Job]:
     """One case of each kernel that `time` jobs will need, so that they find it compiled."""
-    others = (SDPA_FLASH, SDPA_CUDNN, FA3)
-    found = []
-    for case in registry.device_cases(settings.device, tiny=settings.tiny):
-        if not isinstance(case, DeviceAttention) or case.flex:
-            found.append(Job("warm", case.name, _WARM_SECONDS, without=others))
-    return found
+    return [
+        Job("warm", case.name, _WARM_SECONDS, without=DEVICE_PEERS)
+        for case in registry.device_cases(settings.device, tiny=settings.tiny)
+        if not isinstance(case, DeviceAttention) or FLEX in case.peers
+    ]
 
 
 def time_jobs(settings: Settings) -> list[Job]:
@@ -185,7 +179,7 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
         "wrong": wrong,
         "name": case.name,
         "group": case.group,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "flops": case.flops,
         "bytes": case.bytes,
     }
@@ -206,7 +200,7 @@ def _disagreements(found: dict[str, object]) -> dict[str, float]:
 
     The λ's gradients are cancelling sums, and are left to the comparison with float64.
     """
-    peers = [name for name in (SDPA_FLASH, SDPA_CUDNN, FA3, FLEX) if name in found]
+    peers = [name for name in (*DEVICE_PEERS, FLEX) if name in found]
     if OURS not in found or not peers:
         return {}
     ours, peer = _tensors(found[OURS]), _tensors(found[peers[0]])

@@ -17,21 +17,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.workloads.attention import MATH, X_TRANSFORMERS
+from benchmarks.workloads.common import COMPILED, FLASH_ATTN
 from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES
 from benchmarks.workloads.device import FA3, FLEX
 from benchmarks.workloads.model import DYNAMIC, STATIC
 from benchmarks.workloads.reservoir import LOOP as TORCH_LOOP
 from benchmarks.workloads.reservoir import RESERVOIRPY, RNN
 from benchmarks.workloads.scan import ASSOCIATIVE, COPY, LOOP
-from resformer_kernels.bench.attention import (
-    HEADS_FIRST,
-    MATH,
-    NO_WINDOW,
-    TIME_FIRST,
-    X_TRANSFORMERS,
-)
+from resformer_kernels.bench.attention import HEADS_FIRST, NO_WINDOW, TIME_FIRST
 from resformer_kernels.bench.timing import OURS
-from resformer_kernels.bench.workloads import COMPILED, FLASH_ATTN
 
 WIDTH = 5.2
 """Inches. A panel this wide is readable on a telephone, and two stand side by side."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from benchmarks.call_memory import reset_peak, resident, unavailable_reason
 from resformer_kernels import explain, value_residual_attention
 from resformer_kernels.bench.timing import OURS
+from resformer_kernels.testing.inputs import dtype_name
 
 SDPA = "mix + SDPA"
 
@@ -41,7 +42,7 @@ def peak_extra_bytes(
         sys.executable,
         *("-m", __name__, str(length)),
         *("--heads", str(heads), "--head-dim", str(head_dim)),
-        *("--dtype", str(dtype).removeprefix("torch.")),
+        *("--dtype", dtype_name(dtype)),
         *("--threads", str(threads or torch.get_num_threads())),
         *("--contestant", contestant),
     ]

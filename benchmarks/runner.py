@@ -14,6 +14,7 @@ from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
 from resformer_kernels.bench.fresh_pages import freed_memory_kept
 from resformer_kernels.bench.timing import Benchmark, Result, Timing, Unavailable, measure
+from resformer_kernels.testing.inputs import dtype_name
 from resformer_kernels.testing.verification import Verdict, checks, verify
 
 SETTLE_ROUNDS = 10
@@ -148,7 +149,7 @@ def measure_memory(
     """Add the peak memory at each length, each in a process of its own."""
     for contestant in contestants:
         for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             for length in lengths:
                 on_case(f"peak memory of {contestant} T{length} {name}")
                 extra = peak_extra_bytes(

@@ -26,8 +26,7 @@ from benchmarks.device_timer import timer_for
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention
-from resformer_kernels.bench.timing import Call, alternate
-from resformer_kernels.bench.workloads import timed_call
+from resformer_kernels.bench.timing import Call, alternate, timed_call
 
 TRY, TIME, PLACE = "tune try", "tune time", "tune place"
 """Kinds of job: compile and compare; time; time both placements of the mix."""

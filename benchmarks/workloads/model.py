@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.workloads.common import Makers, require_package
 from benchmarks.workloads.decode import OWN_VALUES
 from resformer_kernels.bench.timing import OURS, Call
-from resformer_kernels.bench.workloads import require_package
+from resformer_kernels.testing.inputs import dtype_name
 
 MODELS = "decode in transformers"
 STATIC, DYNAMIC = "sdpa, StaticCache", "sdpa, DynamicCache"
@@ -28,8 +29,8 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class ModelBenchmark:
-    """`model(ids, past_key_values=cache)` of a Llama in Hugging Face transformers, one token a
-    sequence, its weights and its keys and values random, the same for all.
+    """One token a sequence through a Llama of Hugging Face transformers: `model(ids,
+    past_key_values=cache)`. Its weights, keys and values are random, the same for all contestants.
 
     Ours is `attn_implementation="resformer"` over a `ResFormerCache`; the peers are transformers'
     sdpa over its own caches. With `shared` the model is an SVFormer, whose values are cached once,
@@ -47,10 +48,9 @@ class ModelBenchmark:
     @property
     def name(self) -> str:
         """Shape, layers and dtype."""
-        dtype = str(self.dtype).removeprefix("torch.")
         kind = "SVFormer" if self.shared else "Llama"
         shape = f"B{self.batch} T{self.length}"
-        return f"{self.group} {kind} {shape}, {self.layers} layers, {dtype}"
+        return f"{self.group} {kind} {shape}, {self.layers} layers, {dtype_name(self.dtype)}"
 
     @property
     def bytes(self) -> int:
@@ -62,9 +62,9 @@ class ModelBenchmark:
         rows = self.layers + (1 if self.shared else self.layers)
         return self.dtype.itemsize * (weights + rows * self.batch * self.length * own * dim)
 
-    def makers(self) -> dict[str, Callable[[], Call]]:
+    def makers(self) -> Makers:
         """Ours and the peers, each with a model and a cache of its own."""
-        stock: dict[str, Callable[[], Call]] = {
+        stock: Makers = {
             OURS: lambda: self._step("resformer", "ours", shared=self.shared),
             DYNAMIC: lambda: self._step("sdpa", "dynamic", shared=self.shared),
         }

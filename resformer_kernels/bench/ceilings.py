@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from resformer_kernels.bench.timing import MIN_SAMPLES, Timer, alternate
+from resformer_kernels.testing.inputs import dtype_name
 
 _GEMM_SIZE = 2048
 _ARRAY_BYTES = 256 * 2**20
@@ -33,8 +34,7 @@ def gemm_rates(
     contestants = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        name = str(dtype).removeprefix("torch.")
-        contestants[name] = lambda a=a, b=b: torch.mm(a, b)
+        contestants[dtype_name(dtype)] = lambda a=a, b=b: torch.mm(a, b)
     timings = alternate(contestants, samples=samples, timer=timer)
     return {name: 2 * size**3 / timing.median for name, timing in timings.items()}
 

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from resformer_kernels.bench import fresh_pages
+from resformer_kernels.testing.inputs import dtype_name
 
 OURS = "ours"
 """The contestant that this package provides; every other one is a peer."""
@@ -124,6 +126,31 @@ class Result:
         return self.timings[self.peer].median / self.ours.median
 
 
+def timed_call(
+    outputs: Callable[[], Any],
+    leaves: Sequence[Tensor],
+    direction: str,
+    grad: Tensor | None = None,
+) -> Call:
+    """A call that runs `outputs` forward, or the gradient of every leaf through it.
+
+    Of a tuple of outputs the first one counts. `grad` is its gradient (default: random).
+    """
+
+    def first() -> Tensor:
+        found = outputs()
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    if direction == "forward":
+        return torch.no_grad()(first)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = first()
+    given = torch.randn_like(result) if grad is None else grad
+    return lambda: torch.autograd.grad(result, leaves, given, retain_graph=True)
+
+
 def alternate(
     contestants: Mapping[str, Callable[[], object]],
     *,
@@ -223,7 +250,7 @@ def measure(
     return Result(
         benchmark.name,
         benchmark.group,
-        str(benchmark.dtype).removeprefix("torch."),
+        dtype_name(benchmark.dtype),
         benchmark.flops,
         benchmark.bytes,
         timings,

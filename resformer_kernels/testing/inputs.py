@@ -83,6 +83,11 @@ class AttentionCase:
     """By how much max_seqlen exceeds the longest packed sequence."""
     seed: int = 0
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function that takes such inputs."""
+        return value_residual_attention if self.lengths is None else value_residual_attention_varlen
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -109,6 +114,11 @@ class _Source:
         """Queries, keys, values or their gradients, NaN beyond the packed sequences."""
         x = _poison_tail(self.case, self.normal(shape, self.case.dtype))
         return laid_out(x.to(self.device), layout)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as cases are named by it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -168,9 +178,7 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
         grads.append(source.normal(lse_shape, wide).to(device))
     if case.return_mixed_value:
         grads.append(source.rows(v_shape, case.grad_layout))
-    packed = case.lengths is not None
-    function = value_residual_attention_varlen if packed else value_residual_attention
-    return Inputs(function, tensors, options, tuple(grads))
+    return Inputs(case.function, tensors, options, tuple(grads))
 
 
 def _poison_tail(case: AttentionCase, x: Tensor) -> Tensor:

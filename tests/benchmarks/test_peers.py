@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks.call_memory import peak_call_bytes, unavailable_reason
 from benchmarks.workloads import scan as scan_workloads
+from benchmarks.workloads.attention import MATH, X_TRANSFORMERS, CPUAttention
+from benchmarks.workloads.common import FLASH_ATTN
 from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
 from benchmarks.workloads.device import FA3, FLEX
 from benchmarks.workloads.model import DYNAMIC, STATIC, ModelBenchmark
@@ -26,35 +28,25 @@ from benchmarks.workloads.reservoir import (
     _plain_loop,
 )
 from benchmarks.workloads.scan import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
-from resformer_kernels.bench.attention import (
-    MATH,
-    X_TRANSFORMERS,
-    AttentionBenchmark,
-)
 from resformer_kernels.bench.timing import OURS, Unavailable
-from resformer_kernels.bench.workloads import FLASH_ATTN
 
-ATTENTION = AttentionBenchmark(
+ATTENTION = CPUAttention(
     *(1, 2, 2, 12, 8, torch.float32, "forward"), peers=(X_TRANSFORMERS, MATH, FLEX, FA3)
 )
 SCAN = ScanBenchmark(2, 16, 3, torch.float32, "forward", peers=(ASSOCIATIVE, FLA, ACCELERATED))
 
 
-def test_x_transformers_attends_over_the_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x_transformers_attends_over_the_mix() -> None:
     pytest.importorskip("x_transformers")
-    drawn = [torch.randn(3, 1, 12, 16), torch.randn(1, 2, 12, 8)]
-    make = ATTENTION.makers()[X_TRANSFORMERS]
-    given = iter(drawn)
-    monkeypatch.setattr(torch, "randn", lambda *_: next(given))
-    out = make()()
-    q, k, v = drawn[0].view(3, 1, 12, 2, 8).transpose(2, 3)
-    mixed = 0.5 * v + 0.5 * drawn[1]
+    out = ATTENTION.makers()[X_TRANSFORMERS]()()
+    q, k, v, v_first, *_ = ATTENTION.leaves(heads_first=True)
+    mixed = 0.5 * v + 0.5 * v_first
     expected = F.scaled_dot_product_attention(q, k, mixed, is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2))
 
 
 def test_attention_peers_say_why_not() -> None:
-    def reason(name: str, case: AttentionBenchmark = ATTENTION) -> str:
+    def reason(name: str, case: CPUAttention = ATTENTION) -> str:
         with pytest.raises(Unavailable) as caught:
             case.makers()[name]()
         return str(caught.value)

@@ -18,16 +18,19 @@ from benchmarks import device_timer
 from benchmarks.device_timer import DeviceTimer, timer_for
 from benchmarks.workloads import device as device_workloads
 from benchmarks.workloads.device import (
+    DEVICE_PEERS,
     FA3,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
     DeviceAttention,
 )
+from benchmarks.workloads.mix import MixBenchmark
 from resformer_kernels.bench.timing import OURS, Unavailable, host_timer
-from resformer_kernels.bench.workloads import MixBenchmark
 
-CASE = DeviceAttention(2, 4, 2, 64, 16, torch.bfloat16, "forward", True, device="cpu", flex=True)
+CASE = DeviceAttention(
+    *(2, 4, 2, 64, 16, torch.bfloat16, "forward"), peers=(*DEVICE_PEERS, FLEX), device="cpu"
+)
 
 
 def test_flops_and_names() -> None:
