@@ -6,6 +6,7 @@ Everything here runs in a worker of `supervisor`; the list of jobs is made witho
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,30 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import resformer_kernels
 from benchmarks import registry
 from benchmarks.device_timer import readings, timer_for
 from benchmarks.supervisor import Job
 from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
-from resformer_kernels.attention import api as attention
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
 from resformer_kernels.bench.timing import OURS, Call, Unavailable, alternate
-from resformer_kernels.kvcache import api as kvcache
-from resformer_kernels.mix import api as mix
-from resformer_kernels.reservoir import api as reservoir
-from resformer_kernels.scan import api as scan
 from resformer_kernels.testing.inputs import dtype_name
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
 """‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""
-
-_APIS: dict[str, Any] = {
-    "mix": mix,
-    "linear_scan": scan,
-    "reservoir_scan": reservoir,
-    "attention_with_kvcache": kvcache,
-}
 
 _CHECK_SECONDS, _WARM_SECONDS, _TIME_SECONDS, _CEILINGS_SECONDS = 100.0, 150.0, 60.0, 90.0
 _SAMPLE_SECONDS = 0.002
@@ -66,13 +56,13 @@ def ceilings_job() -> Job:
 
 def check_jobs(settings: Settings) -> tuple[list[Job], list[Job]]:
     """Every case of every op, with the native backend and with the others; longest first."""
-    native: list[Job] = []
-    others: list[Job] = []
-    for name, check in reversed(_checks("cpu", settings.tiny).items()):
-        for backend in backends(check.op):
-            jobs = native if backend == "native" else others
-            jobs.append(Job("check", f"{backend}: {name}", _CHECK_SECONDS))
-    return native, others
+    jobs = [
+        Job("check", f"{backend}: {name}", _CHECK_SECONDS)
+        for name, check in reversed(_checks("cpu", settings.tiny).items())
+        for backend in backends(check.op)
+    ]
+    native = [job for job in jobs if job.name.startswith("native: ")]
+    return native, [job for job in jobs if job not in native]
 
 
 def warm_jobs(settings: Settings) -> list[Job]:
@@ -92,11 +82,8 @@ def time_jobs(settings: Settings) -> list[Job]:
 
 def backends(op: str) -> list[str]:
     """The backends of an op that are not the reference."""
-    modules: Sequence[Any] = attention.BACKENDS
-    for name, api in _APIS.items():
-        if op.startswith(name):
-            modules = api.BACKENDS
-    return [module.NAME for module in modules if module.NAME != "reference"]
+    api = importlib.import_module(getattr(resformer_kernels, op).__module__)
+    return [module.NAME for module in api.BACKENDS if module.NAME != "reference"]
 
 
 def run(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -137,15 +124,12 @@ def _checks(device: str, tiny: bool) -> dict[str, Check]:
 def _run_check(job: Job, settings: Settings) -> dict[str, Any]:
     backend, _, name = job.name.partition(": ")
     check = _checks(settings.device, settings.tiny)[name]
+    about = {"op": check.op, "backend": backend}
     reason = check.refusal(backend)
     if reason is not None:
-        return {"op": check.op, "backend": backend, "refused": reason}
+        return {**about, "refused": reason}
     (verdicts,) = verify([check], backend)
-    return {
-        "op": check.op,
-        "backend": backend,
-        "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts],
-    }
+    return {**about, "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts]}
 
 
 def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -196,25 +180,28 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
 
 
 def _disagreements(found: dict[str, object]) -> dict[str, float]:
-    """Of our output or gradients, those that are not the first peer's, with their distance.
+    """Our output or gradients that are not the first peer's, with their distance.
 
     The λ's gradients are cancelling sums, and are left to the comparison with float64.
     """
     peers = [name for name in (*DEVICE_PEERS, FLEX) if name in found]
     if OURS not in found or not peers:
         return {}
-    ours, peer = _tensors(found[OURS]), _tensors(found[peers[0]])
+    ours, peer = tensors(found[OURS]), tensors(found[peers[0]])
     names = ("out",) if len(ours) == 1 else ("dq", "dk", "dv", "dv_first")
-    wrong = {}
-    for name, mine, theirs in zip(names, ours, peer, strict=False):
-        theirs = theirs.float()
-        distance = float((mine.float() - theirs).norm() / theirs.norm())
-        if not distance <= TOLERANCE:
-            wrong[name] = distance
-    return wrong
+    distances = map(relative_distance, ours, peer)
+    # Also where the distance is NaN.
+    return {name: off for name, off in zip(names, distances, strict=False) if not off <= TOLERANCE}
 
 
-def _tensors(result: object) -> Sequence[Tensor]:
+def relative_distance(mine: Tensor, true: Tensor) -> float:
+    """‖mine - true‖ / ‖true‖, in float32."""
+    true = true.float()
+    return float((mine.float() - true).norm() / true.norm())
+
+
+def tensors(result: object) -> Sequence[Tensor]:
+    """The output that a call returned, or the gradients."""
     if isinstance(result, Tensor):
         return (result,)
     assert isinstance(result, tuple)

@@ -78,16 +78,15 @@ class DeviceRun:
 
     def _broke(self, outcome: Outcome) -> Job | None:
         job, part = outcome.job, outcome.at
-        if job.kind not in ("warm", "time") or not part:
-            if job.kind != "warm":
-                self._fail(job, part, outcome.error)
-            return None
-        if job.kind == "time":
-            if part == OURS:
-                self._fail(job, part, outcome.error)
-            else:
-                self.missing[f"{job.name}: {part}"] = outcome.error
-        return without(job, part)
+        again = without(job, part) if part and job.kind in ("warm", "time") else None
+        # A part that fails while it is only compiled ahead fails again where it counts.
+        if job.kind == "warm":
+            return again
+        if again is None or part == OURS:
+            self._fail(job, part, outcome.error)
+        else:
+            self.missing[f"{job.name}: {part}"] = outcome.error
+        return again
 
     def _add_check(self, job: Job, result: dict[str, Any]) -> None:
         if "refused" in result:
