@@ -121,15 +121,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in one of `LAYOUTS`: the same numbers at other strides ("expanded": of head 0 alone)."""
+def laid_out(x: Tensor, layout: str, fill: float = torch.nan) -> Tensor:
+    """x in one of `LAYOUTS`: the same numbers at other strides ("expanded": of head 0 alone).
+    The gaps between them hold `fill`."""
     if layout == "heads_first":
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if layout == "sliced":
-        base = x.new_full([size + 3 for size in x.shape], torch.nan)
+        base = x.new_full([size + 3 for size in x.shape], fill)
         return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
     if layout == "strided":
-        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), fill)
         return base[..., ::2].copy_(x)
     if layout == "expanded":
         return x[..., :1, :].contiguous().expand(x.shape)

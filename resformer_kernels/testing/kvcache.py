@@ -122,7 +122,12 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
     inputs = KVCacheInputs(tensors, options)
     if case.page_size:
         inputs = paginated(inputs, case.page_size, case.seed)
-    caches = {name: _cache_laid_out(x, case.cache_layout) for name, x in inputs.caches().items()}
+    caches = {
+        name: x
+        if x.dim() < 4 and case.cache_layout == "heads_first"
+        else laid_out(x, case.cache_layout, fill=0)
+        for name, x in inputs.caches().items()
+    }
     tensors = {name: x.to(device) for name, x in {**inputs.tensors, **caches}.items()}
     return KVCacheInputs(tensors, options)
 
@@ -184,15 +189,6 @@ def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheIn
     return replace(inputs, tensors=tensors)
 
 
-def _cache_laid_out(x: Tensor, layout: str) -> Tensor:
-    if layout == "heads_first" and x.dim() == 4:
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
-        base = x.new_zeros([size + 3 for size in x.shape])
-        return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
-    return x
-
-
 def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> list[Comparison]:
     """One call against float64, and its caches against what they must hold to the bit.
 
@@ -209,7 +205,15 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
     # A quantised cache's scale multiplies a whole dot product: one rounding more.
     unit = torch.finfo(case.dtype).eps / 2 * (1 if case.quantised is None else 2)
     errors = {name: misfit(x, exact[name]) for name, x in near.items()}
-    found = _compared(got, exact, errors, unit)
+
+    def compared() -> list[Comparison]:
+        sizes = {name: norm(true) for name, true in exact.items()}
+        return [
+            Comparison(name, misfit(got[name], exact[name]), 2 * errors[name] + unit * size, size)
+            for name, size in sizes.items()
+        ]
+
+    found = compared()
     if not all(item.ok for item in found):
         # The reference's own error is luck: see `budgets`.
         luck = torch.Generator().manual_seed(0)
@@ -218,23 +222,11 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
             near, _ = run_copied(other, "reference")
             true, _ = run_copied(_wide(other), "reference")
             errors = {name: max(errors[name], misfit(x, true[name])) for name, x in near.items()}
-        found = _compared(got, exact, errors, unit)
+        found = compared()
     for name, cache in expected.items():
         wrong = (_bits(cache) != _bits(after[name])).sum()
         found.append(Comparison(name, float(wrong), 0.0, norm(cache)))
     return found
-
-
-def _compared(
-    got: Mapping[str, Tensor],
-    exact: Mapping[str, Tensor],
-    near: Mapping[str, float],
-    unit: float,
-) -> list[Comparison]:
-    return [
-        Comparison(name, misfit(got[name], true), 2 * near[name] + unit * norm(true), norm(true))
-        for name, true in exact.items()
-    ]
 
 
 def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
