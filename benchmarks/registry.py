@@ -6,7 +6,6 @@ Names are stable: results are compared by them.
 from __future__ import annotations
 
 from itertools import product
-from typing import TypeAlias
 
 import torch
 
@@ -21,15 +20,6 @@ from benchmarks.workloads.scan import COPY, ScanBenchmark
 from benchmarks.workloads.scan import PEERS as SCAN_PEERS
 from resformer_kernels.bench.timing import Benchmark
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
-
-DeviceCase: TypeAlias = (
-    DeviceAttention
-    | MixBenchmark
-    | EmbeddingBenchmark
-    | ScanBenchmark
-    | ReservoirBenchmark
-    | DecodeBenchmark
-)
 
 SUITES = {
     "attention": ("value_residual_attention", "value_residual_attention_varlen"),
@@ -87,17 +77,12 @@ def attention(
     ]
 
 
-def window() -> list[Benchmark]:
-    """A short window in a long sequence, against our own attention without it."""
-    return [CPUAttention(*WINDOW_SHAPE, dtype, "forward", window=WINDOW) for dtype in DTYPES]
-
-
 def mix(
     length: int,
     head_dim: int = 64,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     device: str = "cpu",
-) -> list[MixBenchmark | EmbeddingBenchmark]:
+) -> list[Benchmark]:
     """`mix_values` of two and eight sources, and `mix_value_embedding`, by PyTorch expressions."""
     sizes = (1, length, 16, head_dim)
     return [
@@ -110,28 +95,14 @@ def mix(
 def scan(shape: tuple[int, int, int], peers: tuple[str, ...]) -> list[Benchmark]:
     """`linear_scan` with gates by step and with constant ones, real and complex."""
     batch, length, channels = shape
-    forms = (
-        (channels, torch.float32, False),
-        (channels, torch.float32, True),
-        (channels, torch.bfloat16, False),
-    )
+    real = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False))
+    forms = [(channels, *form) for form in real]
     # A complex number is two floats: as many bytes.
-    complex_form = (channels // 2, torch.complex64, True)
+    complex_forms = [(channels // 2, torch.complex64, True)]
     return [
         ScanBenchmark(batch, length, width, dtype, direction, constant, peers)
-        for direction, (width, dtype, constant) in (
-            *product(DIRECTIONS, forms),
-            *product(DIRECTIONS, (complex_form,)),
-        )
-    ]
-
-
-def scans() -> list[Benchmark]:
-    """Against a copy of as many bytes, and against torch's loop and its parallel scan."""
-    return [
-        *scan(SCAN_SHAPE, (COPY,)),
-        *scan(SCAN_PEER_SHAPE, SCAN_PEERS),
-        *curves.scan(),
+        for those in (forms, complex_forms)
+        for direction, (width, dtype, constant) in product(DIRECTIONS, those)
     ]
 
 
@@ -187,10 +158,14 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
     every = [
         *attention(ATTENTION_SHAPES),
         *curves.attention(),
-        *window(),
+        # A short window in a long sequence, against our own attention without it.
+        *(CPUAttention(*WINDOW_SHAPE, dtype, "forward", window=WINDOW) for dtype in DTYPES),
         *mix(4096),
         *decode(),
-        *scans(),
+        # Against a copy of as many bytes, and against torch's loop and its parallel scan.
+        *scan(SCAN_SHAPE, (COPY,)),
+        *scan(SCAN_PEER_SHAPE, SCAN_PEERS),
+        *curves.scan(),
         *reservoirs(16384),
         *curves.reservoir(),
     ]
@@ -280,14 +255,6 @@ def device_attention(device: str) -> list[DeviceAttention]:
     ]
 
 
-def device_scan(device: str) -> list[ScanBenchmark]:
-    """`linear_scan` against a copy of as many bytes."""
-    return [
-        ScanBenchmark(*SCAN_SHAPE, dtype, direction, constant, (COPY,), device)
-        for direction, dtype, constant in product(DIRECTIONS, DTYPES, (False, True))
-    ]
-
-
 def device_reservoirs(device: str) -> list[ReservoirBenchmark]:
     """`reservoir_scan` in both modes, bfloat16 weights, sparse weights, a batch."""
     one = (1, DEVICE_TOKENS)
@@ -302,7 +269,7 @@ def device_reservoirs(device: str) -> list[ReservoirBenchmark]:
     ]
 
 
-def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
+def device_cases(device: str, *, tiny: bool = False) -> list[Benchmark]:
     """Every case of a GPU, most important first; `tiny` ones try out the run itself."""
     if tiny:
         return [
@@ -318,7 +285,10 @@ def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
     return [
         *attention[:middle],
         *mix(DEVICE_TOKENS, 128, (torch.bfloat16,), device),
-        *device_scan(device),
+        *(
+            ScanBenchmark(*SCAN_SHAPE, dtype, direction, constant, (COPY,), device)
+            for direction, dtype, constant in product(DIRECTIONS, DTYPES, (False, True))
+        ),
         *device_reservoirs(device),
         *(DecodeBenchmark(*shape, torch.bfloat16, device=device) for shape in DECODE_SHAPES),
         *shared_decode(device),

@@ -29,23 +29,23 @@ def add_parser(subparsers: Subparsers) -> None:
         "Kernels that fail are reported and the rest goes on; what is found is stored as it comes. "
         "Exit code 1 where one failed, 2 without a GPU. Runs from a checkout of the repository.",
     )
-    parser.add_argument(
-        "--minutes",
-        type=positive,
-        default=_DEFAULT_MINUTES,
-        help="time for everything (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the JSON (default: reports/<gpu>.json)",
-    )
+    add_run_arguments(parser, _DEFAULT_MINUTES, "the JSON (default: reports/<gpu>.json)")
     parser.add_argument(
         "--no-build",
         action="store_true",
         help="do not build the CUDA library first; what is built already is checked all the same",
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, minutes: float, out: str) -> None:
+    """Declare what `tune` has too: a time limit, and a file that `out` describes."""
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=minutes,
+        help="time for everything (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     # To try out the run itself where there is no GPU: small cases on another device.
     parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
@@ -84,15 +84,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _verdict(found: Any) -> str:
     tensors = sum(len(check["verdicts"]) for check in found.checks)
-    text = (
+    failed = f"{len(found.failures)} FAILED" if found.failures else "none failed"
+    left = f"; {len(found.unfinished)} not reached in the time" if found.unfinished else ""
+    return (
+        f"CUDA library: {found.cuda_library}\n"
         f"{len(found.checks)} cases ({tensors} tensors) against float64, "
-        f"{len(found.timings)} cases timed: "
+        f"{len(found.timings)} cases timed: {failed}{left}"
     )
-    text = f"CUDA library: {found.cuda_library}\n{text}"
-    text += f"{len(found.failures)} FAILED" if found.failures else "none failed"
-    if found.unfinished:
-        text += f"; {len(found.unfinished)} not reached in the time"
-    return text
 
 
 class _Teller(Teller):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from resformer_kernels._triton import available as _triton
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
-from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
+from resformer_kernels.cli.common import NO_CHECKOUT, Teller, refuse
+from resformer_kernels.cli.device_check import add_run_arguments
 
 _DEFAULT_MINUTES = 25.0
 
@@ -27,12 +27,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "is. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs from a "
         "checkout of the repository.",
     )
-    parser.add_argument(
-        "--minutes",
-        type=positive,
-        default=_DEFAULT_MINUTES,
-        help="time for everything (default: %(default)s)",
-    )
+    out = "the table (default: the one in the package, which is updated)"
+    add_run_arguments(parser, _DEFAULT_MINUTES, out)
     for name, words, choices in (
         ("head-dim", "head_dim", (64, 128, 256)),
         ("direction", "kernel", ("forward", "keys", "queries")),
@@ -47,15 +43,6 @@ def add_parser(subparsers: Subparsers) -> None:
             help=f"this {words} alone; may be repeated (default: "
             + ("half)" if name == "precision" else "all)"),
         )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the table (default: the one in the package, which is updated)",
-    )
-    # To try out the run itself where there is no GPU: small cases in Triton's interpreter.
-    parser.add_argument("--device", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,10 +53,12 @@ def run(args: argparse.Namespace) -> int:
     reason = _triton.unavailable_reason(device)
     if reason is not None:
         return refuse("tune", reason)
-    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "supervisor")
+    modules = checkout(
+        *("tuning", "tuning_space", "device_jobs", "device_run", "device_report", "supervisor")
+    )
     if modules is None:
         return refuse("tune", NO_CHECKOUT)
-    tuning, space, device_jobs, device_run, supervisor = modules
+    tuning, space, device_jobs, device_run, report, supervisor = modules
     settings = device_jobs.Settings(str(device), tiny=args.device is not None)
     points = space.points(
         args.head_dim or space.HEAD_DIMS,
@@ -90,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             environment=device_run.worker_environment(at_once),
         )
 
-    interrupted = False
+    code = 0
     try:
         tuning.run(
             search,
@@ -102,20 +91,15 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         print("interrupted; what was found is written", file=sys.stderr)
-        interrupted = True
+        code = INTERRUPTED
     path = args.out or tuning.configs().TABLE
     path.write_text(space.dumps(search.new_table()) + "\n")
-    _show(search, points, space)
+    _show(search, points, space, report)
     print(f"written: {path}")
-    if interrupted:
-        return INTERRUPTED
-    return 1 if search.failures else 0
+    return code or (1 if search.failures else 0)
 
 
-def _show(search: Any, points: Any, space: Any) -> None:
-    modules = checkout("device_report")
-    assert modules is not None
-    (report,) = modules
+def _show(search: Any, points: Any, space: Any, report: Any) -> None:
     winners = search.winners()
     rows = []
     for point in points:
