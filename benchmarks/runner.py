@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import product
 
 import torch
 
@@ -147,16 +148,13 @@ def measure_memory(
     on_case: OnCase,
 ) -> None:
     """Add the peak memory at each length, each in a process of its own."""
-    for contestant in contestants:
-        for dtype in dtypes:
-            name = dtype_name(dtype)
-            for length in lengths:
-                on_case(f"peak memory of {contestant} T{length} {name}")
-                extra = peak_extra_bytes(
-                    length, heads=heads, head_dim=head_dim, dtype=dtype, contestant=contestant
-                )
-                point = MemoryPoint(length, name, heads, head_dim, extra, contestant)
-                run.memory.append(point)
+    for contestant, dtype, length in product(contestants, dtypes, lengths):
+        name = dtype_name(dtype)
+        on_case(f"peak memory of {contestant} T{length} {name}")
+        extra = peak_extra_bytes(
+            length, heads=heads, head_dim=head_dim, dtype=dtype, contestant=contestant
+        )
+        run.memory.append(MemoryPoint(length, name, heads, head_dim, extra, contestant))
 
 
 def measure_errors(run: Run, ops: Sequence[str], *, on_case: OnCase) -> None:

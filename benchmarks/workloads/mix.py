@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.workloads.common import COMPILED, Makers, Workload, compiled
-from resformer_kernels.bench.timing import OURS
+from resformer_kernels.bench.timing import OURS, Call
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.inputs import dtype_name
 
@@ -45,15 +45,16 @@ class _MixingBenchmark(Workload):
 
     def makers(self) -> Makers:
         """Ours, and the peers, each on inputs of its own."""
-        peers = dict(self.peers)
-        if self.device != "cpu":
-            peers[COMPILED] = compiled(next(iter(peers.values())))
-        return {
+        makers: Makers = {
             OURS: lambda: self.ours(type(self).op, self.arguments()),
-            **{name: partial(self._peer, mix) for name, mix in peers.items()},
+            **{name: partial(self._peer, mix) for name, mix in self.peers.items()},
         }
+        if self.device != "cpu":
+            plain = next(iter(self.peers.values()))
+            makers[COMPILED] = lambda: self._peer(compiled(plain))
+        return makers
 
-    def _peer(self, mix: Callable[..., Tensor]) -> Any:
+    def _peer(self, mix: Callable[..., Tensor]) -> Call:
         return self.call(mix, self.arguments())
 
     def arguments(self) -> Sequence[Any]:

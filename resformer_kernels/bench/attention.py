@@ -43,7 +43,7 @@ def mix_and_sdpa(
     v_first: Tensor,
     lambda_v: Tensor,
     lambda_first: Tensor,
-    heads_first: bool,
+    heads_first: bool = False,
 ) -> Tensor:
     """The mix in PyTorch operations, then causal SDPA: out (B, H, T, D)."""
     mixed = lambda_v * v + lambda_first * v_first

@@ -25,7 +25,7 @@ COEFFICIENT_FORMS = (
     "full",
     "expanded",
 )
-"""A coefficient's form: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
+"""Forms of a coefficient: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
 (B, Tk, Hkv, Dv), and () expanded to the latter with strides of 0."""
 
 BIAS_KINDS = (
@@ -64,7 +64,7 @@ class AttentionCase:
     lambda_v: str = "float"
     lambda_first: str = "float"
     coefficient_dtype: str = "float32"
-    """Of tensor coefficients, sinks and additive biases: "float32" or "same"."""
+    """Dtype of tensor coefficients, sinks and additive biases: "float32" or "same"."""
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     scale: float | None = None
@@ -247,22 +247,24 @@ def _add_scores(source: _Source, tensors: dict[str, Tensor]) -> None:
         batch = len(case.lengths)
         q_len = max((q for q, _ in case.lengths), default=0) + case.slack
         k_len = max((k for _, k in case.lengths), default=0) + case.slack
-    full = (batch, case.heads, q_len, k_len)
-    if case.bias == "mask":
-        bias = source.normal(full, torch.float32) > -0.3
-    elif case.bias == "padding":
-        bias = source.normal((batch, 1, 1, k_len), torch.float32) > -0.3
-    elif case.bias == "empty_rows":
-        bias = source.normal((q_len, 1), torch.float32) > 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "mask": (batch, case.heads, q_len, k_len),
+        "padding": (batch, 1, 1, k_len),
+        "empty_rows": (q_len, 1),
+        "additive": (k_len, batch, q_len, case.heads),
+        "per_head": (case.heads, 1, k_len),
+        "per_key": (k_len,),
+        "infinite": (1, 1, q_len, k_len),
+    }
+    least = {"mask": -0.3, "padding": -0.3, "empty_rows": 0.0}.get(case.bias)
+    bias = source.normal(shapes[case.bias], dtype if least is None else torch.float32)
+    if least is not None:
+        bias = bias > least
     elif case.bias == "additive":
         # Its axes lie in memory in another order, and its last one is not contiguous.
-        bias = source.normal((k_len, batch, q_len, case.heads), dtype).permute(1, 3, 2, 0)
+        bias = bias.permute(1, 3, 2, 0)
     elif case.bias == "infinite":
-        bias = source.normal((1, 1, q_len, k_len), dtype)
         bias = bias.masked_fill(bias < -0.5, -torch.inf)
-    else:
-        shape = (case.heads, 1, k_len) if case.bias == "per_head" else (k_len,)
-        bias = source.normal(shape, dtype)
     tensors["attn_bias"] = bias.to(source.device)
 
 

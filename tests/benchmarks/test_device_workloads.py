@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -97,52 +96,31 @@ def test_the_reference_is_not_timed_as_ours_on_a_device() -> None:
         case.makers()[OURS]()
 
 
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CUDA device whose clock advances by a millisecond with each record; what it was told."""
-    told: list[str] = []
-    clock = iter(range(10_000))
+def test_each_call_meets_a_cold_cache_and_a_busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, clock = MagicMock(), iter(range(10_000))
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            told.append("record")
+            cuda.record()
             self.at = next(clock)
 
         def elapsed_time(self, end: Event) -> float:
             return float(end.at - self.at)
 
-    class Scratch:
-        def zero_(self) -> None:
-            told.append("flush")
-
-    @contextmanager
-    def device(_device: torch.device) -> Iterator[None]:
-        yield
-
-    def empty(size: int, **_options: object) -> Scratch:
-        told.append(f"scratch {size}")
-        return Scratch()
-
-    properties = SimpleNamespace(L2_cache_size=100 * 2**20)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: told.append("sleep"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
-    monkeypatch.setattr(torch, "empty", empty)
-    return told
-
-
-def test_each_call_meets_a_cold_cache_and_a_busy_device(pretended: list[str]) -> None:
+    cuda.Event = Event
+    cuda.get_device_properties.return_value.L2_cache_size = 100 * 2**20
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", cuda.empty)
     timer = timer_for("cuda")
     assert isinstance(timer, DeviceTimer)
-    seconds = timer(lambda: pretended.append("call"), 2)
-    assert seconds == 1e-3
-    once = ["flush", "sleep", "record", "call", "record"]
-    assert pretended == [f"scratch {400 * 2**20}", *once, *once, "wait"]
+    assert timer(cuda.call, 2) == 1e-3
+    told = [name for name, *_ in cuda.mock_calls if "device" not in name]
+    once = ["empty().zero_", "_sleep", "record", "call", "record"]
+    assert told == ["empty", *once, *once, "synchronize"]
+    assert cuda.empty.call_args.args == (400 * 2**20,)
 
 
 def test_other_devices_are_timed_by_the_host() -> None:
