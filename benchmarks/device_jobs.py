@@ -1,4 +1,4 @@
-"""What `resformer-kernels device-check` does on a device: ceilings, comparisons, timings.
+"""The jobs of `resformer-kernels device-check` on a device: ceilings, comparisons, timings.
 
 Everything here runs in a worker of `supervisor`; the list of jobs is made without the device.
 """
@@ -26,7 +26,7 @@ from resformer_kernels.testing.inputs import dtype_name
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
-"""‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""
+"""The most ‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times rounding's."""
 
 _CHECK_SECONDS, _WARM_SECONDS, _TIME_SECONDS, _CEILINGS_SECONDS = 100.0, 150.0, 60.0, 90.0
 _SAMPLE_SECONDS = 0.002
@@ -36,7 +36,7 @@ _TINY_GEMM_SIZE, _TINY_ARRAY_BYTES = 64, 2**16
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs of a run share."""
+    """Settings that all jobs of a run share."""
 
     device: str
     tiny: bool = False
@@ -44,7 +44,7 @@ class Settings:
     samples: int = 7
 
     def synchronize(self) -> None:
-        """Wait for the device, and hear of its errors."""
+        """Wait for the device, and raise its errors."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize()
 
@@ -75,7 +75,7 @@ def warm_jobs(settings: Settings) -> list[Job]:
 
 
 def time_jobs(settings: Settings) -> list[Job]:
-    """Every case, most important first."""
+    """Every case, the most important first."""
     cases = registry.device_cases(settings.device, tiny=settings.tiny)
     return [Job("time", case.name, _TIME_SECONDS) for case in cases]
 
@@ -87,7 +87,7 @@ def backends(op: str) -> list[str]:
 
 
 def run(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
-    """Do a job; `begin` is told of each part before it."""
+    """Do a job; `begin` gets the name of each part before it."""
     if job.kind == "ceilings":
         return _run_ceilings(settings)
     if job.kind == "check":
@@ -153,7 +153,7 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
         # Whatever one contestant raises, the others are measured.
         except Exception as error:  # noqa: BLE001
             errors[name] = f"{type(error).__name__}: {error}".strip()[:500]
-            # Where the device is lost, this raises, and ends the worker.
+            # This raises where the device is lost, and ends the worker.
             settings.synchronize()
     wrong = _disagreements(found) if isinstance(case, DeviceAttention) else {}
     found.clear()

@@ -13,7 +13,7 @@ from resformer_kernels.bench.timing import OURS
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: its first column is flush left, and so are the others where they are words."""
+    """A table. Its first column is left-aligned, and the others too where they hold words."""
 
     title: str
     headings: tuple[str, ...]
@@ -21,7 +21,7 @@ class Sheet:
     words: bool = False
 
     def plain(self) -> str:
-        """The table in characters alone."""
+        """The table as plain text."""
         columns = list(zip(self.headings, *self.rows, strict=True))
         widths = [max(len(cell) for cell in column) for column in columns]
 
@@ -55,7 +55,7 @@ def show(sheet: Sheet, width: int | None = None) -> None:
 
 
 def sheets(run: DeviceRun) -> list[Sheet]:
-    """Everything that a reader wants to see, most of all last."""
+    """Every table, the most important last."""
     found = [_checks(run)] if run.checks else []
     found += [_absent(run)] if any(run.absent().values()) else []
     found += _timings(run)

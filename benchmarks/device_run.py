@@ -1,4 +1,4 @@
-"""One run of `resformer-kernels device-check`: its phases, what it found, and its JSON."""
+"""One run of `resformer-kernels device-check`: its phases, results and JSON."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.bench.timing import OURS
 
 FORMAT = 1
-"""Of the stored JSON."""
+"""Version of the stored JSON."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHECK_SHARE, _NATIVE_SHARE = 0.42, 0.47
-"""Of the time, when comparisons and compilation end, and those of what is built meanwhile."""
+"""Shares of the time after which comparisons end, and those of the library built meanwhile."""
 _RESERVE_SECONDS = 3.0
 _STORE_EVERY_SECONDS = 5.0
 _MAX_WORKERS, _WORKER_BYTES = 12, 6 * 2**30
@@ -36,28 +36,28 @@ _TOGETHER = ("checks and compilation", _NATIVE)
 
 @dataclass
 class DeviceRun:
-    """What was found so far."""
+    """Results so far."""
 
     settings: Settings
     budget_s: float
     started: str
     ceilings: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """Comparisons with float64 that were made: job, op, backend and verdicts."""
+    """Comparisons with float64: job, op, backend and verdicts."""
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of each op and backend that served nothing: why not."""
+    """Reasons of backends that refused a case, by op and backend."""
     timings: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
-    """What is wrong with this package: job, part and reason."""
+    """Faults of this package: job, part and reason."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peers that could not be measured, by case and name."""
     unfinished: list[str] = field(default_factory=list)
-    """Jobs that the time did not allow."""
-    cuda_library: str = "not built: nobody asked"
-    """What became of the build of the CUDA library."""
+    """Jobs that there was no time for."""
+    cuda_library: str = "not built: not asked for"
+    """The outcome of the CUDA library's build."""
 
     def add(self, outcome: Outcome) -> Job | None:
-        """Take note; the job to do next, where a part of this one broke the rest."""
+        """Take note; returns the job to do next, without the part that broke this one."""
         job = outcome.job
         if outcome.unfinished:
             if job.kind != "warm":
@@ -119,7 +119,7 @@ class DeviceRun:
             self.failures.append({"job": "build", "part": "CUDA library", "reason": outcome})
 
     def absent(self) -> dict[str, dict[str, str]]:
-        """Of each op, its backends that served no case, with a reason."""
+        """By op: the backends that served no case, with a reason."""
         served = {(check["op"], check["backend"]) for check in self.checks}
         return {
             op: {name: why for name, why in reasons.items() if (op, name) not in served}
@@ -127,7 +127,7 @@ class DeviceRun:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of this device."""
+        """The content of this device's file."""
         return {
             "format": FORMAT,
             "kind": "device",
@@ -144,7 +144,7 @@ class DeviceRun:
         }
 
     def store(self, path: Path) -> None:
-        """Write the JSON, all of it or nothing."""
+        """Write the JSON atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self.as_json(), indent=1, default=str) + "\n")
@@ -163,11 +163,10 @@ def run(
     workers: int | None = None,
     build: Build | None = None,
 ) -> DeviceRun:
-    """Every phase, within `budget_s` seconds; what is found is stored at `path(run)` as it comes.
+    """Every phase, within `budget_s` seconds; results are stored at `path(run)` as they come.
 
-    `build` goes on beside the first phases, and the native library is compared after it.
-
-    Ctrl-C ends it early: what was found by then is stored, and KeyboardInterrupt goes on.
+    `build` runs beside the first phases; the native library is checked after it. Ctrl-C ends the
+    run early: results up to then are stored, and KeyboardInterrupt is raised again.
     """
     begun = time.monotonic()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -218,7 +217,7 @@ def run(
 
 
 def _in_turn(*lists: list[Job]) -> list[Job]:
-    """One of each in turn: neither is left out where time is short."""
+    """Jobs of each list in turn, so that a short run has both kinds."""
     return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
 
 
@@ -229,12 +228,12 @@ def worker_count(memory: int) -> int:
 
 
 def worker_command(settings: Settings) -> tuple[str, ...]:
-    """What starts a worker."""
+    """The command of a worker."""
     return (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
 
 
 def worker_environment(at_once: int) -> dict[str, str]:
-    """Of a worker, one of so many: it finds this checkout, and leaves the cores to the others."""
+    """The environment of one of `at_once` workers: it finds this checkout and shares the cores."""
     found = dict(os.environ)
     paths = [str(_ROOT), *found.get("PYTHONPATH", "").split(os.pathsep)]
     found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

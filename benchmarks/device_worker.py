@@ -35,7 +35,7 @@ def serve(settings: device_jobs.Settings, channel: Connection) -> int:
         # Whatever a kernel raises is a finding about that kernel; the run goes on.
         except Exception as error:  # noqa: BLE001
             fatal = not _survived(settings)
-            channel.send({"error": _told(error), "fatal": fatal})
+            channel.send({"error": _described(error), "fatal": fatal})
             if fatal:
                 return 1
         else:
@@ -51,7 +51,7 @@ def _survived(settings: device_jobs.Settings) -> bool:
     return True
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     message = str(error).strip()
     return f"{type(error).__name__} at {where.name}: {message}"[:_TAIL]

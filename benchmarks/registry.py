@@ -29,7 +29,7 @@ SUITES = {
     "scan": ("linear_scan",),
     "reservoir": ("reservoir_scan",),
 }
-"""The first word of its cases' groups, and the ops whose errors are measured with it."""
+"""Ops whose errors are measured with a suite; its name is the first word of its groups."""
 
 DTYPES = (torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -169,7 +169,7 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
         *reservoirs(16384),
         *curves.reservoir(),
     ]
-    # A shape may stand in a list of its own and in a grid; the first one counts.
+    # Some shapes are in a list and in a grid; the first one counts.
     unique: dict[str, Benchmark] = {}
     for case in every:
         unique.setdefault(case.name, case)
@@ -189,7 +189,7 @@ DEVICE_WIDTH = 2048
 """Heads times head_dim: the shapes that FlashAttention's papers quote."""
 DEVICE_GROUPED_HEADS, DEVICE_GROUPED_LENGTHS = (64, 8), (4096, 16384, 1024)
 FLEX_LENGTHS = (4096, 16384)
-"""Where FlexAttention takes part: each shape compiles for seconds."""
+"""Lengths at which FlexAttention is timed: each shape compiles for seconds."""
 
 DEVICE_CHECKS: tuple[AttentionCase, ...] = (
     *REPRESENTATIVE,
@@ -229,7 +229,7 @@ DEVICE_CHECKS: tuple[AttentionCase, ...] = (
         lambda_v="scalar",
     ),
 )
-"""What `device-check` holds against float64 beside the mixes: every argument, and whole tiles."""
+"""Attention cases of `device-check` against float64: every argument, and whole tiles."""
 
 
 def device_attention(device: str) -> list[DeviceAttention]:

@@ -1,7 +1,7 @@
 """`resformer-kernels tune`: try configurations of attention's Triton kernels on a GPU.
 
-A configuration is compiled and held against the reference with others at a time, and then timed
-alone. What time does not allow stays as it is in the table.
+Several configurations at a time are compiled and compared with the reference; then each is timed
+alone. Entries that time does not reach stay as they are in the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MIX = "RESFORMER_MIX"
 
 @dataclass
 class Search:
-    """What the trials said so far."""
+    """Results of the trials so far."""
 
     architecture: str
     table: space.Table
@@ -67,7 +67,7 @@ class Search:
                 self.placements.setdefault(head_dim, {})[rows] = both
         elif result is None or result["wrong"]:
             trial = space.parse(job.name)
-            # Of the others, many are expected not to fit.
+            # Many other configurations are expected not to fit.
             if trial.config == space.current(self.table, self.architecture, trial.point):
                 self.failures.append(f"{job.name}: {result['wrong'] if result else outcome.error}")
         elif job.kind == TRY:
@@ -220,7 +220,7 @@ def _call(
 
 
 def _compare(point: Point, settings: Settings) -> str:
-    """What is wrong with a configuration's results; "" where nothing is."""
+    """The error in a configuration's results; "" where they are right."""
     found = tensors(_call(point, settings)())
     for place, (mine, true) in enumerate(zip(found, _expected(point, settings), strict=True)):
         # The gradients of scalars are cancelling sums: no measure of a kernel in one number.
@@ -249,7 +249,7 @@ def _seconds(calls: dict[str, Call], settings: Settings) -> dict[str, float]:
 
 
 def _place(head_dim: int, rows: int, settings: Settings) -> dict[str, Any]:
-    """Seconds of forward with the mix in its loop, and with the mix before it."""
+    """Seconds of forward with the mix in the tile loop, and with the mix before it."""
     point = Point("forward", "half", head_dim, "causal")
     call = _call(point, settings, length=rows)
 

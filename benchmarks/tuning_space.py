@@ -1,4 +1,4 @@
-"""Which configurations of attention's Triton kernels are worth a try, and which of them won."""
+"""The configurations of attention's Triton kernels to try, and the choice among those timed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PLACEMENT_ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Rows a KV head, at which both placements of the mix are timed."""
 
 GAIN = 0.02
-"""By how much another configuration must be faster than the one that is there: above noise."""
+"""The share by which another configuration must be faster than the table's: above noise."""
 
 _ROWS, _KEYS, _WARPS, _STAGES = (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 _SHARED_BYTES = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
 _ACCUMULATORS = 192
-"""Of a thread's 255 registers, those that its share of the sums and scores may take."""
+"""The most of a thread's 255 registers that its share of the sums and scores takes."""
 _LEAST_ACCUMULATORS = 24
-"""Fewer than that, and the tile is too small to be worth a program."""
+"""With fewer, the tile is too small for a program."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One entry of the table, less the architecture."""
+    """An entry of the table of one architecture."""
 
     direction: str
     precision: str
@@ -81,7 +81,7 @@ def points(
     masks: Sequence[str] = MASKS,
     precisions: Sequence[str] = PRECISIONS[:1],
 ) -> list[Point]:
-    """Every point, most important first."""
+    """Every point, the most important first."""
     return [
         Point(direction, precision, head_dim, mask)
         for precision, mask, head_dim, direction in product(
@@ -110,7 +110,7 @@ def candidates(table: Table, architecture: str, point: Point) -> list[Trial]:
 
 
 def in_turn(lists: Sequence[Sequence[Trial]]) -> list[Trial]:
-    """One of each list in turn: a search that is cut short has tried something everywhere."""
+    """Items of each list in turn, so that a search that runs out of time has tried all points."""
     return [trial for row in zip_longest(*lists) for trial in row if trial is not None]
 
 
@@ -121,16 +121,16 @@ def _distance(config: Config, other: Config) -> float:
 def _fits(config: Config, architecture: str, point: Point) -> bool:
     rows, keys, warps, stages = config
     dim, size = point.head_dim, 2 if point.precision == "half" else 4
-    # Of q and dO, or k and V': what stays, and what passes by. Forward has no dO.
+    # Elements of q and dO, or of k and V': resident ones and streamed ones. Forward has no dO.
     if point.direction == "forward":
-        stays, passes, sums = rows * dim, 2 * keys * dim, rows * dim + rows * keys
+        resident, streamed, sums = rows * dim, 2 * keys * dim, rows * dim + rows * keys
     elif point.direction == "keys":
-        stays, passes = 2 * keys * dim, 2 * rows * dim
+        resident, streamed = 2 * keys * dim, 2 * rows * dim
         sums = 2 * keys * dim + 2 * rows * keys
     else:
-        stays, passes = 2 * rows * dim, 2 * keys * dim
+        resident, streamed = 2 * rows * dim, 2 * keys * dim
         sums = rows * dim + 2 * rows * keys
-    shared = (stays + stages * passes) * size
+    shared = (resident + stages * streamed) * size
     each = sums / (32 * warps)
     return shared <= _SHARED_BYTES[architecture] and _LEAST_ACCUMULATORS <= each <= _ACCUMULATORS
 
@@ -142,7 +142,7 @@ def best(seconds: Mapping[Trial, float], own: Trial) -> Trial:
 
 
 def inline_rows(seconds: Mapping[int, tuple[float, float]]) -> int:
-    """Up to how many rows mixing inline wins, from (inline, prologue) seconds by rows; 0: never."""
+    """Rows up to which mixing inline wins, from (inline, prologue) seconds by rows; 0: none."""
     found = 0
     for rows in sorted(seconds):
         inline, prologue = seconds[rows]

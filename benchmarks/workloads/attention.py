@@ -27,7 +27,7 @@ X_TRANSFORMERS = "x-transformers"
 
 QUICK = (*SDPA, X_TRANSFORMERS, FLASH_ATTN, FA3)
 PEERS = (*QUICK, MATH, COMPILED, FLEX)
-"""Of the last three, the first writes every score, and two compile for seconds a shape."""
+"""The last three are slow: one writes every score, two compile for seconds a shape."""
 
 _MOST_SCORES = 512 * 2**20
 """Bytes of float32 scores beyond which SDPA's plain mathematics are left out."""

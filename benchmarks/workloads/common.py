@@ -1,4 +1,4 @@
-"""What the cases share: how a contestant is called, and why it may be absent."""
+"""Shared by the cases: how a contestant is called, and the reasons for its absence."""
 
 from __future__ import annotations
 

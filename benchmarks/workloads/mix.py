@@ -19,7 +19,7 @@ from resformer_kernels.testing.inputs import dtype_name
 
 @dataclass(frozen=True)
 class _MixingBenchmark(Workload):
-    """What the mixing benchmarks have in common."""
+    """Base of the mixing benchmarks."""
 
     count: int
     batch: int
@@ -58,7 +58,7 @@ class _MixingBenchmark(Workload):
         return self.call(mix, self.arguments())
 
     def arguments(self) -> Sequence[Any]:
-        """What each contestant is called with; its floating tensors have gradients."""
+        """Arguments of each contestant; floating tensors among them have gradients."""
         raise NotImplementedError
 
     def _normal(self, *shape: int) -> Tensor:

@@ -140,7 +140,7 @@ def _loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
 
 
 def _plain_loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
-    """The same with a gradient."""
+    """The recurrence of `_loop`, differentiable."""
     state, states = inputs.new_zeros(inputs.shape[0], weight.shape[0]), []
     for drive in (inputs @ projection.T).unbind(1):
         state = torch.lerp(state, torch.addmm(drive, state, weight.t()).tanh(), _LEAK)

@@ -43,6 +43,7 @@ def mix_and_sdpa(
     v_first: Tensor,
     lambda_v: Tensor,
     lambda_first: Tensor,
+    *,
     heads_first: bool = False,
 ) -> Tensor:
     """The mix in PyTorch operations, then causal SDPA: out (B, H, T, D)."""
@@ -155,6 +156,6 @@ class AttentionBenchmark:
         return timed_call(attend, leaves, self.direction, self.grad())
 
     def sdpa(self, attend: Callable[..., Tensor], *, heads_first: bool) -> Call:
-        """A peer's call: `attend(q, k, v, v_first, lambda_v, lambda_first, heads_first)`."""
+        """A peer's call: `attend(q, k, v, v_first, lambda_v, lambda_first, heads_first=)`."""
         leaves = self.leaves(heads_first=heads_first)
-        return timed_call(partial(attend, *leaves, heads_first), leaves, self.direction)
+        return timed_call(partial(attend, *leaves, heads_first=heads_first), leaves, self.direction)

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the yardsticks that stand beside every timing."""
+"""The most that this machine can do: ceilings printed beside every timing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gemm_rates(
 
     Args:
         dtypes: of the operands, which are random: zeros run faster on some GPUs.
-        samples: of each.
+        samples: samples of each.
         size: rows and columns (default: 2048).
         device: where it runs.
         timer: how a call is timed (default: by the clock of the host).

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 
 def native_path() -> str:
-    """The CPU path of the native kernels, or why there is none."""
+    """The CPU path of the native kernels, or why they have none."""
     reason = _extension.unavailable_reason()
     return _extension.cpu_path() if reason is None else f"none: {reason}"
 

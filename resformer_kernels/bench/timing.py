@@ -1,4 +1,4 @@
-"""Time several ways to do one thing, alternating, in one process."""
+"""Time several implementations of one thing, alternating, in one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Call: TypeAlias = Callable[[], object]
 
 
 class Unavailable(RuntimeError):
-    """A contestant that this machine does not have: nothing is wrong with it."""
+    """A contestant that this machine cannot run: no fault."""
 
 
 class Benchmark(Protocol):
@@ -36,29 +36,29 @@ class Benchmark(Protocol):
 
     @property
     def name(self) -> str:
-        """Unique, stable, in words: recorded results are found by it."""
+        """Unique and stable: stored results are found by it."""
 
     @property
     def group(self) -> str:
-        """The heading that the case stands under."""
+        """The heading of the case."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs."""
+        """Dtype of the inputs."""
 
     @property
     def flops(self) -> int:
-        """Useful operations of one call; 0 where traffic is what counts."""
+        """Useful operations of one call; 0 where memory traffic is what counts."""
 
     @property
     def bytes(self) -> int:
-        """What one call must read and write at least."""
+        """The least that one call reads and writes."""
 
     def makers(self) -> Mapping[str, Callable[[], Call]]:
-        """What makes each way to do it, by name; `OURS` is among them.
+        """The maker of each contestant's call, by name; `OURS` is among them.
 
-        A maker raises `Unavailable` where this machine lacks what it needs, or where it would take
-        more memory or time than a comparison is worth.
+        A maker raises `Unavailable` where this machine lacks something, or where the call would
+        take more memory or time than a comparison is worth.
         """
 
 
@@ -68,7 +68,7 @@ class Timing:
 
     samples: tuple[float, ...]
     fresh_pages: tuple[float, ...] = ()
-    """Pages a call touched for the first time, in each sample; none where nobody counted."""
+    """Pages that a call touched for the first time, in each sample; empty where not counted."""
 
     @property
     def disturbed(self) -> int:
@@ -109,7 +109,7 @@ class Result:
 
     @property
     def peers(self) -> list[str]:
-        """Those that took part, the fastest first."""
+        """Peers that took part, the fastest first."""
         found = (name for name in self.timings if name != OURS)
         return sorted(found, key=lambda name: self.timings[name].median)
 
@@ -167,7 +167,7 @@ def alternate(
         min_sample_s: a sample repeats its call until about this many seconds have passed.
         timer: how a call is timed (default: by the clock of the host).
         settle_rounds: before the first sample, at most so many rounds of one call each, until in
-            one of them nobody touches fresh pages (see `fresh_pages.freed_memory_kept`).
+            one of them no call touches fresh pages (see `fresh_pages.freed_memory_kept`).
 
     Returns:
         The seconds a call in every sample, by name.
@@ -191,7 +191,7 @@ def alternate(
                 before = fresh_pages.touched()
                 collected[name].append(timer(contestants[name], repeats[name]))
                 pages[name].append((fresh_pages.touched() - before) / repeats[name])
-            # Nobody always runs in the cache and the heat that the same neighbour leaves.
+            # So that no contestant always runs after the same neighbour, in its cache and heat.
             order.append(order.pop(0))
     finally:
         if enabled:
@@ -200,7 +200,7 @@ def alternate(
 
 
 def wanted(names: Sequence[str], peers: Sequence[str] | None) -> list[str]:
-    """Of the peers among `names`, those that contain one of `peers`, cased or not; None: all."""
+    """Peers in `names` that contain one of `peers`, in any case; None: all."""
     found = [name for name in names if name != OURS]
     if peers is None:
         return found
@@ -238,7 +238,7 @@ def measure(
             if name != OURS:
                 call()
         except Exception as error:
-            # What ours raises is a fault; a peer that fails is told of, and the others go on.
+            # An error of ours is a fault; that of a peer is noted, and the others are timed.
             if name == OURS:
                 raise
             absent[name] = str(error) if isinstance(error, Unavailable) else _failure(error)
@@ -260,7 +260,7 @@ def measure(
 
 
 def _failure(error: Exception) -> str:
-    """In a line."""
+    """The error in one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"failed: {type(error).__name__}: {first.strip()}"[:200]
 

@@ -22,10 +22,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "tune",
         help=COMMANDS["tune"],
         description="Try tile sizes, warps and stages of each Triton kernel of attention on this "
-        "GPU, hold each against the reference, time those that are right, and write the table that "
-        "the kernels read (nothing is tuned at run time). What time does not allow stays as it "
-        "is. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs from a "
-        "checkout of the repository.",
+        "GPU, compare each with the reference, time those that are right, and write the table that "
+        "the kernels read (nothing is tuned at run time). Entries that time does not reach stay "
+        "as they are. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs "
+        "from a checkout of the repository.",
     )
     out = "the table (default: the one in the package, which is updated)"
     add_run_arguments(parser, _DEFAULT_MINUTES, out)
@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print, write. 0; 1 where the table has what fails; 2 where nothing can be tuned."""
+    """Search, print, write. 0; 1 where an entry of the table fails; 2 where none can be tuned."""
     if args.device is None and not torch.cuda.is_available():
         return refuse("tune", f"no CUDA device (torch {torch.__version__} sees none)")
     device = torch.device(args.device or "cuda")

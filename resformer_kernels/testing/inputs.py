@@ -1,4 +1,4 @@
-"""Inputs for the attention ops, made from a record of what they should be like."""
+"""Inputs for the attention ops, made from a record that describes them."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ that attend to nothing; an additive (B, Hq, Tq, Tk), (Hq, 1, Tk), (Tk,); a (1, 1
 holds -inf."""
 
 LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
-"""In memory: contiguous; (B, H, T, D) seen as (B, T, H, D); a window of a larger tensor of NaN;
-every other element of the last axis; one head seen as many (stride 0)."""
+"""Layouts in memory: contiguous; (B, H, T, D) seen as (B, T, H, D); a slice of a larger tensor of
+NaN; every other element of the last axis; one head seen as many (stride 0)."""
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What an attention input should be like. Lengths are in tokens."""
+    """The description of an attention input. Lengths are in tokens."""
 
     batch: int = 2
     q_len: int = 33
@@ -80,7 +80,7 @@ class AttentionCase:
     tail: int = 0
     """Packed rows of NaN after the last sequence."""
     slack: int = 0
-    """By how much max_seqlen exceeds the longest packed sequence."""
+    """Tokens by which max_seqlen exceeds the longest packed sequence."""
     seed: int = 0
 
     @property
@@ -294,4 +294,4 @@ REPRESENTATIVE: tuple[AttentionCase, ...] = tuple(
         ),
     )
 )
-"""Cases that between them touch every argument, quick enough to run on a user's machine."""
+"""Cases that together use every argument, quick enough to run on a user's machine."""

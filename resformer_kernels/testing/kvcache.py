@@ -1,4 +1,4 @@
-"""`attention_with_kvcache` held against float64: cases as data, their inputs, the comparison."""
+"""`attention_with_kvcache` compared with float64: cases as data, their inputs, the comparison."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ORDERS = 4
 
 @dataclass(frozen=True)
 class KVCacheCase:
-    """What a call should be like. Lengths are in tokens."""
+    """The description of a call. Lengths are in tokens."""
 
     lengths: tuple[int, ...] = (20, 7)
-    """In the cache before the append, one a sequence."""
+    """Tokens in the cache of each sequence before the append."""
     q_len: int = 1
     new_tokens: int = 1
     append: str = "both"
-    """What is appended: one of `APPENDS`."""
+    """The appended tensors: one of `APPENDS`."""
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 16
@@ -55,9 +55,9 @@ class KVCacheCase:
     num_splits: int = 0
     return_lse: bool = False
     length_form: str = "tensor"
-    """Of cache_seqlens: "tensor", or "int" where the lengths are equal."""
+    """Form of cache_seqlens: "tensor", or "int" where the lengths are equal."""
     layout: str = "contiguous"
-    """Of q, k and v: one of `testing.LAYOUTS`."""
+    """Layout of q, k and v: one of `testing.LAYOUTS`."""
     cache_layout: str = "contiguous"
     seed: int = 0
 
@@ -71,7 +71,7 @@ REPRESENTATIVE: tuple[KVCacheCase, ...] = (
     KVCacheCase(lengths=(400, 60), quantised=torch.float8_e4m3fn, head_dim=64, value_dim=64),
     KVCacheCase(lengths=(60, 33), quantised=torch.float8_e5m2, page_size=16),
 )
-"""Every argument at least once: what `verify` and the demo run."""
+"""The cases of `verify` and the demo: every argument at least once."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class KVCacheInputs:
     options: dict[str, Any]
 
     def caches(self) -> dict[str, Tensor]:
-        """Those of the tensors that the call writes."""
+        """The tensors that the call writes."""
         return {name: self.tensors[name] for name in CACHES if name in self.tensors}
 
 
@@ -150,7 +150,7 @@ def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str
     shape = (len(case.lengths), capacity, case.kv_heads)
     found: dict[str, Tensor] = {}
     for name, dim in (("k", case.head_dim), ("v", case.value_dim)):
-        # Where the other side alone is appended, this one has those tokens already.
+        # If only the other of k and v is appended, this one has those tokens already.
         there = case.new_tokens if case.append in ("k", "v") and case.append != name else 0
         ends = torch.tensor(case.lengths, dtype=torch.int32) + there
         seen = torch.arange(capacity) < ends[:, None]
@@ -168,7 +168,7 @@ def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str
 
 
 def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheInputs:
-    """The same call on a paged cache, its pages in random order among some that nobody has."""
+    """The same call on a paged cache, its pages in random order among unused ones."""
     draw = torch.Generator().manual_seed(seed)
     tensors = dict(inputs.tensors)
     batch, capacity = tensors["k_cache"].shape[:2]
@@ -190,7 +190,7 @@ def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheIn
 
 
 def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> list[Comparison]:
-    """One call against float64, and its caches against what they must hold to the bit.
+    """One call against float64, and its caches against the reference's to the bit.
 
     Returns:
         A `Comparison` of out and, where the case asks for it, the LSE, within
@@ -240,7 +240,7 @@ def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], 
 
 
 def _copy(x: Tensor) -> Tensor:
-    """The same numbers at the same strides."""
+    """A copy with equal strides."""
     storage = x.new_zeros(x.untyped_storage().nbytes() // x.element_size())
     copy = storage.as_strided(x.shape, x.stride(), x.storage_offset())
     return copy.copy_(x)

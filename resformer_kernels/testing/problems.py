@@ -1,4 +1,4 @@
-"""Differentiable calls held against float64: what mixes, scans and reservoirs are verified with.
+"""Differentiable calls compared with float64: mixes, scans and reservoirs are verified by it.
 
     error <= 2 * error(reference in the same precision) + u(dtype) * S
 
@@ -26,7 +26,7 @@ class Problem:
     """A call of an op, and gradients of its outputs."""
 
     leaves: Sequence[Tensor]
-    """What is differentiated."""
+    """The tensors to differentiate."""
     arguments: Callable[[Sequence[Tensor]], Arguments]
     """The op's arguments, made from leaves, of any precision."""
     grads: Sequence[Tensor]

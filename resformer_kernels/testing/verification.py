@@ -1,4 +1,4 @@
-"""Hold every public op against float64 on a table of cases: for a user's own machine."""
+"""Compare every public op with float64 on a table of cases, on a user's own machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tensor of one case, held against float64."""
+    """One tensor of one case, compared with float64."""
 
     op: str
     case: str

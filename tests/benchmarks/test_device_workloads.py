@@ -1,4 +1,4 @@
-"""What is timed on a GPU, tried out on a CPU; and the GPU's timer, over a pretended GPU."""
+"""The GPU's cases, tried out on a CPU; and the GPU's timer, on a fake GPU."""
 
 from __future__ import annotations
 

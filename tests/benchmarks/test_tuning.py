@@ -1,4 +1,4 @@
-"""The search for configurations, over a pretended GPU that has its favourites."""
+"""The search for configurations, on a fake GPU that is fastest with one of them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_names_tell_cases_apart() -> None:
 def outcomes(
     case: CPUAttention | MixBenchmark | EmbeddingBenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[Tensor]]:
-    """What each contestant returns, from the same random numbers; heads-first ones turned."""
+    """The results of each contestant on equal numbers; heads-first ones transposed."""
     found = {}
     monkeypatch.setattr(CPUAttention, "grad", lambda _: None)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
