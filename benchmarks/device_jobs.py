@@ -21,8 +21,7 @@ from benchmarks.supervisor import Job
 from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
-from resformer_kernels.bench.timing import OURS, Call, Unavailable, alternate
-from resformer_kernels.testing.inputs import dtype_name
+from resformer_kernels.bench.timing import OURS, Call, Unavailable, about, alternate
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
@@ -124,12 +123,12 @@ def _checks(device: str, tiny: bool) -> dict[str, Check]:
 def _run_check(job: Job, settings: Settings) -> dict[str, Any]:
     backend, _, name = job.name.partition(": ")
     check = _checks(settings.device, settings.tiny)[name]
-    about = {"op": check.op, "backend": backend}
+    which = {"op": check.op, "backend": backend}
     reason = check.refusal(backend)
     if reason is not None:
-        return {**about, "refused": reason}
+        return {**which, "refused": reason}
     (verdicts,) = verify([check], backend)
-    return {**about, "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts]}
+    return {**which, "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts]}
 
 
 def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -161,11 +160,7 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
         "missing": missing,
         "errors": errors,
         "wrong": wrong,
-        "name": case.name,
-        "group": case.group,
-        "dtype": dtype_name(case.dtype),
-        "flops": case.flops,
-        "bytes": case.bytes,
+        **about(case),
     }
     if job.kind == "time" and calls:
         begin("")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from benchmarks import device_jobs
 from benchmarks.device_build import Build
 from benchmarks.device_jobs import Settings
 from benchmarks.supervisor import Job, Outcome, supervise, without
+from benchmarks.tuning_space import in_turn
 from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.bench.timing import OURS
 
@@ -76,16 +76,19 @@ class DeviceRun:
     def _fail(self, job: Job, part: str, reason: str) -> None:
         self.failures.append({"job": f"{job.kind} {job.name}", "part": part, "reason": reason})
 
+    def _note(self, job: Job, part: str, reason: str, *, failed: bool) -> None:
+        if failed:
+            self._fail(job, part, reason)
+        else:
+            self.missing[f"{job.name}: {part}"] = reason
+
     def _broke(self, outcome: Outcome) -> Job | None:
         job, part = outcome.job, outcome.at
         again = without(job, part) if part and job.kind in ("warm", "time") else None
         # A part that fails while it is only compiled ahead fails again where it counts.
         if job.kind == "warm":
             return again
-        if again is None or part == OURS:
-            self._fail(job, part, outcome.error)
-        else:
-            self.missing[f"{job.name}: {part}"] = outcome.error
+        self._note(job, part, outcome.error, failed=again is None or part == OURS)
         return again
 
     def _add_check(self, job: Job, result: dict[str, Any]) -> None:
@@ -102,10 +105,7 @@ class DeviceRun:
 
     def _add_timing(self, job: Job, result: dict[str, Any]) -> None:
         for part, reason in (result["errors"] | result["missing"]).items():
-            if part == OURS and part in result["errors"]:
-                self._fail(job, part, reason)
-            else:
-                self.missing[f"{job.name}: {part}"] = reason
+            self._note(job, part, reason, failed=part == OURS and part in result["errors"])
         if result["wrong"]:
             told = ", ".join(f"{name} {off:.3f}" for name, off in result["wrong"].items())
             self._fail(job, OURS, f"relative distance from SDPA: {told}")
@@ -173,7 +173,8 @@ def run(
     found = DeviceRun(settings, budget_s, started)
     end = begun + budget_s - min(_RESERVE_SECONDS, budget_s / 10)
     native, others = device_jobs.check_jobs(settings)
-    together = _in_turn(others, device_jobs.warm_jobs(settings))
+    # In turn, so that a short run has both kinds.
+    together = in_turn([others, device_jobs.warm_jobs(settings)])
     phases = (
         ("ceilings", [device_jobs.ceilings_job()], end),
         ("checks and compilation", together, begun + _CHECK_SHARE * budget_s),
@@ -214,11 +215,6 @@ def run(
             build.stop()
         found.store(path(found))
     return found
-
-
-def _in_turn(*lists: list[Job]) -> list[Job]:
-    """Jobs of each list in turn, so that a short run has both kinds."""
-    return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
 
 
 def worker_count(memory: int) -> int:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+T = TypeVar("T")
 Config: TypeAlias = tuple[int, int, int, int]
 """Rows and keys of a tile, warps of a program, stages of its pipeline."""
 Table: TypeAlias = dict[str, Any]
@@ -109,9 +110,9 @@ def candidates(table: Table, architecture: str, point: Point) -> list[Trial]:
     return [Trial(point, config) for config in (own, *fitting)]
 
 
-def in_turn(lists: Sequence[Sequence[Trial]]) -> list[Trial]:
+def in_turn(lists: Sequence[Sequence[T]]) -> list[T]:
     """Items of each list in turn, so that a search that runs out of time has tried all points."""
-    return [trial for row in zip_longest(*lists) for trial in row if trial is not None]
+    return [item for row in zip_longest(*lists) for item in row if item is not None]
 
 
 def _distance(config: Config, other: Config) -> float:

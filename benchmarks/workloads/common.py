@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -41,8 +42,9 @@ def cuda_only(module: str) -> NoReturn:
     raise Unavailable(f"{module} runs on CUDA tensors alone")
 
 
+@functools.cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` through torch.compile, anew for each shape; its gradient may be taken again."""
+    """`function` through torch.compile, anew for each shape; its gradient can be taken again."""
     # A backward that reuses its buffers cannot run twice on one graph, and a function that was
     # compiled often enough would run uncompiled from then on.
     torch._functorch.config.donated_buffer = False

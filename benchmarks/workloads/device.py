@@ -48,7 +48,7 @@ def _fa3(case: AttentionBenchmark, leaves: list[Tensor]) -> Any:
 
 def _flex(case: AttentionBenchmark, leaves: list[Tensor]) -> Tensor:
     mask = _block_mask(case.length, case.device) if case.causal else None
-    return _compiled_flex()(*leaves, mask, case.heads != case.kv_heads)
+    return compiled(_mix_and_flex)(leaves, mask, case.heads != case.kv_heads)
 
 
 def _peer(attend: Callable[[AttentionBenchmark, list[Tensor]], Any]) -> Callable[[Any], Call]:
@@ -92,45 +92,24 @@ def _mix(v: Tensor, v_first: Tensor, lambda_v: Tensor, lambda_first: Tensor) -> 
 
 def peer_mix(v: Tensor, v_first: Tensor, lambda_v: Tensor, lambda_first: Tensor) -> Tensor:
     """The peers' V': one compiled pass on a GPU, an expression of PyTorch's elsewhere."""
-    mix = _compiled_mix() if v.is_cuda else _mix
+    mix = compiled(_mix) if v.is_cuda else _mix
     # One shape, and so one compilation, for all cases of a size.
     return mix(v.flatten(), v_first.flatten(), lambda_v, lambda_first).view_as(v)
 
 
-@functools.cache
-def _compiled_mix() -> Callable[..., Tensor]:
-    return compiled(_mix)
-
-
-def _mix_and_flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    v_first: Tensor,
-    lambda_v: Tensor,
-    lambda_first: Tensor,
-    mask: Any,
-    grouped: bool,
-) -> Tensor:
-    mixed = _mix(v, v_first, lambda_v, lambda_first)
-    q, k, mixed = (x.transpose(1, 2) for x in (q, k, mixed))
+def _mix_and_flex(leaves: list[Tensor], mask: Any, grouped: bool) -> Tensor:
+    q, k, mixed = (x.transpose(1, 2) for x in (*leaves[:2], _mix(*leaves[2:])))
     out: Any = flex_attention(q, k, mixed, block_mask=mask, enable_gqa=grouped)
     result: Tensor = out.transpose(1, 2)
     return result
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return compiled(_mix_and_flex)
-
-
-def _causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
-
-
 @functools.lru_cache(maxsize=1)
 def _block_mask(length: int, device: str) -> Any:
-    return create_block_mask(_causal, None, None, length, length, device=device)
+    def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    return create_block_mask(causal, None, None, length, length, device=device)
 
 
 def _flash_attention_3(direction: str) -> Callable[..., Any]:

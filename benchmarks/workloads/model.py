@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +77,9 @@ class ModelBenchmark:
         cache = self._cache(model.config, kind, shared=shared)
         token = torch.zeros(self.batch, 1, dtype=torch.long)
 
+        @torch.no_grad()
         def step() -> Tensor:
-            with torch.no_grad():
-                logits: Tensor = model(token, past_key_values=cache).logits
+            logits: Tensor = model(token, past_key_values=cache).logits
             # Every call appends at the same place.
             if kind == "static":
                 for layer in cache.layers:
@@ -113,12 +112,12 @@ class ModelBenchmark:
         from resformer_kernels.integrations.transformers import ResFormerCache
 
         most = self.length + 1
-        makers: dict[str, Callable[[], Any]] = {
-            "ours": lambda: ResFormerCache(config, most),
-            "static": lambda: StaticCache(config, max_cache_len=most),
-            "dynamic": lambda: DynamicCache(config=config),
-        }
-        cache = makers[kind]()
+        if kind == "ours":
+            cache: Any = ResFormerCache(config, most)
+        elif kind == "static":
+            cache = StaticCache(config, max_cache_len=most)
+        else:
+            cache = DynamicCache(config=config)
         shape = (self.batch, _SIZES["num_key_value_heads"], self.length, _SIZES["head_dim"])
         keys = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         for layer in range(self.layers):

@@ -247,16 +247,14 @@ def measure(
     timings = alternate(
         calls, samples=samples, min_sample_s=min_sample_s, settle_rounds=settle_rounds
     )
-    return Result(
-        benchmark.name,
-        benchmark.group,
-        dtype_name(benchmark.dtype),
-        benchmark.flops,
-        benchmark.bytes,
-        timings,
-        absent,
-        {} if peak is None else {name: peak(call) for name, call in calls.items()},
-    )
+    memory = {} if peak is None else {name: peak(call) for name, call in calls.items()}
+    return Result(**about(benchmark), timings=timings, absent=absent, peak_bytes=memory)
+
+
+def about(benchmark: Benchmark) -> dict[str, Any]:
+    """The fields that a result takes from its benchmark."""
+    same = {name: getattr(benchmark, name) for name in ("name", "group", "flops", "bytes")}
+    return {**same, "dtype": dtype_name(benchmark.dtype)}
 
 
 def _failure(error: Exception) -> str:

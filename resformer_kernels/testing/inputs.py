@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -227,10 +228,8 @@ def _add_packing(source: _Source, tensors: dict[str, Tensor], options: dict[str,
         return
     for which, name in enumerate("qk"):
         sizes = [pair[which] for pair in lengths]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        tensors[f"cu_seqlens_{name}"] = torch.tensor(
-            offsets, dtype=torch.int32, device=source.device
-        )
+        offsets = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        tensors[f"cu_seqlens_{name}"] = offsets.to(source.device)
         options[f"max_seqlen_{name}"] = max(sizes, default=0) + source.case.slack
 
 

@@ -57,7 +57,7 @@ def test_contestants_compute_the_same(
     module: Any = ModuleType("flash_attn_interface")
     module.flash_attn_func = flash_attn_3
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr(device_workloads, "_compiled_flex", lambda: device_workloads._mix_and_flex)
+    monkeypatch.setattr(device_workloads, "compiled", lambda function: function)
     makers = replace(CASE, direction=direction, causal=causal).makers()
     # Torch's FlexAttention has no backward on a CPU.
     names = (OURS, SDPA_FLASH, FA3, *((FLEX,) if direction == "forward" else ()))
