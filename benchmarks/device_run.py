@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -181,7 +181,6 @@ def run(
         (_NATIVE, native, begun + _NATIVE_SHARE * budget_s),
         ("timings", device_jobs.time_jobs(settings), end),
     )
-    command = worker_command(settings)
     stored = time.monotonic()
 
     try:
@@ -202,14 +201,7 @@ def run(
                     stored = time.monotonic()
                 return following
 
-            supervise(
-                jobs,
-                command,
-                workers=at_once,
-                until=until,
-                on_outcome=take,
-                environment=worker_environment(at_once),
-            )
+            on_workers(settings, jobs, at_once, until, take)
     finally:
         if build is not None:
             build.stop()
@@ -223,17 +215,28 @@ def worker_count(memory: int) -> int:
     return max(1, min(_MAX_WORKERS, usable_cores() - 2, by_memory))
 
 
-def worker_command(settings: Settings) -> tuple[str, ...]:
-    """The command of a worker."""
-    return (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+def on_workers(
+    settings: Settings,
+    jobs: Sequence[Job],
+    at_once: int,
+    until: float,
+    on_outcome: Callable[[Outcome], Job | None],
+) -> None:
+    """`supervise` the jobs of a device, `at_once` workers sharing it.
 
-
-def worker_environment(at_once: int) -> dict[str, str]:
-    """The environment of one of `at_once` workers: it finds this checkout and shares the cores."""
-    found = dict(os.environ)
-    paths = [str(_ROOT), *found.get("PYTHONPATH", "").split(os.pathsep)]
-    found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    A worker finds this checkout, and leaves the cores to the others.
+    """
+    environment = dict(os.environ)
+    paths = [str(_ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if at_once > 1:
-        found["OMP_NUM_THREADS"] = "1"
-        found["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    return found
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+    supervise(
+        jobs,
+        command,
+        workers=at_once,
+        until=until,
+        on_outcome=on_outcome,
+        environment=environment,
+    )

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
@@ -38,6 +38,8 @@ class Job:
     seconds: float
     without: tuple[str, ...] = ()
     """Parts of it to leave out."""
+    payload: Any = None
+    """Data for the worker, which `pickle` can send."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Worker:
         at = ""
         deadline = min(until, time.monotonic() + job.seconds)
         try:
-            self._channel.send(asdict(job))
+            self._channel.send(vars(job))
         except OSError:
             return self._lost(job, at, until, self._process)
         while (message := self._message(deadline)) is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,31 +61,31 @@ class Search:
             self.unfinished += 1
         elif job.kind == PLACE:
             if result is not None:
-                head_dim, rows = map(int, job.name.split())
+                head_dim, rows = job.payload
                 both = (result["inline"], result["prologue"])
                 self.placements.setdefault(head_dim, {})[rows] = both
         elif result is None or result["wrong"]:
-            trial = space.parse(job.name)
             # Many other configurations are expected not to fit.
-            if trial.config == space.current(self.table, self.architecture, trial.point):
+            if job.payload == self._own(job.payload.point):
                 self.failures.append(f"{job.name}: {result['wrong'] if result else outcome.error}")
         elif job.kind == TRY:
-            self.tried.append(space.parse(job.name))
+            self.tried.append(job.payload)
         else:
-            trial = space.parse(job.name)
-            self.seconds.setdefault(trial.point, {})[trial] = result["seconds"]
+            self.seconds.setdefault(job.payload.point, {})[job.payload] = result["seconds"]
         return None
+
+    def _own(self, point: Point) -> Trial:
+        return Trial(point, space.current(self.table, self.architecture, point))
 
     def winners(self) -> dict[Point, Config]:
         """The configurations to put into the table, of the points whose own was timed."""
-        found = {}
-        for point, seconds in self.seconds.items():
-            own = Trial(point, space.current(self.table, self.architecture, point))
-            if own in seconds:
-                chosen = space.best(seconds, own)
-                if chosen != own:
-                    found[point] = chosen.config
-        return found
+        own = {point: self._own(point) for point in self.seconds}
+        best = {
+            point: space.best(seconds, own[point])
+            for point, seconds in self.seconds.items()
+            if own[point] in seconds
+        }
+        return {point: trial.config for point, trial in best.items() if trial != own[point]}
 
     def new_table(self) -> space.Table:
         """The table with what won."""
@@ -115,7 +114,7 @@ def run(
     lists = [space.candidates(search.table, search.architecture, point) for point in points]
     head_dims = dict.fromkeys(point.head_dim for point in points)
     place = [
-        Job(PLACE, f"{head_dim} {rows}", _PLACE_SECONDS)
+        Job(PLACE, f"{head_dim} {rows}", _PLACE_SECONDS, payload=(head_dim, rows))
         for head_dim in head_dims
         for rows in space.PLACEMENT_ROWS
     ]
@@ -133,9 +132,9 @@ def run(
         if jobs:
             supervise(jobs, at_once, begun + share * budget_s, take)
 
-    trials = [Job(TRY, trial.name, _TRY_SECONDS) for trial in space.in_turn(lists)]
+    trials = [Job(TRY, t.name, _TRY_SECONDS, payload=t) for t in space.in_turn(lists)]
     phase("compiled and compared", trials, workers, 0.6)
-    good = [Job(TIME, trial.name, _TIME_SECONDS) for trial in search.tried]
+    good = [Job(TIME, t.name, _TIME_SECONDS, payload=t) for t in search.tried]
     # The table's own first: without it nothing can be replaced.
     own = {trials[0].name for trials in lists}
     good.sort(key=lambda job: job.name not in own)
@@ -146,9 +145,9 @@ def run(
 def run_job(job: Job, settings: Settings) -> dict[str, Any]:
     """Do one of this module's jobs, on the device."""
     if job.kind == PLACE:
-        head_dim, rows = map(int, job.name.split())
+        head_dim, rows = job.payload
         return _place(head_dim, rows, settings)
-    trial = space.parse(job.name)
+    trial: Trial = job.payload
     with _configured(trial, architecture(settings.device)):
         if job.kind == TRY:
             return {"wrong": _compare(trial.point, settings)}
@@ -245,7 +244,7 @@ def _seconds(calls: dict[str, Call], settings: Settings) -> dict[str, float]:
         min_sample_s=_SAMPLE_SECONDS,
         timer=timer_for(settings.device),
     )
-    return {name: statistics.median(timing.samples) for name, timing in timings.items()}
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def _place(head_dim: int, rows: int, settings: Settings) -> dict[str, Any]:

@@ -58,22 +58,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """In words; `parse` reads it."""
+        """In words."""
         rows, keys, warps, stages = self.config
         return f"{self.point.name} {rows}x{keys} warps {warps} stages {stages}"
-
-
-_TRIAL = re.compile(r"(\w+) (\w+) D(\d+) (\w+) (\d+)x(\d+) warps (\d+) stages (\d+)")
-
-
-def parse(name: str) -> Trial:
-    """The trial of that name."""
-    found = _TRIAL.fullmatch(name)
-    if found is None:
-        raise ValueError(f"no trial: {name!r}")
-    direction, precision, head_dim, mask, *config = found.groups()
-    rows, keys, warps, stages = (int(number) for number in config)
-    return Trial(Point(direction, precision, int(head_dim), mask), (rows, keys, warps, stages))
 
 
 def points(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,10 @@ def run(args: argparse.Namespace) -> int:
     reason = _triton.unavailable_reason(device)
     if reason is not None:
         return refuse("tune", reason)
-    modules = checkout(
-        *("tuning", "tuning_space", "device_jobs", "device_run", "device_report", "supervisor")
-    )
+    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "device_report")
     if modules is None:
         return refuse("tune", NO_CHECKOUT)
-    tuning, space, device_jobs, device_run, report, supervisor = modules
+    tuning, space, device_jobs, device_run, report = modules
     settings = device_jobs.Settings(str(device), tiny=args.device is not None)
     points = space.points(
         args.head_dim or space.HEAD_DIMS,
@@ -68,24 +67,13 @@ def run(args: argparse.Namespace) -> int:
     )
     search = tuning.Search(tuning.architecture(settings.device), tuning.load_table())
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-
-    def supervise(jobs: Any, at_once: int, until: float, on_outcome: Any) -> None:
-        supervisor.supervise(
-            jobs,
-            device_run.worker_command(settings),
-            workers=at_once,
-            until=until,
-            on_outcome=on_outcome,
-            environment=device_run.worker_environment(at_once),
-        )
-
     code = 0
     try:
         tuning.run(
             search,
             points,
             60 * args.minutes,
-            supervise,
+            partial(device_run.on_workers, settings),
             workers=args.workers or device_run.worker_count(memory),
             progress=Teller(),
         )

@@ -48,6 +48,10 @@ LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
 NaN; every other element of the last axis; one head seen as many (stride 0)."""
 
 
+_OPTIONS = ("causal", "window", "scale", "softcap", "return_lse", "return_mixed_value")
+"""Fields of a case that are arguments of the call."""
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """The description of an attention input. Lengths are in tokens."""
@@ -155,18 +159,9 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
         "v_first": v_shape,
     }
     absent = {"v": "v_first", "v_first": "v"}.get(case.sources)
-    tensors = {}
-    for name, shape in shapes.items():
-        if name != absent:
-            tensors[name] = source.rows(shape, case.layout)
-    options: dict[str, Any] = {
-        "causal": case.causal,
-        "window": case.window,
-        "scale": case.scale,
-        "softcap": case.softcap,
-        "return_lse": case.return_lse,
-        "return_mixed_value": case.return_mixed_value,
-    }
+    given = {name: shape for name, shape in shapes.items() if name != absent}
+    tensors = {name: source.rows(shape, case.layout) for name, shape in given.items()}
+    options = {name: getattr(case, name) for name in _OPTIONS}
     if absent:
         options[absent] = None
     _add_coefficients(source, v_shape, tensors, options)

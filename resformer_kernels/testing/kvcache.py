@@ -20,6 +20,8 @@ APPENDS = ("both", "k", "v", "none")
 MASKS = ("none", "left", "random", "empty")
 """key_mask: none; each sequence's first few tokens masked; any masked; all of them masked."""
 CACHE_LAYOUTS = ("contiguous", "heads_first", "sliced")
+_OPTIONS = ("causal", "window", "scale", "softcap", "num_splits", "return_lse")
+"""Fields of a case that are arguments of the call."""
 
 _ORDERS = 4
 
@@ -107,14 +109,7 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
         tensors["sinks"] = torch.randn(case.heads, generator=draw)
     if case.mask != "none":
         tensors["key_mask"] = _mask(case, longest, draw)
-    options: dict[str, Any] = {
-        "causal": case.causal,
-        "window": case.window,
-        "scale": case.scale,
-        "softcap": case.softcap,
-        "num_splits": case.num_splits,
-        "return_lse": case.return_lse,
-    }
+    options = {name: getattr(case, name) for name in _OPTIONS}
     if case.length_form == "int":
         options["cache_seqlens"] = case.lengths[0]
     else:

@@ -42,6 +42,12 @@ def test_flops_and_names() -> None:
     assert replace(CASE, direction="backward").bytes == 2 * CASE.bytes
 
 
+def install_flash_attn_3(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module: Any = ModuleType(name)
+    module.flash_attn_func = flash_attn_3
+    monkeypatch.setitem(sys.modules, name, module)
+
+
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, None]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
@@ -54,9 +60,7 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tens
 def test_contestants_compute_the_same(
     direction: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = ModuleType("flash_attn_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    install_flash_attn_3(monkeypatch, "flash_attn_interface")
     monkeypatch.setattr(device_workloads, "compiled", lambda function: function)
     makers = replace(CASE, direction=direction, causal=causal).makers()
     # Torch's FlexAttention has no backward on a CPU.
@@ -82,9 +86,7 @@ def test_what_is_not_here_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> Non
         # Nothing but the reference computes in float64.
         replace(CASE, dtype=torch.float64).makers()[OURS]()
     # A build without a backward serves what it can.
-    module: Any = ModuleType("fa3_fwd_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    install_flash_attn_3(monkeypatch, "fa3_fwd_interface")
     makers[FA3]()()
     with pytest.raises(Unavailable, match="no backward"):
         replace(CASE, direction="backward").makers()[FA3]()
