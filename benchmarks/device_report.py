@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.device_run import DeviceRun
 from resformer_kernels.bench.timing import OURS
+from resformer_kernels.testing.verification import share
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,21 @@ def headline(run: DeviceRun) -> str:
 def _checks(run: DeviceRun) -> Sheet:
     """The worst share of its budget of each tensor, by backend and op."""
     worst: dict[tuple[str, str, str], dict[str, float]] = {}
-    counts: dict[tuple[str, str, str], int] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
     for check in run.checks:
-        dtype = check["verdicts"][0]["dtype"]
-        key = (check["backend"], check["op"], dtype)
-        counts[key] = counts.get(key, 0) + 1
+        key = (check["backend"], check["op"], check["verdicts"][0]["dtype"])
+        counts[key] += 1
         shares = worst.setdefault(key, {})
         for verdict in check["verdicts"]:
             tensor = verdict["tensor"].split("[")[0]
-            shares[tensor] = max(shares.get(tensor, 0.0), _share(verdict))
+            found = share(float(verdict["error"]), float(verdict["budget"]))
+            shares[tensor] = max(shares.get(tensor, 0.0), found)
     rows = []
     for key, shares in sorted(worst.items()):
-        tensor, share = max(shares.items(), key=lambda item: item[1])
-        rows.append((" ".join(key), str(counts[key]), tensor, f"{share:.0%}"))
+        tensor, most = max(shares.items(), key=lambda item: item[1])
+        rows.append((" ".join(key), str(counts[key]), tensor, f"{most:.0%}"))
     headings = ("backend, op, dtype", "cases", "worst tensor", "error / budget")
     return Sheet("Against float64", headings, tuple(rows))
-
-
-def _share(verdict: dict[str, Any]) -> float:
-    error, budget = float(verdict["error"]), float(verdict["budget"])
-    if budget > 0:
-        return error / budget
-    return 0.0 if error == 0 else float("inf")
 
 
 def _absent(run: DeviceRun) -> Sheet:

@@ -91,23 +91,10 @@ def compare(
         got = _outcome(inputs, backend)
     wide = _wide(inputs)
     exact = _outcome(wide, "reference")
-    sizes = {name: norm(true) for name, true in exact.items()}
-    terms = {**sizes, **_summed_terms(wide, exact)}
+    terms = _summed_terms(wide, exact)
     near = _reference_errors(inputs, exact)
     unit = torch.finfo(tensors["q"].dtype).eps / 2
-
-    def compared() -> list[Comparison]:
-        return [
-            Comparison(
-                name,
-                misfit(got[name], true),
-                2 * near[name] + unit * terms[name],
-                sizes[name],
-            )
-            for name, true in exact.items()
-        ]
-
-    found = compared()
+    found = compared(got, exact, near, unit, terms)
     if all(item.ok for item in found):
         return found
     luck = torch.Generator().manual_seed(0)
@@ -115,7 +102,24 @@ def compare(
         other = _redrawn(inputs, luck)
         errors = _reference_errors(other, _outcome(_wide(other), "reference"))
         near = {name: max(error, errors[name]) for name, error in near.items()}
-    return compared()
+    return compared(got, exact, near, unit, terms)
+
+
+def compared(
+    got: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    near: Mapping[str, float],
+    unit: float,
+    terms: Mapping[str, float],
+) -> list[Comparison]:
+    """Tensors against float64 ones; `near` are the reference's errors, `terms` S by name where it
+    is not the norm."""
+    found = []
+    for name, true in exact.items():
+        size = norm(true)
+        budget = 2 * near[name] + unit * terms.get(name, size)
+        found.append(Comparison(name, misfit(got[name], true), budget, size))
+    return found
 
 
 def _outcome(inputs: Inputs, backend: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.kvcache.api import attention_with_kvcache
-from resformer_kernels.testing.budgets import Comparison, misfit, norm
+from resformer_kernels.testing.budgets import Comparison, compared, misfit, norm
 from resformer_kernels.testing.inputs import laid_out
 from resformer_kernels.testing.poison import poisoned
 
@@ -200,15 +200,7 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
     # A quantised cache's scale multiplies a whole dot product: one rounding more.
     unit = torch.finfo(case.dtype).eps / 2 * (1 if case.quantised is None else 2)
     errors = {name: misfit(x, exact[name]) for name, x in near.items()}
-
-    def compared() -> list[Comparison]:
-        sizes = {name: norm(true) for name, true in exact.items()}
-        return [
-            Comparison(name, misfit(got[name], exact[name]), 2 * errors[name] + unit * size, size)
-            for name, size in sizes.items()
-        ]
-
-    found = compared()
+    found = compared(got, exact, errors, unit, {})
     if not all(item.ok for item in found):
         # The reference's own error is luck: see `budgets`.
         luck = torch.Generator().manual_seed(0)
@@ -217,7 +209,7 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
             near, _ = run_copied(other, "reference")
             true, _ = run_copied(_wide(other), "reference")
             errors = {name: max(errors[name], misfit(x, true[name])) for name, x in near.items()}
-        found = compared()
+        found = compared(got, exact, errors, unit, {})
     for name, cache in expected.items():
         wrong = (_bits(cache) != _bits(after[name])).sum()
         found.append(Comparison(name, float(wrong), 0.0, norm(cache)))

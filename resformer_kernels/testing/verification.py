@@ -67,9 +67,14 @@ class Verdict:
     @property
     def share(self) -> float:
         """The error as a share of the budget."""
-        if self.budget > 0:
-            return self.error / self.budget
-        return 0.0 if self.error == 0 else float("inf")
+        return share(self.error, self.budget)
+
+
+def share(error: float, budget: float) -> float:
+    """An error as a share of its budget; of a budget of zero: 0 or infinity."""
+    if budget > 0:
+        return error / budget
+    return 0.0 if error == 0 else float("inf")
 
 
 def checks(
