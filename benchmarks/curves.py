@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.workloads.attention import MATH, CPUAttention
 from benchmarks.workloads.decode import DecodeBenchmark
 from benchmarks.workloads.reservoir import ReservoirBenchmark
 from benchmarks.workloads.scan import PEERS, ScanBenchmark
-from resformer_kernels.bench.attention import MATH, SDPA, AttentionBenchmark
+from resformer_kernels.bench.attention import SDPA
 from resformer_kernels.bench.timing import Benchmark
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -36,7 +37,7 @@ def attention() -> list[Benchmark]:
     """How time and memory grow with the length; those of plain scores grow with its square."""
     shapes = [(1, HEADS, HEADS, length, HEAD_DIM) for length in LENGTHS]
     return [
-        AttentionBenchmark(*shape, torch.bfloat16, direction, peers=(*SDPA, MATH))
+        CPUAttention(*shape, torch.bfloat16, direction, peers=(*SDPA, MATH))
         for direction in ("forward", "backward")
         for shape in shapes
     ]

@@ -1,4 +1,4 @@
-"""The CUDA library, built for the GPU of this machine while its ceilings are measured."""
+"""Builds the CUDA library for this machine's GPU while its ceilings are measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Build:
         if self.skipped:
             return
         major, minor = capability
-        # Hopper's own instructions are in a variant that runs on it alone.
+        # sm_90a has Hopper's own instructions, and runs on Hopper alone.
         architecture = f"{major}.{minor}" + ("a" if major == 9 else "")
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Build:
         return "" if cuda.find_nvcc() else "there is no nvcc"
 
     def finish(self, until: float) -> tuple[str, bool]:
-        """Wait until then, by `time.monotonic()`: (what became of it, whether a source failed)."""
+        """Wait until then, by `time.monotonic()`: (the outcome, whether compiling failed)."""
         if self._process is None:
             return f"not built: {self.skipped}", False
         try:
@@ -66,7 +66,7 @@ class Build:
         return f"not built: {said[-_TAIL:]}", _FAILED in said
 
     def stop(self) -> None:
-        """End it, with the compilers that it started, if it still runs."""
+        """End the build and its compilers, if it still runs."""
         if self._process is None:
             return
         if self._process.poll() is None:

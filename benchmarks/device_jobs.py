@@ -1,4 +1,4 @@
-"""What `resformer-kernels device-check` does on a device: ceilings, comparisons, timings.
+"""The jobs of `resformer-kernels device-check` on a device: ceilings, comparisons, timings.
 
 Everything here runs in a worker of `supervisor`; the list of jobs is made without the device.
 """
@@ -6,6 +6,7 @@ Everything here runs in a worker of `supervisor`; the list of jobs is made witho
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,35 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import resformer_kernels
 from benchmarks import registry
 from benchmarks.device_timer import readings, timer_for
 from benchmarks.supervisor import Job
-from benchmarks.workloads.device import (
-    FA3,
-    FLEX,
-    SDPA_CUDNN,
-    SDPA_FLASH,
-    DeviceAttention,
-)
-from resformer_kernels.attention import api as attention
+from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
-from resformer_kernels.bench.timing import OURS, Call, Unavailable, alternate
-from resformer_kernels.kvcache import api as kvcache
-from resformer_kernels.mix import api as mix
-from resformer_kernels.reservoir import api as reservoir
-from resformer_kernels.scan import api as scan
+from resformer_kernels.bench.timing import OURS, Call, Unavailable, about, alternate
 from resformer_kernels.testing.verification import Check, checks, verify
 
 TOLERANCE = 0.02
-"""‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times what rounding makes."""
-
-_APIS: dict[str, Any] = {
-    "mix": mix,
-    "linear_scan": scan,
-    "reservoir_scan": reservoir,
-    "attention_with_kvcache": kvcache,
-}
+"""The most ‖ours - peer‖ / ‖peer‖ of a bfloat16 output or gradient: several times rounding's."""
 
 _CHECK_SECONDS, _WARM_SECONDS, _TIME_SECONDS, _CEILINGS_SECONDS = 100.0, 150.0, 60.0, 90.0
 _SAMPLE_SECONDS = 0.002
@@ -51,7 +35,7 @@ _TINY_GEMM_SIZE, _TINY_ARRAY_BYTES = 64, 2**16
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs of a run share."""
+    """Settings that all jobs of a run share."""
 
     device: str
     tiny: bool = False
@@ -59,7 +43,7 @@ class Settings:
     samples: int = 7
 
     def synchronize(self) -> None:
-        """Wait for the device, and hear of its errors."""
+        """Wait for the device, and raise its errors."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize()
 
@@ -71,42 +55,38 @@ def ceilings_job() -> Job:
 
 def check_jobs(settings: Settings) -> tuple[list[Job], list[Job]]:
     """Every case of every op, with the native backend and with the others; longest first."""
-    native: list[Job] = []
-    others: list[Job] = []
-    for name, check in reversed(_checks("cpu", settings.tiny).items()):
-        for backend in backends(check.op):
-            jobs = native if backend == "native" else others
-            jobs.append(Job("check", f"{backend}: {name}", _CHECK_SECONDS))
-    return native, others
+    jobs = [
+        Job("check", f"{backend}: {name}", _CHECK_SECONDS)
+        for name, check in reversed(_checks("cpu", settings.tiny).items())
+        for backend in backends(check.op)
+    ]
+    native = [job for job in jobs if job.name.startswith("native: ")]
+    return native, [job for job in jobs if job not in native]
 
 
 def warm_jobs(settings: Settings) -> list[Job]:
     """One case of each kernel that `time` jobs will need, so that they find it compiled."""
-    others = (SDPA_FLASH, SDPA_CUDNN, FA3)
-    found = []
-    for case in registry.device_cases(settings.device, tiny=settings.tiny):
-        if not isinstance(case, DeviceAttention) or case.flex:
-            found.append(Job("warm", case.name, _WARM_SECONDS, without=others))
-    return found
+    return [
+        Job("warm", case.name, _WARM_SECONDS, without=DEVICE_PEERS)
+        for case in registry.device_cases(settings.device, tiny=settings.tiny)
+        if not isinstance(case, DeviceAttention) or FLEX in case.peers
+    ]
 
 
 def time_jobs(settings: Settings) -> list[Job]:
-    """Every case, most important first."""
+    """Every case, the most important first."""
     cases = registry.device_cases(settings.device, tiny=settings.tiny)
     return [Job("time", case.name, _TIME_SECONDS) for case in cases]
 
 
 def backends(op: str) -> list[str]:
     """The backends of an op that are not the reference."""
-    modules: Sequence[Any] = attention.BACKENDS
-    for name, api in _APIS.items():
-        if op.startswith(name):
-            modules = api.BACKENDS
-    return [module.NAME for module in modules if module.NAME != "reference"]
+    api = importlib.import_module(getattr(resformer_kernels, op).__module__)
+    return [module.NAME for module in api.BACKENDS if module.NAME != "reference"]
 
 
 def run(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
-    """Do a job; `begin` is told of each part before it."""
+    """Do a job; `begin` gets the name of each part before it."""
     if job.kind == "ceilings":
         return _run_ceilings(settings)
     if job.kind == "check":
@@ -143,15 +123,12 @@ def _checks(device: str, tiny: bool) -> dict[str, Check]:
 def _run_check(job: Job, settings: Settings) -> dict[str, Any]:
     backend, _, name = job.name.partition(": ")
     check = _checks(settings.device, settings.tiny)[name]
+    which = {"op": check.op, "backend": backend}
     reason = check.refusal(backend)
     if reason is not None:
-        return {"op": check.op, "backend": backend, "refused": reason}
+        return {**which, "refused": reason}
     (verdicts,) = verify([check], backend)
-    return {
-        "op": check.op,
-        "backend": backend,
-        "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts],
-    }
+    return {**which, "verdicts": [{**asdict(v), "ok": v.ok} for v in verdicts]}
 
 
 def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -175,7 +152,7 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
         # Whatever one contestant raises, the others are measured.
         except Exception as error:  # noqa: BLE001
             errors[name] = f"{type(error).__name__}: {error}".strip()[:500]
-            # Where the device is lost, this raises, and ends the worker.
+            # This raises where the device is lost, and ends the worker.
             settings.synchronize()
     wrong = _disagreements(found) if isinstance(case, DeviceAttention) else {}
     found.clear()
@@ -183,11 +160,7 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
         "missing": missing,
         "errors": errors,
         "wrong": wrong,
-        "name": case.name,
-        "group": case.group,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "flops": case.flops,
-        "bytes": case.bytes,
+        **about(case),
     }
     if job.kind == "time" and calls:
         begin("")
@@ -202,25 +175,28 @@ def _run_case(job: Job, settings: Settings, begin: Callable[[str], None]) -> dic
 
 
 def _disagreements(found: dict[str, object]) -> dict[str, float]:
-    """Of our output or gradients, those that are not the first peer's, with their distance.
+    """Our output or gradients that are not the first peer's, with their distance.
 
     The λ's gradients are cancelling sums, and are left to the comparison with float64.
     """
-    peers = [name for name in (SDPA_FLASH, SDPA_CUDNN, FA3, FLEX) if name in found]
+    peers = [name for name in (*DEVICE_PEERS, FLEX) if name in found]
     if OURS not in found or not peers:
         return {}
-    ours, peer = _tensors(found[OURS]), _tensors(found[peers[0]])
+    ours, peer = tensors(found[OURS]), tensors(found[peers[0]])
     names = ("out",) if len(ours) == 1 else ("dq", "dk", "dv", "dv_first")
-    wrong = {}
-    for name, mine, theirs in zip(names, ours, peer, strict=False):
-        theirs = theirs.float()
-        distance = float((mine.float() - theirs).norm() / theirs.norm())
-        if not distance <= TOLERANCE:
-            wrong[name] = distance
-    return wrong
+    distances = map(relative_distance, ours, peer)
+    # Also where the distance is NaN.
+    return {name: off for name, off in zip(names, distances, strict=False) if not off <= TOLERANCE}
 
 
-def _tensors(result: object) -> Sequence[Tensor]:
+def relative_distance(mine: Tensor, true: Tensor) -> float:
+    """‖mine - true‖ / ‖true‖, in float32."""
+    true = true.float()
+    return float((mine.float() - true).norm() / true.norm())
+
+
+def tensors(result: object) -> Sequence[Tensor]:
+    """The output that a call returned, or the gradients."""
     if isinstance(result, Tensor):
         return (result,)
     assert isinstance(result, tuple)

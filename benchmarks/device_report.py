@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.device_run import DeviceRun
 from resformer_kernels.bench.timing import OURS
+from resformer_kernels.testing.verification import share
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: its first column is flush left, and so are the others where they are words."""
+    """A table. Its first column is left-aligned, and the others too where they hold words."""
 
     title: str
     headings: tuple[str, ...]
@@ -21,7 +23,7 @@ class Sheet:
     words: bool = False
 
     def plain(self) -> str:
-        """The table in characters alone."""
+        """The table as plain text."""
         columns = list(zip(self.headings, *self.rows, strict=True))
         widths = [max(len(cell) for cell in column) for column in columns]
 
@@ -55,7 +57,7 @@ def show(sheet: Sheet, width: int | None = None) -> None:
 
 
 def sheets(run: DeviceRun) -> list[Sheet]:
-    """Everything that a reader wants to see, most of all last."""
+    """Every table, the most important last."""
     found = [_checks(run)] if run.checks else []
     found += [_absent(run)] if any(run.absent().values()) else []
     found += _timings(run)
@@ -83,28 +85,21 @@ def headline(run: DeviceRun) -> str:
 def _checks(run: DeviceRun) -> Sheet:
     """The worst share of its budget of each tensor, by backend and op."""
     worst: dict[tuple[str, str, str], dict[str, float]] = {}
-    counts: dict[tuple[str, str, str], int] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
     for check in run.checks:
-        dtype = check["verdicts"][0]["dtype"]
-        key = (check["backend"], check["op"], dtype)
-        counts[key] = counts.get(key, 0) + 1
+        key = (check["backend"], check["op"], check["verdicts"][0]["dtype"])
+        counts[key] += 1
         shares = worst.setdefault(key, {})
         for verdict in check["verdicts"]:
             tensor = verdict["tensor"].split("[")[0]
-            shares[tensor] = max(shares.get(tensor, 0.0), _share(verdict))
+            found = share(float(verdict["error"]), float(verdict["budget"]))
+            shares[tensor] = max(shares.get(tensor, 0.0), found)
     rows = []
     for key, shares in sorted(worst.items()):
-        tensor, share = max(shares.items(), key=lambda item: item[1])
-        rows.append((" ".join(key), str(counts[key]), tensor, f"{share:.0%}"))
+        tensor, most = max(shares.items(), key=lambda item: item[1])
+        rows.append((" ".join(key), str(counts[key]), tensor, f"{most:.0%}"))
     headings = ("backend, op, dtype", "cases", "worst tensor", "error / budget")
     return Sheet("Against float64", headings, tuple(rows))
-
-
-def _share(verdict: dict[str, Any]) -> float:
-    error, budget = float(verdict["error"]), float(verdict["budget"])
-    if budget > 0:
-        return error / budget
-    return 0.0 if error == 0 else float("inf")
 
 
 def _absent(run: DeviceRun) -> Sheet:

@@ -1,4 +1,4 @@
-"""One run of `resformer-kernels device-check`: its phases, what it found, and its JSON."""
+"""One run of `resformer-kernels device-check`: its phases, results and JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,16 @@ from benchmarks import device_jobs
 from benchmarks.device_build import Build
 from benchmarks.device_jobs import Settings
 from benchmarks.supervisor import Job, Outcome, supervise, without
+from benchmarks.tuning_space import in_turn
 from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.bench.timing import OURS
 
 FORMAT = 1
-"""Of the stored JSON."""
+"""Version of the stored JSON."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHECK_SHARE, _NATIVE_SHARE = 0.42, 0.47
-"""Of the time, when comparisons and compilation end, and those of what is built meanwhile."""
+"""Shares of the time after which comparisons end, and those of the library built meanwhile."""
 _RESERVE_SECONDS = 3.0
 _STORE_EVERY_SECONDS = 5.0
 _MAX_WORKERS, _WORKER_BYTES = 12, 6 * 2**30
@@ -36,28 +36,28 @@ _TOGETHER = ("checks and compilation", _NATIVE)
 
 @dataclass
 class DeviceRun:
-    """What was found so far."""
+    """Results so far."""
 
     settings: Settings
     budget_s: float
     started: str
     ceilings: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """Comparisons with float64 that were made: job, op, backend and verdicts."""
+    """Comparisons with float64: job, op, backend and verdicts."""
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of each op and backend that served nothing: why not."""
+    """Reasons of backends that refused a case, by op and backend."""
     timings: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
-    """What is wrong with this package: job, part and reason."""
+    """Faults of this package: job, part and reason."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peers that could not be measured, by case and name."""
     unfinished: list[str] = field(default_factory=list)
-    """Jobs that the time did not allow."""
-    cuda_library: str = "not built: nobody asked"
-    """What became of the build of the CUDA library."""
+    """Jobs that there was no time for."""
+    cuda_library: str = "not built: not asked for"
+    """The outcome of the CUDA library's build."""
 
     def add(self, outcome: Outcome) -> Job | None:
-        """Take note; the job to do next, where a part of this one broke the rest."""
+        """Take note; returns the job to do next, without the part that broke this one."""
         job = outcome.job
         if outcome.unfinished:
             if job.kind != "warm":
@@ -76,18 +76,20 @@ class DeviceRun:
     def _fail(self, job: Job, part: str, reason: str) -> None:
         self.failures.append({"job": f"{job.kind} {job.name}", "part": part, "reason": reason})
 
+    def _note(self, job: Job, part: str, reason: str, *, failed: bool) -> None:
+        if failed:
+            self._fail(job, part, reason)
+        else:
+            self.missing[f"{job.name}: {part}"] = reason
+
     def _broke(self, outcome: Outcome) -> Job | None:
         job, part = outcome.job, outcome.at
-        if job.kind not in ("warm", "time") or not part:
-            if job.kind != "warm":
-                self._fail(job, part, outcome.error)
-            return None
-        if job.kind == "time":
-            if part == OURS:
-                self._fail(job, part, outcome.error)
-            else:
-                self.missing[f"{job.name}: {part}"] = outcome.error
-        return without(job, part)
+        again = without(job, part) if part and job.kind in ("warm", "time") else None
+        # A part that fails while it is only compiled ahead fails again where it counts.
+        if job.kind == "warm":
+            return again
+        self._note(job, part, outcome.error, failed=again is None or part == OURS)
+        return again
 
     def _add_check(self, job: Job, result: dict[str, Any]) -> None:
         if "refused" in result:
@@ -103,10 +105,7 @@ class DeviceRun:
 
     def _add_timing(self, job: Job, result: dict[str, Any]) -> None:
         for part, reason in (result["errors"] | result["missing"]).items():
-            if part == OURS and part in result["errors"]:
-                self._fail(job, part, reason)
-            else:
-                self.missing[f"{job.name}: {part}"] = reason
+            self._note(job, part, reason, failed=part == OURS and part in result["errors"])
         if result["wrong"]:
             told = ", ".join(f"{name} {off:.3f}" for name, off in result["wrong"].items())
             self._fail(job, OURS, f"relative distance from SDPA: {told}")
@@ -120,7 +119,7 @@ class DeviceRun:
             self.failures.append({"job": "build", "part": "CUDA library", "reason": outcome})
 
     def absent(self) -> dict[str, dict[str, str]]:
-        """Of each op, its backends that served no case, with a reason."""
+        """By op: the backends that served no case, with a reason."""
         served = {(check["op"], check["backend"]) for check in self.checks}
         return {
             op: {name: why for name, why in reasons.items() if (op, name) not in served}
@@ -128,7 +127,7 @@ class DeviceRun:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of this device."""
+        """The content of this device's file."""
         return {
             "format": FORMAT,
             "kind": "device",
@@ -145,7 +144,7 @@ class DeviceRun:
         }
 
     def store(self, path: Path) -> None:
-        """Write the JSON, all of it or nothing."""
+        """Write the JSON atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self.as_json(), indent=1, default=str) + "\n")
@@ -164,25 +163,24 @@ def run(
     workers: int | None = None,
     build: Build | None = None,
 ) -> DeviceRun:
-    """Every phase, within `budget_s` seconds; what is found is stored at `path(run)` as it comes.
+    """Every phase, within `budget_s` seconds; results are stored at `path(run)` as they come.
 
-    `build` goes on beside the first phases, and the native library is compared after it.
-
-    Ctrl-C ends it early: what was found by then is stored, and KeyboardInterrupt goes on.
+    `build` runs beside the first phases; the native library is checked after it. Ctrl-C ends the
+    run early: results up to then are stored, and KeyboardInterrupt is raised again.
     """
     begun = time.monotonic()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = DeviceRun(settings, budget_s, started)
     end = begun + budget_s - min(_RESERVE_SECONDS, budget_s / 10)
     native, others = device_jobs.check_jobs(settings)
-    together = _in_turn(others, device_jobs.warm_jobs(settings))
+    # In turn, so that a short run has both kinds.
+    together = in_turn([others, device_jobs.warm_jobs(settings)])
     phases = (
         ("ceilings", [device_jobs.ceilings_job()], end),
         ("checks and compilation", together, begun + _CHECK_SHARE * budget_s),
         (_NATIVE, native, begun + _NATIVE_SHARE * budget_s),
         ("timings", device_jobs.time_jobs(settings), end),
     )
-    command = worker_command(settings)
     stored = time.monotonic()
 
     try:
@@ -203,24 +201,12 @@ def run(
                     stored = time.monotonic()
                 return following
 
-            supervise(
-                jobs,
-                command,
-                workers=at_once,
-                until=until,
-                on_outcome=take,
-                environment=worker_environment(at_once),
-            )
+            on_workers(settings, jobs, at_once, until, take)
     finally:
         if build is not None:
             build.stop()
         found.store(path(found))
     return found
-
-
-def _in_turn(*lists: list[Job]) -> list[Job]:
-    """One of each in turn: neither is left out where time is short."""
-    return [job for jobs in zip_longest(*lists) for job in jobs if job is not None]
 
 
 def worker_count(memory: int) -> int:
@@ -229,17 +215,28 @@ def worker_count(memory: int) -> int:
     return max(1, min(_MAX_WORKERS, usable_cores() - 2, by_memory))
 
 
-def worker_command(settings: Settings) -> tuple[str, ...]:
-    """What starts a worker."""
-    return (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+def on_workers(
+    settings: Settings,
+    jobs: Sequence[Job],
+    at_once: int,
+    until: float,
+    on_outcome: Callable[[Outcome], Job | None],
+) -> None:
+    """`supervise` the jobs of a device, `at_once` workers sharing it.
 
-
-def worker_environment(at_once: int) -> dict[str, str]:
-    """Of a worker, one of so many: it finds this checkout, and leaves the cores to the others."""
-    found = dict(os.environ)
-    paths = [str(_ROOT), *found.get("PYTHONPATH", "").split(os.pathsep)]
-    found["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    A worker finds this checkout, and leaves the cores to the others.
+    """
+    environment = dict(os.environ)
+    paths = [str(_ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if at_once > 1:
-        found["OMP_NUM_THREADS"] = "1"
-        found["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    return found
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = (sys.executable, "-m", "benchmarks.device_worker", json.dumps(asdict(settings)))
+    supervise(
+        jobs,
+        command,
+        workers=at_once,
+        until=until,
+        on_outcome=on_outcome,
+        environment=environment,
+    )

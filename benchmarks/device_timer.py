@@ -1,4 +1,4 @@
-"""Time what runs on a GPU: its own clock, a cold L2 cache, and no gaps between launches."""
+"""Time GPU code by the GPU's clock, with a cold L2 cache and no gaps between launches."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from resformer_kernels.bench.timing import Timer, host_timer
 
 _MIN_SCRATCH_BYTES = 256 * 2**20
 _HEAD_START_CYCLES = 2_000_000
-"""About a millisecond, in which the host gets ahead of the device by a few launches."""
+"""About a millisecond, for the host to get a few launches ahead of the device."""
 _QUERY = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 class DeviceTimer:
     """A `Timer` of device time: `timer(call, repeats)`.
 
-    Each call is timed by CUDA events, after the L2 cache was overwritten, and while the device is
-    kept busy until the host has launched it: launch overhead that is hidden in a training step is
-    hidden here too. Calls of several kernels count the gaps that remain between them.
+    CUDA events time each call, after the L2 cache is overwritten. The device is kept busy until the
+    host has launched the call: launch overhead that a training step hides is hidden here too. Gaps
+    that remain between the kernels of a call count.
     """
 
     def __init__(self, device: torch.device | str) -> None:

@@ -21,8 +21,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator
 
-from benchmarks.workloads import decode, device, model, reservoir, scan
-from resformer_kernels.bench import attention, workloads
+from benchmarks.workloads import attention, common, decode, device, model, reservoir, scan
+from resformer_kernels.bench.attention import SDPA
 from resformer_kernels.bench.timing import OURS, Result
 from resformer_kernels.testing.verification import Verdict
 
@@ -79,12 +79,12 @@ ONE_VALUE = Look("ours, one V for all layers", "green", "^")
 """Our decoding of an SVFormer, drawn beside decoding with a V in each layer."""
 _LOOKS = {
     OURS: Look("resformer_kernels", "ours"),
-    **dict.fromkeys(attention.SDPA, Look("torch SDPA", "orange", "s")),
+    **dict.fromkeys(SDPA, Look("torch SDPA", "orange", "s")),
     attention.MATH: Look("torch SDPA, math", "muted", "D", "--"),
-    workloads.COMPILED: Look("torch.compile", "green", "^"),
+    common.COMPILED: Look("torch.compile", "green", "^"),
     device.FLEX: Look("FlexAttention", "purple", "v"),
     attention.X_TRANSFORMERS: Look("x-transformers", "yellow", "P"),
-    workloads.FLASH_ATTN: Look("flash-attn", "ink", "<"),
+    common.FLASH_ATTN: Look("flash-attn", "ink", "<"),
     device.FA3: Look("FlashAttention 3", "ink", ">"),
     decode.GQA: Look("SDPA, enable_gqa", "muted", "D", "--"),
     decode.FOLDED: Look("SDPA, group folded", "orange", "s"),

@@ -1,34 +1,25 @@
-"""Every case, as data. Inputs, bytes, FLOPs and peers are in `resformer_kernels.bench.workloads`.
+"""Every case, as data. Inputs, bytes, FLOPs and peers are in `benchmarks.workloads`.
 
 Names are stable: results are compared by them.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from itertools import product
 
 import torch
 
 from benchmarks import curves
+from benchmarks.workloads.attention import PEERS, QUICK, CPUAttention
 from benchmarks.workloads.decode import DecodeBenchmark
-from benchmarks.workloads.device import DeviceAttention
+from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
+from benchmarks.workloads.mix import EmbeddingBenchmark, MixBenchmark
 from benchmarks.workloads.model import ModelBenchmark
 from benchmarks.workloads.reservoir import ReservoirBenchmark
 from benchmarks.workloads.scan import COPY, ScanBenchmark
 from benchmarks.workloads.scan import PEERS as SCAN_PEERS
-from resformer_kernels.bench.attention import PEERS, QUICK, AttentionBenchmark
 from resformer_kernels.bench.timing import Benchmark
-from resformer_kernels.bench.workloads import EmbeddingBenchmark, MixBenchmark
 from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
-
-DeviceCase: TypeAlias = (
-    DeviceAttention
-    | MixBenchmark
-    | EmbeddingBenchmark
-    | ScanBenchmark
-    | ReservoirBenchmark
-    | DecodeBenchmark
-)
 
 SUITES = {
     "attention": ("value_residual_attention", "value_residual_attention_varlen"),
@@ -38,7 +29,7 @@ SUITES = {
     "scan": ("linear_scan",),
     "reservoir": ("reservoir_scan",),
 }
-"""The first word of its cases' groups, and the ops whose errors are measured with it."""
+"""Ops whose errors are measured with a suite; its name is the first word of its groups."""
 
 DTYPES = (torch.bfloat16, torch.float32)
 DIRECTIONS = ("forward", "backward")
@@ -69,6 +60,9 @@ SHARED_SHAPES = ((1, 8, 8, 8192, 64), (1, 16, 8, 8192, 64), (1, 32, 8, 8192, 64)
 MODEL_SHAPES = ((1, 8192), (8, 1024))
 """Batch and tokens in the cache of whole models."""
 
+SCAN_SHAPE, SCAN_PEER_SHAPE, QUICK_SCAN_SHAPE = (4, 16384, 1024), (1, 8192, 1024), (1, 1024, 256)
+"""Batch, length, channels: against a copy; against torch, which takes seconds for the first."""
+
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 MEMORY_HEADS, MEMORY_HEAD_DIM = 2, 64
 
@@ -76,62 +70,39 @@ MEMORY_HEADS, MEMORY_HEAD_DIM = 2, 64
 def attention(
     shapes: tuple[tuple[int, int, int, int, int], ...], peers: tuple[str, ...] = PEERS
 ) -> list[Benchmark]:
-    """Causal attention, forward then backward, against what else mixes and attends."""
+    """Causal attention, forward then backward, against everything else that mixes and attends."""
     return [
-        AttentionBenchmark(*shape, dtype, direction, peers=peers)
-        for direction in DIRECTIONS
-        for shape in shapes
-        for dtype in DTYPES
+        CPUAttention(*shape, dtype, direction, peers=peers)
+        for direction, shape, dtype in product(DIRECTIONS, shapes, DTYPES)
     ]
 
 
-def window() -> list[Benchmark]:
-    """A short window in a long sequence, against our own attention without it."""
-    return [AttentionBenchmark(*WINDOW_SHAPE, dtype, "forward", window=WINDOW) for dtype in DTYPES]
-
-
-def mix(length: int) -> list[Benchmark]:
-    """`mix_values` and `mix_value_embedding` against PyTorch expressions."""
-    found: list[Benchmark] = []
-    for direction in DIRECTIONS:
-        for dtype in DTYPES:
-            found += [
-                MixBenchmark(sources, 1, length, 16, 64, dtype, direction) for sources in (2, 8)
-            ]
-            found.append(EmbeddingBenchmark(32768, 1, length, 16, 64, dtype, direction))
-    return found
-
-
-SCAN_SHAPE, SCAN_PEER_SHAPE, QUICK_SCAN_SHAPE = (4, 16384, 1024), (1, 8192, 1024), (1, 1024, 256)
-"""Batch, length, channels: against a copy; against torch, which takes seconds for the first."""
-
-
-def scan(
-    shape: tuple[int, int, int], peers: tuple[str, ...], directions: tuple[str, ...] = DIRECTIONS
+def mix(
+    length: int,
+    head_dim: int = 64,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    device: str = "cpu",
 ) -> list[Benchmark]:
-    """`linear_scan` with gates by step and with constant ones, real and complex."""
-    forms = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False))
-    found: list[Benchmark] = [
-        ScanBenchmark(*shape, dtype, direction, constant, peers)
-        for direction in directions
-        for dtype, constant in forms
-    ]
-    # A complex number is two floats: as many bytes.
-    batch, length, channels = shape
-    complex_shape = (batch, length, channels // 2)
-    found += [
-        ScanBenchmark(*complex_shape, torch.complex64, direction, True, peers)
-        for direction in directions
-    ]
-    return found
-
-
-def scans() -> list[Benchmark]:
-    """Against a copy of as many bytes, and against torch's loop and its parallel scan."""
+    """`mix_values` of two and eight sources, and `mix_value_embedding`, by PyTorch expressions."""
+    sizes = (1, length, 16, head_dim)
     return [
-        *scan(SCAN_SHAPE, (COPY,)),
-        *scan(SCAN_PEER_SHAPE, SCAN_PEERS),
-        *curves.scan(),
+        kind(count, *sizes, dtype, direction, device=device)
+        for direction, dtype in product(DIRECTIONS, dtypes)
+        for kind, count in ((MixBenchmark, 2), (MixBenchmark, 8), (EmbeddingBenchmark, 32768))
+    ]
+
+
+def scan(shape: tuple[int, int, int], peers: tuple[str, ...]) -> list[Benchmark]:
+    """`linear_scan` with gates by step and with constant ones, real and complex."""
+    batch, length, channels = shape
+    real = ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False))
+    forms = [(channels, *form) for form in real]
+    # A complex number is two floats: as many bytes.
+    complex_forms = [(channels // 2, torch.complex64, True)]
+    return [
+        ScanBenchmark(batch, length, width, dtype, direction, constant, peers)
+        for those in (forms, complex_forms)
+        for direction, (width, dtype, constant) in product(DIRECTIONS, those)
     ]
 
 
@@ -148,23 +119,30 @@ def reservoirs(length: int) -> list[Benchmark]:
     ]
 
 
-def decode(*, quick: bool = False) -> list[Benchmark]:
+def shared_decode(device: str = "cpu") -> list[DecodeBenchmark]:
+    """One token through 12 layers that read one V, against a V a layer."""
+    return [
+        DecodeBenchmark(*shape, torch.bfloat16, shared=True, device=device)
+        for shape in SHARED_SHAPES
+    ]
+
+
+def decode() -> list[Benchmark]:
     """One token through 12 layers: a V a layer, against torch, and one V, against that; and through
     models of transformers."""
-    if quick:
-        return [DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES]
-    found: list[Benchmark] = []
-    for i, shape in enumerate(DECODE_SHAPES):
-        dtypes = DTYPES if i < 2 else DTYPES[:1]
-        found += [DecodeBenchmark(*shape, dtype) for dtype in dtypes]
-    found += [DecodeBenchmark(*shape, torch.bfloat16, shared=True) for shape in SHARED_SHAPES]
-    found += [
-        ModelBenchmark(*shape, dtype, shared)
-        for shared in (False, True)
-        for shape in MODEL_SHAPES
-        for dtype in DTYPES
+    return [
+        *(
+            DecodeBenchmark(*shape, dtype)
+            for place, shape in enumerate(DECODE_SHAPES)
+            for dtype in (DTYPES if place < 2 else DTYPES[:1])
+        ),
+        *shared_decode(),
+        *(
+            ModelBenchmark(*shape, dtype, shared)
+            for shared, shape, dtype in product((False, True), MODEL_SHAPES, DTYPES)
+        ),
+        *curves.decode_grid(),
     ]
-    return [*found, *curves.decode_grid()]
 
 
 def cases(*, quick: bool = False) -> list[Benchmark]:
@@ -173,21 +151,25 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
         return [
             *attention(QUICK_SHAPES, QUICK),
             *mix(1024),
-            *decode(quick=True),
+            *(DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES),
             *scan(QUICK_SCAN_SHAPE, SCAN_PEERS),
             *reservoirs(4096),
         ]
     every = [
         *attention(ATTENTION_SHAPES),
         *curves.attention(),
-        *window(),
+        # A short window in a long sequence, against our own attention without it.
+        *(CPUAttention(*WINDOW_SHAPE, dtype, "forward", window=WINDOW) for dtype in DTYPES),
         *mix(4096),
         *decode(),
-        *scans(),
+        # Against a copy of as many bytes, and against torch's loop and its parallel scan.
+        *scan(SCAN_SHAPE, (COPY,)),
+        *scan(SCAN_PEER_SHAPE, SCAN_PEERS),
+        *curves.scan(),
         *reservoirs(16384),
         *curves.reservoir(),
     ]
-    # A shape may stand in a list of its own and in a grid; the first one counts.
+    # Some shapes are in a list and in a grid; the first one counts.
     unique: dict[str, Benchmark] = {}
     for case in every:
         unique.setdefault(case.name, case)
@@ -207,7 +189,7 @@ DEVICE_WIDTH = 2048
 """Heads times head_dim: the shapes that FlashAttention's papers quote."""
 DEVICE_GROUPED_HEADS, DEVICE_GROUPED_LENGTHS = (64, 8), (4096, 16384, 1024)
 FLEX_LENGTHS = (4096, 16384)
-"""Where FlexAttention takes part: each shape compiles for seconds."""
+"""Lengths at which FlexAttention is timed: each shape compiles for seconds."""
 
 DEVICE_CHECKS: tuple[AttentionCase, ...] = (
     *REPRESENTATIVE,
@@ -223,9 +205,9 @@ DEVICE_CHECKS: tuple[AttentionCase, ...] = (
             lambda_v="scalar",
             lambda_first="scalar",
         )
-        for dim in DEVICE_HEAD_DIMS
-        for causal in (True, False)
-        for dtype in (torch.bfloat16, torch.float16)
+        for dim, causal, dtype in product(
+            DEVICE_HEAD_DIMS, (True, False), (torch.bfloat16, torch.float16)
+        )
     ),
     AttentionCase(
         dtype=torch.bfloat16,
@@ -247,104 +229,68 @@ DEVICE_CHECKS: tuple[AttentionCase, ...] = (
         lambda_v="scalar",
     ),
 )
-"""What `device-check` holds against float64 beside the mixes: every argument, and whole tiles."""
+"""Attention cases of `device-check` against float64: every argument, and whole tiles."""
 
 
 def device_attention(device: str) -> list[DeviceAttention]:
     """Causal and full attention at one count of tokens, most important first."""
     shapes = [
         (DEVICE_WIDTH // dim, DEVICE_WIDTH // dim, length, dim)
-        for length in DEVICE_LENGTHS
-        for dim in DEVICE_HEAD_DIMS
+        for length, dim in product(DEVICE_LENGTHS, DEVICE_HEAD_DIMS)
     ]
-    heads, kv_heads = DEVICE_GROUPED_HEADS
-    grouped = [(heads, kv_heads, length, 128) for length in DEVICE_GROUPED_LENGTHS]
+    grouped = [(*DEVICE_GROUPED_HEADS, length, 128) for length in DEVICE_GROUPED_LENGTHS]
     # After the first lengths of plain attention.
     shapes[6:6] = grouped[:2]
     return [
         DeviceAttention(
-            DEVICE_TOKENS // length,
-            *(query_heads, key_heads, length, dim),
+            *(DEVICE_TOKENS // length, heads, kv_heads, length, dim),
             torch.bfloat16,
             direction,
-            causal,
-            device,
-            flex=length in FLEX_LENGTHS,
+            peers=(*DEVICE_PEERS, FLEX) if length in FLEX_LENGTHS else DEVICE_PEERS,
+            causal=causal,
+            device=device,
         )
-        for query_heads, key_heads, length, dim in (*shapes, *grouped[2:])
-        for causal in (True, False)
-        for direction in DIRECTIONS
+        for heads, kv_heads, length, dim in (*shapes, *grouped[2:])
+        for causal, direction in product((True, False), DIRECTIONS)
     ]
 
 
-def device_mix(device: str) -> list[DeviceCase]:
-    """The mixes, at the same count of tokens."""
-    found: list[DeviceCase] = []
-    for direction in DIRECTIONS:
-        found += [
-            MixBenchmark(
-                sources, 1, DEVICE_TOKENS, 16, 128, torch.bfloat16, direction, device=device
-            )
-            for sources in (2, 8)
-        ]
-        found.append(
-            EmbeddingBenchmark(
-                32768, 1, DEVICE_TOKENS, 16, 128, torch.bfloat16, direction, device=device
-            )
-        )
-    return found
-
-
-def device_scan(device: str) -> list[DeviceCase]:
-    """`linear_scan` against a copy of as many bytes."""
-    return [
-        ScanBenchmark(*SCAN_SHAPE, dtype, direction, constant, (COPY,), device)
-        for direction in DIRECTIONS
-        for dtype in DTYPES
-        for constant in (False, True)
-    ]
-
-
-def device_reservoirs(device: str) -> list[DeviceCase]:
+def device_reservoirs(device: str) -> list[ReservoirBenchmark]:
     """`reservoir_scan` in both modes, bfloat16 weights, sparse weights, a batch."""
     one = (1, DEVICE_TOKENS)
-    found: list[DeviceCase] = [
-        ReservoirBenchmark(units, *one, mode=mode, device=device)
-        for units in (1024, 256)
-        for mode in ("chunked", "sequential")
-    ]
     return [
-        *found,
+        *(
+            ReservoirBenchmark(units, *one, mode=mode, device=device)
+            for units, mode in product((1024, 256), ("chunked", "sequential"))
+        ),
         ReservoirBenchmark(1024, *one, torch.bfloat16, device=device),
         ReservoirBenchmark(1024, *one, sparse=True, device=device),
         ReservoirBenchmark(1024, 32, DEVICE_TOKENS // 32, device=device),
     ]
 
 
-def device_decode(device: str) -> list[DeviceCase]:
-    """One token through 12 layers, a V a layer and one V."""
-    found: list[DeviceCase] = [
-        DecodeBenchmark(*shape, torch.bfloat16, device=device) for shape in DECODE_SHAPES
-    ]
-    shared = [
-        DecodeBenchmark(*shape, torch.bfloat16, shared=True, device=device)
-        for shape in SHARED_SHAPES
-    ]
-    return [*found, *shared]
-
-
-def device_cases(device: str, *, tiny: bool = False) -> list[DeviceCase]:
+def device_cases(device: str, *, tiny: bool = False) -> list[Benchmark]:
     """Every case of a GPU, most important first; `tiny` ones try out the run itself."""
-    if not tiny:
-        attention = device_attention(device)
-        # Half of attention first, so that a short run has both.
-        middle = len(attention) // 2
-        small = [*device_mix(device), *device_scan(device)]
-        small += [*device_reservoirs(device), *device_decode(device)]
-        return [*attention[:middle], *small, *attention[middle:]]
-    found: list[DeviceCase] = [
-        DeviceAttention(1, 2, 1, 64, 16, torch.bfloat16, direction, True, device)
-        for direction in DIRECTIONS
+    if tiny:
+        return [
+            *(
+                DeviceAttention(1, 2, 1, 64, 16, torch.bfloat16, direction, device=device)
+                for direction in DIRECTIONS
+            ),
+            MixBenchmark(2, 1, 64, 2, 16, torch.bfloat16, "forward", device=device),
+        ]
+    attention = device_attention(device)
+    # Half of attention first, so that a short run has both.
+    middle = len(attention) // 2
+    return [
+        *attention[:middle],
+        *mix(DEVICE_TOKENS, 128, (torch.bfloat16,), device),
+        *(
+            ScanBenchmark(*SCAN_SHAPE, dtype, direction, constant, (COPY,), device)
+            for direction, dtype, constant in product(DIRECTIONS, DTYPES, (False, True))
+        ),
+        *device_reservoirs(device),
+        *(DecodeBenchmark(*shape, torch.bfloat16, device=device) for shape in DECODE_SHAPES),
+        *shared_decode(device),
+        *attention[middle:],
     ]
-    found.append(MixBenchmark(2, 1, 64, 2, 16, torch.bfloat16, "forward", device=device))
-    return found

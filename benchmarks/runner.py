@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import product
 
 import torch
 
@@ -14,10 +15,11 @@ from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
 from resformer_kernels.bench.fresh_pages import freed_memory_kept
 from resformer_kernels.bench.timing import Benchmark, Result, Timing, Unavailable, measure
+from resformer_kernels.testing.inputs import dtype_name
 from resformer_kernels.testing.verification import Verdict, checks, verify
 
 SETTLE_ROUNDS = 10
-"""Four or five are enough as a rule."""
+"""The limit; four or five are usually enough."""
 PEER_PACKAGES = (
     *("transformers", "x-transformers", "reservoirpy", "flash-attn", "flash-attn-3"),
     *("flash-linear-attention", "accelerated-scan"),
@@ -39,7 +41,7 @@ class MemoryPoint:
 
 @dataclass
 class Run:
-    """What one run of the suite found."""
+    """Results of one run of the suite."""
 
     machine: dict[str, str | int]
     started: str
@@ -86,13 +88,13 @@ class Settings:
 def time_cases(
     run: Run, cases: Sequence[Benchmark], settings: Settings, *, on_case: OnCase
 ) -> None:
-    """Time each case and add it to the run; `on_case` is told the name before.
+    """Time each case and add it to the run; `on_case` gets its name first.
 
     Freed memory stays with the process meanwhile, so that outputs reuse pages.
     """
     for case in cases:
         on_case(case.name)
-        # By case, or one whose peers take many blocks would leave the next one's in pieces.
+        # Anew for each case: peers that take many blocks would fragment the next case's memory.
         with freed_memory_kept() as run.freed_memory_kept:
             try:
                 found = time_case(case, settings, kept=run.freed_memory_kept)
@@ -106,7 +108,7 @@ def time_cases(
 
 
 def time_case(case: Benchmark, settings: Settings, *, kept: bool) -> Result:
-    """One case, with the memory of a call where the system tells it.
+    """One case, with the memory of a call where the system reports it.
 
     `kept`: freed memory stays with the process, and pages are settled before the first sample.
     """
@@ -146,20 +148,17 @@ def measure_memory(
     on_case: OnCase,
 ) -> None:
     """Add the peak memory at each length, each in a process of its own."""
-    for contestant in contestants:
-        for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-            for length in lengths:
-                on_case(f"peak memory of {contestant} T{length} {name}")
-                extra = peak_extra_bytes(
-                    length, heads=heads, head_dim=head_dim, dtype=dtype, contestant=contestant
-                )
-                point = MemoryPoint(length, name, heads, head_dim, extra, contestant)
-                run.memory.append(point)
+    for contestant, dtype, length in product(contestants, dtypes, lengths):
+        name = dtype_name(dtype)
+        on_case(f"peak memory of {contestant} T{length} {name}")
+        extra = peak_extra_bytes(
+            length, heads=heads, head_dim=head_dim, dtype=dtype, contestant=contestant
+        )
+        run.memory.append(MemoryPoint(length, name, heads, head_dim, extra, contestant))
 
 
 def measure_errors(run: Run, ops: Sequence[str], *, on_case: OnCase) -> None:
-    """Hold the ops against float64."""
+    """Compare the ops with float64."""
     on_case("errors against float64")
     for verdicts in verify([check for check in checks() if check.op in ops]):
         run.errors += verdicts

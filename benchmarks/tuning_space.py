@@ -1,4 +1,4 @@
-"""Which configurations of attention's Triton kernels are worth a try, and which of them won."""
+"""The configurations of attention's Triton kernels to try, and the choice among those timed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from resformer_kernels._triton.arch import ARCHITECTURES
 
+T = TypeVar("T")
 Config: TypeAlias = tuple[int, int, int, int]
 """Rows and keys of a tile, warps of a program, stages of its pipeline."""
 Table: TypeAlias = dict[str, Any]
@@ -25,19 +26,19 @@ PLACEMENT_ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Rows a KV head, at which both placements of the mix are timed."""
 
 GAIN = 0.02
-"""By how much another configuration must be faster than the one that is there: above noise."""
+"""The share by which another configuration must be faster than the table's: above noise."""
 
 _ROWS, _KEYS, _WARPS, _STAGES = (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 _SHARED_BYTES = {arch.name: arch.shared_bytes for arch in ARCHITECTURES.values()}
 _ACCUMULATORS = 192
-"""Of a thread's 255 registers, those that its share of the sums and scores may take."""
+"""The most of a thread's 255 registers that its share of the sums and scores takes."""
 _LEAST_ACCUMULATORS = 24
-"""Fewer than that, and the tile is too small to be worth a program."""
+"""With fewer, the tile is too small for a program."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One entry of the table, less the architecture."""
+    """An entry of the table of one architecture."""
 
     direction: str
     precision: str
@@ -59,22 +60,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """In words; `parse` reads it."""
+        """In words."""
         rows, keys, warps, stages = self.config
         return f"{self.point.name} {rows}x{keys} warps {warps} stages {stages}"
-
-
-_TRIAL = re.compile(r"(\w+) (\w+) D(\d+) (\w+) (\d+)x(\d+) warps (\d+) stages (\d+)")
-
-
-def parse(name: str) -> Trial:
-    """The trial of that name."""
-    found = _TRIAL.fullmatch(name)
-    if found is None:
-        raise ValueError(f"no trial: {name!r}")
-    direction, precision, head_dim, mask, *config = found.groups()
-    rows, keys, warps, stages = (int(number) for number in config)
-    return Trial(Point(direction, precision, int(head_dim), mask), (rows, keys, warps, stages))
 
 
 def points(
@@ -83,7 +71,7 @@ def points(
     masks: Sequence[str] = MASKS,
     precisions: Sequence[str] = PRECISIONS[:1],
 ) -> list[Point]:
-    """Every point, most important first."""
+    """Every point, the most important first."""
     return [
         Point(direction, precision, head_dim, mask)
         for precision, mask, head_dim, direction in product(
@@ -111,9 +99,9 @@ def candidates(table: Table, architecture: str, point: Point) -> list[Trial]:
     return [Trial(point, config) for config in (own, *fitting)]
 
 
-def in_turn(lists: Sequence[Sequence[Trial]]) -> list[Trial]:
-    """One of each list in turn: a search that is cut short has tried something everywhere."""
-    return [trial for row in zip_longest(*lists) for trial in row if trial is not None]
+def in_turn(lists: Sequence[Sequence[T]]) -> list[T]:
+    """Items of each list in turn, so that a search that runs out of time has tried all points."""
+    return [item for row in zip_longest(*lists) for item in row if item is not None]
 
 
 def _distance(config: Config, other: Config) -> float:
@@ -123,16 +111,16 @@ def _distance(config: Config, other: Config) -> float:
 def _fits(config: Config, architecture: str, point: Point) -> bool:
     rows, keys, warps, stages = config
     dim, size = point.head_dim, 2 if point.precision == "half" else 4
-    # Of q and dO, or k and V': what stays, and what passes by. Forward has no dO.
+    # Elements of q and dO, or of k and V': resident ones and streamed ones. Forward has no dO.
     if point.direction == "forward":
-        stays, passes, sums = rows * dim, 2 * keys * dim, rows * dim + rows * keys
+        resident, streamed, sums = rows * dim, 2 * keys * dim, rows * dim + rows * keys
     elif point.direction == "keys":
-        stays, passes = 2 * keys * dim, 2 * rows * dim
+        resident, streamed = 2 * keys * dim, 2 * rows * dim
         sums = 2 * keys * dim + 2 * rows * keys
     else:
-        stays, passes = 2 * rows * dim, 2 * keys * dim
+        resident, streamed = 2 * rows * dim, 2 * keys * dim
         sums = rows * dim + 2 * rows * keys
-    shared = (stays + stages * passes) * size
+    shared = (resident + stages * streamed) * size
     each = sums / (32 * warps)
     return shared <= _SHARED_BYTES[architecture] and _LEAST_ACCUMULATORS <= each <= _ACCUMULATORS
 
@@ -144,7 +132,7 @@ def best(seconds: Mapping[Trial, float], own: Trial) -> Trial:
 
 
 def inline_rows(seconds: Mapping[int, tuple[float, float]]) -> int:
-    """Up to how many rows mixing inline wins, from (inline, prologue) seconds by rows; 0: never."""
+    """Rows up to which mixing inline wins, from (inline, prologue) seconds by rows; 0: none."""
     found = 0
     for rows in sorted(seconds):
         inline, prologue = seconds[rows]

@@ -1,1 +1,1 @@
-"""What is timed: inputs, bytes, FLOPs and peers, a module an op."""
+"""The cases to time: inputs, bytes, FLOPs and peers, a module an op."""

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.workloads.common import FLASH_ATTN, Makers, cuda_only, require_kernel
 from resformer_kernels.bench.timing import OURS, Call, Unavailable
-from resformer_kernels.bench.workloads import FLASH_ATTN, cuda_only, require_kernel
 from resformer_kernels.kvcache.api import attention_with_kvcache
+from resformer_kernels.testing.inputs import dtype_name
 
 GQA = "SDPA enable_gqa"
 FOLDED = "SDPA, group as length"
 OWN_VALUES = "ours, V a layer"
 
 _MOST_BYTES_FOR_GQA = 2**29
-"""Of half-precision caches: torch copies them for every query head, at about 0.5 GB/s."""
+"""Torch copies half-precision caches for every query head, at about 0.5 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ class DecodeBenchmark:
     @property
     def name(self) -> str:
         """Shape, layers and dtype."""
-        dtype = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.batch} Hq{self.heads} Hkv{self.kv_heads} T{self.length} D{self.head_dim}"
         kind = "one V" if self.shared else "V a layer"
-        return f"decode {shape}, {self.layers} layers, {kind}, {dtype}"
+        return f"decode {shape}, {self.layers} layers, {kind}, {dtype_name(self.dtype)}"
 
     @property
     def bytes(self) -> int:
@@ -58,21 +58,14 @@ class DecodeBenchmark:
         rows = self.batch * self.length * self.kv_heads * self.head_dim * self.dtype.itemsize
         return rows * (self.layers + (1 if self.shared else self.layers))
 
-    def makers(self) -> dict[str, Callable[[], Call]]:
+    def makers(self) -> Makers:
         """Ours and the peers, all over the same caches, which the first of them allocates; ours is
         `Unavailable` on a GPU where no kernel serves it."""
-        shape = (self.batch, 1, self.heads, self.head_dim)
-        q = torch.randn(shape, device=self.device).to(self.dtype)
+        q = torch.randn(self.batch, 1, self.heads, self.head_dim, device=self.device).to(self.dtype)
         lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
         grouped = self.heads != self.kv_heads
         folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
-
-        @functools.cache
-        def caches() -> tuple[list[Tensor], list[Tensor]]:
-            first = self._cache()
-            # Drawing gigabytes of normal numbers would take longer than the measurement.
-            others = [first.clone() for _ in range(2 * self.layers - 1)]
-            return [first, *others[: self.layers - 1]], others[self.layers - 1 :]
+        caches = functools.cache(self._caches)
 
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)
@@ -80,8 +73,8 @@ class DecodeBenchmark:
         def ours(*, shared: bool) -> Call:
             keys, values = caches()
             if self.device != "cpu":
-                arguments = (q, keys[0], values[0])
-                require_kernel(attention_with_kvcache, *arguments, cache_seqlens=lengths)
+                arguments, options = (q, keys[0], values[0]), {"cache_seqlens": lengths}
+                require_kernel(attention_with_kvcache, arguments, options)
             return _through(attend, keys, [values[0]] * self.layers if shared else values)
 
         def enable_gqa(k: Tensor, v: Tensor) -> object:
@@ -98,26 +91,25 @@ class DecodeBenchmark:
 
         if self.shared:
             return {OURS: lambda: ours(shared=True), OWN_VALUES: lambda: ours(shared=False)}
-        makers: dict[str, Callable[[], Call]] = {
-            OURS: lambda: ours(shared=False),
-            GQA: gqa,
-            FOLDED: lambda: _through(fold, *caches()),
-            FLASH_ATTN: functools.partial(cuda_only, "flash_attn"),
-        }
-        if not grouped:
-            # The same call as the other.
-            del makers[FOLDED]
-        return makers
+        makers: Makers = {OURS: lambda: ours(shared=False), GQA: gqa}
+        if grouped:
+            # Without groups it is the same call as the other.
+            makers[FOLDED] = lambda: _through(fold, *caches())
+        return {**makers, FLASH_ATTN: functools.partial(cuda_only, "flash_attn")}
 
-    def _cache(self) -> Tensor:
+    def _caches(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of every layer."""
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
+        first = torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
+        # Drawing gigabytes of normal numbers would take longer than the measurement.
+        others = [first.clone() for _ in range(2 * self.layers - 1)]
+        return [first, *others[: self.layers - 1]], others[self.layers - 1 :]
 
 
 def _through(attend: Callable[[Tensor, Tensor], object], k: list[Tensor], v: list[Tensor]) -> Call:
+    @torch.no_grad()
     def step() -> None:
-        with torch.no_grad():
-            for keys, values in zip(k, v, strict=True):
-                attend(keys, values)
+        for keys, values in zip(k, v, strict=True):
+            attend(keys, values)
 
     return step

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.workloads.common import Makers, require_package
 from benchmarks.workloads.decode import OWN_VALUES
 from resformer_kernels.bench.timing import OURS, Call
-from resformer_kernels.bench.workloads import require_package
+from resformer_kernels.testing.inputs import dtype_name
 
 MODELS = "decode in transformers"
 STATIC, DYNAMIC = "sdpa, StaticCache", "sdpa, DynamicCache"
@@ -28,8 +28,8 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class ModelBenchmark:
-    """`model(ids, past_key_values=cache)` of a Llama in Hugging Face transformers, one token a
-    sequence, its weights and its keys and values random, the same for all.
+    """One token a sequence through a Llama of Hugging Face transformers: `model(ids,
+    past_key_values=cache)`. Its weights, keys and values are random, the same for all contestants.
 
     Ours is `attn_implementation="resformer"` over a `ResFormerCache`; the peers are transformers'
     sdpa over its own caches. With `shared` the model is an SVFormer, whose values are cached once,
@@ -47,10 +47,9 @@ class ModelBenchmark:
     @property
     def name(self) -> str:
         """Shape, layers and dtype."""
-        dtype = str(self.dtype).removeprefix("torch.")
         kind = "SVFormer" if self.shared else "Llama"
         shape = f"B{self.batch} T{self.length}"
-        return f"{self.group} {kind} {shape}, {self.layers} layers, {dtype}"
+        return f"{self.group} {kind} {shape}, {self.layers} layers, {dtype_name(self.dtype)}"
 
     @property
     def bytes(self) -> int:
@@ -62,9 +61,9 @@ class ModelBenchmark:
         rows = self.layers + (1 if self.shared else self.layers)
         return self.dtype.itemsize * (weights + rows * self.batch * self.length * own * dim)
 
-    def makers(self) -> dict[str, Callable[[], Call]]:
+    def makers(self) -> Makers:
         """Ours and the peers, each with a model and a cache of its own."""
-        stock: dict[str, Callable[[], Call]] = {
+        stock: Makers = {
             OURS: lambda: self._step("resformer", "ours", shared=self.shared),
             DYNAMIC: lambda: self._step("sdpa", "dynamic", shared=self.shared),
         }
@@ -78,9 +77,9 @@ class ModelBenchmark:
         cache = self._cache(model.config, kind, shared=shared)
         token = torch.zeros(self.batch, 1, dtype=torch.long)
 
+        @torch.no_grad()
         def step() -> Tensor:
-            with torch.no_grad():
-                logits: Tensor = model(token, past_key_values=cache).logits
+            logits: Tensor = model(token, past_key_values=cache).logits
             # Every call appends at the same place.
             if kind == "static":
                 for layer in cache.layers:
@@ -113,12 +112,12 @@ class ModelBenchmark:
         from resformer_kernels.integrations.transformers import ResFormerCache
 
         most = self.length + 1
-        makers: dict[str, Callable[[], Any]] = {
-            "ours": lambda: ResFormerCache(config, most),
-            "static": lambda: StaticCache(config, max_cache_len=most),
-            "dynamic": lambda: DynamicCache(config=config),
-        }
-        cache = makers[kind]()
+        if kind == "ours":
+            cache: Any = ResFormerCache(config, most)
+        elif kind == "static":
+            cache = StaticCache(config, max_cache_len=most)
+        else:
+            cache = DynamicCache(config=config)
         shape = (self.batch, _SIZES["num_key_value_heads"], self.length, _SIZES["head_dim"])
         keys = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         for layer in range(self.layers):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from resformer_kernels.bench.timing import OURS, Call, Unavailable
-from resformer_kernels.bench.workloads import require_kernel, require_package, timed_call
+from benchmarks.workloads.common import Makers, Workload, require_package
+from resformer_kernels.bench.timing import OURS, Call, Unavailable, timed_call
 from resformer_kernels.reservoir import reservoir_scan
+from resformer_kernels.testing.inputs import dtype_name
 
 _LEAK, _RADIUS = 0.3, 0.9
 _CONNECTIVITY = 0.1
@@ -20,60 +19,62 @@ _CONNECTIVITY = 0.1
 LOOP, RNN, RESERVOIRPY = "torch loop", "nn.RNN", "ReservoirPy"
 WIDE = "ours, float32 weights"
 CUDA = "ours, CUDA C++"
-"""Step after step, beside what "auto" takes on a GPU."""
+"""The step-by-step kernel, beside what "auto" takes on a GPU."""
 
 
 @dataclass(frozen=True)
-class ReservoirBenchmark:
-    """One input, N tanh units, every state, from noise: leak 0.3 and spectral radius 0.9, but for
-    `nn.RNN`, which knows no leak. ReservoirPy always has its default, a tenth of the weights."""
+class ReservoirBenchmark(Workload):
+    """One input channel of noise, N tanh units, every state; leak 0.3 and spectral radius 0.9.
+
+    `nn.RNN` has no leak. ReservoirPy always has its default, a tenth of the weights.
+    """
 
     units: int
     batch: int
     length: int
     dtype: torch.dtype = torch.float32
-    """Of the weights, the states being float32; bfloat16 is held against float32 weights alone."""
+    """Dtype of the weights; states are float32. bfloat16's only peer is ours with float32."""
     sparse: bool = False
     """A tenth of the weights, as CSR."""
     direction: str = "forward"
     """"forward" or "backward": the gradients of input, weights and input weights."""
     group: str = "reservoir"
     mode: str = "auto"
-    """Of ours."""
+    """The mode of ours."""
     device: str = "cpu"
 
     @property
     def name(self) -> str:
         """Form, shape and dtype of the weights; the mode where it was asked for."""
         form = "sparse" if self.sparse else "dense"
-        dtype = str(self.dtype).removeprefix("torch.")
         direction = "" if self.direction == "forward" else f"{self.direction} "
         mode = "" if self.mode == "auto" else f" {self.mode}"
         shape = f"B{self.batch} T{self.length} N{self.units}"
-        return f"reservoir_scan {direction}{form} {shape}{mode} {dtype}"
+        return f"reservoir_scan {direction}{form} {shape}{mode} {dtype_name(self.dtype)}"
+
+    @property
+    def _passes(self) -> int:
+        # A backward multiplies by the weights and sums an outer product.
+        return 1 if self.direction == "forward" else 2
 
     @property
     def flops(self) -> int:
-        """Of the products with the weights, each step once."""
+        """Operations of the products with the weights, each step once."""
         stored = self.units**2 * (_CONNECTIVITY if self.sparse else 1)
-        # A backward multiplies by the weights and sums an outer product.
-        passes = 1 if self.direction == "forward" else 2
-        return int(2 * passes * stored * self.batch * self.length)
+        return int(2 * self._passes * stored * self.batch * self.length)
 
     @property
     def bytes(self) -> int:
         """The states and the input, 4 bytes each; backward: their gradients too."""
-        passes = 1 if self.direction == "forward" else 2
-        return 4 * passes * self.batch * self.length * (self.units + 1)
+        return 4 * self._passes * self.batch * self.length * (self.units + 1)
 
-    def makers(self) -> dict[str, Callable[[], Call]]:
-        """Ours, and what else steps through such a reservoir, all on the same weights; ours is
-        `Unavailable` on a GPU where no kernel serves it."""
-        ours: dict[str, Callable[[], Call]] = {OURS: lambda: self._ours(self.dtype)}
+    def makers(self) -> Makers:
+        """Ours, and what else steps through such a reservoir, all on the same weights."""
+        ours: Makers = {OURS: lambda: self._ours(self.dtype)}
         if self.device != "cpu" and self.mode != "chunked":
             ours[CUDA] = lambda: self._ours(self.dtype, "native")
         if self.dtype is not torch.float32:
-            # The peers of the float32 case have no narrower form that were quicker.
+            # The peers of the float32 case have no narrower form that is quicker.
             return {**ours, WIDE: self._ours}
         return {**ours, LOOP: self._loop, RNN: self._rnn, RESERVOIRPY: self._reservoirpy}
 
@@ -92,22 +93,11 @@ class ReservoirBenchmark:
     def _ours(self, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Call:
         inputs, weight, projection = self._tensors()
         given = (weight.to_sparse_csr() if self.sparse else weight).to(dtype)
-        options: dict[str, Any] = {"input_weight": projection, "leak": _LEAK, "mode": self.mode}
-        options["backend"] = backend
-        if self.device != "cpu":
-            require_kernel(reservoir_scan, inputs, given, **options)
-        return timed_call(
-            lambda: reservoir_scan(inputs, given, **options)[0],
-            [inputs, given, projection],
-            self.direction,
-        )
+        options = {"input_weight": projection, "leak": _LEAK, "mode": self.mode, "backend": backend}
+        return self.ours(reservoir_scan, (inputs, given), options)
 
     def _loop(self) -> Call:
-        inputs, weight, projection = self._tensors()
-        if self.direction == "forward":
-            return lambda: _loop(inputs, weight, projection)
-        leaves = [inputs, weight, projection]
-        return timed_call(lambda: _plain_loop(*leaves), leaves, self.direction)
+        return self.call(_loop if self.direction == "forward" else _plain_loop, self._tensors())
 
     def _rnn(self) -> Call:
         if self.sparse:
@@ -115,16 +105,17 @@ class ReservoirBenchmark:
         inputs, _, _ = self._tensors()
         recurrent = torch.nn.RNN(1, self.units, batch_first=True).to(self.device)
         leaves = [inputs, *recurrent.parameters()]
-        return timed_call(lambda: recurrent(inputs)[0], leaves, self.direction)
+        return timed_call(lambda: recurrent(inputs), leaves, self.direction)
 
     def _reservoirpy(self) -> Call:
         require_package("reservoirpy")
-        if self.direction == "backward":
-            raise Unavailable("has no gradients")
-        if self.batch > 1:
-            raise Unavailable("runs one sequence at a time")
-        if self.device != "cpu":
-            raise Unavailable("runs on CPUs alone")
+        for limit, reason in (
+            (self.direction == "backward", "has no gradients"),
+            (self.batch > 1, "runs one sequence at a time"),
+            (self.device != "cpu", "runs on CPUs alone"),
+        ):
+            if limit:
+                raise Unavailable(reason)
         from reservoirpy.nodes import Reservoir
 
         node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0)
@@ -134,8 +125,7 @@ class ReservoirBenchmark:
 
 @torch.no_grad()
 def _loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
-    """The quickest loop we know: one addmm, one tanh and one lerp a step, none of which allocates
-    but the lerp."""
+    """The quickest loop we know: an addmm, a tanh and a lerp a step; only the lerp allocates."""
     drive = (inputs @ projection.T).transpose(0, 1).contiguous()
     transposed = weight.t().contiguous()
     out = torch.empty_like(drive)
@@ -150,7 +140,7 @@ def _loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
 
 
 def _plain_loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
-    """The same with a gradient."""
+    """The recurrence of `_loop`, differentiable."""
     state, states = inputs.new_zeros(inputs.shape[0], weight.shape[0]), []
     for drive in (inputs @ projection.T).unbind(1):
         state = torch.lerp(state, torch.addmm(drive, state, weight.t()).tanh(), _LEAK)

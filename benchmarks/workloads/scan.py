@@ -1,18 +1,18 @@
-"""Scans to time, as data: inputs, bytes, and how ours and each peer would do them."""
+"""Scans to time, beside a loop, torch's parallel scan, packages for GPUs, and a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from benchmarks.workloads.common import Makers, Workload, require_package
 from resformer_kernels.bench.timing import OURS, Call, Unavailable
-from resformer_kernels.bench.workloads import require_kernel, require_package, timed_call
 from resformer_kernels.scan import linear_scan
+from resformer_kernels.testing.inputs import dtype_name
 
 LOOP, ASSOCIATIVE, COPY = "Python loop", "associative_scan", "copy of as many bytes"
 FLA, ACCELERATED = "fla", "accelerated-scan"
@@ -21,102 +21,6 @@ PEERS = (LOOP, ASSOCIATIVE, FLA, ACCELERATED)
 _MOST_ASSOCIATED = 2**23
 """Elements that torch's parallel scan takes about a second for on two cores."""
 _CUDA_PACKAGES = {FLA: "fla", ACCELERATED: "accelerated_scan"}
-
-
-@dataclass(frozen=True)
-class ScanBenchmark:
-    """`linear_scan` from a state of zero; gates in (0, 1), or complex of modulus below 1."""
-
-    batch: int
-    length: int
-    channels: int
-    dtype: torch.dtype
-    direction: str
-    """"forward" or "backward"."""
-    constant: bool = False
-    """Gates that no time changes."""
-    peers: tuple[str, ...] = (LOOP,)
-    device: str = "cpu"
-    flops: int = 0
-    """A scan is bound by memory: bytes count."""
-
-    @property
-    def name(self) -> str:
-        """Direction, shape, gates and dtype."""
-        gates = "constant gates" if self.constant else "gates by step"
-        shape = f"B{self.batch} T{self.length} N{self.channels}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        against = " against copy" if COPY in self.peers else ""
-        return f"linear_scan {self.direction} {shape} {gates} {dtype}{against}"
-
-    @property
-    def group(self) -> str:
-        """The same for all scans."""
-        return "scan"
-
-    @property
-    def bytes(self) -> int:
-        """Tokens, states and gates by step; backward: the states' gradient, the states and the
-        gates are read, the gradients of tokens and gates written."""
-        one = self.batch * self.length * self.channels * self.dtype.itemsize
-        if self.direction == "forward":
-            return (2 if self.constant else 3) * one
-        return (3 if self.constant else 5) * one
-
-    def makers(self) -> dict[str, Callable[[], Call]]:
-        """What makes each contestant; ours is `Unavailable` where no kernel serves it."""
-        scans: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            LOOP: scan_by_loop,
-            ASSOCIATIVE: scan_by_association,
-            FLA: scan_by_fla,
-            ACCELERATED: scan_by_acceleration,
-        }
-        makers: dict[str, Callable[[], Call]] = {OURS: self._ours}
-        for name in self.peers:
-            makers[name] = self._copy if name == COPY else partial(self._scan, name, scans[name])
-        return makers
-
-    def _ours(self) -> Call:
-        gates, tokens = self._arguments()
-        if self.device != "cpu":
-            require_kernel(linear_scan, gates, tokens)
-        return timed_call(lambda: linear_scan(gates, tokens)[0], [gates, tokens], self.direction)
-
-    def _scan(self, name: str, scan: Callable[[Tensor, Tensor], Tensor]) -> Call:
-        if name == ASSOCIATIVE:
-            self._limit_association()
-        if name in _CUDA_PACKAGES:
-            self._require_cuda_package(_CUDA_PACKAGES[name])
-        gates, tokens = self._arguments()
-        return timed_call(lambda: scan(gates, tokens), [gates, tokens], self.direction)
-
-    def _limit_association(self) -> None:
-        if self.direction == "backward":
-            raise Unavailable("takes minutes: autograd goes through each of its slices")
-        if self.batch * self.length * self.channels > _MOST_ASSOCIATED:
-            raise Unavailable("takes many seconds a call at this size")
-
-    def _require_cuda_package(self, module: str) -> None:
-        require_package(module)
-        if torch.device(self.device).type != "cuda":
-            raise Unavailable(f"{module} runs on CUDA tensors alone")
-        if self.dtype.is_complex:
-            raise Unavailable(f"{module} knows no complex numbers")
-
-    def _copy(self) -> Call:
-        # Half of the bytes are read and half of them written.
-        source = torch.ones(self.bytes // 8, device=self.device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    def _arguments(self) -> tuple[Tensor, Tensor]:
-        shape = (self.batch, self.length, self.channels)
-        drawn = torch.complex64 if self.dtype.is_complex else torch.float32
-        tokens = torch.randn(shape, dtype=drawn).to(self.device, self.dtype)
-        gates = torch.rand(shape[-1:] if self.constant else shape)
-        if self.dtype.is_complex:
-            gates = torch.polar(gates, 6.28 * torch.rand(gates.shape))
-        return gates.to(self.device, self.dtype), tokens
 
 
 def scan_by_loop(gates: Tensor, tokens: Tensor) -> Tensor:
@@ -157,3 +61,82 @@ def scan_by_acceleration(gates: Tensor, tokens: Tensor) -> Tensor:
     turned = (x.transpose(1, 2).contiguous() for x in (gates.expand(tokens.shape), tokens))
     states: Tensor = scan(*turned).transpose(1, 2)
     return states
+
+
+_SCANS = {
+    LOOP: scan_by_loop,
+    ASSOCIATIVE: scan_by_association,
+    FLA: scan_by_fla,
+    ACCELERATED: scan_by_acceleration,
+}
+
+
+@dataclass(frozen=True)
+class ScanBenchmark(Workload):
+    """`linear_scan` from a state of zero; gates in (0, 1), or complex of modulus below 1."""
+
+    batch: int
+    length: int
+    channels: int
+    dtype: torch.dtype
+    direction: str
+    """"forward" or "backward"."""
+    constant: bool = False
+    """Whether the gates are the same at every step."""
+    peers: tuple[str, ...] = (LOOP,)
+    device: str = "cpu"
+    flops: int = 0
+    """A scan is bound by memory: bytes count."""
+
+    group: ClassVar[str] = "scan"
+
+    @property
+    def name(self) -> str:
+        """Direction, shape, gates and dtype."""
+        gates = "constant gates" if self.constant else "gates by step"
+        shape = f"B{self.batch} T{self.length} N{self.channels}"
+        against = " against copy" if COPY in self.peers else ""
+        return f"linear_scan {self.direction} {shape} {gates} {dtype_name(self.dtype)}{against}"
+
+    @property
+    def bytes(self) -> int:
+        """Tokens, states and gates by step; backward: the states' gradient, the states and the
+        gates are read, the gradients of tokens and gates written."""
+        tensors = {"forward": (3, 2), "backward": (5, 3)}[self.direction][self.constant]
+        return tensors * self.batch * self.length * self.channels * self.dtype.itemsize
+
+    def makers(self) -> Makers:
+        """Ours, and each of `peers`."""
+        return {
+            OURS: lambda: self.ours(linear_scan, self._arguments()),
+            **{name: partial(self._peer, name) for name in self.peers},
+        }
+
+    def _peer(self, name: str) -> Call:
+        if name == COPY:
+            # Half of the bytes are read and half of them written.
+            source = torch.ones(self.bytes // 8, device=self.device)
+            target = torch.empty_like(source)
+            return lambda: target.copy_(source)
+        if name == ASSOCIATIVE:
+            if self.direction == "backward":
+                raise Unavailable("takes minutes: autograd goes through each of its slices")
+            if self.batch * self.length * self.channels > _MOST_ASSOCIATED:
+                raise Unavailable("takes many seconds a call at this size")
+        if name in _CUDA_PACKAGES:
+            module = _CUDA_PACKAGES[name]
+            require_package(module)
+            if torch.device(self.device).type != "cuda":
+                raise Unavailable(f"{module} runs on CUDA tensors alone")
+            if self.dtype.is_complex:
+                raise Unavailable(f"{module} knows no complex numbers")
+        return self.call(_SCANS[name], self._arguments())
+
+    def _arguments(self) -> tuple[Tensor, Tensor]:
+        shape = (self.batch, self.length, self.channels)
+        drawn = torch.complex64 if self.dtype.is_complex else torch.float32
+        tokens = torch.randn(shape, dtype=drawn).to(self.device, self.dtype)
+        gates = torch.rand(shape[-1:] if self.constant else shape)
+        if self.dtype.is_complex:
+            gates = torch.polar(gates, 6.28 * torch.rand(gates.shape))
+        return gates.to(self.device, self.dtype), tokens

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the yardsticks that stand beside every timing."""
+"""The most that this machine can do: ceilings printed beside every timing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from resformer_kernels.bench.timing import MIN_SAMPLES, Timer, alternate
+from resformer_kernels.testing.inputs import dtype_name
 
 _GEMM_SIZE = 2048
 _ARRAY_BYTES = 256 * 2**20
@@ -24,7 +25,7 @@ def gemm_rates(
 
     Args:
         dtypes: of the operands, which are random: zeros run faster on some GPUs.
-        samples: of each.
+        samples: samples of each.
         size: rows and columns (default: 2048).
         device: where it runs.
         timer: how a call is timed (default: by the clock of the host).
@@ -33,8 +34,7 @@ def gemm_rates(
     contestants = {}
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        name = str(dtype).removeprefix("torch.")
-        contestants[name] = lambda a=a, b=b: torch.mm(a, b)
+        contestants[dtype_name(dtype)] = lambda a=a, b=b: torch.mm(a, b)
     timings = alternate(contestants, samples=samples, timer=timer)
     return {name: 2 * size**3 / timing.median for name, timing in timings.items()}
 

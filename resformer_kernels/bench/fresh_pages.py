@@ -1,9 +1,9 @@
 """Pages that a process touches for the first time, and how to touch few of them while timing.
 
-glibc hands a freed block of 32 MiB or more back to the system, so that an op pays for its output's
-pages at every call: many times what writing them costs, above all on a virtual machine whose host
-has taken the memory back. What is timed is then the system. Large arrays of an application live
-longer than a call, or come from an allocator that keeps them.
+glibc returns a freed block of 32 MiB or more to the system, so that an op pays for its output's
+pages at every call: many times the cost of writing them, above all on a virtual machine whose host
+has taken the memory back. The system is then timed instead of the op. Large arrays of an
+application live longer than a call, or come from an allocator that keeps them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if sys.platform != "win32":
     import resource
 
 FEW = 64
-"""Pages (256 KiB where they have 4 KiB) that nobody counts as a fresh output."""
+"""Pages (256 KiB where they have 4 KiB) that do not count as a fresh output."""
 
 # From glibc's malloc.h, with its defaults.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -37,14 +37,14 @@ def touched() -> int:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Inside, freed memory stays with the process, and the next allocation finds it.
+    """Within it, freed memory stays with the process, and the next allocation reuses it.
 
-    The same as starting the process with MALLOC_MMAP_MAX_=0 and a large MALLOC_TRIM_THRESHOLD_. It
-    takes a few calls until blocks of every size that is wanted are there: a small allocation may
-    settle in a large block. At the end glibc's defaults are back, and what is free is given back.
+    Equals starting the process with MALLOC_MMAP_MAX_=0 and a large MALLOC_TRIM_THRESHOLD_. The
+    first few calls still make blocks of the sizes they need: a small allocation can land in a large
+    block. At the end glibc's defaults return, and free memory goes back to the system.
 
     Yields:
-        Whether it is so: glibc alone can.
+        Whether memory is kept, which needs glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         yield False

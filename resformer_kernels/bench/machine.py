@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def usable_cores() -> int:
 
 
 def native_path() -> str:
-    """The CPU path of the native kernels, or why there is none."""
+    """The CPU path of the native kernels, or why they have none."""
     reason = _extension.unavailable_reason()
     return _extension.cpu_path() if reason is None else f"none: {reason}"
 
@@ -55,7 +56,11 @@ def describe() -> dict[str, str | int]:
 def slug() -> str:
     """A file name's stem for this machine: its processor, threads and CPU path."""
     text = f"{processor()} {torch.get_num_threads()} threads {native_path().split(':')[0]}"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("_", "")).strip("-")
+    return _hyphenated(text.replace("_", ""))
+
+
+def _hyphenated(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def describe_device(device: torch.device | str) -> dict[str, str | int]:
@@ -79,23 +84,18 @@ _DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd")
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those packages that are installed."""
-    found = {name: _version(name) for name in packages}
-    return {name: version for name, version in found.items() if version}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def device_slug(device: torch.device | str) -> str:
     """A file name's stem for a GPU: its name."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return _hyphenated(torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 
 
 def commit() -> str:
@@ -103,16 +103,14 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        name = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        name = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{name}+" if changed else name
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Time several ways to do one thing, alternating, in one process."""
+"""Time several implementations of one thing, alternating, in one process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from resformer_kernels.bench import fresh_pages
+from resformer_kernels.testing.inputs import dtype_name
 
 OURS = "ours"
 """The contestant that this package provides; every other one is a peer."""
@@ -26,7 +28,7 @@ Call: TypeAlias = Callable[[], object]
 
 
 class Unavailable(RuntimeError):
-    """A contestant that this machine does not have: nothing is wrong with it."""
+    """A contestant that this machine cannot run: no fault."""
 
 
 class Benchmark(Protocol):
@@ -34,29 +36,29 @@ class Benchmark(Protocol):
 
     @property
     def name(self) -> str:
-        """Unique, stable, in words: recorded results are found by it."""
+        """Unique and stable: stored results are found by it."""
 
     @property
     def group(self) -> str:
-        """The heading that the case stands under."""
+        """The heading of the case."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the inputs."""
+        """Dtype of the inputs."""
 
     @property
     def flops(self) -> int:
-        """Useful operations of one call; 0 where traffic is what counts."""
+        """Useful operations of one call; 0 where memory traffic is what counts."""
 
     @property
     def bytes(self) -> int:
-        """What one call must read and write at least."""
+        """The least that one call reads and writes."""
 
     def makers(self) -> Mapping[str, Callable[[], Call]]:
-        """What makes each way to do it, by name; `OURS` is among them.
+        """The maker of each contestant's call, by name; `OURS` is among them.
 
-        A maker raises `Unavailable` where this machine lacks what it needs, or where it would take
-        more memory or time than a comparison is worth.
+        A maker raises `Unavailable` where this machine lacks something, or where the call would
+        take more memory or time than a comparison is worth.
         """
 
 
@@ -66,7 +68,7 @@ class Timing:
 
     samples: tuple[float, ...]
     fresh_pages: tuple[float, ...] = ()
-    """Pages a call touched for the first time, in each sample; none where nobody counted."""
+    """Pages that a call touched for the first time, in each sample; empty where not counted."""
 
     @property
     def disturbed(self) -> int:
@@ -107,7 +109,7 @@ class Result:
 
     @property
     def peers(self) -> list[str]:
-        """Those that took part, the fastest first."""
+        """Peers that took part, the fastest first."""
         found = (name for name in self.timings if name != OURS)
         return sorted(found, key=lambda name: self.timings[name].median)
 
@@ -122,6 +124,31 @@ class Result:
     def ratio(self) -> float:
         """How many times faster than its fastest peer: the ratio of the medians."""
         return self.timings[self.peer].median / self.ours.median
+
+
+def timed_call(
+    outputs: Callable[[], Any],
+    leaves: Sequence[Tensor],
+    direction: str,
+    grad: Tensor | None = None,
+) -> Call:
+    """A call that runs `outputs` forward, or the gradient of every leaf through it.
+
+    Of a tuple of outputs the first one counts. `grad` is its gradient (default: random).
+    """
+
+    def first() -> Tensor:
+        found = outputs()
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    if direction == "forward":
+        return torch.no_grad()(first)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = first()
+    given = torch.randn_like(result) if grad is None else grad
+    return lambda: torch.autograd.grad(result, leaves, given, retain_graph=True)
 
 
 def alternate(
@@ -140,7 +167,7 @@ def alternate(
         min_sample_s: a sample repeats its call until about this many seconds have passed.
         timer: how a call is timed (default: by the clock of the host).
         settle_rounds: before the first sample, at most so many rounds of one call each, until in
-            one of them nobody touches fresh pages (see `fresh_pages.freed_memory_kept`).
+            one of them no call touches fresh pages (see `fresh_pages.freed_memory_kept`).
 
     Returns:
         The seconds a call in every sample, by name.
@@ -164,7 +191,7 @@ def alternate(
                 before = fresh_pages.touched()
                 collected[name].append(timer(contestants[name], repeats[name]))
                 pages[name].append((fresh_pages.touched() - before) / repeats[name])
-            # Nobody always runs in the cache and the heat that the same neighbour leaves.
+            # So that no contestant always runs after the same neighbour, in its cache and heat.
             order.append(order.pop(0))
     finally:
         if enabled:
@@ -173,7 +200,7 @@ def alternate(
 
 
 def wanted(names: Sequence[str], peers: Sequence[str] | None) -> list[str]:
-    """Of the peers among `names`, those that contain one of `peers`, cased or not; None: all."""
+    """Peers in `names` that contain one of `peers`, in any case; None: all."""
     found = [name for name in names if name != OURS]
     if peers is None:
         return found
@@ -211,7 +238,7 @@ def measure(
             if name != OURS:
                 call()
         except Exception as error:
-            # What ours raises is a fault; a peer that fails is told of, and the others go on.
+            # An error of ours is a fault; that of a peer is noted, and the others are timed.
             if name == OURS:
                 raise
             absent[name] = str(error) if isinstance(error, Unavailable) else _failure(error)
@@ -220,20 +247,18 @@ def measure(
     timings = alternate(
         calls, samples=samples, min_sample_s=min_sample_s, settle_rounds=settle_rounds
     )
-    return Result(
-        benchmark.name,
-        benchmark.group,
-        str(benchmark.dtype).removeprefix("torch."),
-        benchmark.flops,
-        benchmark.bytes,
-        timings,
-        absent,
-        {} if peak is None else {name: peak(call) for name, call in calls.items()},
-    )
+    memory = {} if peak is None else {name: peak(call) for name, call in calls.items()}
+    return Result(**about(benchmark), timings=timings, absent=absent, peak_bytes=memory)
+
+
+def about(benchmark: Benchmark) -> dict[str, Any]:
+    """The fields that a result takes from its benchmark."""
+    same = {name: getattr(benchmark, name) for name in ("name", "group", "flops", "bytes")}
+    return {**same, "dtype": dtype_name(benchmark.dtype)}
 
 
 def _failure(error: Exception) -> str:
-    """In a line."""
+    """The error in one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"failed: {type(error).__name__}: {first.strip()}"[:200]
 

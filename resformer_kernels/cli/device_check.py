@@ -1,6 +1,6 @@
 """`resformer-kernels device-check`: prove the kernels of a GPU, and time them, in a few minutes.
 
-It runs from a checkout with what the machine has: torch and Triton; rich only draws nicer tables.
+It runs from a checkout and needs torch and Triton alone; rich draws nicer tables.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "device-check",
         help=COMMANDS["device-check"],
-        description="On a machine with a GPU: hold every GPU backend against float64, then time "
+        description="On a machine with a GPU: compare every GPU backend with float64, then time "
         "attention and the mixes beside torch's SDPA (FlashAttention-2 and cuDNN), FlexAttention "
         "and FlashAttention 3 where it is installed, in percent of a matrix product's rate. "
-        "Kernels that fail are reported and the rest goes on; what is found is stored as it comes. "
+        "Kernels that fail are reported and the run goes on; results are stored as they come. "
         "Exit code 1 where one failed, 2 without a GPU. Runs from a checkout of the repository.",
     )
-    parser.add_argument(
-        "--minutes",
-        type=positive,
-        default=_DEFAULT_MINUTES,
-        help="time for everything (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the JSON (default: reports/<gpu>.json)",
-    )
+    add_run_arguments(parser, _DEFAULT_MINUTES, "the JSON (default: reports/<gpu>.json)")
     parser.add_argument(
         "--no-build",
         action="store_true",
-        help="do not build the CUDA library first; what is built already is checked all the same",
+        help="do not build the CUDA library first; a library that exists is checked all the same",
     )
-    # To try out the run itself where there is no GPU: small cases on another device.
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, minutes: float, out: str) -> None:
+    """Declare what `tune` has too: a time limit, and a file that `out` describes."""
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        default=minutes,
+        help="time for everything (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    # For trying out the run without a GPU: small cases on another device.
     parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, time, store, print. 0; 1 where a kernel failed; 2 where there is nothing to check."""
+    """Check, time, store, print. 0; 1 where a kernel failed; 2 where nothing can be checked."""
     if args.device is None and not torch.cuda.is_available():
         return refuse("device-check", f"no CUDA device (torch {torch.__version__} sees none)")
     modules = checkout("device_jobs", "device_run", "device_report", "device_build")
@@ -84,24 +84,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _verdict(found: Any) -> str:
     tensors = sum(len(check["verdicts"]) for check in found.checks)
-    text = (
+    failed = f"{len(found.failures)} FAILED" if found.failures else "none failed"
+    left = f"; {len(found.unfinished)} not reached in the time" if found.unfinished else ""
+    return (
+        f"CUDA library: {found.cuda_library}\n"
         f"{len(found.checks)} cases ({tensors} tensors) against float64, "
-        f"{len(found.timings)} cases timed: "
+        f"{len(found.timings)} cases timed: {failed}{left}"
     )
-    text = f"CUDA library: {found.cuda_library}\n{text}"
-    text += f"{len(found.failures)} FAILED" if found.failures else "none failed"
-    if found.unfinished:
-        text += f"; {len(found.unfinished)} not reached in the time"
-    return text
 
 
 class _Teller(Teller):
-    """Tells of each failure at once, too."""
+    """A `Teller` that also prints each failure at once."""
 
     _failures = 0
 
     def of(self, run: Any, phase: str, done: int, total: int) -> None:
-        """What `device_run.run` reports."""
+        """Report progress of `device_run.run`."""
         for failure in run.failures[self._failures :]:
             self.say(f"FAILED {failure['job']} {failure['part']}: {failure['reason']}"[:300])
         self._failures = len(run.failures)

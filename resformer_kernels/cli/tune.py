@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
 from resformer_kernels._triton import available as _triton
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
-from resformer_kernels.cli.common import NO_CHECKOUT, Teller, positive, refuse
+from resformer_kernels.cli.common import NO_CHECKOUT, Teller, refuse
+from resformer_kernels.cli.device_check import add_run_arguments
 
 _DEFAULT_MINUTES = 25.0
 
@@ -22,17 +23,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "tune",
         help=COMMANDS["tune"],
         description="Try tile sizes, warps and stages of each Triton kernel of attention on this "
-        "GPU, hold each against the reference, time those that are right, and write the table that "
-        "the kernels read (nothing is tuned at run time). What time does not allow stays as it "
-        "is. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs from a "
-        "checkout of the repository.",
+        "GPU, compare each with the reference, time those that are right, and write the table that "
+        "the kernels read (nothing is tuned at run time). Entries that time does not reach stay "
+        "as they are. Exit code 1 where a configuration of the table fails, 2 without a GPU. Runs "
+        "from a checkout of the repository.",
     )
-    parser.add_argument(
-        "--minutes",
-        type=positive,
-        default=_DEFAULT_MINUTES,
-        help="time for everything (default: %(default)s)",
-    )
+    out = "the table (default: the one in the package, which is updated)"
+    add_run_arguments(parser, _DEFAULT_MINUTES, out)
     for name, words, choices in (
         ("head-dim", "head_dim", (64, 128, 256)),
         ("direction", "kernel", ("forward", "keys", "queries")),
@@ -47,29 +44,20 @@ def add_parser(subparsers: Subparsers) -> None:
             help=f"this {words} alone; may be repeated (default: "
             + ("half)" if name == "precision" else "all)"),
         )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the table (default: the one in the package, which is updated)",
-    )
-    # To try out the run itself where there is no GPU: small cases in Triton's interpreter.
-    parser.add_argument("--device", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print, write. 0; 1 where the table has what fails; 2 where nothing can be tuned."""
+    """Search, print, write. 0; 1 where an entry of the table fails; 2 where none can be tuned."""
     if args.device is None and not torch.cuda.is_available():
         return refuse("tune", f"no CUDA device (torch {torch.__version__} sees none)")
     device = torch.device(args.device or "cuda")
     reason = _triton.unavailable_reason(device)
     if reason is not None:
         return refuse("tune", reason)
-    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "supervisor")
+    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "device_report")
     if modules is None:
         return refuse("tune", NO_CHECKOUT)
-    tuning, space, device_jobs, device_run, supervisor = modules
+    tuning, space, device_jobs, device_run, report = modules
     settings = device_jobs.Settings(str(device), tiny=args.device is not None)
     points = space.points(
         args.head_dim or space.HEAD_DIMS,
@@ -79,43 +67,27 @@ def run(args: argparse.Namespace) -> int:
     )
     search = tuning.Search(tuning.architecture(settings.device), tuning.load_table())
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-
-    def supervise(jobs: Any, at_once: int, until: float, on_outcome: Any) -> None:
-        supervisor.supervise(
-            jobs,
-            device_run.worker_command(settings),
-            workers=at_once,
-            until=until,
-            on_outcome=on_outcome,
-            environment=device_run.worker_environment(at_once),
-        )
-
-    interrupted = False
+    code = 0
     try:
         tuning.run(
             search,
             points,
             60 * args.minutes,
-            supervise,
+            partial(device_run.on_workers, settings),
             workers=args.workers or device_run.worker_count(memory),
             progress=Teller(),
         )
     except KeyboardInterrupt:
         print("interrupted; what was found is written", file=sys.stderr)
-        interrupted = True
+        code = INTERRUPTED
     path = args.out or tuning.configs().TABLE
     path.write_text(space.dumps(search.new_table()) + "\n")
-    _show(search, points, space)
+    _show(search, points, space, report)
     print(f"written: {path}")
-    if interrupted:
-        return INTERRUPTED
-    return 1 if search.failures else 0
+    return code or (1 if search.failures else 0)
 
 
-def _show(search: Any, points: Any, space: Any) -> None:
-    modules = checkout("device_report")
-    assert modules is not None
-    (report,) = modules
+def _show(search: Any, points: Any, space: Any, report: Any) -> None:
     winners = search.winners()
     rows = []
     for point in points:

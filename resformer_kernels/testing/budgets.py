@@ -5,8 +5,8 @@
 in Frobenius norms, with u the unit roundoff of the inputs' dtype. A gradient that is a cancelling
 sum cannot be more exact than its terms allow, so S is the norm of the terms before their reduction
 (coefficients, sinks), of the gradient with the softmax normaliser frozen (q, k, additive bias), and
-else the norm of the float64 tensor itself. What of those norms hangs on the luck of the signs of
-the output gradients is evened out: S is at least its root mean square over random signs. For
+else the norm of the float64 tensor itself. Those norms depend on the luck of the output gradients'
+signs, so S is at least its root mean square over random signs. For
 gradients the error of the reference is the larger of two: by autograd, and from out and the LSE
 alone, which is all that a kernel of linear memory keeps. (By autograd a row with one key cancels
 exactly, and a budget of zero would say nothing about precision.)
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import reference
-from resformer_kernels.testing.inputs import AttentionCase, attention_inputs
+from resformer_kernels.testing.inputs import AttentionCase, Inputs, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 
 _DRAWS = 3
@@ -45,7 +45,7 @@ class Comparison:
     error: float
     budget: float
     norm: float
-    """Of the float64 tensor."""
+    """Norm of the float64 tensor."""
 
     @property
     def ok(self) -> bool:
@@ -87,79 +87,79 @@ def compare(
         A `Comparison` for every output and every gradient. NaN and infinities must lie where
         float64 has them, else the error is infinite.
     """
+    inputs = Inputs(function, dict(tensors), dict(options), grads)
     with poisoned():
-        outputs, gradients = _run(function, tensors, options, grads, backend)
-    wide = {name: _wide(x) for name, x in tensors.items()}
-    wide_grads = tuple(_wide(g) for g in grads)
-    exact = _named(options, *_run(function, wide, options, wide_grads, "reference"))
-    got = _named(options, outputs, gradients)
-    wanted = {name.removeprefix("d") for name in exact if name not in ("out", "lse", "mixed")}
-    sizes = _summed_terms(function, wide, options, wide_grads, wanted)
-    near = _reference_errors(function, tensors, options, grads, exact)
-
+        got = _outcome(inputs, backend)
+    wide = _wide(inputs)
+    exact = _outcome(wide, "reference")
+    terms = _summed_terms(wide, exact)
+    near = _reference_errors(inputs, exact)
     unit = torch.finfo(tensors["q"].dtype).eps / 2
-    found = []
-    for name, true in exact.items():
-        size = norm(true)
-        budget = 2 * near[name] + unit * sizes.get(name.removeprefix("d"), size)
-        found.append(Comparison(name, misfit(got[name], true), budget, size))
+    found = compared(got, exact, near, unit, terms)
     if all(item.ok for item in found):
         return found
     luck = torch.Generator().manual_seed(0)
     for _ in range(_ORDERS):
-        other = _redrawn(tensors, options, grads, luck)
-        wide = {name: _wide(x) for name, x in other[0].items()}
-        wide_grads = tuple(_wide(g) for g in other[1])
-        exact = _named(options, *_run(function, wide, options, wide_grads, "reference"))
-        errors = _reference_errors(function, other[0], options, other[1], exact)
+        other = _redrawn(inputs, luck)
+        errors = _reference_errors(other, _outcome(_wide(other), "reference"))
         near = {name: max(error, errors[name]) for name, error in near.items()}
-    return [
-        replace(
-            item,
-            budget=2 * near[item.name] + unit * sizes.get(item.name.removeprefix("d"), item.norm),
-        )
-        for item in found
-    ]
+    return compared(got, exact, near, unit, terms)
 
 
-def _named(
-    options: Mapping[str, Any], outputs: tuple[Tensor, ...], gradients: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    names = ["out"]
-    names += ["lse"] if options.get("return_lse") else []
-    names += ["mixed"] if options.get("return_mixed_value") else []
+def compared(
+    got: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    near: Mapping[str, float],
+    unit: float,
+    terms: Mapping[str, float],
+) -> list[Comparison]:
+    """Tensors against float64 ones; `near` are the reference's errors, `terms` S by name where it
+    is not the norm."""
+    found = []
+    for name, true in exact.items():
+        size = norm(true)
+        budget = 2 * near[name] + unit * terms.get(name, size)
+        found.append(Comparison(name, misfit(got[name], true), budget, size))
+    return found
+
+
+def _outcome(inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """Outputs by name, and gradients by argument's name after a "d"."""
+    tensors = inputs.tensors
+    leaves = {
+        name: tensors[name].detach().requires_grad_()
+        for name in _GRADIENTS
+        if name in tensors and tensors[name].is_floating_point()
+    }
+    outputs = inputs.function(**{**tensors, **leaves}, **inputs.options, backend=backend)
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), inputs.grads)
     return {
-        **dict(zip(names, outputs, strict=True)),
-        **{f"d{name}": gradient for name, gradient in gradients.items()},
+        **{n: x.detach() for n, x in zip(_outputs(inputs.options), outputs, strict=True)},
+        **{f"d{name}": x for name, x in zip(leaves, gradients, strict=True)},
     }
 
 
-def _reference_errors(
-    function: Callable[..., Any],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    grads: tuple[Tensor, ...],
-    exact: Mapping[str, Tensor],
-) -> dict[str, float]:
+def _outputs(options: Mapping[str, Any]) -> list[str]:
+    names = {"return_lse": "lse", "return_mixed_value": "mixed"}
+    return ["out", *(name for option, name in names.items() if options.get(option))]
+
+
+def _reference_errors(inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Errors of the reference in the tensors' own precision."""
-    near = _named(options, *_run(function, tensors, options, grads, "reference"))
-    by_lse = _named(options, *_run(_by_lse(function), tensors, options, grads, "reference"))
+    near = _outcome(inputs, "reference")
+    by_lse = _outcome(replace(inputs, function=_by_lse(inputs.function)), "reference")
     errors = {name: misfit(near[name], true) for name, true in exact.items()}
-    for name in errors:
-        if name not in ("out", "lse", "mixed"):
-            errors[name] = max(errors[name], misfit(by_lse[name], exact[name]))
+    for name in errors.keys() - _outputs(inputs.options):
+        errors[name] = max(errors[name], misfit(by_lse[name], exact[name]))
     return errors
 
 
-def _redrawn(
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    grads: tuple[Tensor, ...],
-    luck: torch.Generator,
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+def _redrawn(inputs: Inputs, luck: torch.Generator) -> Inputs:
     """The same problem up to rounding: other orders of channels, other magnitudes of gradients."""
-    value = next(tensors[name] for name in ("v", "v_first") if name in tensors)
-    keys = torch.randperm(tensors["q"].shape[-1], generator=luck).to(value.device)
+    value = _value(inputs.tensors)
+    keys = torch.randperm(inputs.tensors["q"].shape[-1], generator=luck).to(value.device)
     values = torch.randperm(value.shape[-1], generator=luck).to(value.device)
     # Near 1, so that errors keep their size; the gradients are linear in it.
     factor = 1 + (float(torch.rand((), generator=luck)) - 0.5) / 16
@@ -170,11 +170,16 @@ def _redrawn(
         by_channel = name in ("v", "v_first", "out", "mixed", "lambda_v", "lambda_first")
         return x[..., values] if by_channel and x.dim() and x.shape[-1] == len(values) else x
 
-    names = _named(options, grads, {})
-    return (
-        {name: move(name, x) for name, x in tensors.items()},
-        tuple(move(name, g) * factor for name, g in names.items()),
+    named = zip(_outputs(inputs.options), inputs.grads, strict=True)
+    return replace(
+        inputs,
+        tensors={name: move(name, x) for name, x in inputs.tensors.items()},
+        grads=tuple(move(name, g) * factor for name, g in named),
     )
+
+
+def _value(tensors: Mapping[str, Tensor]) -> Tensor:
+    return next(tensors[name] for name in ("v", "v_first") if name in tensors)
 
 
 def _by_lse(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
@@ -188,72 +193,43 @@ def _by_lse(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().double() if x.is_floating_point() else x
+def _wide(inputs: Inputs) -> Inputs:
+    def wide(x: Tensor) -> Tensor:
+        return x.detach().double() if x.is_floating_point() else x
+
+    tensors = {name: wide(x) for name, x in inputs.tensors.items()}
+    return replace(inputs, tensors=tensors, grads=tuple(map(wide, inputs.grads)))
 
 
-def _run(
-    function: Callable[..., Any],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    grads: tuple[Tensor, ...],
-    backend: str,
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """(outputs, gradients by argument name)."""
-    leaves = {
-        name: tensors[name].detach().requires_grad_()
-        for name in _GRADIENTS
-        if name in tensors and tensors[name].is_floating_point()
-    }
-    outputs = function(**{**tensors, **leaves}, **options, backend=backend)
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    return tuple(x.detach() for x in outputs), dict(zip(leaves, gradients, strict=True))
-
-
-def _summed_terms(
-    function: Callable[..., Any],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    grads: tuple[Tensor, ...],
-    wanted: set[str],
-) -> dict[str, float]:
-    """S of every gradient, from float64 arguments."""
-    grad_out = grads[0]
-    everything = {**options, "return_lse": True}
+def _summed_terms(wide: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """S of every gradient, from float64 inputs."""
     # A coefficient in V's full shape has the terms of the reduced one's gradient as its gradient.
-    value = next(tensors[name] for name in ("v", "v_first") if name in tensors)
-    unreduced = dict(tensors)
+    value = _value(wide.tensors)
+    unreduced = dict(wide.tensors)
     for name in ("lambda_v", "lambda_first"):
-        if name in wanted:
-            unreduced[name] = tensors[name].expand(value.shape).contiguous()
-
+        if f"d{name}" in exact:
+            unreduced[name] = unreduced[name].expand(value.shape).contiguous()
+    options = {**wide.options, "return_lse": True}
     with torch.no_grad():
-        out, lse, *_ = function(**tensors, **everything, backend="reference")
-    grad_lse = grads[1] if options.get("return_lse") else torch.zeros_like(lse)
-    mixed = grads[-1:] if options.get("return_mixed_value") else ()
-
-    names = [name for name in _GRADIENTS if name in wanted]
-    squares = dict.fromkeys(names, 0.0)
-    literal = dict.fromkeys(names, 0.0)
+        out, lse, *_ = wide.function(**wide.tensors, **options, backend="reference")
+    named = dict(zip(_outputs(wide.options), wide.grads, strict=True))
+    grads = {"out": named["out"], "lse": torch.zeros_like(lse), **named}
+    literal = replace(wide, tensors=unreduced, options=options, grads=tuple(grads.values()))
+    sizes = _frozen_norms(literal, out)
+    squares = dict.fromkeys(sizes, 0.0)
     generator = torch.Generator().manual_seed(0)
-    for draw in range(_DRAWS + 1):
-        signed = [_signed(g, generator) if draw else g for g in (grad_out, grad_lse, *mixed)]
-        terms = _frozen_norms(function, unreduced, everything, signed, out)
-        for name in names:
-            if draw == 0:
-                literal[name] = terms[name]
-            else:
-                squares[name] += terms[name] ** 2 / _DRAWS
-    sizes = {name: max(literal[name], squares[name] ** 0.5) for name in names}
-    if "sinks" in wanted:
+    for _ in range(_DRAWS):
+        signed = replace(literal, grads=tuple(_signed(g, generator) for g in literal.grads))
+        for name, term in _frozen_norms(signed, out).items():
+            squares[name] += term**2 / _DRAWS
+    sizes = {name: max(size, squares[name] ** 0.5) for name, size in sizes.items()}
+    if "dsinks" in sizes:
         # Its summands, one by one: P dO O over every channel, and P dLSE. Rows after the last
         # packed sequence hold NaN gradients and belong to no sum.
-        share = torch.exp(tensors["sinks"][:, None] - lse)
-        every = torch.cat([(grad_out * out).movedim(-2, -3), grad_lse[..., None]], dim=-1)
-        every = share[..., None] * every
-        sizes["sinks"] = norm(every.where(lse[..., None] > -torch.inf, 0))
+        share = torch.exp(wide.tensors["sinks"][:, None] - lse)
+        every = (grads["out"] * out).movedim(-2, -3), grads["lse"][..., None]
+        terms = share[..., None] * torch.cat(every, dim=-1)
+        sizes["dsinks"] = norm(terms.where(lse[..., None] > -torch.inf, 0))
     return sizes
 
 
@@ -262,22 +238,17 @@ def _signed(gradient: Tensor, generator: torch.Generator) -> Tensor:
     return gradient * signs.to(gradient.device)
 
 
-def _frozen_norms(
-    function: Callable[..., Any],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    grads: list[Tensor],
-    out: Tensor,
-) -> dict[str, float]:
+def _frozen_norms(inputs: Inputs, out: Tensor) -> dict[str, float]:
     """Norms of the gradients with the softmax normaliser frozen, and of those through the LSE."""
-    grad_out, grad_lse, *mixed = grads
+    grad_out, grad_lse, *mixed = inputs.grads
     # d scores = P (dP - sum(dO O) + dLSE): the dLSE that leaves P dP alone.
     cancel = (grad_out * out).sum(-1).movedim(-1, -2)
-    _, frozen = _run(function, tensors, options, (grad_out, cancel, *mixed), "reference")
+    frozen = _outcome(replace(inputs, grads=(grad_out, cancel, *mixed)), "reference")
     nothing = [torch.zeros_like(g) for g in (grad_out, *mixed)]
     only_lse = (nothing[0], grad_lse, *nothing[1:])
-    _, through_lse = _run(function, tensors, options, only_lse, "reference")
-    return {name: norm(frozen[name]) + norm(through_lse[name]) for name in frozen}
+    through_lse = _outcome(replace(inputs, grads=only_lse), "reference")
+    gradients = [name for name in frozen if name not in _outputs(inputs.options)]
+    return {name: norm(frozen[name]) + norm(through_lse[name]) for name in gradients}
 
 
 def norm(x: Tensor) -> float:

@@ -1,9 +1,10 @@
-"""Inputs for the attention ops, made from a record of what they should be like."""
+"""Inputs for the attention ops, made from a record that describes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ COEFFICIENT_FORMS = (
     "full",
     "expanded",
 )
-"""A coefficient's form: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
+"""Forms of a coefficient: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
 (B, Tk, Hkv, Dv), and () expanded to the latter with strides of 0."""
 
 BIAS_KINDS = (
@@ -43,13 +44,17 @@ that attend to nothing; an additive (B, Hq, Tq, Tk), (Hq, 1, Tk), (Tk,); a (1, 1
 holds -inf."""
 
 LAYOUTS = ("contiguous", "heads_first", "sliced", "strided", "expanded")
-"""In memory: contiguous; (B, H, T, D) seen as (B, T, H, D); a window of a larger tensor of NaN;
-every other element of the last axis; one head seen as many (stride 0)."""
+"""Layouts in memory: contiguous; (B, H, T, D) seen as (B, T, H, D); a slice of a larger tensor of
+NaN; every other element of the last axis; one head seen as many (stride 0)."""
+
+
+_OPTIONS = ("causal", "window", "scale", "softcap", "return_lse", "return_mixed_value")
+"""Fields of a case that are arguments of the call."""
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What an attention input should be like. Lengths are in tokens."""
+    """The description of an attention input. Lengths are in tokens."""
 
     batch: int = 2
     q_len: int = 33
@@ -64,7 +69,7 @@ class AttentionCase:
     lambda_v: str = "float"
     lambda_first: str = "float"
     coefficient_dtype: str = "float32"
-    """Of tensor coefficients, sinks and additive biases: "float32" or "same"."""
+    """Dtype of tensor coefficients, sinks and additive biases: "float32" or "same"."""
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     scale: float | None = None
@@ -80,8 +85,13 @@ class AttentionCase:
     tail: int = 0
     """Packed rows of NaN after the last sequence."""
     slack: int = 0
-    """By how much max_seqlen exceeds the longest packed sequence."""
+    """Tokens by which max_seqlen exceeds the longest packed sequence."""
     seed: int = 0
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function that takes such inputs."""
+        return value_residual_attention if self.lengths is None else value_residual_attention_varlen
 
 
 @dataclass(frozen=True)
@@ -111,15 +121,21 @@ class _Source:
         return laid_out(x.to(self.device), layout)
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x in one of `LAYOUTS`: the same numbers at other strides ("expanded": of head 0 alone)."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as cases are named by it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def laid_out(x: Tensor, layout: str, fill: float = torch.nan) -> Tensor:
+    """x in one of `LAYOUTS`: the same numbers at other strides ("expanded": of head 0 alone).
+    The gaps between them hold `fill`."""
     if layout == "heads_first":
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if layout == "sliced":
-        base = x.new_full([size + 3 for size in x.shape], torch.nan)
+        base = x.new_full([size + 3 for size in x.shape], fill)
         return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
     if layout == "strided":
-        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), fill)
         return base[..., ::2].copy_(x)
     if layout == "expanded":
         return x[..., :1, :].contiguous().expand(x.shape)
@@ -143,18 +159,9 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
         "v_first": v_shape,
     }
     absent = {"v": "v_first", "v_first": "v"}.get(case.sources)
-    tensors = {}
-    for name, shape in shapes.items():
-        if name != absent:
-            tensors[name] = source.rows(shape, case.layout)
-    options: dict[str, Any] = {
-        "causal": case.causal,
-        "window": case.window,
-        "scale": case.scale,
-        "softcap": case.softcap,
-        "return_lse": case.return_lse,
-        "return_mixed_value": case.return_mixed_value,
-    }
+    given = {name: shape for name, shape in shapes.items() if name != absent}
+    tensors = {name: source.rows(shape, case.layout) for name, shape in given.items()}
+    options = {name: getattr(case, name) for name in _OPTIONS}
     if absent:
         options[absent] = None
     _add_coefficients(source, v_shape, tensors, options)
@@ -168,9 +175,7 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
         grads.append(source.normal(lse_shape, wide).to(device))
     if case.return_mixed_value:
         grads.append(source.rows(v_shape, case.grad_layout))
-    packed = case.lengths is not None
-    function = value_residual_attention_varlen if packed else value_residual_attention
-    return Inputs(function, tensors, options, tuple(grads))
+    return Inputs(case.function, tensors, options, tuple(grads))
 
 
 def _poison_tail(case: AttentionCase, x: Tensor) -> Tensor:
@@ -218,10 +223,8 @@ def _add_packing(source: _Source, tensors: dict[str, Tensor], options: dict[str,
         return
     for which, name in enumerate("qk"):
         sizes = [pair[which] for pair in lengths]
-        offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        tensors[f"cu_seqlens_{name}"] = torch.tensor(
-            offsets, dtype=torch.int32, device=source.device
-        )
+        offsets = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        tensors[f"cu_seqlens_{name}"] = offsets.to(source.device)
         options[f"max_seqlen_{name}"] = max(sizes, default=0) + source.case.slack
 
 
@@ -238,22 +241,24 @@ def _add_scores(source: _Source, tensors: dict[str, Tensor]) -> None:
         batch = len(case.lengths)
         q_len = max((q for q, _ in case.lengths), default=0) + case.slack
         k_len = max((k for _, k in case.lengths), default=0) + case.slack
-    full = (batch, case.heads, q_len, k_len)
-    if case.bias == "mask":
-        bias = source.normal(full, torch.float32) > -0.3
-    elif case.bias == "padding":
-        bias = source.normal((batch, 1, 1, k_len), torch.float32) > -0.3
-    elif case.bias == "empty_rows":
-        bias = source.normal((q_len, 1), torch.float32) > 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "mask": (batch, case.heads, q_len, k_len),
+        "padding": (batch, 1, 1, k_len),
+        "empty_rows": (q_len, 1),
+        "additive": (k_len, batch, q_len, case.heads),
+        "per_head": (case.heads, 1, k_len),
+        "per_key": (k_len,),
+        "infinite": (1, 1, q_len, k_len),
+    }
+    least = {"mask": -0.3, "padding": -0.3, "empty_rows": 0.0}.get(case.bias)
+    bias = source.normal(shapes[case.bias], dtype if least is None else torch.float32)
+    if least is not None:
+        bias = bias > least
     elif case.bias == "additive":
         # Its axes lie in memory in another order, and its last one is not contiguous.
-        bias = source.normal((k_len, batch, q_len, case.heads), dtype).permute(1, 3, 2, 0)
+        bias = bias.permute(1, 3, 2, 0)
     elif case.bias == "infinite":
-        bias = source.normal((1, 1, q_len, k_len), dtype)
         bias = bias.masked_fill(bias < -0.5, -torch.inf)
-    else:
-        shape = (case.heads, 1, k_len) if case.bias == "per_head" else (k_len,)
-        bias = source.normal(shape, dtype)
     tensors["attn_bias"] = bias.to(source.device)
 
 
@@ -283,4 +288,4 @@ REPRESENTATIVE: tuple[AttentionCase, ...] = tuple(
         ),
     )
 )
-"""Cases that between them touch every argument, quick enough to run on a user's machine."""
+"""Cases that together use every argument, quick enough to run on a user's machine."""

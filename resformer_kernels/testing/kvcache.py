@@ -1,4 +1,4 @@
-"""`attention_with_kvcache` held against float64: cases as data, their inputs, the comparison."""
+"""`attention_with_kvcache` compared with float64: cases as data, their inputs, the comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.kvcache.api import attention_with_kvcache
-from resformer_kernels.testing.budgets import Comparison, misfit, norm
+from resformer_kernels.testing.budgets import Comparison, compared, misfit, norm
 from resformer_kernels.testing.inputs import laid_out
 from resformer_kernels.testing.poison import poisoned
 
@@ -20,20 +20,22 @@ APPENDS = ("both", "k", "v", "none")
 MASKS = ("none", "left", "random", "empty")
 """key_mask: none; each sequence's first few tokens masked; any masked; all of them masked."""
 CACHE_LAYOUTS = ("contiguous", "heads_first", "sliced")
+_OPTIONS = ("causal", "window", "scale", "softcap", "num_splits", "return_lse")
+"""Fields of a case that are arguments of the call."""
 
 _ORDERS = 4
 
 
 @dataclass(frozen=True)
 class KVCacheCase:
-    """What a call should be like. Lengths are in tokens."""
+    """The description of a call. Lengths are in tokens."""
 
     lengths: tuple[int, ...] = (20, 7)
-    """In the cache before the append, one a sequence."""
+    """Tokens in the cache of each sequence before the append."""
     q_len: int = 1
     new_tokens: int = 1
     append: str = "both"
-    """What is appended: one of `APPENDS`."""
+    """The appended tensors: one of `APPENDS`."""
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 16
@@ -55,9 +57,9 @@ class KVCacheCase:
     num_splits: int = 0
     return_lse: bool = False
     length_form: str = "tensor"
-    """Of cache_seqlens: "tensor", or "int" where the lengths are equal."""
+    """Form of cache_seqlens: "tensor", or "int" where the lengths are equal."""
     layout: str = "contiguous"
-    """Of q, k and v: one of `testing.LAYOUTS`."""
+    """Layout of q, k and v: one of `testing.LAYOUTS`."""
     cache_layout: str = "contiguous"
     seed: int = 0
 
@@ -71,7 +73,7 @@ REPRESENTATIVE: tuple[KVCacheCase, ...] = (
     KVCacheCase(lengths=(400, 60), quantised=torch.float8_e4m3fn, head_dim=64, value_dim=64),
     KVCacheCase(lengths=(60, 33), quantised=torch.float8_e5m2, page_size=16),
 )
-"""Every argument at least once: what `verify` and the demo run."""
+"""The cases of `verify` and the demo: every argument at least once."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class KVCacheInputs:
     options: dict[str, Any]
 
     def caches(self) -> dict[str, Tensor]:
-        """Those of the tensors that the call writes."""
+        """The tensors that the call writes."""
         return {name: self.tensors[name] for name in CACHES if name in self.tensors}
 
 
@@ -107,14 +109,7 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
         tensors["sinks"] = torch.randn(case.heads, generator=draw)
     if case.mask != "none":
         tensors["key_mask"] = _mask(case, longest, draw)
-    options: dict[str, Any] = {
-        "causal": case.causal,
-        "window": case.window,
-        "scale": case.scale,
-        "softcap": case.softcap,
-        "num_splits": case.num_splits,
-        "return_lse": case.return_lse,
-    }
+    options = {name: getattr(case, name) for name in _OPTIONS}
     if case.length_form == "int":
         options["cache_seqlens"] = case.lengths[0]
     else:
@@ -122,7 +117,12 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
     inputs = KVCacheInputs(tensors, options)
     if case.page_size:
         inputs = paginated(inputs, case.page_size, case.seed)
-    caches = {name: _cache_laid_out(x, case.cache_layout) for name, x in inputs.caches().items()}
+    caches = {
+        name: x
+        if x.dim() < 4 and case.cache_layout == "heads_first"
+        else laid_out(x, case.cache_layout, fill=0)
+        for name, x in inputs.caches().items()
+    }
     tensors = {name: x.to(device) for name, x in {**inputs.tensors, **caches}.items()}
     return KVCacheInputs(tensors, options)
 
@@ -145,7 +145,7 @@ def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str
     shape = (len(case.lengths), capacity, case.kv_heads)
     found: dict[str, Tensor] = {}
     for name, dim in (("k", case.head_dim), ("v", case.value_dim)):
-        # Where the other side alone is appended, this one has those tokens already.
+        # If only the other of k and v is appended, this one has those tokens already.
         there = case.new_tokens if case.append in ("k", "v") and case.append != name else 0
         ends = torch.tensor(case.lengths, dtype=torch.int32) + there
         seen = torch.arange(capacity) < ends[:, None]
@@ -163,7 +163,7 @@ def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str
 
 
 def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheInputs:
-    """The same call on a paged cache, its pages in random order among some that nobody has."""
+    """The same call on a paged cache, its pages in random order among unused ones."""
     draw = torch.Generator().manual_seed(seed)
     tensors = dict(inputs.tensors)
     batch, capacity = tensors["k_cache"].shape[:2]
@@ -184,17 +184,8 @@ def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheIn
     return replace(inputs, tensors=tensors)
 
 
-def _cache_laid_out(x: Tensor, layout: str) -> Tensor:
-    if layout == "heads_first" and x.dim() == 4:
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
-        base = x.new_zeros([size + 3 for size in x.shape])
-        return base[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
-    return x
-
-
 def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> list[Comparison]:
-    """One call against float64, and its caches against what they must hold to the bit.
+    """One call against float64, and its caches against the reference's to the bit.
 
     Returns:
         A `Comparison` of out and, where the case asks for it, the LSE, within
@@ -209,7 +200,7 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
     # A quantised cache's scale multiplies a whole dot product: one rounding more.
     unit = torch.finfo(case.dtype).eps / 2 * (1 if case.quantised is None else 2)
     errors = {name: misfit(x, exact[name]) for name, x in near.items()}
-    found = _compared(got, exact, errors, unit)
+    found = compared(got, exact, errors, unit, {})
     if not all(item.ok for item in found):
         # The reference's own error is luck: see `budgets`.
         luck = torch.Generator().manual_seed(0)
@@ -218,23 +209,11 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
             near, _ = run_copied(other, "reference")
             true, _ = run_copied(_wide(other), "reference")
             errors = {name: max(errors[name], misfit(x, true[name])) for name, x in near.items()}
-        found = _compared(got, exact, errors, unit)
+        found = compared(got, exact, errors, unit, {})
     for name, cache in expected.items():
         wrong = (_bits(cache) != _bits(after[name])).sum()
         found.append(Comparison(name, float(wrong), 0.0, norm(cache)))
     return found
-
-
-def _compared(
-    got: Mapping[str, Tensor],
-    exact: Mapping[str, Tensor],
-    near: Mapping[str, float],
-    unit: float,
-) -> list[Comparison]:
-    return [
-        Comparison(name, misfit(got[name], true), 2 * near[name] + unit * norm(true), norm(true))
-        for name, true in exact.items()
-    ]
 
 
 def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -248,7 +227,7 @@ def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], 
 
 
 def _copy(x: Tensor) -> Tensor:
-    """The same numbers at the same strides."""
+    """A copy with equal strides."""
     storage = x.new_zeros(x.untyped_storage().nbytes() // x.element_size())
     copy = storage.as_strided(x.shape, x.stride(), x.storage_offset())
     return copy.copy_(x)

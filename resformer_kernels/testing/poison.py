@@ -37,19 +37,25 @@ class _PoisonEmpty(TorchFunctionMode):
 
 
 @contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Within it, an environment variable has a value; after it, the one before."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Within it, memory that a kernel ought to write starts as NaN.
 
     Covers `torch.empty` and its relatives called from Python, and (by the environment variable
     RESFORMER_POISON) the outputs and scratch memory of the native library.
     """
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = "1"
-    try:
-        with _PoisonEmpty():
-            yield
-    finally:
-        if before is None:
-            del os.environ[_VARIABLE]
-        else:
-            os.environ[_VARIABLE] = before
+    with environment(_VARIABLE, "1"), _PoisonEmpty():
+        yield

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resformer_kernels.scan import linear_scan
 from resformer_kernels.scan.op import state_dtype
-from resformer_kernels.testing.budgets import Comparison
-from resformer_kernels.testing.poison import poisoned
+from resformer_kernels.testing.problems import Problem
 
 _BATCH, _TIME, _CHANNELS = 2, 37, 50
 _NAMES = ("states", "final_state", "dgates", "dtokens", "dinitial_state")
@@ -24,13 +23,13 @@ class ScanCase:
     name: str
     dtype: torch.dtype
     constant: bool = False
-    """Gates that no time changes."""
+    """Whether the gates are the same at every step."""
     packed: bool = False
     reverse: bool = False
-    device: str = "cpu"
 
-    def arguments(self) -> tuple[list[Tensor], dict[str, Any]]:
-        """(gates, tokens and initial state; the other arguments)."""
+    def problem(self, device: str) -> Problem:
+        """Gates, tokens and initial state. The terms of a tensor are those of the scan of all
+        moduli."""
         generator = torch.Generator().manual_seed(0)
         drawn = torch.complex64 if self.dtype.is_complex else torch.float32
 
@@ -44,56 +43,35 @@ class ScanCase:
         options: dict[str, Any] = {"reverse": self.reverse}
         if self.packed:
             cu_seqlens = torch.tensor([0, _TIME // 3, tokens.shape[0]], dtype=torch.int32)
-            options["cu_seqlens"] = cu_seqlens.to(self.device)
-        leaves = [x.to(self.device, self.dtype) for x in (gates, tokens, initial)]
-        return leaves, options
-
-    def compare(self, backend: str) -> list[Comparison]:
-        """Every output and gradient against float64. The terms of a tensor, which set its budget
-        beside the error of the reference, are those of the scan of all moduli."""
-        leaves, options = self.arguments()
-        generator = torch.Generator().manual_seed(1)
+            options["cu_seqlens"] = cu_seqlens.to(device)
+        generator.manual_seed(1)
         grads = [
-            torch.randn(x.shape, generator=generator).to(self.device, dtype)
-            for x, dtype in ((leaves[1], self.dtype), (leaves[2], state_dtype(self.dtype)))
+            torch.randn(tokens.shape, generator=generator).to(device, self.dtype),
+            torch.randn(initial.shape, generator=generator).to(device, state_dtype(self.dtype)),
         ]
-        wide = torch.complex128 if self.dtype.is_complex else torch.float64
-
-        def outcome(backend: str, change: Any) -> list[Tensor]:
-            given = [change(x).detach().requires_grad_() for x in leaves]
-            outputs = linear_scan(*given, **options, backend=backend)
-            found = torch.autograd.grad(outputs, given, [change(x) for x in grads])
-            return [*(x.detach() for x in outputs), *found]
-
-        with poisoned():
-            got = outcome(backend, lambda x: x)
-        near = outcome("reference", lambda x: x)
-        exact = outcome("reference", lambda x: x.to(wide))
-        terms = outcome("reference", lambda x: x.to(wide).abs().to(wide))
-        part = torch.float32 if self.dtype.is_complex else self.dtype
-        unit = torch.finfo(part).eps / 2
-        found = []
-        for name, mine, same, true, sums in zip(_NAMES, got, near, exact, terms, strict=True):
-            budget = 2 * _distance(same, true) + unit * float(sums.norm())
-            found.append(Comparison(name, _distance(mine, true), budget, float(true.norm())))
-        return found
+        return Problem(
+            [x.to(device, self.dtype) for x in (gates, tokens, initial)],
+            lambda leaves: (leaves, options),
+            grads,
+            _NAMES,
+            lambda leaves, grads: (_moduli(leaves), _moduli(grads)),
+        )
 
 
-def scan_cases(dtype: torch.dtype, device: str) -> list[ScanCase]:
+def _moduli(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.abs().to(x.dtype) for x in tensors]
+
+
+def scan_cases(dtype: torch.dtype) -> list[ScanCase]:
     """Gates by step and constant ones; the complex ones stand with float32."""
     cases = [
-        ScanCase("gates by step", dtype, device=device),
-        ScanCase("constant gates, reversed", dtype, constant=True, reverse=True, device=device),
-        ScanCase("packed", dtype, packed=True, device=device),
+        ScanCase("gates by step", dtype),
+        ScanCase("constant gates, reversed", dtype, constant=True, reverse=True),
+        ScanCase("packed", dtype, packed=True),
     ]
     if dtype is torch.float32:
         cases += [
-            ScanCase("complex gates by step", torch.complex64, device=device),
-            ScanCase("complex constant gates", torch.complex64, constant=True, device=device),
+            ScanCase("complex gates by step", torch.complex64),
+            ScanCase("complex constant gates", torch.complex64, constant=True),
         ]
     return cases
-
-
-def _distance(got: Tensor, true: Tensor) -> float:
-    error = float((got.to(true.dtype) - true).norm())
-    return error if error == error else float("inf")

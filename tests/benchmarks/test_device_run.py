@@ -1,4 +1,4 @@
-"""What `device-check` makes of the outcomes of its jobs, and the tables that tell of it."""
+"""How `device-check` records the outcomes of its jobs, and its tables."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def job(kind: str, name: str = CASE) -> Job:
     return Job(kind, name, 60.0)
 
 
+def done(run: DeviceRun, kind: str, result: dict[str, Any], name: str = CASE) -> None:
+    """Tell the run of a job that was done."""
+    run.add(Outcome(job(kind, name), result))
+
+
 def timing(**found: Any) -> dict[str, Any]:
     return {
         "missing": {},
@@ -49,9 +54,9 @@ def verdict(error: float, budget: float = 1.0) -> dict[str, Any]:
 def test_a_comparison_over_its_budget_is_a_failure() -> None:
     run = fresh()
     about = {"op": "mix_values", "backend": "triton"}
-    run.add(Outcome(job("check", "fine"), {**about, "verdicts": [verdict(0.5)]}))
+    done(run, "check", {**about, "verdicts": [verdict(0.5)]})
     assert run.failures == []
-    run.add(Outcome(job("check", "bad"), {**about, "verdicts": [verdict(0.5), verdict(3.0)]}))
+    done(run, "check", {**about, "verdicts": [verdict(0.5), verdict(3.0)]}, "bad")
     assert run.failures == [
         {"job": "check bad", "part": "", "reason": "dq 3.00e+00 over its budget of 1.00e+00"}
     ]
@@ -63,9 +68,9 @@ def test_backends_that_serve_nothing_are_listed_and_no_failure() -> None:
     run = fresh()
     for op, backend, served in (("a", "native", False), ("a", "triton", True)):
         about = {"op": op, "backend": backend}
-        run.add(Outcome(job("check"), {**about, "refused": "it has no sinks"}))
+        done(run, "check", {**about, "refused": "it has no sinks"})
         if served:
-            run.add(Outcome(job("check"), {**about, "verdicts": [verdict(0.5)]}))
+            done(run, "check", {**about, "verdicts": [verdict(0.5)]})
     assert run.absent() == {"a": {"native": "it has no sinks"}}
     assert run.failures == []
 
@@ -80,7 +85,7 @@ def test_a_part_that_takes_its_process_down_is_left_out() -> None:
     assert following.without == ("ours", FLEX)
     assert run.missing == {f"{CASE}: {FLEX}": "died too"}
     assert len(run.failures) == 1
-    # What fails while it is only compiled ahead fails again where it counts.
+    # A part that fails while it is only compiled ahead fails again where it counts.
     following = run.add(Outcome(job("warm"), error="died", at="ours", lost=True))
     assert following is not None
     assert len(run.failures) == 1
@@ -89,12 +94,12 @@ def test_a_part_that_takes_its_process_down_is_left_out() -> None:
 
 def test_errors_of_ours_are_failures_and_those_of_peers_are_not() -> None:
     run = fresh()
-    run.add(Outcome(job("time"), timing(errors={SDPA_CUDNN: "no plan"}, missing={FLEX: "no"})))
+    done(run, "time", timing(errors={SDPA_CUDNN: "no plan"}, missing={FLEX: "no"}))
     assert run.failures == []
     assert set(run.missing) == {f"{CASE}: {SDPA_CUDNN}", f"{CASE}: {FLEX}"}
-    run.add(Outcome(job("time"), timing(errors={"ours": "CompilationError"})))
-    run.add(Outcome(job("time"), timing(missing={"ours": "no kernel serves it"})))
-    run.add(Outcome(job("time"), timing(wrong={"dq": 0.3})))
+    done(run, "time", timing(errors={"ours": "CompilationError"}))
+    done(run, "time", timing(missing={"ours": "no kernel serves it"}))
+    done(run, "time", timing(wrong={"dq": 0.3}))
     reasons = [failure["reason"] for failure in run.failures]
     assert reasons == ["CompilationError", "relative distance from SDPA: dq 0.300"]
     assert len(run.timings) == 4
@@ -110,29 +115,25 @@ def test_what_time_did_not_allow_is_listed_and_no_failure() -> None:
 
 def filled() -> DeviceRun:
     run = fresh()
-    run.add(
-        Outcome(
-            device_jobs.ceilings_job(),
-            {
-                "machine": {"device": "NVIDIA H200", "torch": "2.11"},
-                "slug": "nvidia-h200",
-                "gemm_flops_per_s": {"bfloat16": 8e14},
-                "bandwidth_bytes_per_s": {"copy": 4e12},
-                "readings_before": {"clocks.sm": "345 MHz"},
-                "readings_after": {"clocks.sm": "1980 MHz"},
-            },
-        )
-    )
-    run.add(Outcome(job("time"), timing(missing={FLEX: "no"})))
+    ceilings = {
+        "machine": {"device": "NVIDIA H200", "torch": "2.11"},
+        "slug": "nvidia-h200",
+        "gemm_flops_per_s": {"bfloat16": 8e14},
+        "bandwidth_bytes_per_s": {"copy": 4e12},
+        "readings_before": {"clocks.sm": "345 MHz"},
+        "readings_after": {"clocks.sm": "1980 MHz"},
+    }
+    done(run, "ceilings", ceilings)
+    done(run, "time", timing(missing={FLEX: "no"}))
     mix = {"name": "mix_values forward of 2 bfloat16", "group": "mix", "flops": 0}
     samples = {"ours": [0.0005] * 3, "sum of products": [0.001] * 3}
-    run.add(Outcome(job("time"), timing(**mix, timings=samples)))
+    done(run, "time", timing(**mix, timings=samples))
     only_peer = {"name": CASE.replace("4096", "512"), "timings": {SDPA_FLASH: [0.01] * 3}}
-    run.add(Outcome(job("time"), timing(**only_peer)))
+    done(run, "time", timing(**only_peer))
     about = {"op": "mix_values", "backend": "triton"}
-    run.add(Outcome(job("check"), {**about, "verdicts": [verdict(0.5), verdict(0.25)]}))
+    done(run, "check", {**about, "verdicts": [verdict(0.5), verdict(0.25)]})
     refused = {**about, "op": "value_residual_attention", "refused": "it is not built"}
-    run.add(Outcome(job("check"), refused))
+    done(run, "check", refused)
     return run
 
 
@@ -155,7 +156,7 @@ def test_tables_tell_rates_shares_and_ratios() -> None:
 
 def test_failures_are_shown() -> None:
     run = filled()
-    run.add(Outcome(job("time"), timing(errors={"ours": "CompilationError: why"})))
+    done(run, "time", timing(errors={"ours": "CompilationError: why"}))
     (failures,) = [s for s in device_report.sheets(run) if s.title == "Failed"]
     assert failures.rows == ((f"time {CASE}", "ours", "CompilationError: why"),)
 

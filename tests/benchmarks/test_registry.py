@@ -11,10 +11,10 @@ from rich.console import Console
 
 from benchmarks import registry, report, runner
 from benchmarks.runner import MemoryPoint, Run
+from benchmarks.workloads.mix import MixBenchmark
 from benchmarks.workloads.model import ModelBenchmark
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.timing import Call, Result, Timing, Unavailable
-from resformer_kernels.bench.workloads import MixBenchmark
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -11,21 +11,19 @@ import pytest
 from benchmarks.supervisor import Job, Outcome, supervise, without
 
 WORKER = """
-import json, os, signal, sys, time
-channel = os.fdopen(int(sys.argv[-1]), "w")
-def say(**message):
-    channel.write(json.dumps(message) + "\\n")
-    channel.flush()
+import os, signal, sys, time
+from multiprocessing.connection import Connection
+channel = Connection(int(sys.argv[-1]))
 print("hello from", os.getpid(), flush=True)
 if "--broken" in sys.argv:
     sys.exit("no such device")
-say(ready=True)
-for line in sys.stdin:
-    job = json.loads(line)
+channel.send({"ready": True})
+while True:
+    job = channel.recv()
     for part in job["name"].split():
         if part in job["without"]:
             continue
-        say(at=part)
+        channel.send({"at": part})
         if part == "crash":
             print("about to crash", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -36,12 +34,12 @@ for line in sys.stdin:
         elif part == "pause":
             time.sleep(0.3)
         elif part in ("error", "fatal"):
-            say(error="something was wrong", fatal=part == "fatal")
+            channel.send({"error": "something was wrong", "fatal": part == "fatal"})
             if part == "fatal":
                 sys.exit(1)
             break
     else:
-        say(done={"by": os.getpid()})
+        channel.send({"done": {"by": os.getpid()}})
 """
 
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from benchmarks import bench, registry, runner
+from benchmarks.workloads.attention import CPUAttention
+from benchmarks.workloads.common import FLASH_ATTN
+from benchmarks.workloads.mix import MixBenchmark
 from resformer_kernels.bench import timing
-from resformer_kernels.bench.attention import SDPA, AttentionBenchmark
-from resformer_kernels.bench.workloads import FLASH_ATTN, MixBenchmark
+from resformer_kernels.bench.attention import SDPA
 from resformer_kernels.cli import main
 from resformer_kernels.mix import native as mix_native
 from resformer_kernels.testing.verification import checks
 
-ATTENTION = AttentionBenchmark(
-    *(1, 2, 2, 32, 8, torch.float32, "backward"), peers=(*SDPA, FLASH_ATTN)
-)
+ATTENTION = CPUAttention(*(1, 2, 2, 32, 8, torch.float32, "backward"), peers=(*SDPA, FLASH_ATTN))
 MIX = MixBenchmark(2, 1, 32, 2, 8, torch.bfloat16, "forward")
 
 

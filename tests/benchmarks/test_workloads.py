@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels.bench import attention as attention_workload
-from resformer_kernels.bench import workloads
-from resformer_kernels.bench.attention import MATH, SDPA, AttentionBenchmark
-from resformer_kernels.bench.workloads import EmbeddingBenchmark, MixBenchmark, attended_pairs
+from benchmarks.workloads.attention import MATH, CPUAttention
+from benchmarks.workloads.mix import EmbeddingBenchmark, MixBenchmark
+from resformer_kernels.bench.attention import SDPA, attended_pairs
 
-FORWARD = AttentionBenchmark(2, 4, 2, 16, 8, torch.float32, "forward")
+FORWARD = CPUAttention(2, 4, 2, 16, 8, torch.float32, "forward")
 
 
 @pytest.mark.parametrize(("length", "window"), [(5, None), (5, 2), (5, 5), (5, 9), (7, 1)])
@@ -32,8 +32,9 @@ def test_flops_and_bytes_follow_the_definitions() -> None:
     q, kv = 2 * 4 * 16 * 8 * 4, 2 * 2 * 16 * 8 * 4
     assert FORWARD.bytes == 2 * q + 3 * kv
     window = replace(FORWARD, window=4)
-    assert window.share_of_full == (4 * 5 // 2 + 12 * 4) / pairs
-    assert window.flops == int(FORWARD.flops * window.share_of_full)
+    assert window.window_share == (4 * 5 // 2 + 12 * 4) / pairs
+    assert window.flops == int(FORWARD.flops * window.window_share)
+    assert FORWARD.window_share is None
 
 
 def test_names_tell_cases_apart() -> None:
@@ -43,32 +44,16 @@ def test_names_tell_cases_apart() -> None:
 
 
 def outcomes(
-    case: AttentionBenchmark | MixBenchmark | EmbeddingBenchmark, monkeypatch: pytest.MonkeyPatch
+    case: CPUAttention | MixBenchmark | EmbeddingBenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[Tensor]]:
-    """What each contestant returns, from the same random numbers; heads-first ones turned."""
+    """The results of each contestant on equal numbers; heads-first ones transposed."""
     found = {}
-    reseeded = workloads.timed_call
-
-    def seeded(outputs: object, leaves: list[Tensor], direction: str) -> object:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for leaf in leaves:
-                if leaf.dim() == 4 and leaf.shape[1] != 16:
-                    turned = leaf.transpose(1, 2)
-                    turned.copy_(torch.randn(turned.shape, generator=generator))
-                else:
-                    leaf.copy_(torch.randn(leaf.shape, generator=generator))
-        return reseeded(outputs, leaves, direction)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(workloads, "timed_call", seeded)
-    monkeypatch.setattr(attention_workload, "timed_call", seeded)
+    monkeypatch.setattr(CPUAttention, "grad", lambda _: None)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    monkeypatch.setattr(
-        torch, "randint", lambda high, shape: torch.arange(shape[0] * shape[1]).view(shape) % high
-    )
     for name, make in case.makers().items():
-        result = make()()
-        tensors = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+        torch.manual_seed(0)
+        result: Any = make()()
+        tensors = [result] if isinstance(result, Tensor) else result
         found[name] = [
             x.transpose(1, 2) if x.dim() == 4 and x.shape[1] != 16 else x for x in tensors
         ]
@@ -86,7 +71,7 @@ def outcomes(
     ],
 )
 def test_contestants_agree(
-    case: AttentionBenchmark | MixBenchmark | EmbeddingBenchmark,
+    case: CPUAttention | MixBenchmark | EmbeddingBenchmark,
     direction: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

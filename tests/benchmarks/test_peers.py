@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -13,60 +14,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.call_memory import peak_call_bytes, unavailable_reason
+from benchmarks.workloads import reservoir as reservoir_workloads
 from benchmarks.workloads import scan as scan_workloads
+from benchmarks.workloads.attention import MATH, X_TRANSFORMERS, CPUAttention
+from benchmarks.workloads.common import FLASH_ATTN
 from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
 from benchmarks.workloads.device import FA3, FLEX
 from benchmarks.workloads.model import DYNAMIC, STATIC, ModelBenchmark
-from benchmarks.workloads.reservoir import (
-    LOOP,
-    RESERVOIRPY,
-    RNN,
-    ReservoirBenchmark,
-    _loop,
-    _plain_loop,
-)
+from benchmarks.workloads.reservoir import CUDA, LOOP, RESERVOIRPY, RNN, ReservoirBenchmark
 from benchmarks.workloads.scan import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
-from resformer_kernels.bench.attention import (
-    MATH,
-    X_TRANSFORMERS,
-    AttentionBenchmark,
-)
-from resformer_kernels.bench.timing import OURS, Unavailable
-from resformer_kernels.bench.workloads import FLASH_ATTN
+from resformer_kernels.bench.timing import OURS, Benchmark, Unavailable
 
-ATTENTION = AttentionBenchmark(
+ATTENTION = CPUAttention(
     *(1, 2, 2, 12, 8, torch.float32, "forward"), peers=(X_TRANSFORMERS, MATH, FLEX, FA3)
 )
 SCAN = ScanBenchmark(2, 16, 3, torch.float32, "forward", peers=(ASSOCIATIVE, FLA, ACCELERATED))
 
 
-def test_x_transformers_attends_over_the_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x_transformers_attends_over_the_mix() -> None:
     pytest.importorskip("x_transformers")
-    drawn = [torch.randn(3, 1, 12, 16), torch.randn(1, 2, 12, 8)]
-    make = ATTENTION.makers()[X_TRANSFORMERS]
-    given = iter(drawn)
-    monkeypatch.setattr(torch, "randn", lambda *_: next(given))
-    out = make()()
-    q, k, v = drawn[0].view(3, 1, 12, 2, 8).transpose(2, 3)
-    mixed = 0.5 * v + 0.5 * drawn[1]
+    out = ATTENTION.makers()[X_TRANSFORMERS]()()
+    q, k, v, v_first, *_ = ATTENTION.leaves(heads_first=True)
+    mixed = 0.5 * v + 0.5 * v_first
     expected = F.scaled_dot_product_attention(q, k, mixed, is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2))
 
 
-def test_attention_peers_say_why_not() -> None:
-    def reason(name: str, case: AttentionBenchmark = ATTENTION) -> str:
-        with pytest.raises(Unavailable) as caught:
-            case.makers()[name]()
-        return str(caught.value)
+def absent(case: Benchmark, name: str, reason: str, **changes: Any) -> None:
+    """Check that a contestant of a changed case is unavailable for a reason."""
+    with pytest.raises(Unavailable, match=reason):
+        replace(case, **changes).makers()[name]()  # type: ignore[type-var]
 
-    assert reason(FA3) in (
-        "flash_attn_interface is not installed",
-        "flash_attn_interface runs on CUDA tensors alone",
-    )
-    assert "no backward" in reason(FLEX, replace(ATTENTION, direction="backward"))
-    assert "GiB of scores" in reason(MATH, replace(ATTENTION, length=16384))
-    if "not installed" not in reason(X_TRANSFORMERS, replace(ATTENTION, heads=4)):
-        assert "one width" in reason(X_TRANSFORMERS, replace(ATTENTION, heads=4))
+
+def test_attention_peers_say_why_not() -> None:
+    absent(ATTENTION, FA3, r"flash_attn_interface (is not installed|runs on CUDA tensors alone)")
+    absent(ATTENTION, FLEX, "no backward", direction="backward")
+    absent(ATTENTION, MATH, "GiB of scores", length=16384)
+    absent(ATTENTION, X_TRANSFORMERS, "one width|not installed", heads=4)
 
 
 def test_decoding_takes_the_peers_that_differ() -> None:
@@ -76,8 +60,7 @@ def test_decoding_takes_the_peers_that_differ() -> None:
     assert set(replace(case, shared=True).makers()) == {OURS, OWN_VALUES}
     for name in (OURS, GQA, FOLDED):
         case.makers()[name]()()
-    with pytest.raises(Unavailable, match="takes seconds"):
-        replace(case, length=2**24).makers()[GQA]()
+    absent(case, GQA, "takes seconds", length=2**24)
     replace(case, heads=2).makers()[GQA]()()
 
 
@@ -129,30 +112,22 @@ def test_scans_of_other_packages_are_called_as_they_want(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", [FLA, ACCELERATED])
 def test_scans_for_gpus_are_absent_on_a_cpu(name: str) -> None:
-    with pytest.raises(Unavailable, match=r"is not installed|runs on CUDA tensors alone"):
-        SCAN.makers()[name]()
+    absent(SCAN, name, r"is not installed|runs on CUDA tensors alone")
 
 
 def test_the_parallel_scan_is_left_out_where_it_takes_minutes() -> None:
-    with pytest.raises(Unavailable, match="minutes"):
-        replace(SCAN, direction="backward").makers()[ASSOCIATIVE]()
-    with pytest.raises(Unavailable, match="many seconds"):
-        replace(SCAN, length=2**23).makers()[ASSOCIATIVE]()
+    absent(SCAN, ASSOCIATIVE, "minutes", direction="backward")
+    absent(SCAN, ASSOCIATIVE, "many seconds", length=2**23)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_reservoirs_agree(sparse: bool) -> None:
     case = ReservoirBenchmark(6, 2, 9, sparse=sparse)
-    ours = case.makers()[OURS]()()
-    inputs, weight, projection = case._tensors()
-    torch.testing.assert_close(_plain_loop(inputs, weight, projection), ours)
-    torch.testing.assert_close(_loop(inputs, weight, projection), _time_first(ours))
-
-
-def _time_first(states: object) -> Tensor:
-    assert isinstance(states, Tensor)
-    return states.transpose(0, 1)
+    ours: Any = case.makers()[OURS]()()
+    leaves = case._tensors()
+    torch.testing.assert_close(reservoir_workloads._plain_loop(*leaves), ours)
+    torch.testing.assert_close(reservoir_workloads._loop(*leaves), ours.transpose(0, 1))
 
 
 def test_gradients_of_reservoirs_agree() -> None:
@@ -173,10 +148,8 @@ def test_reservoirpy_steps_one_sequence_forward() -> None:
     case = ReservoirBenchmark(6, 1, 9)
     states: Any = case.makers()[RESERVOIRPY]()()
     assert states.shape == (9, 6)
-    with pytest.raises(Unavailable, match="one sequence"):
-        replace(case, batch=2).makers()[RESERVOIRPY]()
-    with pytest.raises(Unavailable, match="no gradients"):
-        replace(case, direction="backward").makers()[RESERVOIRPY]()
+    absent(case, RESERVOIRPY, "one sequence", batch=2)
+    absent(case, RESERVOIRPY, "no gradients", direction="backward")
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="peak memory is not to be had here")
@@ -189,3 +162,45 @@ def test_the_memory_of_a_call_is_its_peak() -> None:
 
     assert size <= peak_call_bytes(call) < 1.5 * size
     assert peak_call_bytes(lambda: None) < 2**20
+
+
+DECODE = DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2)
+CASES = (
+    (DECODE, {OURS, GQA, FOLDED}),
+    (replace(DECODE, shared=True), {OURS, OWN_VALUES}),
+    (ReservoirBenchmark(8, 2, 20), {OURS, "torch loop", "nn.RNN"}),
+    (ReservoirBenchmark(8, 2, 40, mode="chunked"), {OURS, "torch loop", "nn.RNN"}),
+)
+
+
+@pytest.mark.parametrize(("case", "names"), CASES, ids=[case.name for case, _ in CASES])
+def test_every_contestant_runs(
+    case: DecodeBenchmark | ReservoirBenchmark, names: set[str], native: str
+) -> None:
+    assert native == "native"
+    found = set()
+    for name, make in case.makers().items():
+        # flash-attn has no CPU kernel, and ReservoirPy takes one sequence: neither is named.
+        with contextlib.suppress(Unavailable):
+            make()()
+            found.add(name)
+    assert found == names
+
+
+@pytest.mark.parametrize("case", [case for case, _ in CASES], ids=lambda case: case.name)
+def test_ours_says_where_no_kernel_serves_it(case: DecodeBenchmark | ReservoirBenchmark) -> None:
+    absent(case, OURS, "these are on meta", device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_has_the_cuda_kernel_beside_what_auto_takes(dtype: torch.dtype) -> None:
+    case = ReservoirBenchmark(8, 2, 20, dtype, device="meta")
+    assert [*case.makers()][:2] == [OURS, CUDA]
+    absent(case, CUDA, r"no kernel serves it .*native: .*these are on meta")
+    assert CUDA not in ReservoirBenchmark(8, 2, 20, dtype, mode="chunked", device="meta").makers()
+
+
+def test_a_mode_that_was_asked_for_is_in_the_name() -> None:
+    assert ReservoirBenchmark(8, 1, 20).name == "reservoir_scan dense B1 T20 N8 float32"
+    named = ReservoirBenchmark(8, 1, 20, mode="chunked").name
+    assert named == "reservoir_scan dense B1 T20 N8 chunked float32"

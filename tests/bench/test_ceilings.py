@@ -1,4 +1,4 @@
-"""The yardsticks, at a size that takes no time."""
+"""The ceilings, at sizes that take no time."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""What is timed on a GPU, tried out on a CPU; and the GPU's timer, over a pretended GPU."""
+"""The GPU's cases, tried out on a CPU; and the GPU's timer, on a fake GPU."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,16 +17,19 @@ from benchmarks import device_timer
 from benchmarks.device_timer import DeviceTimer, timer_for
 from benchmarks.workloads import device as device_workloads
 from benchmarks.workloads.device import (
+    DEVICE_PEERS,
     FA3,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
     DeviceAttention,
 )
+from benchmarks.workloads.mix import MixBenchmark
 from resformer_kernels.bench.timing import OURS, Unavailable, host_timer
-from resformer_kernels.bench.workloads import MixBenchmark
 
-CASE = DeviceAttention(2, 4, 2, 64, 16, torch.bfloat16, "forward", True, device="cpu", flex=True)
+CASE = DeviceAttention(
+    *(2, 4, 2, 64, 16, torch.bfloat16, "forward"), peers=(*DEVICE_PEERS, FLEX), device="cpu"
+)
 
 
 def test_flops_and_names() -> None:
@@ -38,6 +40,12 @@ def test_flops_and_names() -> None:
     assert full.name == "attention forward B2 H4 T64 D16 full bfloat16"
     assert CASE.name == "attention forward B2 Hq4 Hkv2 T64 D16 causal bfloat16"
     assert replace(CASE, direction="backward").bytes == 2 * CASE.bytes
+
+
+def install_flash_attn_3(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module: Any = ModuleType(name)
+    module.flash_attn_func = flash_attn_3
+    monkeypatch.setitem(sys.modules, name, module)
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, None]:
@@ -52,10 +60,8 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tens
 def test_contestants_compute_the_same(
     direction: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = ModuleType("flash_attn_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr(device_workloads, "_compiled_flex", lambda: device_workloads._mix_and_flex)
+    install_flash_attn_3(monkeypatch, "flash_attn_interface")
+    monkeypatch.setattr(device_workloads, "compiled", lambda function: function)
     makers = replace(CASE, direction=direction, causal=causal).makers()
     # Torch's FlexAttention has no backward on a CPU.
     names = (OURS, SDPA_FLASH, FA3, *((FLEX,) if direction == "forward" else ()))
@@ -80,9 +86,7 @@ def test_what_is_not_here_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> Non
         # Nothing but the reference computes in float64.
         replace(CASE, dtype=torch.float64).makers()[OURS]()
     # A build without a backward serves what it can.
-    module: Any = ModuleType("fa3_fwd_interface")
-    module.flash_attn_func = flash_attn_3
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    install_flash_attn_3(monkeypatch, "fa3_fwd_interface")
     makers[FA3]()()
     with pytest.raises(Unavailable, match="no backward"):
         replace(CASE, direction="backward").makers()[FA3]()
@@ -94,52 +98,31 @@ def test_the_reference_is_not_timed_as_ours_on_a_device() -> None:
         case.makers()[OURS]()
 
 
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CUDA device whose clock advances by a millisecond with each record; what it was told."""
-    told: list[str] = []
-    clock = iter(range(10_000))
+def test_each_call_meets_a_cold_cache_and_a_busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, clock = MagicMock(), iter(range(10_000))
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            told.append("record")
+            cuda.record()
             self.at = next(clock)
 
         def elapsed_time(self, end: Event) -> float:
             return float(end.at - self.at)
 
-    class Scratch:
-        def zero_(self) -> None:
-            told.append("flush")
-
-    @contextmanager
-    def device(_device: torch.device) -> Iterator[None]:
-        yield
-
-    def empty(size: int, **_options: object) -> Scratch:
-        told.append(f"scratch {size}")
-        return Scratch()
-
-    properties = SimpleNamespace(L2_cache_size=100 * 2**20)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: told.append("sleep"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
-    monkeypatch.setattr(torch, "empty", empty)
-    return told
-
-
-def test_each_call_meets_a_cold_cache_and_a_busy_device(pretended: list[str]) -> None:
+    cuda.Event = Event
+    cuda.get_device_properties.return_value.L2_cache_size = 100 * 2**20
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "empty", cuda.empty)
     timer = timer_for("cuda")
     assert isinstance(timer, DeviceTimer)
-    seconds = timer(lambda: pretended.append("call"), 2)
-    assert seconds == 1e-3
-    once = ["flush", "sleep", "record", "call", "record"]
-    assert pretended == [f"scratch {400 * 2**20}", *once, *once, "wait"]
+    assert timer(cuda.call, 2) == 1e-3
+    told = [name for name, *_ in cuda.mock_calls if "device" not in name]
+    once = ["empty().zero_", "_sleep", "record", "call", "record"]
+    assert told == ["empty", *once, *once, "synchronize"]
+    assert cuda.empty.call_args.args == (400 * 2**20,)
 
 
 def test_other_devices_are_timed_by_the_host() -> None:

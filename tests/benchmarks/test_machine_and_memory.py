@@ -1,4 +1,4 @@
-"""What a record says of its machine, and the peak memory that grows with the length."""
+"""The description of a machine, and the peak memory of a call."""
 
 from __future__ import annotations
 
