@@ -119,9 +119,9 @@ void read_mask(Call& call, const Tensor& mask) {
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const MaybeTensor& k, const MaybeTensor& v, const Tensor& cache_seqlens,
                                   const MaybeTensor& block_table, const MaybeTensor& key_mask,
-                                  const MaybeTensor& k_scale, const MaybeTensor& v_scale, int64_t window_left,
-                                  int64_t window_right, double scale, double softcap,
-                                  const MaybeTensor& sinks, int64_t num_splits, bool return_lse) {
+                                  int64_t window_left, int64_t window_right, double scale, double softcap,
+                                  const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                  const MaybeTensor& v_scale, int64_t num_splits, bool return_lse) {
   Call call;
   CacheProblem& p = call.problem;
   check_input(q, "q", 4, q.scalar_type());

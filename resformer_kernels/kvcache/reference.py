@@ -21,7 +21,7 @@ from torch import Tensor
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
-from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
+from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall, largest_code
 
 NAME = "reference"
 
@@ -62,11 +62,6 @@ def append(cache: Tensor, scale: Tensor | None, new: Tensor | None, call: KVCach
     codes, scales = quantise(new, cache.dtype)
     cache[rows, at] = codes
     scale[rows, at] = scales
-
-
-def largest_code(dtype: torch.dtype) -> float:
-    """The code that the largest magnitude of a token becomes: symmetric, so -128 is not used."""
-    return 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

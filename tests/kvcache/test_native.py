@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
+from resformer_kernels._core.select import prepare
 from resformer_kernels.kvcache.op import op_arguments
-from resformer_kernels.kvcache.record import check_call
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -92,9 +92,7 @@ def test_opcheck(native: str, name: str) -> None:
     tensors = {
         key: x.nan_to_num(0.5) if x.is_floating_point() else x for key, x in inputs.tensors.items()
     }
-    q, k_cache, v_cache = (tensors.pop(key) for key in ("q", "k_cache", "v_cache"))
-    arguments: dict[str, Any] = {**tensors, **inputs.options}
-    call = op_arguments(check_call(q, k_cache, v_cache, **arguments))
+    call = op_arguments(prepare(attention_with_kvcache, **tensors, **inputs.options).call)
     torch.library.opcheck(torch.ops.resformer.attention_with_kvcache.default, tuple(call))
 
 
@@ -109,8 +107,8 @@ def test_the_op_checks_for_itself(native: str) -> None:
         at = torch.tensor(lengths, dtype=torch.int32)
         rows = cache.view(4, 4, 2, 8) if table is not None else cache
         op(
-            q, rows, rows.clone(), k, k, at, table, mask, None, None,
-            -1, 0, 1.0, 0.0, None, 0, False,
+            q, rows, rows.clone(), k, k, at, table, mask,
+            -1, 0, 1.0, 0.0, None, None, None, 0, False,
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="sequence 1 has 8 tokens and 1 are appended"):

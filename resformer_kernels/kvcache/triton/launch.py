@@ -10,8 +10,7 @@ from torch import Tensor
 from resformer_kernels._triton import device as lib
 from resformer_kernels._triton.views import NOTHING, View, view_of
 from resformer_kernels.attention.triton.problem import FAR, lse_view, padded, score_scale
-from resformer_kernels.kvcache.record import KVCacheCall
-from resformer_kernels.kvcache.reference import largest_code
+from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 from resformer_kernels.kvcache.triton import attend as kernels
 from resformer_kernels.kvcache.triton import codes, plan
 
