@@ -28,7 +28,7 @@ OP = Op(
     "(Tensor out, Tensor lse)",
     function=ATTEND,
     fake=_fake,
-    triton="resformer_kernels.kvcache.triton.launch:attend",
+    triton="resformer_kernels.kvcache.triton.attend:attend",
 )
 
 

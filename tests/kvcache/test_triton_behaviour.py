@@ -223,9 +223,10 @@ def test_what_is_read_once_leaves_the_second_level_cache_first(
     with mock.patch.object(lib, "launch") as launch:
         run_copied(inputs, "triton")
     (attend,) = launch.call_args_list
-    assert (attend.kwargs["KEY_POLICY"], attend.kwargs["VALUE_POLICY"]) == hints
-    # Loads that the compiler makes copies to shared memory would lose them.
-    assert attend.kwargs["AHEAD"] == bool(hints[0])
+    cache, tile = attend.kwargs["cache"], attend.kwargs["tile"]
+    assert (cache.k.POLICY.value, cache.v.POLICY.value) == hints
+    # Loads that the compiler turns into copies to shared memory would lose them.
+    assert tile.AHEAD.value == bool(hints[0])
 
 
 def test_only_keys_in_reach_count() -> None:

@@ -19,7 +19,7 @@ from resformer_kernels._triton.cases import (
     recorded_launches,
 )
 from resformer_kernels.kvcache.record import KVCacheCall
-from resformer_kernels.kvcache.triton import launch as triton_launch
+from resformer_kernels.kvcache.triton.attend import attend
 
 _CAPACITY = 8192
 _NAMES = {
@@ -97,7 +97,7 @@ class _Call:
             num_splits=0,
             return_lse=self.lse,
         )
-        triton_launch.attend(call)
+        attend(call)
 
 
 def _calls() -> Iterator[_Call]:
@@ -120,7 +120,11 @@ def _calls() -> Iterator[_Call]:
 
 def _kernel(launch: Launch) -> str:
     name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
-    return f"attend, tiles of {launch.kwargs['ROWS']}" if name == "attend" else name
+    return f"attend, tiles of {_rows(launch)}" if name == "attend" else name
+
+
+def _rows(launch: Launch) -> int:
+    return launch.kwargs["tile"].ROWS.value if "tile" in launch.kwargs else 0
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
@@ -131,13 +135,12 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
             with recorded_launches() as launches:
                 call.run()
             for launch in launches:
-                rows = launch.kwargs.get("ROWS", 0)
                 case = case_from_launch(
                     f"{_kernel(launch)}, {call.name}",
                     launch,
                     capability=capability,
                     main=call.main,
-                    expects_mma=rows >= _WGMMA_ROWS and call.dtype is not torch.float32,
+                    expects_mma=_rows(launch) >= _WGMMA_ROWS and call.dtype is not torch.float32,
                 )
                 identity = repr(replace(case, name="", main=False))
                 if identity not in seen:

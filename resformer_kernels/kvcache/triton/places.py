@@ -1,0 +1,91 @@
+"""Tokens of a cache in memory: the records that kernels read and write it by."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resformer_kernels._triton.views import View
+
+
+class Side(NamedTuple):
+    """Keys or values of a cache, and how kernels load them."""
+
+    codes: View
+    """(row or page, token, KV head, channel)."""
+    scales: View
+    """One per token and KV head; no pointer where STORED is PLAIN."""
+    WIDTH: Any
+    """Channels."""
+    BLOCK: Any
+    """WIDTH, padded."""
+    STORED: Any
+    """A kind of codes.py."""
+    LARGEST: Any
+    """The largest code; 0 where STORED is PLAIN."""
+    POLICY: Any = tl.constexpr("")
+    """Eviction policy of loads."""
+
+
+class Table(NamedTuple):
+    """block_table by strides in elements; without a pointer the cache is contiguous."""
+
+    pointer: Tensor | None
+    sequence: int
+    page: int
+
+
+class Mask(NamedTuple):
+    """key_mask by strides in elements, one byte a key; without a pointer every key is open."""
+
+    pointer: Tensor | None
+    sequence: int
+    key: int
+
+
+class Cache(NamedTuple):
+    """Keys, values, and where attention finds them."""
+
+    k: Side
+    v: Side
+    table: Table
+    mask: Mask
+
+
+class Pool(NamedTuple):
+    """The pages of a cache."""
+
+    table: Any
+    pages: Any
+    page_size: Any
+
+
+class Place(NamedTuple):
+    """Tokens on the first two axes of a cache; nothing lies there where not `inside`."""
+
+    row: Any
+    token: Any
+    inside: Any
+
+
+@triton.jit
+def place_of(pool, sequence, keys, inside):
+    """The place of keys of a sequence; not inside where their page does not exist."""
+    if pool.table.pointer is None:
+        place = Place(sequence, keys, inside)
+    else:
+        column = (keys // pool.page_size).to(tl.int64) * pool.table.page
+        at = tl.cast(sequence, tl.int64) * pool.table.sequence + column
+        page = tl.load(pool.table.pointer + at, mask=inside, other=0)
+        inside = inside & (page >= 0) & (page < pool.pages)
+        place = Place(page, keys % pool.page_size, inside)
+    return place
+
+
+@triton.jit
+def rows_of(view, place):
+    """Offsets of the place in a cache's codes or scales, of KV head 0."""
+    return place.row.to(tl.int64) * view.batch + place.token.to(tl.int64) * view.time
