@@ -42,26 +42,28 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None); the caches have the new tokens in them."""
     kind = call.q.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-        append(call.k_cache, call.k_scale, call.k, call)
-        append(call.v_cache, call.v_scale, call.v, call)
+        for cache, scale, new in (
+            (call.k_cache, call.k_scale, call.k),
+            (call.v_cache, call.v_scale, call.v),
+        ):
+            if new is not None:
+                append(cache, scale, new, call.cache_seqlens, call.block_table)
         return _attend(call)
 
 
-def append(cache: Tensor, scale: Tensor | None, new: Tensor | None, call: KVCacheCall) -> None:
-    """Write `new` (B, Tnew, Hkv, D) at the end of every sequence."""
-    if new is None:
-        return
-    at = call.cache_seqlens[:, None] + torch.arange(new.shape[1], device=new.device)
+def append(
+    cache: Tensor, scale: Tensor | None, new: Tensor, lengths: Tensor, table: Tensor | None
+) -> None:
+    """Write `new` (B, Tnew, Hkv, D) after the `lengths` tokens of every sequence."""
+    at = lengths[:, None] + torch.arange(new.shape[1], device=new.device)
     rows = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(at)
-    if call.block_table is not None:
+    if table is not None:
         page_size = cache.shape[1]
-        rows, at = call.block_table.gather(1, at // page_size).long(), at % page_size
+        rows, at = table.gather(1, at // page_size).long(), at % page_size
     if scale is None:
         cache[rows, at] = new
-        return
-    codes, scales = quantise(new, cache.dtype)
-    cache[rows, at] = codes
-    scale[rows, at] = scales
+    else:
+        cache[rows, at], scale[rows, at] = quantise(new, cache.dtype)
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

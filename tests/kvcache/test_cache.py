@@ -201,7 +201,7 @@ def test_repr_says_what_it_is(paged: bool) -> None:
 def test_gpu_steps_are_planned(monkeypatch: pytest.MonkeyPatch, native: str) -> None:
     del native
     cache = new_cache(LAYOUTS["svformer"], True)
-    monkeypatch.setattr(type(cache._steps), "_plan", lambda _self, _chosen: 3)
+    monkeypatch.setattr(type(cache._transactions), "_plan", lambda _self, _chosen: 3)
     seen: list[int] = []
     from resformer_kernels.kvcache import reference
 

@@ -50,7 +50,7 @@ def q(tokens: int = 1, batch: int = 2) -> Tensor:
 
 
 def state(cache: SharedValueCache) -> tuple[Any, ...]:
-    return cache.sequences, cache.lengths, cache.utilisation, cache._steps.step is None
+    return cache.sequences, cache.lengths, cache.utilisation, cache._transactions.open is None
 
 
 def refuses(

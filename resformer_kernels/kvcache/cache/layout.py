@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from resformer_kernels._core.checks import describe
+from resformer_kernels._core.checks import check_count, describe
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,8 @@ def _slots(name: str, slots: object) -> tuple[int, ...]:
     return found
 
 
-def _range(name: str, count: object) -> tuple[int, ...]:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+def _range(name: str, count: int) -> tuple[int, ...]:
+    check_count(name, count, 1)
     return tuple(range(count))
 
 

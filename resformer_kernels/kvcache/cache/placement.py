@@ -157,13 +157,12 @@ class Pages:
     """`num_pages` pages of `page_size` tokens, given out by the host module."""
 
     def __init__(self, num_pages: int, page_size: int, max_seqlen: int | None) -> None:
-        self._table = page_table(num_pages, page_size)
+        self._table = table = page_table(num_pages, page_size)
+        self.create, self.crop = table.create, table.crop
+        self.free, self.length = table.free, table.length
         self._page_size = page_size
         self._width = None if max_seqlen is None else -(-max_seqlen // page_size)
         self.capacity = num_pages * page_size if max_seqlen is None else max_seqlen
-
-    def create(self, count: int) -> list[int]:
-        return self._table.create(count)
 
     def append(self, sequences: Sequence[int], tokens: int) -> list[Copy]:
         pairs = self._table.append(sequences, tokens)
@@ -172,19 +171,10 @@ class Pages:
     def fork(self, sequence: int) -> tuple[int, list[Copy]]:
         return self._table.fork(sequence), []
 
-    def crop(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        self._table.crop(sequences, lengths)
-
-    def free(self, sequences: Sequence[int]) -> None:
-        self._table.free(sequences)
-
     def reorder(
         self, sequences: Sequence[int], picks: Sequence[int]
     ) -> tuple[list[int], list[Copy]]:
         return self._table.reorder(sequences, picks), []
-
-    def length(self, sequence: int) -> int:
-        return self._table.length(sequence)
 
     def table(self, sequences: Sequence[int], tokens: int = 0) -> Tensor | None:
         width = self._width

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.kvcache.record import QUANTISED
-from resformer_kernels.kvcache.reference import quantise
+from resformer_kernels.kvcache.reference import dequantise
 
 
 class Copy(NamedTuple):
-    """The first `tokens` tokens of a row or page, to be written to another."""
+    """The first `tokens` tokens of row or page `source`, to be copied to `target`."""
 
     source: int
     target: int
@@ -35,7 +35,7 @@ class Slots:
             self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What there is."""
+        """Codes, and scales where there are any."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
     def slot(self, slot: int) -> tuple[Tensor, Tensor | None]:
@@ -51,15 +51,7 @@ class Slots:
             scales = None if scales is None else _gather(scales, table, tokens)
         if scales is None:
             return codes[:, :tokens]
-        return codes[:, :tokens].float() * scales[:, :tokens].unsqueeze(-1)
-
-    def write(self, slot: int, new: Tensor, rows: Tensor, places: Tensor) -> None:
-        """Put new (B, T, heads, head_dim) at (rows, places), each (B, T)."""
-        codes, scales = self.slot(slot)
-        if scales is None:
-            codes[rows, places] = new
-            return
-        codes[rows, places], scales[rows, places] = quantise(new, codes.dtype)
+        return dequantise(codes[:, :tokens], scales[:, :tokens], torch.float32)
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make the copies, in every slot. No target may be a source."""
