@@ -15,17 +15,7 @@ from resformer_kernels.attention.record import (
     check_softcap,
     check_window,
 )
-from resformer_kernels.kvcache import native, reference, triton
-from resformer_kernels.kvcache.checks import (
-    check_contents,
-    check_lengths,
-    check_mask,
-    check_scales,
-    check_splits,
-    check_table,
-    check_tensors,
-    refuse_gradients,
-)
+from resformer_kernels.kvcache import checks, native, reference, triton
 from resformer_kernels.kvcache.record import ATTEND, KVCacheCall
 
 BACKENDS = (native, triton, reference)
@@ -110,10 +100,10 @@ def attention_with_kvcache(
     """
     check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
     refuse_vmap(ATTEND, (q,))
-    q, k, v = check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
-    check_scales("k_scale", k_scale, k_cache)
-    check_scales("v_scale", v_scale, v_cache)
-    capacity = check_table(block_table, q, k_cache)
+    q, k, v = checks.check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    checks.check_scales("k_scale", k_scale, k_cache)
+    checks.check_scales("v_scale", v_scale, v_cache)
+    capacity = checks.check_table(block_table, q, k_cache)
     left, right = check_window(window, causal)
     check_sinks(sinks, q)
     check_flag("return_lse", return_lse)
@@ -123,9 +113,9 @@ def attention_with_kvcache(
         v_cache=v_cache,
         k=k,
         v=v,
-        cache_seqlens=check_lengths(cache_seqlens, q),
+        cache_seqlens=checks.check_lengths(cache_seqlens, q),
         block_table=block_table,
-        key_mask=check_mask(key_mask, q, capacity),
+        key_mask=checks.check_mask(key_mask, q, capacity),
         window_left=left,
         window_right=right,
         scale=check_scale(scale, q.shape[-1]),
@@ -133,10 +123,10 @@ def attention_with_kvcache(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
-        num_splits=check_splits(num_splits),
+        num_splits=checks.check_splits(num_splits),
         return_lse=return_lse,
     )
-    check_contents(call, cache_seqlens)
-    refuse_gradients(call)
+    checks.check_contents(call, cache_seqlens)
+    checks.refuse_gradients(call)
     out, lse = serve(ATTEND, backend, BACKENDS, call)
     return (out, lse) if return_lse else out

@@ -59,12 +59,14 @@ def _check_dtypes(
             f"k_cache must have q's dtype {q.dtype}, or be int8 or float8 with k_scale and "
             f"v_scale, got {k_cache.dtype}"
         )
-    if v_cache.dtype != k_cache.dtype:
-        raise TypeError(f"v_cache must have k_cache's dtype {k_cache.dtype}, got {v_cache.dtype}")
-    for name, new in (("k", k), ("v", v)):
-        if new is not None and new.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {new.dtype}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+    check_device("k_cache", k_cache, q.device)
+    for name, x, owner, like in (
+        ("v_cache", v_cache, "k_cache", k_cache),
+        ("k", k, "q", q),
+        ("v", v, "q", q),
+    ):
+        if x is not None and x.dtype != like.dtype:
+            raise TypeError(f"{name} must have {owner}'s dtype {like.dtype}, got {x.dtype}")
         if x is not None:
             check_device(name, x, q.device)
 
@@ -169,14 +171,10 @@ def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
             raise ValueError(f"cache_seqlens must fit in 32 bits, got {cache_seqlens}")
         number: Any = cache_seqlens
         return q.new_empty((batch,), dtype=torch.int32).fill_(number)
-    if not isinstance(cache_seqlens, Tensor):
-        raise TypeError(
-            f"cache_seqlens must be an int or an int32 tensor ({batch},), "
-            f"got {describe(cache_seqlens)}"
-        )
-    axes = f"({batch},), int32, one length per sequence"
+    axes = f"({batch},), int32, one length per sequence, or an int for all"
     _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q)
-    return cache_seqlens
+    lengths: Tensor = cache_seqlens
+    return lengths
 
 
 def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
@@ -185,18 +183,15 @@ def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
         return None
     batch = q.shape[0]
     wanted = f"({batch}, T) or ({batch}, 1, 1, T), T at most the cache's {capacity} tokens"
-    if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a bool tensor {wanted}, got {describe(key_mask)}")
-    if key_mask.layout is not torch.strided:
-        raise TypeError(f"key_mask must be a dense tensor, got layout {key_mask.layout}")
+    rank = 4 if isinstance(key_mask, Tensor) and key_mask.dim() == 4 else 2
+    check_tensor("key_mask", key_mask, rank, f"{wanted}, bool")
     if key_mask.dtype is not torch.bool:
         raise TypeError(f"key_mask must be bool (True = attend), got {key_mask.dtype}")
     check_device("key_mask", key_mask, q.device)
     shape = tuple(key_mask.shape)
-    padding = len(shape) == 4 and shape[1:3] == (1, 1)
-    if not (len(shape) == 2 or padding) or shape[0] not in (1, batch) or shape[-1] > capacity:
+    if shape[1:-1] not in ((), (1, 1)) or shape[0] not in (1, batch) or shape[-1] > capacity:
         raise ValueError(f"key_mask must be {wanted}, got shape {shape}")
-    flat: Tensor = key_mask[:, 0, 0] if padding else key_mask
+    flat: Tensor = key_mask[:, 0, 0] if rank == 4 else key_mask
     return flat.expand(batch, flat.shape[1])
 
 

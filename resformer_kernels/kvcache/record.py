@@ -68,8 +68,10 @@ def copy_notes(call: KVCacheCall) -> list[str]:
     return strides.copy_notes(call, READ_ONLY)
 
 
-def strided_cache_reason(call: KVCacheCall) -> str | None:
-    """Why kernels that read caches in place cannot serve the call; None when they can."""
+def kernel_reason(call: KVCacheCall) -> str | None:
+    """Why no kernel serves the call's queries or reads its caches in place; None when they can."""
+    if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it serves float32, bfloat16 and float16 queries, these are {call.q.dtype}"
     for name, cache in (("k_cache", call.k_cache), ("v_cache", call.v_cache)):
         if strides.needs_copy(cache):
             return (

@@ -21,7 +21,7 @@ from torch import Tensor
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
-from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall, largest_code
+from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 
 NAME = "reference"
 
@@ -34,7 +34,7 @@ def unsupported_reason(_call: KVCacheCall, _hardware: Hardware) -> str | None:
 
 
 def is_large(call: KVCacheCall) -> bool:
-    """Whether the scores that it materialises are many enough to be worth a warning."""
+    """Whether it materialises so many scores that a fallback deserves a warning."""
     return call.q[..., 0].numel() * call.capacity >= _LARGE
 
 
@@ -42,12 +42,10 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None); the caches have the new tokens in them."""
     kind = call.q.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-        for cache, scale, new in (
-            (call.k_cache, call.k_scale, call.k),
-            (call.v_cache, call.v_scale, call.v),
-        ):
-            if new is not None:
-                append(cache, scale, new, call.cache_seqlens, call.block_table)
+        if call.k is not None:
+            append(call.k_cache, call.k_scale, call.k, call.cache_seqlens, call.block_table)
+        if call.v is not None:
+            append(call.v_cache, call.v_scale, call.v, call.cache_seqlens, call.block_table)
         return _attend(call)
 
 
@@ -89,17 +87,16 @@ def dequantise(codes: Tensor, scales: Tensor, compute: torch.dtype) -> Tensor:
 
 
 def held(cache: Tensor, scale: Tensor | None, call: KVCacheCall, seen: Tensor) -> Tensor:
-    """The cache as (B, capacity, Hkv, D), dequantised; zeros where `seen` (B, capacity) is not."""
-    compute = torch.float64 if call.q.dtype is torch.float64 else torch.float32
-    rows, codes = (scale, cache)
+    """The cache as (B, capacity, Hkv, D), dequantised; zeros outside of `seen` (B, capacity)."""
+    rows = [cache] if scale is None else [cache, scale]
     if call.block_table is not None:
         # Entries of the table past a sequence's end may hold anything.
         table = call.block_table.clamp(0, max(cache.shape[0] - 1, 0)).long()
-        codes = cache[table].flatten(1, 2)
-        rows = None if scale is None else scale[table].flatten(1, 2)
-    if cache.dtype in QUANTISED:
-        assert rows is not None
-        codes = dequantise(codes, rows, compute)
+        rows = [x[table].flatten(1, 2) for x in rows]
+    codes, *scales = rows
+    if scales:
+        wide = torch.float64 if call.q.dtype is torch.float64 else torch.float32
+        codes = dequantise(codes, scales[0], wide)
     # Memory past the end may hold NaN, and zero times NaN is NaN.
     return codes.masked_fill(~seen[:, :, None, None], 0)
 

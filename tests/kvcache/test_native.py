@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
-from resformer_kernels._core.select import prepare
-from resformer_kernels.kvcache.op import op_arguments
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -18,6 +16,7 @@ from resformer_kernels.testing.kvcache import (
     paginated,
     run_copied,
 )
+from tests.kvcache.cases import opcheck
 
 LONG = KVCacheCase(
     lengths=(3000, 700), heads=8, kv_heads=4, head_dim=64, value_dim=64, return_lse=True
@@ -87,13 +86,7 @@ def test_opcheck(native: str, name: str) -> None:
         ),
         "int8": KVCacheCase(quantised=torch.int8),
     }[name]
-    inputs = kvcache_inputs(case)
-    # opcheck compares what is in the caches: no NaN there.
-    tensors = {
-        key: x.nan_to_num(0.5) if x.is_floating_point() else x for key, x in inputs.tensors.items()
-    }
-    call = op_arguments(prepare(attention_with_kvcache, **tensors, **inputs.options).call)
-    torch.library.opcheck(torch.ops.resformer.attention_with_kvcache.default, tuple(call))
+    opcheck("resformer", case)
 
 
 def test_the_op_checks_for_itself(native: str) -> None:

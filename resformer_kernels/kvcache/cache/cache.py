@@ -57,8 +57,10 @@ class SharedValueCache:
         RuntimeError: paged, and the host module is not built.
 
     Attributes:
-        keys, values: the tensors above; key_scales, value_scales: float32, the same without the
-            last axis, or None.
+        keys: (key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk).
+        values: (value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv).
+        key_scales, value_scales: float32, the same without the last axis; None where the cache is
+            not quantised.
     """
 
     def __init__(
@@ -94,29 +96,11 @@ class SharedValueCache:
         shape = (rows, length, num_kv_heads)
         self._keys = Slots((layout.num_key_slots, *shape, head_dim), dtype, self.device)
         self._values = Slots((layout.num_value_slots, *shape, value_dim), dtype, self.device)
+        self.keys, self.key_scales = self._keys.codes, self._keys.scales
+        self.values, self.value_scales = self._values.codes, self._values.scales
         slots = {"k": self._keys, "v": self._values}
         self._transactions = Transactions(layout, slots, self._place)
         self._batch = self._place.create(batch or 0)
-
-    @property
-    def keys(self) -> Tensor:
-        """(key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk)."""
-        return self._keys.codes
-
-    @property
-    def values(self) -> Tensor:
-        """(value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv)."""
-        return self._values.codes
-
-    @property
-    def key_scales(self) -> Tensor | None:
-        """float32, `keys` without its last axis; None where keys are not quantised."""
-        return self._keys.scales
-
-    @property
-    def value_scales(self) -> Tensor | None:
-        """float32, `values` without its last axis; None where values are not quantised."""
-        return self._values.scales
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -125,9 +109,8 @@ class SharedValueCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence, in the batch's order, those of an unfinished step left out."""
-        held = ((name, self._place.length(name)) for name in self._batch)
-        return tuple(length - self._transactions.pending(name) for name, length in held)
+        """Tokens of each sequence, in the batch's order, without those of an unfinished step."""
+        return tuple(self._transactions.length(name) for name in self._batch)
 
     @property
     def max_seqlen(self) -> int:
@@ -137,8 +120,7 @@ class SharedValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and their scales, used or not."""
-        tensors = (*self._keys.tensors(), *self._values.tensors())
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(x.nbytes for x in (*self._keys.tensors(), *self._values.tensors()))
 
     @property
     def utilisation(self) -> float:
@@ -340,13 +322,9 @@ class SharedValueCache:
 def _placement(
     batch: int | None, max_seqlen: int | None, num_pages: int | None, page_size: int | None
 ) -> tuple[int, int, Placement]:
-    """Rows or pages, how long each is, and who gives them out."""
-    sizes = {
-        "batch": batch,
-        "max_seqlen": max_seqlen,
-        "num_pages": num_pages,
-        "page_size": page_size,
-    }
+    """Number of rows or pages, their length, and their allocator."""
+    sizes = {"batch": batch, "max_seqlen": max_seqlen}
+    sizes |= {"num_pages": num_pages, "page_size": page_size}
     for name, size in sizes.items():
         if size is not None:
             check_count(name, size, 0 if name in ("batch", "num_pages") else 1)

@@ -45,13 +45,11 @@ class Slots:
     def read(self, slot: int, table: Tensor | None, tokens: int) -> Tensor:
         """The first `tokens` tokens of each sequence, (B, tokens, heads, head_dim): a view where
         row b is sequence b, else a copy. Where they are quantised, float32."""
-        codes, scales = self.slot(slot)
+        rows = [tensor[slot] for tensor in self.tensors()]
         if table is not None:
-            codes = _gather(codes, table, tokens)
-            scales = None if scales is None else _gather(scales, table, tokens)
-        if scales is None:
-            return codes[:, :tokens]
-        return dequantise(codes[:, :tokens], scales[:, :tokens], torch.float32)
+            rows = [_gather(tensor, table, tokens) for tensor in rows]
+        codes, *scales = (tensor[:, :tokens] for tensor in rows)
+        return dequantise(codes, scales[0], torch.float32) if scales else codes
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make the copies, in every slot. No target may be a source."""
@@ -64,6 +62,6 @@ class Slots:
 
 
 def _gather(rows: Tensor, table: Tensor, tokens: int) -> Tensor:
-    """Rows (R, length, ...) as a block table (B, n) puts them together, (B, tokens, ...)."""
+    """Rows (R, length, ...) gathered through a block table (B, n) into (B, tokens, ...)."""
     needed = table[:, : -(-tokens // rows.shape[1])].long()
     return rows[needed].flatten(1, 2)[:, :tokens]

@@ -60,10 +60,11 @@ class Transactions:
         """The slot of a layer's keys ("k") or values ("v")."""
         return self._slot_of[name][layer]
 
-    def pending(self, sequence: int) -> int:
-        """Tokens of a sequence that the open transaction has made room for."""
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence, without those of the open transaction."""
         step = self.open
-        return step.tokens if step is not None and sequence in step.sequences else 0
+        pending = step.tokens if step is not None and sequence in step.sequences else 0
+        return self.place.length(sequence) - pending
 
     def check(self, layer: Any, new: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Tensor]:
         """Check the new keys and values of a layer; return those that are given."""
@@ -71,11 +72,7 @@ class Transactions:
             raise TypeError(f"layer must be an int, got {describe(layer)}")
         if not 0 <= layer < self._num_layers:
             raise ValueError(f"layer must be 0 to {self._num_layers - 1}, got {layer}")
-        given = {
-            name: self._check_one(name, x, layer, chosen)
-            for name, x in new.items()
-            if x is not None
-        }
+        given = {n: self._check_one(n, x, layer, chosen) for n, x in new.items() if x is not None}
         if len(given) == 2 and given["k"].shape[1] != given["v"].shape[1]:
             raise ValueError(
                 f"v must have k's {given['k'].shape[1]} tokens, got shape {tuple(given['v'].shape)}"

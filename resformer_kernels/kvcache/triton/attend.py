@@ -30,13 +30,12 @@ from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import plan
 from resformer_kernels.kvcache.triton.append import append
 from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
-from resformer_kernels.kvcache.triton.places import Cache, Mask, Place, Pool, place_of, rows_of
+from resformer_kernels.kvcache.triton.places import Cache, Place, Pool, matrix_of, place_of, rows_of
 from resformer_kernels.kvcache.triton.problem import Problem
 from resformer_kernels.kvcache.triton.result import (
     Partials,
     Result,
     Rows,
-    Softmax,
     merge,
     store_rows,
 )
@@ -82,12 +81,12 @@ class Walk(NamedTuple):
 def mask_span_kernel(mask, span, columns, BLOCK: tl.constexpr):
     """The first open key of a sequence's key_mask, and one past the last."""
     sequence = tl.program_id(0)
-    row = mask.pointer + tl.cast(sequence, tl.int64) * mask.sequence
+    row = mask.pointer + tl.cast(sequence, tl.int64) * mask.row
     first = tl.full([BLOCK], _NOWHERE, tl.int32)
     last = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, columns, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        at = row + keys.to(tl.int64) * mask.key
+        at = row + keys.to(tl.int64) * mask.column
         seen = tl.load(at, mask=keys < columns, other=0) != 0
         first = tl.minimum(first, tl.where(seen, keys, _NOWHERE))
         last = tl.maximum(last, tl.where(seen, keys + 1, 0))
@@ -95,24 +94,22 @@ def mask_span_kernel(mask, span, columns, BLOCK: tl.constexpr):
     tl.store(span + 2 * sequence + 1, tl.max(last, 0))
 
 
-def _mask_span(call: KVCacheCall) -> tuple[Mask, Tensor | None]:
-    """key_mask as kernels take it, and the span of open keys (sequences, 2)."""
-    mask = call.key_mask
+def _mask_span(mask: Tensor | None) -> Tensor | None:
+    """The span of open keys, (sequences, 2)."""
     if mask is None:
-        return Mask(None, 0, 0), None
-    seen = Mask(mask.view(torch.uint8), *mask.stride())
-    span = call.q.new_empty((mask.shape[0], 2), dtype=torch.int32)
+        return None
+    span = mask.new_empty((mask.shape[0], 2), dtype=torch.int32)
     lib.launch(
         mask_span_kernel,
         (mask.shape[0],),
         mask.device,
-        mask=seen,
+        mask=matrix_of(mask),
         span=span,
         columns=mask.shape[1],
         BLOCK=4096,
         num_warps=4,
     )
-    return seen, span
+    return span
 
 
 @triton.jit
@@ -154,7 +151,7 @@ def _load_step(cache, walk, step, tile):
         place = place_of(walk.pool, walk.sequence, keys, inside)
     mask = cache.mask
     if mask.pointer is not None:
-        at = tl.cast(walk.sequence, tl.int64) * mask.sequence + keys.to(tl.int64) * mask.key
+        at = tl.cast(walk.sequence, tl.int64) * mask.row + keys.to(tl.int64) * mask.column
         known = place.inside & (keys < walk.mask_columns)
         seen = tl.load(mask.pointer + at, mask=known, other=0) != 0
         place = Place(place.row, place.token, known & seen)
@@ -284,7 +281,7 @@ def attend_kernel(
             tl.store(at, acc, mask=inside[:, None] & (columns < result.WIDTH)[None, :])
     else:
         place = Rows(sequence, head, rows, inside)
-        store_rows(result, place, Softmax(acc, peak, total), scoring.alpha)
+        store_rows(result, place, (peak, total, acc), scoring.alpha)
 
 
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
@@ -329,25 +326,18 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
         BLOCK=values.BLOCK,
         PRECISE=tl.constexpr(precise),
     )
+    flags = (call.window_left >= 0, call.window_right >= 0, call.softcap > 0, raw)
     whole_pages = call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0
-    mask, span = _mask_span(call)
     lib.launch(
         attend_kernel,
         (programs * splits,),
         call.q.device,
         q=view_of(call.q),
-        cache=Cache(keys, values, p.table, mask),
-        span=span,
+        cache=Cache(keys, values, p.table, matrix_of(call.key_mask)),
+        span=_mask_span(call.key_mask),
         partials=partials,
         result=result,
-        scoring=Scoring(
-            alpha,
-            call.softcap,
-            HAS_LEFT=tl.constexpr(call.window_left >= 0),
-            HAS_RIGHT=tl.constexpr(call.window_right >= 0),
-            CAPPED=tl.constexpr(call.softcap > 0),
-            RAW=tl.constexpr(raw),
-        ),
+        scoring=Scoring(alpha, call.softcap, *map(tl.constexpr, flags)),
         tile=Tile(*map(tl.constexpr, (tiles.rows, tiles.keys, whole_pages, tiles.ahead))),
         q_len=p.queries,
         mask_columns=0 if call.key_mask is None else call.key_mask.shape[1],

@@ -1,7 +1,7 @@
-"""What a cache holds, as kernels read and write it: plain numbers, int8 codes, or float8 codes.
+"""Codes of a cache: plain numbers, int8 or float8, and their conversion.
 
-Float8 goes through integers, the same on every architecture and in Triton's interpreter, which
-round as torch does. A token and head has one scale, value = code * scale.
+Float8 is converted with integer arithmetic, the same on every architecture and in Triton's
+interpreter, and rounded as torch does. A token and head has one scale: value = code * scale.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def decoded(codes, dtype: tl.constexpr, STORED: tl.constexpr):
         if STORED == E5M2:
             wide = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
         else:
-            # The fields at float32's places; its exponents count from 120 lower.
+            # Fields moved to float32's bits; the factor 2^120 corrects the exponent's bias.
             bits = codes.to(tl.uint32)
             wide = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
             wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), wide * 1.329227995784916e36)
@@ -43,7 +43,7 @@ def _float8(x, STORED: tl.constexpr):
     DROPPED: tl.constexpr = 20 if STORED == E4M3 else 21
     BIAS: tl.constexpr = (127 - 7) << 3 if STORED == E4M3 else (127 - 15) << 2
     LEAST: tl.constexpr = 0.015625 if STORED == E4M3 else 6.103515625e-05
-    # Between this and its double float32 counts in steps of the least number, 2^-9 or 2^-16.
+    # From STEP to its double, float32 is spaced by float8's least number, 2^-9 or 2^-16.
     STEP: tl.constexpr = 16384.0 if STORED == E4M3 else 128.0
     STEP_BITS: tl.constexpr = 0x46800000 if STORED == E4M3 else 0x43000000
     bits = x.to(tl.uint32, bitcast=True)
@@ -59,7 +59,7 @@ def _float8(x, STORED: tl.constexpr):
 def quantised(x, LARGEST: tl.constexpr, STORED: tl.constexpr):
     """(codes, float32 scales of rows) of x (rows, columns), symmetrically.
 
-    A row that holds a NaN or an infinity has codes 0 and a scale that is one, as in the reference.
+    The scale of a row with a NaN or an infinity is that, and its codes are 0, as in the reference.
     """
     wide = widen(x)
     most = tl.max(tl.abs(wide), 1)

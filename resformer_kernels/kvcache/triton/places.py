@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,20 +31,13 @@ class Side(NamedTuple):
     """Eviction policy of loads."""
 
 
-class Table(NamedTuple):
-    """block_table by strides in elements; without a pointer the cache is contiguous."""
+class Matrix(NamedTuple):
+    """block_table or key_mask, a row per sequence, by strides in elements; a mask has one byte per
+    key. Without a pointer the cache is contiguous, or every key open."""
 
     pointer: Tensor | None
-    sequence: int
-    page: int
-
-
-class Mask(NamedTuple):
-    """key_mask by strides in elements, one byte a key; without a pointer every key is open."""
-
-    pointer: Tensor | None
-    sequence: int
-    key: int
+    row: int
+    column: int
 
 
 class Cache(NamedTuple):
@@ -51,8 +45,8 @@ class Cache(NamedTuple):
 
     k: Side
     v: Side
-    table: Table
-    mask: Mask
+    table: Matrix
+    mask: Matrix
 
 
 class Pool(NamedTuple):
@@ -71,14 +65,23 @@ class Place(NamedTuple):
     inside: Any
 
 
+def matrix_of(tensor: Tensor | None) -> Matrix:
+    """block_table or key_mask as kernels take it."""
+    if tensor is None:
+        return Matrix(None, 0, 0)
+    data = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    return Matrix(data, *tensor.stride())
+
+
 @triton.jit
 def place_of(pool, sequence, keys, inside):
     """The place of keys of a sequence; not inside where their page does not exist."""
     if pool.table.pointer is None:
         place = Place(sequence, keys, inside)
     else:
-        column = (keys // pool.page_size).to(tl.int64) * pool.table.page
-        at = tl.cast(sequence, tl.int64) * pool.table.sequence + column
+        # The interpreter leaves an int times a constant a constant, which has no `to`.
+        column = tl.cast(keys // pool.page_size, tl.int64) * pool.table.column
+        at = tl.cast(sequence, tl.int64) * pool.table.row + column
         page = tl.load(pool.table.pointer + at, mask=inside, other=0)
         inside = inside & (page >= 0) & (page < pool.pages)
         place = Place(page, keys % pool.page_size, inside)

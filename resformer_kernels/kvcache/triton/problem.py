@@ -12,7 +12,7 @@ from resformer_kernels._triton.views import NOTHING, View, view_of
 from resformer_kernels.attention.triton.problem import padded
 from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 from resformer_kernels.kvcache.triton import codes
-from resformer_kernels.kvcache.triton.places import Side, Table
+from resformer_kernels.kvcache.triton.places import Side, matrix_of
 
 _STORED = {
     torch.int8: codes.INT8,
@@ -31,8 +31,7 @@ class Problem:
         self.group = heads_q // self.heads
         self.rows = self.queries * self.group
         """Rows of a KV head: the queries of its whole group."""
-        table = call.block_table
-        self.table = Table(None, 0, 0) if table is None else Table(table, *table.stride())
+        self.table = matrix_of(call.block_table)
 
     def sides(self, key_policy: str = "", value_policy: str = "") -> tuple[Side, Side]:
         """Keys and values, and the eviction policies of their loads."""

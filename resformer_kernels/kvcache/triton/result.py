@@ -51,27 +51,23 @@ class Rows(NamedTuple):
     inside: Any
 
 
-class Softmax(NamedTuple):
-    """A softmax over keys, unnormalised: sums of values, and of weights, relative to the peak."""
-
-    acc: Any
-    peak: Any
-    total: Any
-
-
 @triton.jit
 def store_rows(result, at, softmax, alpha):
-    """Close the softmax of rows and store their out and LSE; alpha as `close_rows` takes it."""
+    """Close the softmax of rows and store their out and LSE.
+
+    softmax: (peak, total, acc), the last two unnormalised; alpha as `close_rows` takes it.
+    """
+    peak, total, acc = softmax
     rows = at.rows
     first_head = at.head * result.GROUP
     factor, logarithm = close_rows(
-        softmax.peak, softmax.total, result.sinks, first_head + rows % result.GROUP, alpha,
+        peak, total, result.sinks, first_head + rows % result.GROUP, alpha,
         result.PRECISE, result.lse.pointer is not None,
     )  # fmt: skip
     out, lse = result.out, result.lse
     columns = tl.arange(0, result.BLOCK)
     # (ROWS, BLOCK)
-    rounded = round_to(softmax.acc * factor[:, None], out.pointer.dtype.element_ty)
+    rounded = round_to(acc * factor[:, None], out.pointer.dtype.element_ty)
     base = at_head(out, at.sequence, 0, first_head)
     mask = at.inside[:, None] & (columns < result.WIDTH)[None, :]
     tl.store(row_pointers(out, base, rows, columns, result.GROUP), rounded, mask=mask)
@@ -112,7 +108,7 @@ def merge_kernel(
         total += tl.sum((weight * part)[None, :], 1)
     rows = row + tl.arange(0, 1)
     place = Rows(sequence_head // heads, sequence_head % heads, rows, rows >= 0)
-    store_rows(result, place, Softmax(acc, peak, total), 1.0)
+    store_rows(result, place, (peak, total, acc), 1.0)
 
 
 def merge(p: Problem, partials: Partials, result: Result, splits: int) -> None:
