@@ -9,12 +9,7 @@ from torch import Tensor
 from resformer_kernels._core.checks import check_flag, check_tensor
 from resformer_kernels._core.op import refuse_vmap
 from resformer_kernels._core.select import explainable, serve
-from resformer_kernels.attention.record import (
-    check_scale,
-    check_sinks,
-    check_softcap,
-    check_window,
-)
+from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
 from resformer_kernels.kvcache import checks, native, reference, triton
 from resformer_kernels.kvcache.record import ATTEND, KVCacheCall
 

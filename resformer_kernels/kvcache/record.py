@@ -64,7 +64,7 @@ def largest_code(dtype: torch.dtype) -> float:
 
 
 def copy_notes(call: KVCacheCall) -> list[str]:
-    """What is copied before the kernel, for `explain`."""
+    """Notes on copied arguments, for `explain`."""
     return strides.copy_notes(call, READ_ONLY)
 
 

@@ -133,7 +133,7 @@ class Driver:
             self.compare(layer, q, cache.attend(layer, q), cache.sequences)
 
     def act(self, luck: random.Random) -> None:
-        """One change that there is room for."""
+        """Make one random change that the cache has room for."""
         cache, names = self.cache, self.cache.sequences
         action = luck.choice(("step", "step", "some", "crop", "reorder", "fork", "free", "add"))
         if action in ("step", "some") and names and max(cache.lengths) <= CAPACITY - 5:

@@ -28,7 +28,7 @@ SWEEP = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-"""What the sweeps of the backends share."""
+"""Settings of the backends' sweeps."""
 
 LENGTHS = st.one_of(
     st.sampled_from((0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)), st.integers(0, 300)
@@ -40,7 +40,7 @@ PAGE_SIZES = st.sampled_from((0, 0, 1, 4, 16, 24))
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """A dtype as test ids call it."""
+    """A dtype's name in test ids."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""What the native kernel promises beside the numbers: bits, splits, threads, schema, checks."""
+"""The native kernel beside its numbers: bits, splits, threads, schema, checks."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from resformer_kernels.kvcache.cache import pages
 
 PAGES, SIZE = 12, 4
-# What a sequence holds: the token numbers that were written, in order.
+# Numbers of the tokens written to a sequence, in order.
 Tokens = tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""`SharedValueCache.read`: what attention code that is not ours attends over."""
+"""`SharedValueCache.read`: keys and values for other attention code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_rows_in_order_are_views() -> None:
     k, v = new(3, 0)
     later, _ = new(3, 2)
     cache.append(0, k, v)
-    # Within a step: what is there already.
+    # Within a step, the tokens appended so far.
     assert torch.equal(cache.read(0)[0], k)
     with pytest.raises(RuntimeError, match="layer 1's keys of this step are missing"):
         cache.read(1)

@@ -1,4 +1,4 @@
-"""What the Triton backend of the cache promises: bits, splits, bounds, and under torch.compile."""
+"""The Triton backend beside its numbers: bits, splits, bounds, torch.compile."""
 
 from __future__ import annotations
 

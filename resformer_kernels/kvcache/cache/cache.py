@@ -124,7 +124,7 @@ class SharedValueCache:
 
     @property
     def utilisation(self) -> float:
-        """The share of the tokens' room (contiguous) or of the pages (paged) that is taken."""
+        """Share of the room for tokens (contiguous) or of the pages (paged) that is in use."""
         return self._place.utilisation()
 
     def __repr__(self) -> str:
@@ -153,7 +153,7 @@ class SharedValueCache:
             sequences: names of B sequences; None: all of the batch, in its order.
 
         Raises:
-            TypeError, ValueError: a layer or sequence that is not there, a tensor of the wrong
+            TypeError, ValueError: a layer or sequence that does not exist, a tensor of the wrong
                 shape, dtype or device, keys or values for a slot of another layer, or other
                 sequences or another T than the step's.
             RuntimeError: the layer has appended in this step already, the cache is full, or a
@@ -228,12 +228,12 @@ class SharedValueCache:
     def read(self, layer: int, *, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values that a layer attends over, (B, T, Hkv, D), for other attention code.
 
-        T is the longest sequence's length, tokens of an unfinished step included; what stands past
-        a shorter one's end means nothing. Views of the cache, to be read before it changes, where
+        T is the longest sequence's length, tokens of an unfinished step included; tokens past a
+        shorter one's end are meaningless. Views of the cache, to be read before it changes, where
         the batch is whole and was never reordered; else copies. Quantised caches give float32.
 
         Raises:
-            ValueError, TypeError: a layer or sequence that is not there.
+            ValueError, TypeError: a layer or sequence that does not exist.
             RuntimeError: a step has begun and the layer's slots lack its tokens.
         """
         steps, chosen = self._transactions, self._names(sequences)
@@ -270,9 +270,9 @@ class SharedValueCache:
     def reorder(self, picks: Sequence[int] | Tensor) -> tuple[int, ...]:
         """Make the batch of the sequences at `picks`, places in the present batch: beam search.
 
-        One that is picked again is forked; one that is never picked is freed. Paged, no token is
-        copied; contiguous, only those of a fork are. Returns `sequences`. ValueError for a place
-        that is not there; RuntimeError within a step, or where a contiguous cache lacks rows.
+        A repeated pick is a fork; sequences never picked are freed. Paged, no token is copied;
+        contiguous, only those of a fork. Returns `sequences`. ValueError for a place
+        that does not exist; RuntimeError within a step, or where a contiguous cache lacks rows.
         """
         self._transactions.settle("reorder")
         places = [int(pick) for pick in picks]
@@ -287,7 +287,7 @@ class SharedValueCache:
         """Another sequence with the same tokens, at the end of the batch; its name.
 
         Paged, pages are shared and copied when one of the two writes into them; contiguous, the
-        tokens are copied to a free row. ValueError for a sequence that is not there; RuntimeError
+        tokens are copied to a free row. ValueError for a sequence that does not exist; RuntimeError
         within a step, or where a contiguous cache has no row left.
         """
         self._transactions.settle("fork")
@@ -297,15 +297,15 @@ class SharedValueCache:
         return twin
 
     def free(self, sequences: Sequence[int] | int) -> None:
-        """Take sequences out of the batch and give back their room. ValueError for one that is not
-        there; RuntimeError within a step."""
+        """Remove sequences from the batch and free their room. ValueError for one that does not
+        exist; RuntimeError within a step."""
         self._transactions.settle("free")
         chosen = [sequences] if isinstance(sequences, int) else list(sequences)
         self._place.free(chosen)
         self._batch = [name for name in self._batch if name not in chosen]
 
     def rollback(self) -> None:
-        """Give up a step that some layers have not appended to; nothing where there is none."""
+        """Give up an unfinished step, if any."""
         self._transactions.rollback()
 
     def _names(self, sequences: Sequence[int] | None) -> tuple[int, ...]:

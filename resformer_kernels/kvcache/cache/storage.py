@@ -35,7 +35,7 @@ class Slots:
             self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Codes, and scales where there are any."""
+        """Codes, and scales of a quantised cache."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
     def slot(self, slot: int) -> tuple[Tensor, Tensor | None]:

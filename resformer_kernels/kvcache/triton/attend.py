@@ -32,13 +32,7 @@ from resformer_kernels.kvcache.triton.append import append
 from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
 from resformer_kernels.kvcache.triton.places import Cache, Place, Pool, matrix_of, place_of, rows_of
 from resformer_kernels.kvcache.triton.problem import Problem
-from resformer_kernels.kvcache.triton.result import (
-    Partials,
-    Result,
-    Rows,
-    merge,
-    store_rows,
-)
+from resformer_kernels.kvcache.triton.result import Partials, Result, Rows, merge, store_rows
 
 # Beyond every key that a row may see.
 _NOWHERE: tl.constexpr = tl.constexpr(2147483647)
@@ -127,7 +121,7 @@ def _load_codes(side, head, place):
 
 @triton.jit
 def _load_scales(side, head, place):
-    """The scales of what `_load_codes` loads; where there are none, any numbers."""
+    """The scales of the codes that `_load_codes` loads; any numbers where STORED is PLAIN."""
     if side.STORED == PLAIN:
         scales = place.token
     else:
@@ -140,7 +134,7 @@ def _load_scales(side, head, place):
 def _load_step(cache, walk, step, tile):
     """(keys, K, V, K's scales, V's) of tile `step`, which is empty from `stop` on.
 
-    Masked keys are moved beyond all others, and what lies there is not read.
+    Masked keys are moved beyond all others and not read.
     """
     keys = step * tile.KEYS + tl.arange(0, tile.KEYS)
     inside = keys < tl.minimum(walk.k_len, walk.stop * tile.KEYS)

@@ -13,23 +13,12 @@ from torch import Tensor
 
 from resformer_kernels._core.select import prepare
 from resformer_kernels._triton import device as lib
-from resformer_kernels._triton.cases import (
-    CompileCase,
-    Launch,
-    case_from_launch,
-    recorded_launches,
-)
+from resformer_kernels._triton.cases import CompileCase, Launch, case_from_launch, recorded_launches
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton.attend import attend
 
 _CAPACITY = 8192
-_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.float8_e4m3fn: "e4m3",
-}
 # Fewest rows of a tile whose products run on wgmma.
 _WGMMA_ROWS = 64
 
@@ -56,8 +45,8 @@ class _Call:
 
     @property
     def name(self) -> str:
-        stored = "" if self.stored is None else f" on {_NAMES[self.stored]}"
-        return f"D{self.head_dim} {_NAMES[self.dtype]}{stored} {self.what}"
+        stored = "" if self.stored is None else f" on {_name(self.stored)}"
+        return f"D{self.head_dim} {_name(self.dtype)}{stored} {self.what}"
 
     def record(self) -> KVCacheCall:
         """The call on meta tensors."""
@@ -93,6 +82,10 @@ class _Call:
             return_lse=self.lse,
         ).call
         return call
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").removeprefix("float8_").removesuffix("fn")
 
 
 def _calls() -> Iterator[_Call]:

@@ -58,7 +58,7 @@ class Pool(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Tokens on the first two axes of a cache; nothing lies there where not `inside`."""
+    """Indices of tokens on the first two axes of a cache, valid where `inside`."""
 
     row: Any
     token: Any

@@ -17,7 +17,7 @@ from resformer_kernels.kvcache.triton.problem import Problem
 
 
 class Result(NamedTuple):
-    """What a row becomes: out, and the LSE where its view has a pointer."""
+    """Results of a row: out, and the LSE if its view has a pointer."""
 
     out: View
     lse: View
@@ -95,13 +95,13 @@ def merge_kernel(
     total = tl.zeros([1], tl.float32)
     for start in tl.range(0, splits, AT_ONCE):
         some = start + tl.arange(0, AT_ONCE)
-        there = some < splits
-        weight = tl.load(partials.peaks + first + some, mask=there, other=float("-inf"))
+        inside = some < splits
+        weight = tl.load(partials.peaks + first + some, mask=inside, other=float("-inf"))
         weight = probabilities(weight, base, 1.0, False, result.PRECISE)
-        part = tl.load(partials.totals + first + some, mask=there, other=0.0)
+        part = tl.load(partials.totals + first + some, mask=inside, other=0.0)
         at = partials.sums + (first + some)[:, None] * result.WIDTH + columns[None, :]
         # A split without keys has no sums. Its total is 0; that of a NaN is not.
-        mask = (there & (part != 0.0))[:, None] & (columns < result.WIDTH)[None, :]
+        mask = (inside & (part != 0.0))[:, None] & (columns < result.WIDTH)[None, :]
         # (AT_ONCE, BLOCK)
         sums = tl.load(at, mask=mask, other=0.0)
         acc += tl.sum(weight[:, None] * sums, 0)[None, :]
