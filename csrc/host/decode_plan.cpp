@@ -18,27 +18,21 @@ int64_t splits_of(int64_t length, int64_t part) {
   return std::clamp<int64_t>(ceil_div(length, part), 1, kMaxSplits);
 }
 
-// What the busiest worker takes, in keys: exact where all parts are alike, else a bound that handing them
-// out, the largest first, keeps to.
-double busiest(const std::map<int64_t, int64_t, std::greater<>>& counts, int64_t workers, int64_t overhead) {
-  const auto largest = static_cast<double>(counts.begin()->first + overhead);
-  if (counts.size() == 1) return largest * static_cast<double>(ceil_div(counts.begin()->second, workers));
-  double total = 0;
-  for (const auto& [keys, count] : counts) {
-    total += static_cast<double>(count) * static_cast<double>(keys + overhead);
-  }
-  const auto share = static_cast<double>(workers);
-  return total / share + largest * (1 - 1 / share);
-}
-
+// Time of the busiest worker, in keys: exact where all splits are alike, else the upper bound of assigning
+// them in descending order.
 double cost(const std::vector<int64_t>& lengths, int64_t heads, int64_t workers, int64_t overhead,
             int64_t part) {
-  std::map<int64_t, int64_t, std::greater<>> counts;
+  std::map<int64_t, int64_t, std::greater<>> counts;  // splits by their keys
   for (int64_t length : lengths) {
     const int64_t splits = splits_of(length, part);
     counts[ceil_div(length, splits)] += heads * splits;
   }
-  return busiest(counts, workers, overhead);
+  const auto largest = static_cast<double>(counts.begin()->first + overhead);
+  if (counts.size() == 1) return largest * static_cast<double>(ceil_div(counts.begin()->second, workers));
+  double total = 0;
+  for (const auto& [keys, count] : counts) total += static_cast<double>(count * (keys + overhead));
+  const auto share = static_cast<double>(workers);
+  return total / share + largest * (1 - 1 / share);
 }
 
 void check(const std::vector<int64_t>& lengths, int64_t heads, int64_t workers, int64_t tile,
@@ -56,7 +50,7 @@ void check(const std::vector<int64_t>& lengths, int64_t heads, int64_t workers, 
   at_least("max_groups", max_groups, 1);
 }
 
-// Neighbours by splits are merged, whichever pair wastes the fewest parts, until few enough are left.
+// Merges groups adjacent in number of splits, the pair that adds the fewest splits first, down to max_groups.
 std::vector<DecodeGroup> grouped(const std::vector<int64_t>& lengths, int64_t part, int64_t max_groups) {
   std::map<int64_t, std::vector<int64_t>> by_splits;
   for (size_t i = 0; i < lengths.size(); ++i) {
@@ -77,7 +71,7 @@ std::vector<DecodeGroup> grouped(const std::vector<int64_t>& lengths, int64_t pa
     std::sort(kept.sequences.begin(), kept.sequences.end());
     groups.erase(groups.begin() + static_cast<int64_t>(best));
   }
-  // The longest first: what they wait for is begun first.
+  // The longest first, so that they start first.
   std::reverse(groups.begin(), groups.end());
   return groups;
 }
@@ -91,13 +85,13 @@ DecodePlan plan_decode(const std::vector<int64_t>& lengths, int64_t heads, int64
   if (lengths.empty()) return plan;
   const int64_t longest = std::max<int64_t>(1, *std::max_element(lengths.begin(), lengths.end()));
   double total = 0;
-  for (int64_t length : lengths) total += static_cast<double>(heads) * static_cast<double>(length);
+  for (int64_t length : lengths) total += static_cast<double>(heads * length);
   double best = 0;
   for (int64_t splits = 1; splits <= kMaxSplits; splits += 1 + splits / 8) {
     const int64_t part = ceil_div(ceil_div(longest, splits), tile) * tile;
     if (part == plan.keys_per_split) continue;
     const double found = cost(lengths, heads, workers, overhead, part);
-    // Fewer parts are kept unless more are worth a twentieth: merging them is not counted here.
+    // The cost of merging splits is not counted, so more of them must gain a twentieth.
     if (plan.keys_per_split == 0 || found < 0.95 * best) {
       best = found;
       plan.keys_per_split = part;

@@ -1,4 +1,4 @@
-// The Python module of host-side scheduling: page allocator and decode planner. It touches no tensor's data.
+// The Python module of host-side scheduling: page allocator and decode planner. It reads no tensor.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,7 @@ using resformer::SequenceId;
 
 namespace {
 
-// int32 in memory that torch.frombuffer can take without a copy.
+// int32 rows in memory that torch.frombuffer takes without a copy.
 py::bytearray block_table(const PageTable& table, const std::vector<SequenceId>& sequences, int64_t width) {
   if (width < 0) throw std::invalid_argument("width must be 0 or more, got " + std::to_string(width));
   const size_t bytes = sequences.size() * static_cast<size_t>(width) * sizeof(int32_t);

@@ -23,7 +23,7 @@ PageTable::PageTable(int64_t num_pages, int64_t page_size) : page_size_(page_siz
   }
   holders_.assign(num_pages, 0);
   free_.reserve(num_pages);
-  // The lowest number first: what is in use stays together.
+  // The lowest number first, so that used pages stay together.
   for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<int32_t>(page));
 }
 
@@ -34,8 +34,7 @@ const PageTable::Sequence& PageTable::find(SequenceId sequence) const {
   throw std::invalid_argument("sequence " + text(sequence) + (was_there ? " was freed" : " does not exist"));
 }
 
-void PageTable::check_distinct(const std::vector<SequenceId>& sequences) const {
-  if (sequences.size() < 2) return;
+void PageTable::check(const std::vector<SequenceId>& sequences) const {
   std::unordered_set<SequenceId> seen;
   seen.reserve(sequences.size());
   for (SequenceId sequence : sequences) {
@@ -43,6 +42,7 @@ void PageTable::check_distinct(const std::vector<SequenceId>& sequences) const {
       throw std::invalid_argument("sequence " + text(sequence) + " is named twice");
     }
   }
+  for (SequenceId sequence : sequences) find(sequence);
 }
 
 int32_t PageTable::take_page() {
@@ -67,17 +67,16 @@ std::vector<SequenceId> PageTable::create(int64_t count) {
   return created;
 }
 
-int64_t PageTable::pages_wanted(const std::vector<SequenceId>& sequences, int64_t tokens) {
+int64_t PageTable::pages_wanted(const std::vector<SequenceId>& sequences, int64_t tokens) const {
   int64_t wanted = 0;
-  // Of two sequences that share a last page the first one copies it, and the second is then alone on it:
-  // holders_ counts down while this looks, and is put right after.
+  // Each copy of a shared last page leaves it with one holder fewer: the last one writes in place.
+  std::unordered_map<int32_t, int32_t> copies;
   for (SequenceId sequence : sequences) {
     const Sequence& s = find(sequence);
     wanted += pages_for(s.length + tokens) - static_cast<int64_t>(s.pages.size());
-    if (writes_into_last_page(s, tokens) && holders_[s.pages.back()] > 1) {
-      --holders_[s.pages.back()];
-      ++wanted;
-    }
+    if (!writes_into_last_page(s, tokens) || holders_[s.pages.back()] == 1) continue;
+    int32_t& copied = copies[s.pages.back()];
+    if (holders_[s.pages.back()] - copied > 1) ++copied, ++wanted;
   }
   return wanted;
 }
@@ -86,16 +85,8 @@ std::vector<PageCopy> PageTable::append(const std::vector<SequenceId>& sequences
   if (tokens < 0 || tokens > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("tokens must be 0 to 2147483647, got " + text(tokens));
   }
-  check_distinct(sequences);
-  for (SequenceId sequence : sequences) find(sequence);
-  std::vector<std::pair<int32_t, int32_t>> before;
-  before.reserve(sequences.size());
-  for (SequenceId sequence : sequences) {
-    const Sequence& s = find(sequence);
-    if (writes_into_last_page(s, tokens)) before.emplace_back(s.pages.back(), holders_[s.pages.back()]);
-  }
+  check(sequences);
   const int64_t wanted = pages_wanted(sequences, tokens);
-  for (const auto& [page, holders] : before) holders_[page] = holders;
   if (wanted > free_pages()) {
     throw std::runtime_error("out of pages: " + text(wanted) + " are needed, " + text(free_pages()) + " of " +
                              text(num_pages()) + " are free");
@@ -127,7 +118,7 @@ void PageTable::crop(const std::vector<SequenceId>& sequences, const std::vector
     throw std::invalid_argument("lengths must be one for each of " + text(sequences.size()) +
                                 " sequences, got " + text(lengths.size()));
   }
-  check_distinct(sequences);
+  check(sequences);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const int64_t length = find(sequences[i]).length;
     if (lengths[i] < 0 || lengths[i] > length) {
@@ -146,8 +137,7 @@ void PageTable::crop(const std::vector<SequenceId>& sequences, const std::vector
 }
 
 void PageTable::free(const std::vector<SequenceId>& sequences) {
-  check_distinct(sequences);
-  for (SequenceId sequence : sequences) find(sequence);
+  check(sequences);
   for (SequenceId sequence : sequences) {
     for (int32_t page : find(sequence).pages) release_page(page);
     sequences_.erase(sequence);
@@ -156,8 +146,7 @@ void PageTable::free(const std::vector<SequenceId>& sequences) {
 
 std::vector<SequenceId> PageTable::reorder(const std::vector<SequenceId>& sequences,
                                            const std::vector<int64_t>& picks) {
-  check_distinct(sequences);
-  for (SequenceId sequence : sequences) find(sequence);
+  check(sequences);
   const auto count = static_cast<int64_t>(sequences.size());
   for (int64_t pick : picks) {
     if (pick < 0 || pick >= count) {

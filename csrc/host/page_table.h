@@ -1,4 +1,4 @@
-// Which pages of a paged cache belong to which sequence. It knows numbers alone: no tensor, no device.
+// Allocator of a paged cache: the pages of each sequence. It handles numbers alone: no tensor, no device.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,23 @@
 namespace resformer {
 
 using SequenceId = int64_t;
-// (from, to): the page whose tokens are to be copied before anything is written.
+// (from, to): a page to copy before anything is written.
 using PageCopy = std::pair<int32_t, int32_t>;
 
-// Every call either does all that it was asked or throws and changes nothing: std::invalid_argument for a
-// sequence that is not there or a length out of range, std::runtime_error where pages run out.
+// Every call succeeds as a whole, or throws and changes nothing: std::invalid_argument for a sequence that
+// does not exist or a length out of range, std::runtime_error where pages run out.
 class PageTable {
  public:
   PageTable(int64_t num_pages, int64_t page_size);
 
-  // New empty sequences.
+  // Adds empty sequences.
   std::vector<SequenceId> create(int64_t count);
 
-  // Room for `tokens` more in each of the sequences. A page that is written and that others hold too is
-  // exchanged for a copy of its own.
+  // Makes room for `tokens` more in each of the sequences. A shared page that is written is replaced by a
+  // copy (copy-on-write).
   std::vector<PageCopy> append(const std::vector<SequenceId>& sequences, int64_t tokens);
 
-  // A sequence with the same tokens on the same pages.
+  // Adds a sequence with the same tokens on the same pages.
   SequenceId fork(SequenceId sequence);
 
   // Keeps the first lengths[i] tokens of sequences[i].
@@ -33,15 +33,14 @@ class PageTable {
 
   void free(const std::vector<SequenceId>& sequences);
 
-  // The sequences at `picks`, in that order. The first use of one keeps its name, a later one is a fork, and
-  // those that are not picked are freed.
+  // The sequences at `picks`, in that order. A repeated pick is a fork; sequences not picked are freed.
   std::vector<SequenceId> reorder(const std::vector<SequenceId>& sequences,
                                   const std::vector<int64_t>& picks);
 
   int64_t length(SequenceId sequence) const { return find(sequence).length; }
   const std::vector<int32_t>& pages(SequenceId sequence) const { return find(sequence).pages; }
 
-  // Rows of `width` page numbers, 0 beyond a sequence's last page.
+  // Writes a row of `width` page numbers for each sequence, 0 beyond its last page.
   void block_table(const std::vector<SequenceId>& sequences, int64_t width, int32_t* rows) const;
 
   int64_t num_pages() const { return static_cast<int64_t>(holders_.size()); }
@@ -56,17 +55,17 @@ class PageTable {
 
   const Sequence& find(SequenceId sequence) const;
   Sequence& find(SequenceId sequence) { return const_cast<Sequence&>(std::as_const(*this).find(sequence)); }
-  void check_distinct(const std::vector<SequenceId>& sequences) const;
+  void check(const std::vector<SequenceId>& sequences) const;  // they exist, each named once
   int64_t pages_for(int64_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
   bool writes_into_last_page(const Sequence& s, int64_t tokens) const {
     return tokens > 0 && s.length % page_size_ != 0;
   }
-  int64_t pages_wanted(const std::vector<SequenceId>& sequences, int64_t tokens);
+  int64_t pages_wanted(const std::vector<SequenceId>& sequences, int64_t tokens) const;
   int32_t take_page();
   void release_page(int32_t page);
 
   int64_t page_size_;
-  std::vector<int32_t> holders_;  // how many sequences hold each page
+  std::vector<int32_t> holders_;  // number of sequences that hold each page
   std::vector<int32_t> free_;     // taken from the end
   std::unordered_map<SequenceId, Sequence> sequences_;
   SequenceId next_ = 0;

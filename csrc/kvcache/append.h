@@ -8,7 +8,7 @@
 namespace resformer::RESFORMER_ISA {
 
 // scale = max|x| / 127, code = x * (127 / max|x|) to the nearest even integer. A row with a NaN or an
-// infinity gets such a scale, and codes of zero where the product is NaN: it reads back as NaN.
+// infinity gets that as its scale, and codes of zero where the product is NaN: it reads back as NaN.
 template <class T>
 static void quantise_row(const T* src, int64_t dim, int8_t* codes, float* scale) {
   float most = 0.0f;
@@ -37,17 +37,14 @@ class Append {
         p_.heads_kv * static_cast<int64_t>(sizeof(T)) *
         ((p_.keys.added.data ? p_.keys.dim : 0) + (p_.values.added.data ? p_.values.dim : 0));
     if (bytes == 0 || tokens == 0) return;
-    if (tokens * bytes <= kSerialBytes) {  // one decoded token: waking threads costs more
-      for (int64_t i = 0; i < tokens; ++i) token(i / p_.added, i % p_.added);
-      return;
-    }
     const int64_t chunk = larger(kSerialBytes / bytes, 1), chunks = (tokens + chunk - 1) / chunk;
-    parallel_units(
-        chunks, [] { return 0; },
-        [&](int64_t unit, int) {
-          const int64_t end = smaller((unit + 1) * chunk, tokens);
-          for (int64_t i = unit * chunk; i < end; ++i) token(i / p_.added, i % p_.added);
-        });
+    const auto write_chunk = [&](int64_t unit, int) {
+      const int64_t end = smaller((unit + 1) * chunk, tokens);
+      for (int64_t i = unit * chunk; i < end; ++i) token(i / p_.added, i % p_.added);
+    };
+    // A decoded token is one chunk: waking threads would cost more.
+    if (chunks == 1) return write_chunk(0, 0);
+    parallel_units(chunks, [] { return 0; }, write_chunk);
   }
 
  private:

@@ -1,5 +1,5 @@
-// Attention over a cache. A unit is one split of a group's keys, walked block by block in the order of
-// memory: each row of K and V is read once. See kvcache/README.md.
+// Attention over a cache (split-KV). A unit is one split of a group's keys, processed block by block in the
+// order of memory: each row of K and V is read once. See kvcache/README.md.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,7 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// T: of q and out. M: how the cache's rows are multiplied.
+// T: dtype of q and out. M: products with the cache's rows (tile.h).
 template <class T, class M>
 class CacheAttend {
  public:
@@ -29,8 +29,7 @@ class CacheAttend {
       if (unit >= units) return;
       Own own(p_, plan_);
       while (unit < units) {
-        // The next unit is taken already now, so that its first block comes while this one's last is worked
-        // on.
+        // Taking the next unit now lets its first block be prefetched during the last block of this one.
         const int64_t following = next.fetch_add(1, std::memory_order_relaxed);
         const int64_t index = plan_.group_of(unit);
         const CacheGroup& g = plan_.groups()[index];
@@ -38,8 +37,8 @@ class CacheAttend {
         if (g.splits == 1) {
           finish_all(g, own);
         } else {
-          hand_on(g, unit - g.first_unit, own, partial.get() + g.first_partial);
-          // Whoever is last merges, in the order of the splits.
+          store_partial(g, unit - g.first_unit, own, partial.get() + g.first_partial);
+          // The thread that finishes last merges, in the order of the splits.
           if (done[index].fetch_add(1, std::memory_order_acq_rel) + 1 == g.splits)
             merge(g, partial.get() + g.first_partial, own);
         }
@@ -134,16 +133,16 @@ class CacheAttend {
     }
   }
 
-  // Few rows: every head of a token before the next token.
+  // Few rows: all heads of a token, then the next token.
   template <int R>
   void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
     const int64_t width = round_up(g.heads * R, 16), tokens = plan_.tokens();
     float *by_token = own.by_token.get(), *s = own.scores.get();
-    // K is read once a layer, V again by every layer that shares it: a large K passes by the outer caches.
+    // K is read once a layer, V again by every layer that shares it: a large K is prefetched non-temporally.
     if (plan_.keys_once()) {
-      stream_keys<R, Keep::no>(g, block, then, width, own);
+      stream_keys<R, Prefetch::non_temporal>(g, block, then, width, own);
     } else {
-      stream_keys<R, Keep::yes>(g, block, then, width, own);
+      stream_keys<R, Prefetch::temporal>(g, block, then, width, own);
     }
     for (int64_t t = 0; t < block.count; t += kLanes) {
       for (int64_t i = 0; i < width; i += kLanes) {
@@ -163,13 +162,13 @@ class CacheAttend {
     });
   }
 
-  template <int R, Keep keep>
+  template <int R, Prefetch hint>
   void stream_keys(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t width,
                    Own& own) const {
     const int64_t stride = p_.keys.cache.stride[2];
     by_width<M>(p_.keys.dim, [&](auto steps) {
       for (int64_t t = 0; t < block.count; ++t) {
-        stream_scores<M, R, steps(), keep>(own.q.get(), words(), block.keys[t] + g.head * stride, stride,
+        stream_scores<M, R, steps(), hint>(own.q.get(), words(), block.keys[t] + g.head * stride, stride,
                                            g.heads, p_.keys.dim, then.key(block, t, stride), alpha(),
                                            own.by_token.get() + t * width);
       }
@@ -179,27 +178,23 @@ class CacheAttend {
   template <int R, int W>
   void stream_block_values(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t from,
                            int64_t end, Own& own) const {
-    constexpr int kMost = kAbreast * Dot::kPack;
     const int64_t stride = p_.values.cache.stride[2], tokens = plan_.tokens();
     const float* p = own.scores.get();
-    ValueRow<C> rows[kMost];
     int64_t t = from;
-    const auto take = [&](int64_t count) {
-      for (int64_t i = 0; i < count; ++i)
-        rows[i] = {block.values[t + i] + g.head * stride, then.value(block, t + i, stride)};
+    const auto pass = [&](auto abreast) {
+      constexpr int kRows = abreast() * Dot::kPack;
+      for (; t + kRows <= end; t += kRows) {
+        ValueRow<C> rows[kRows];
+        for (int64_t i = 0; i < kRows; ++i)
+          rows[i] = {block.values[t + i] + g.head * stride, then.value(block, t + i, stride)};
+        stream_values<M, R, W, abreast()>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
+                                          own.acc.get(), plan_.columns());
+      }
     };
-    for (; t + kMost <= end; t += kMost) {
-      take(kMost);
-      stream_values<M, R, W, kAbreast>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
-                                       own.acc.get(), plan_.columns());
-    }
-    for (; t + Dot::kPack <= end; t += Dot::kPack) {
-      take(Dot::kPack);
-      stream_values<M, R, W, 1>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
-                                own.acc.get(), plan_.columns());
-    }
+    pass(std::integral_constant<int, kAbreast>());
+    pass(std::integral_constant<int, 1>());
     if (t == end) return;
-    // Half a pair: beside it a row of zeros, for what lies there may not be a number.
+    // Half a pair: its other half is a row of zeros, because memory past the block may hold NaN.
     const ValueRow<C> zeros{reinterpret_cast<const C*>(own.zeros.get()), 0};
     for (int64_t h = 0; h < g.heads; ++h) {
       const ValueRow<C> pair[2] = {{block.values[t] + (g.head + h) * stride, 0}, zeros};
@@ -208,7 +203,7 @@ class CacheAttend {
     }
   }
 
-  // Many rows: the products take most of the time, and a head's keys are worth transposing.
+  // Many rows: the products take most of the time, so transposing a head's keys pays.
   void tiles(const CacheGroup& g, const Block<C>& block, Own& own) const {
     const int64_t tokens = plan_.tokens(), rows = padded(g.rows), columns = lane_ceil(block.count);
     float* s = own.scores.get();
@@ -233,7 +228,7 @@ class CacheAttend {
     }
   }
 
-  // The block's keys of the head that lies `offset` elements into a row, as columns.
+  // Transposes the block's keys of the head at `offset` elements into a row.
   void pack_keys(const Block<C>& block, int64_t offset, Own& own) const {
     for (int64_t t = 0; t < block.count; t += kLanes) {
       const int64_t count = smaller(kLanes, block.count - t);
@@ -244,7 +239,7 @@ class CacheAttend {
     }
   }
 
-  // The columns that any of R rows from r on may see, in whole vectors.
+  // Range of columns visible to any of R rows from r on, in whole vectors.
   template <int R>
   static bool span(const Own& own, int64_t r, int64_t* from, int64_t* to) {
     *from = lane_floor(own.lo[r]);
@@ -262,7 +257,7 @@ class CacheAttend {
   bool transformed() const { return kCodes || p_.softcap > 0.0f; }
   float alpha() const { return transformed() ? p_.scale : p_.scale * Unit::kUnit; }
 
-  // Scores, scaled, to capped ones in the unit of the softmax.
+  // Applies the softcap to scaled scores and converts them to the unit of the softmax.
   template <int R>
   void transform(const CacheGroup& g, int64_t h, const Block<C>& block, float* s, int64_t from, int64_t to,
                  Own& own) const {
@@ -280,7 +275,7 @@ class CacheAttend {
     }
   }
 
-  // R rows of scores, from row r of a head on, to words of P; a quantised V's scales become part of P.
+  // Turns R rows of scores, from row r of a head on, into words of P; P absorbs the scales of a quantised V.
   template <int R>
   void softmax(const CacheGroup& g, int64_t h, int64_t r, const Block<C>& block, float* s, int64_t from,
                int64_t to, Own& own) const {
@@ -327,7 +322,7 @@ class CacheAttend {
     return partial + ((split * g.heads + h) * g.rows + r) * plan_.partial_row();
   }
 
-  void hand_on(const CacheGroup& g, int64_t split, const Own& own, float* partial) const {
+  void store_partial(const CacheGroup& g, int64_t split, const Own& own, float* partial) const {
     const int64_t columns = plan_.columns();
     for (int64_t h = 0; h < g.heads; ++h) {
       for (int64_t r = 0; r < g.rows; ++r) {
@@ -349,7 +344,7 @@ class CacheAttend {
     }
   }
 
-  // Each split is a softmax over its own keys; weighted by exp of its maximum they are one over all.
+  // Each split is a softmax over its own keys; weights of exp(its maximum - the highest) combine them.
   void merge(const CacheGroup& g, float* partial, Own& own) const {
     const int64_t columns = plan_.columns();
     float* acc = own.acc.get();
@@ -364,7 +359,7 @@ class CacheAttend {
         for (int64_t i = 0; i < g.splits; ++i) {
           const float* row = partial_of(g, i, h, r, partial);
           const float own_m = row[columns], own_l = row[columns + 1];
-          // Without a maximum: no key was seen, or NaN was and must pass.
+          // No maximum: the split saw no key, or saw NaN, which must propagate.
           const float weight = own_m == kMinusInf ? (own_l == 0.0f ? 0.0f : 1.0f) : Unit::exp(own_m - m);
           if (own_l == 0.0f) continue;
           l += weight * own_l;
@@ -376,7 +371,7 @@ class CacheAttend {
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator, writes out and LSE: zeros where no key was seen.
+  // Adds the sink, divides by the softmax's denominator, writes out and LSE: zeros for an empty row.
   void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, const float* acc) const {
     const int64_t head_q = head(g, h, r), i = query(g, r);
     float weight = 1.0f;

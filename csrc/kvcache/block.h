@@ -1,5 +1,5 @@
-// A block of consecutive tokens of one sequence: where their rows lie, whatever the layout of the cache.
-// Masked tokens are left out, so that nothing after this knows of masks, pages or strides in time.
+// A block of consecutive tokens of one sequence as row addresses. Masked tokens are left out, so that the
+// code that uses a block knows nothing of masks, pages or strides in time.
 #pragma once
 
 #include "kvcache/plan.h"
@@ -36,7 +36,7 @@ struct Block {
     end = t;
   }
 
-  // How many of the tokens lie before position `t`.
+  // Number of tokens before position `t`.
   int64_t before(int64_t t) const {
     if (count == 0 || t <= at[0]) return 0;
     if (t > at[count - 1]) return count;
@@ -49,15 +49,15 @@ struct Block {
   }
 };
 
-// The block to be worked on next. Row t of it is fetched while row t of the block before is worked on: one
-// line for each line that is read, in the order of memory, for in bursts the processor drops what it has no
-// buffer for, and between bursts memory idles.
+// The next block. Its row t is prefetched while row t of the current block is processed: one line for each
+// line that is read, in the order of memory. In bursts the processor drops prefetches that it has no buffer
+// for, and between bursts memory idles.
 template <class C>
 struct Following {
   const Block<C>& block;
-  int64_t heads_on;  // its first head, counted from that of the block before
+  int64_t heads_on;  // its first head, relative to that of the current block
 
-  // How many bytes after row t of `now` the row to fetch lies; none where there is none.
+  // Bytes from row t of `now` to the row to prefetch; 0 without one.
   int64_t key(const Block<C>& now, int64_t t, int64_t head_stride) const {
     return t < block.count ? distance(now.keys[t], block.keys[t], head_stride) : 0;
   }

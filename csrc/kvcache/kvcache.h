@@ -9,7 +9,7 @@
 
 namespace resformer {
 
-// Keys or values: rows of (batch or page, time, head), float or int8 codes with a scale a row.
+// Keys or values: rows of (batch or page, time, head), floats, or int8 codes with a scale per row.
 struct CacheSide {
   View cache, added;  // added has no data where the call appends none
   float* scale = nullptr;
@@ -17,8 +17,7 @@ struct CacheSide {
   int64_t dim = 0;
 };
 
-// One sequence: `length` tokens after the append, of which those in [first, last) may be attended to by
-// position and mask.
+// One sequence: `length` tokens after the append. The mask leaves keys in [first, last).
 struct CacheSequence {
   int64_t length = 0, first = 0, last = 0;
 };
@@ -41,7 +40,7 @@ struct CacheProblem {
   int64_t splits = 0;  // 0: by length
   float* lse = nullptr;
 
-  // The keys [lo, hi) that a query may attend to by position: query i stands at key i + length - queries.
+  // Keys [lo, hi) that the window opens to a query: query i stands at key i + length - queries.
   RESFORMER_INLINE int64_t key_lo(const CacheSequence& s, int64_t i) const {
     const int64_t lo = window_left < 0 ? 0 : i + s.length - queries - window_left;
     return lo < 0 ? 0 : lo > s.length ? s.length : lo;
@@ -50,7 +49,7 @@ struct CacheProblem {
     const int64_t hi = window_right < 0 ? s.length : i + s.length - queries + window_right + 1;
     return hi < 0 ? 0 : hi > s.length ? s.length : hi;
   }
-  // Where token t of sequence b lies on the first two axes of the caches.
+  // Indices of token t of sequence b on the first two axes of the caches.
   RESFORMER_INLINE void place(int64_t b, int64_t t, int64_t* row, int64_t* at) const {
     *row = b;
     *at = t;

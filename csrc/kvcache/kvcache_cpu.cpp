@@ -1,5 +1,5 @@
-// The op boundary: tensors to plain data, checks, the choice of the kernels' build. Nothing is written to the
-// caches before every check has passed.
+// The op boundary: checks, conversion of tensors to plain data, dispatch over instruction sets. Nothing is
+// written to the caches before every check has passed.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,10 +43,8 @@ CacheSide read_side(const Call& call, const Tensor& cache, const char* name, con
   side.dim = cache.size(3);
   if (added) {
     check_input(*added, added_name, 4, q.scalar_type());
-    check_size(*added, added_name, 0, call.batch);
-    check_size(*added, added_name, 1, p.added);
-    check_size(*added, added_name, 2, p.heads_kv);
-    check_size(*added, added_name, 3, side.dim);
+    const int64_t sizes[4] = {call.batch, p.added, p.heads_kv, side.dim};
+    for (int i = 0; i < 4; ++i) check_size(*added, added_name, i, sizes[i]);
     side.added = view_of(*added);
   }
   STD_TORCH_CHECK(scale.has_value() == p.quantised, name, ": an int8 cache comes with scales, others do not");
@@ -62,10 +60,16 @@ CacheSide read_side(const Call& call, const Tensor& cache, const char* name, con
   return side;
 }
 
+// A table, or contiguous numbers, with a row for each sequence.
+void check_rows(const Tensor& t, const char* name, const char* kind, ScalarType dtype, int64_t rank,
+                int64_t batch) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == rank && t.scalar_type() == dtype && t.size(0) == batch &&
+                      (rank > 1 || t.is_contiguous()),
+                  name, " must be ", kind, " CPU tensor with ", rank, " axes and ", batch, " rows");
+}
+
 void read_table(Call& call, const Tensor& table, const Tensor& k_cache) {
-  STD_TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.scalar_type() == ScalarType::Int &&
-                      table.size(0) == call.batch,
-                  "block_table must be an int32 CPU tensor (", call.batch, ", max_pages)");
+  check_rows(table, "block_table", "an int32", ScalarType::Int, 2, call.batch);
   CacheProblem& p = call.problem;
   static const int32_t none = 0;
   p.table = table.numel() == 0 ? &none : static_cast<const int32_t*>(table.data_ptr());
@@ -75,12 +79,10 @@ void read_table(Call& call, const Tensor& table, const Tensor& k_cache) {
   call.capacity = table.size(1) * p.page_size;
 }
 
-// The lengths after the append, and which tokens the mask leaves: a padded sequence costs what its tokens do.
+// Reads the lengths, and checks the page numbers that they reach.
 void read_sequences(Call& call, const Tensor& lengths) {
   CacheProblem& p = call.problem;
-  STD_TORCH_CHECK(lengths.is_cpu() && lengths.dim() == 1 && lengths.size(0) == call.batch &&
-                      lengths.scalar_type() == ScalarType::Int && lengths.is_contiguous(),
-                  "cache_seqlens must be a contiguous int32 CPU tensor (", call.batch, ",)");
+  check_rows(lengths, "cache_seqlens", "a contiguous int32", ScalarType::Int, 1, call.batch);
   const int32_t* before = static_cast<const int32_t*>(lengths.data_ptr());
   for (int64_t b = 0; b < call.batch; ++b) {
     CacheSequence s;
@@ -99,11 +101,10 @@ void read_sequences(Call& call, const Tensor& lengths) {
   }
 }
 
+// Narrows each sequence to its unmasked keys: padding then costs nothing.
 void read_mask(Call& call, const Tensor& mask) {
   CacheProblem& p = call.problem;
-  STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool &&
-                      mask.size(0) == call.batch,
-                  "key_mask must be a bool CPU tensor (", call.batch, ", keys)");
+  check_rows(mask, "key_mask", "a bool", ScalarType::Bool, 2, call.batch);
   static const uint8_t none = 0;
   p.mask = mask.numel() == 0 ? &none : static_cast<const uint8_t*>(mask.data_ptr());
   for (int i = 0; i < 2; ++i) p.mask_stride[i] = mask.stride(i);
@@ -119,9 +120,9 @@ void read_mask(Call& call, const Tensor& mask) {
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const MaybeTensor& k, const MaybeTensor& v, const Tensor& cache_seqlens,
                                   const MaybeTensor& block_table, const MaybeTensor& key_mask,
-                                  const MaybeTensor& k_scale, const MaybeTensor& v_scale, int64_t window_left,
-                                  int64_t window_right, double scale, double softcap,
-                                  const MaybeTensor& sinks, int64_t num_splits, bool return_lse) {
+                                  int64_t window_left, int64_t window_right, double scale, double softcap,
+                                  const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                  const MaybeTensor& v_scale, int64_t num_splits, bool return_lse) {
   Call call;
   CacheProblem& p = call.problem;
   check_input(q, "q", 4, q.scalar_type());

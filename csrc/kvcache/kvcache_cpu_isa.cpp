@@ -1,46 +1,40 @@
-// The kernels of attention_with_kvcache, compiled once per instruction set (see setup.py).
+// The kernels of attention_with_kvcache, compiled once per instruction set (see build_support/native.py).
 #include "kvcache/append.h"
 #include "kvcache/attend.h"
 
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-void append_tokens(const CacheProblem& p) {
-  switch (p.dtype) {
+template <class Body>
+void by_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
     case DType::float32:
-      return Append<float>(p).run();
+      return body(float());
     case DType::bfloat16:
-      return Append<bf16>(p).run();
+      return body(bf16());
     case DType::float16:
-      return Append<f16>(p).run();
+      return body(f16());
   }
 }
 
-void attend_codes(const CacheProblem& p) {
-  switch (p.dtype) {
-    case DType::float32:
-      return CacheAttend<float, Widened<int8_t>>(p).run();
-    case DType::bfloat16:
-      return CacheAttend<bf16, Widened<int8_t>>(p).run();
-    case DType::float16:
-      return CacheAttend<f16, Widened<int8_t>>(p).run();
-  }
+#if defined(RESFORMER_ISA_AVX512_BF16)
+template <class T>
+using Products = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Widened<T>>;
+#else
+template <class T>
+using Products = Widened<T>;
+#endif
+
+void append_tokens(const CacheProblem& p) {
+  by_dtype(p.dtype, [&](auto element) { Append<decltype(element)>(p).run(); });
 }
 
 void attend_cache(const CacheProblem& p) {
-  if (p.quantised) return attend_codes(p);
-  switch (p.dtype) {
-    case DType::float32:
-      return CacheAttend<float, Widened<float>>(p).run();
-    case DType::bfloat16:
-#if defined(RESFORMER_ISA_AVX512_BF16)
-      return CacheAttend<bf16, Pairs>(p).run();
-#else
-      return CacheAttend<bf16, Widened<bf16>>(p).run();
-#endif
-    case DType::float16:
-      return CacheAttend<f16, Widened<f16>>(p).run();
-  }
+  by_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (p.quantised) return CacheAttend<T, Widened<int8_t>>(p).run();
+    CacheAttend<T, Products<T>>(p).run();
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What a thread works in: rows of q, sums and scores of the unit it has, and the blocks of keys it walks.
+// Working memory of a thread: rows of q, sums and scores of its unit, and two blocks of keys.
 #pragma once
 
 #include "common/parallel.h"
@@ -9,7 +9,7 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// C: elements of the cache. Dot: how words of q are multiplied.
+// C: elements of the cache. Dot: products of words of q.
 template <class C, class Dot>
 struct WorkerScratch {
   WorkerScratch(const CacheProblem& p, const CachePlan& plan)
@@ -31,8 +31,8 @@ struct WorkerScratch {
   RowState* state;
   Block<C> blocks[2];
   Block<C>*now = &blocks[0], *next = &blocks[1];
-  bool filled = false;  // whether `now` holds the first block of the unit to come
-  // The keys that each row of the unit may see: positions, and within a block.
+  bool filled = false;  // whether `now` already holds the first block of the next unit
+  // Range of keys visible to each row of the unit: positions, and indices within a block.
   int64_t from[kUnitRows + 1], to[kUnitRows + 1], lo[kUnitRows + 1], hi[kUnitRows + 1];
 };
 

@@ -1,28 +1,29 @@
-// The two products of a decoding block in the order of memory: a token's row of every head, then the next
-// token's. Only this order keeps the processor's own prefetching at work; taking a head at a time over the
-// block's tokens costs a third of the bandwidth. Instead the sums move: scores come out by token and are
-// transposed, and the accumulators of all heads are passed through once for a few tokens.
+// The two products of a decoding block in the order of memory: all heads of a token, then the next token.
+// Only this order keeps the hardware prefetcher busy; one head at a time over the block's tokens costs a
+// third of the bandwidth. So scores come out by token and are transposed, and a pass over the accumulators of
+// all heads serves a few tokens.
 //
-// While a line is worked on, the line at the same place of the next block is fetched: `ahead` bytes further.
+// With each line that is read, the same line of the next block is prefetched, `ahead` bytes further on.
 #pragma once
 
 #include "kvcache/tile.h"
 
 namespace resformer::RESFORMER_ISA {
 
-// Tokens (or pairs of them) whose V is weighed in one pass over the accumulators.
+// Tokens (bfloat16: pairs of tokens) whose V one pass over the accumulators adds.
 constexpr int kAbreast = 2;
 
-// What is fetched for later: kept in the outer caches, or passing by them.
-enum class Keep { yes, no };
+// Cache hint of a prefetch.
+enum class Prefetch { temporal, non_temporal };
 
-template <Keep keep, class C>
+template <Prefetch hint, class C>
 static RESFORMER_INLINE void fetch(const C* at, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, keep == Keep::yes ? 3 : 0);
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, hint == Prefetch::temporal ? 3 : 0);
 }
 
-// sum[r] = q[r] . row for R rows of q (words), lane by lane. W: steps of a row, where the compiler may know.
-template <class M, int R, int W, Keep keep>
+// sum[r] = q[r] . row for R rows of q (words), lane by lane. W: steps of a row where known
+// at compile time, else 0.
+template <class M, int R, int W, Prefetch hint>
 static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const typename M::C* row, int64_t dim,
                                          int64_t ahead, Vec* sum) {
   constexpr int kBytes = M::kStep * sizeof(typename M::C);
@@ -34,7 +35,7 @@ static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const ty
 #pragma GCC unroll 8
   for (int64_t w = 0; w < whole; ++w) {
     const Vec k = M::load_row(row + w * M::kStep);
-    if (w * kBytes % 64 == 0) fetch<keep>(row + w * M::kStep, ahead);
+    if (w * kBytes % 64 == 0) fetch<hint>(row + w * M::kStep, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r] = M::Dot::dot(load(q + r * words + w * kLanes), k, acc[r]);
   }
@@ -49,7 +50,7 @@ static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const ty
 
 // Scores of one token: R rows of q for each of its heads, to out[head * R + row]. `q` has R rows of `words` a
 // head.
-template <class M, int R, int W, Keep keep>
+template <class M, int R, int W, Prefetch hint>
 static RESFORMER_INLINE void stream_scores(const float* q, int64_t words, const typename M::C* key,
                                            int64_t head_stride, int64_t heads, int64_t dim, int64_t ahead,
                                            float alpha, float* out) {
@@ -59,18 +60,18 @@ static RESFORMER_INLINE void stream_scores(const float* q, int64_t words, const 
     Vec acc[kSums];
 #pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h, q += R * words, key += head_stride)
-      stream_head<M, R, W, keep>(q, words, key, dim, ahead, acc + h * R);
+      stream_head<M, R, W, hint>(q, words, key, dim, ahead, acc + h * R);
     reduce_all(acc, alpha, out);
   }
   if (heads == 0) return;
   Vec acc[kSums];
   for (int i = 0; i < kSums; ++i) acc[i] = zero();
   for (int h = 0; h < heads; ++h, q += R * words, key += head_stride)
-    stream_head<M, R, W, keep>(q, words, key, dim, ahead, acc + h * R);
+    stream_head<M, R, W, hint>(q, words, key, dim, ahead, acc + h * R);
   reduce_all(acc, alpha, out);
 }
 
-// A row of V, and how far away the one to fetch lies.
+// A row of V, and the distance in bytes to the row to prefetch.
 template <class C>
 struct ValueRow {
   const C* at;
@@ -114,7 +115,7 @@ static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const 
     const auto whole = [&](int64_t d) {
       if (d / M::kStep * kBytes % 64 == 0) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) fetch<Keep::yes>(at[i] + d, rows[i].ahead);
+        for (int i = 0; i < kRows; ++i) fetch<Prefetch::temporal>(at[i] + d, rows[i].ahead);
       }
       step(d, 0);
     };
@@ -131,7 +132,7 @@ static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const 
   }
 }
 
-// body with the steps of a row as a constant for the usual head dimensions, else 0.
+// Calls body with the steps of a row as a constant for the usual head dimensions, else with 0.
 template <class M, class Body>
 static RESFORMER_INLINE void by_width(int64_t dim, const Body& body) {
   if (dim == 2 * M::kStep) return body(std::integral_constant<int, 2>());

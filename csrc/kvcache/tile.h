@@ -1,6 +1,6 @@
-// What the products of decoding are made of. P V takes V's rows as they are, and so do the scores of a few
-// queries (stream.h): dot products along contiguous memory, so each one is a vector of partial sums, and as
-// many of them as a vector has lanes (or 8) are added up together.
+// Building blocks of the products of decoding. P V reads V's rows in place, and so do the scores of a few
+// queries (stream.h): dot products along contiguous memory give a vector of partial sums each, and kSums of
+// these are reduced together.
 #pragma once
 
 #include <type_traits>
@@ -9,15 +9,15 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// How rows of a cache of elements C are multiplied. A word is a float32 of q, or for pairs two bfloat16.
+// Products with rows of a cache of elements C. A word is a float32 of q or P, for Pairs two bfloat16.
 template <class Element>
 struct Widened {
   using C = Element;
   using Dot = F32;
-  static constexpr int kStep = kLanes;  // elements of a row that one vector of words meets
+  static constexpr int kStep = kLanes;  // elements of a row per vector of words
   static inline Vec load_row(const C* p) { return load(p); }
   static inline Vec load_row_first(const C* p, int64_t count) { return load_first(p, count); }
-  // Elements d and on of the kPack rows that a word of P weighs, as columns; `rest` of them where not 0.
+  // Elements from d on of the kPack rows that a word of P multiplies, as columns; `rest` of them unless 0.
   static inline void load_columns(const C* const* rows, int64_t d, int64_t rest, Vec* columns) {
     columns[0] = rest ? load_row_first(rows[0] + d, rest) : load_row(rows[0] + d);
   }
@@ -52,7 +52,7 @@ struct Pairs {
 
 constexpr int kSums = kLanes == 16 ? 16 : 8;
 
-// alpha times the lane-wise sums of kSums vectors, in order.
+// alpha times the sum over lanes of each of kSums vectors, in order.
 static inline void reduce_all(const Vec* x, float alpha, float* sums) {
 #if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
   Vec pair[8], four[4], half[2];
@@ -85,8 +85,7 @@ static inline void reduce_all(const Vec* x, float alpha, float* sums) {
 #endif
 }
 
-// acc[r][columns of one chunk] += P V over `tokens` rows of V. `rest`: elements of a chunk that is cut short
-// by the end of the row, else 0.
+// acc[r][columns of one chunk] += P V over `tokens` rows of V. `rest`: elements of the row's tail, else 0.
 template <class M, int R, int V>
 static inline void value_tile(const float* p, int64_t p_row, const typename M::C* const* values,
                               int64_t offset, int64_t tokens, int64_t rest, float* acc, int64_t acc_row) {
@@ -121,8 +120,8 @@ static inline void value_tile(const float* p, int64_t p_row, const typename M::C
   }
 }
 
-// Rows are worked on together, some of them idle: up to eight in powers of two, more by fours, the last two
-// or one by themselves.
+// Rows are padded and processed together: up to eight in powers of two, more in fours with a tail of two or
+// one.
 static inline int64_t padded(int64_t rows) {
   if (rows <= 8) return rows <= 2 ? rows : rows <= 4 ? 4 : 8;
   return rows % 4 == 3 ? rows + 1 : rows;

@@ -38,6 +38,20 @@ def check_real(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {describe(value)}")
 
 
+def check_count(name: str, count: object, least: int) -> None:
+    """TypeError unless `count` is an int; ValueError unless it is `least` or more."""
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, got {describe(count)}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
+    """ValueError unless `tensor` is on `device`, that of the argument called `owner`."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {owner}'s device {device}, got {tensor.device}")
+
+
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which autocast wants an argument of `dtype`; float64 is left alone by it.
 

@@ -1,4 +1,4 @@
-"""The public function: attend over a cache of keys and values, and append to it."""
+"""The public function: append to a cache of keys and values, then attend over it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_tensor
+from resformer_kernels._core.checks import check_flag, check_tensor
 from resformer_kernels._core.op import refuse_vmap
 from resformer_kernels._core.select import explainable, serve
-from resformer_kernels.kvcache import native, reference, triton
-from resformer_kernels.kvcache.record import ATTEND, check_call
+from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
+from resformer_kernels.kvcache import checks, native, reference, triton
+from resformer_kernels.kvcache.record import ATTEND, KVCacheCall
 
 BACKENDS = (native, triton, reference)
 
@@ -72,8 +73,8 @@ def attention_with_kvcache(
         k_scale: float32 (B, T, Hkv) or (pages, page_size, Hkv): a quantised cache's values are
             code * scale. Appended tokens are quantised symmetrically, per token and head.
         v_scale: the same of v_cache.
-        num_splits: into how many parts each sequence's keys are cut, to be attended on their own
-            and merged by their LSE; 0 chooses by length. The result differs by rounding alone.
+        num_splits: splits of each sequence's keys (split-KV), attended separately and merged by
+            their LSE; 0 chooses by length. The result differs by rounding alone.
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), float32 (float64 for float64 inputs).
         backend: "auto", "native", "triton" or "reference". A name never falls back.
@@ -94,24 +95,33 @@ def attention_with_kvcache(
     """
     check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
     refuse_vmap(ATTEND, (q,))
-    call = check_call(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens=cache_seqlens,
+    q, k, v = checks.check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    checks.check_scales("k_scale", k_scale, k_cache)
+    checks.check_scales("v_scale", v_scale, v_cache)
+    capacity = checks.check_table(block_table, q, k_cache)
+    left, right = check_window(window, causal)
+    check_sinks(sinks, q)
+    check_flag("return_lse", return_lse)
+    call = KVCacheCall(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=k,
+        v=v,
+        cache_seqlens=checks.check_lengths(cache_seqlens, q),
         block_table=block_table,
-        key_mask=key_mask,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
+        key_mask=checks.check_mask(key_mask, q, capacity),
+        window_left=left,
+        window_right=right,
+        scale=check_scale(scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
-        num_splits=num_splits,
+        num_splits=checks.check_splits(num_splits),
         return_lse=return_lse,
     )
+    checks.check_contents(call, cache_seqlens)
+    checks.refuse_gradients(call)
     out, lse = serve(ATTEND, backend, BACKENDS, call)
     return (out, lse) if return_lse else out

@@ -10,27 +10,17 @@ from resformer_kernels._core import extension
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.op import NATIVE
 from resformer_kernels.kvcache import op
-from resformer_kernels.kvcache.record import (
-    KVCacheCall,
-    copy_notes,
-    strided_cache_reason,
-)
+from resformer_kernels.kvcache.record import KVCacheCall, copy_notes, kernel_reason
 
 NAME = "native"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(call: KVCacheCall, hardware: Hardware) -> str | None:
     """Why the native kernels cannot serve this call; None when they can."""
-    foreign = extension.foreign_device(call.q.device, cuda=False)
-    if foreign is not None:
-        return foreign
-    if call.q.dtype not in _DTYPES:
-        return f"it serves float32, bfloat16 and float16 queries, these are {call.q.dtype}"
-    if call.k_cache.dtype not in (call.q.dtype, torch.int8):
+    reason = extension.foreign_device(call.q.device, cuda=False) or kernel_reason(call)
+    if reason is None and call.k_cache.dtype not in (call.q.dtype, torch.int8):
         return f"it serves caches of q's dtype and of int8, these are {call.k_cache.dtype}"
-    return strided_cache_reason(call) or hardware.cpu_library_reason()
+    return reason or hardware.cpu_library_reason()
 
 
 notes = copy_notes

@@ -1,7 +1,7 @@
-"""The op of `attention_with_kvcache`; torch alone is needed.
+"""The op of `attention_with_kvcache`, in torch alone.
 
-The caches and their scales are written in place, and only at the positions of appended tokens. What
-was not asked for comes back with no elements. There is no gradient.
+It writes the caches and their scales in place, at the positions of appended tokens alone. An LSE
+that was not asked for has no elements. There is no gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OP = Op(
     "(Tensor out, Tensor lse)",
     function=ATTEND,
     fake=_fake,
-    triton="resformer_kernels.kvcache.triton.launch:attend",
+    triton="resformer_kernels.kvcache.triton.attend:attend",
 )
 
 
@@ -39,5 +39,5 @@ def run(namespace: str, call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
 
 
 def op_arguments(call: KVCacheCall) -> KVCacheCall:
-    """The call as kernels take it: what they only read has a contiguous last axis."""
+    """The call as kernels take it: tensors that they only read have a contiguous last axis."""
     return with_unit_strides(call, (*READ_ONLY, "cache_seqlens"))

@@ -21,7 +21,7 @@ from torch import Tensor
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
-from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
+from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 
 NAME = "reference"
 
@@ -34,7 +34,7 @@ def unsupported_reason(_call: KVCacheCall, _hardware: Hardware) -> str | None:
 
 
 def is_large(call: KVCacheCall) -> bool:
-    """Whether the scores that it materialises are many enough to be worth a warning."""
+    """Whether it materialises so many scores that a fallback deserves a warning."""
     return call.q[..., 0].numel() * call.capacity >= _LARGE
 
 
@@ -42,31 +42,26 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None); the caches have the new tokens in them."""
     kind = call.q.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-        append(call.k_cache, call.k_scale, call.k, call)
-        append(call.v_cache, call.v_scale, call.v, call)
+        if call.k is not None:
+            append(call.k_cache, call.k_scale, call.k, call.cache_seqlens, call.block_table)
+        if call.v is not None:
+            append(call.v_cache, call.v_scale, call.v, call.cache_seqlens, call.block_table)
         return _attend(call)
 
 
-def append(cache: Tensor, scale: Tensor | None, new: Tensor | None, call: KVCacheCall) -> None:
-    """Write `new` (B, Tnew, Hkv, D) at the end of every sequence."""
-    if new is None:
-        return
-    at = call.cache_seqlens[:, None] + torch.arange(new.shape[1], device=new.device)
+def append(
+    cache: Tensor, scale: Tensor | None, new: Tensor, lengths: Tensor, table: Tensor | None
+) -> None:
+    """Write `new` (B, Tnew, Hkv, D) after the `lengths` tokens of every sequence."""
+    at = lengths[:, None] + torch.arange(new.shape[1], device=new.device)
     rows = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(at)
-    if call.block_table is not None:
+    if table is not None:
         page_size = cache.shape[1]
-        rows, at = call.block_table.gather(1, at // page_size).long(), at % page_size
+        rows, at = table.gather(1, at // page_size).long(), at % page_size
     if scale is None:
         cache[rows, at] = new
-        return
-    codes, scales = quantise(new, cache.dtype)
-    cache[rows, at] = codes
-    scale[rows, at] = scales
-
-
-def largest_code(dtype: torch.dtype) -> float:
-    """The code that the largest magnitude of a token becomes: symmetric, so -128 is not used."""
-    return 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
+    else:
+        cache[rows, at], scale[rows, at] = quantise(new, cache.dtype)
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,17 +87,16 @@ def dequantise(codes: Tensor, scales: Tensor, compute: torch.dtype) -> Tensor:
 
 
 def held(cache: Tensor, scale: Tensor | None, call: KVCacheCall, seen: Tensor) -> Tensor:
-    """The cache as (B, capacity, Hkv, D), dequantised; zeros where `seen` (B, capacity) is not."""
-    compute = torch.float64 if call.q.dtype is torch.float64 else torch.float32
-    rows, codes = (scale, cache)
+    """The cache as (B, capacity, Hkv, D), dequantised; zeros outside of `seen` (B, capacity)."""
+    rows = [cache] if scale is None else [cache, scale]
     if call.block_table is not None:
         # Entries of the table past a sequence's end may hold anything.
         table = call.block_table.clamp(0, max(cache.shape[0] - 1, 0)).long()
-        codes = cache[table].flatten(1, 2)
-        rows = None if scale is None else scale[table].flatten(1, 2)
-    if cache.dtype in QUANTISED:
-        assert rows is not None
-        codes = dequantise(codes, rows, compute)
+        rows = [x[table].flatten(1, 2) for x in rows]
+    codes, *scales = rows
+    if scales:
+        wide = torch.float64 if call.q.dtype is torch.float64 else torch.float32
+        codes = dequantise(codes, scales[0], wide)
     # Memory past the end may hold NaN, and zero times NaN is NaN.
     return codes.masked_fill(~seen[:, :, None, None], 0)
 

@@ -73,15 +73,29 @@ class Driver:
             empty = (torch.zeros(0, KV_HEADS, DIM), torch.zeros(0, KV_HEADS, VALUE_DIM))
             self.held[name] = [empty] * self.layers
 
-    def tokens(self, batch: int, count: int) -> list[tuple[Tensor | None, Tensor | None]]:
+    def tokens(
+        self, batch: int, count: int, dtype: torch.dtype = torch.float32
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """New keys and values of each layer; None where another layer writes them."""
         layout = self.cache.layout
         found = []
         for layer in range(self.layers):
-            k = self.draw(batch, count, KV_HEADS, DIM) if layout.writes_keys(layer) else None
-            v = self.draw(batch, count, KV_HEADS, VALUE_DIM)
-            found.append((k, v if layout.writes_values(layer) else None))
+            k = v = None
+            if layout.writes_keys(layer):
+                k = self.draw(batch, count, KV_HEADS, DIM).to(dtype)
+            if layout.writes_values(layer):
+                v = self.draw(batch, count, KV_HEADS, VALUE_DIM).to(dtype)
+            found.append((k, v))
         return found
+
+    def compare(self, layer: int, q: Tensor, out: Tensor, names: tuple[int, ...]) -> None:
+        """Hold a layer's output against causal attention over what each sequence has."""
+        for row, name in enumerate(names):
+            keys, values = self.held[name][layer]
+            expected = value_residual_attention(
+                q[row : row + 1], keys[None], values[None], causal=True, backend="reference"
+            )
+            torch.testing.assert_close(out[row : row + 1], expected)
 
     def step(
         self, count: int, names: tuple[int, ...] | None = None, *, append: bool = False
@@ -107,10 +121,7 @@ class Driver:
                 keys, values = torch.cat([keys, k_new[row]]), torch.cat([values, v_new[row]])
                 self.held[name] = [*self.held[name]]
                 self.held[name][layer] = (keys, values)
-                expected = value_residual_attention(
-                    q[row : row + 1], keys[None], values[None], causal=True, backend="reference"
-                )
-                torch.testing.assert_close(out[row : row + 1], expected)
+            self.compare(layer, q, out, chosen)
 
     def check(self) -> None:
         """Read everything back, without a step."""
@@ -119,16 +130,10 @@ class Driver:
         assert cache.lengths == tuple(len(self.held[name][0][0]) for name in cache.sequences)
         for layer in range(self.layers):
             q = self.draw(len(cache.sequences), 1, HEADS, DIM)
-            out = cache.attend(layer, q)
-            for row, name in enumerate(cache.sequences):
-                keys, values = self.held[name][layer]
-                expected = value_residual_attention(
-                    q[row : row + 1], keys[None], values[None], causal=True, backend="reference"
-                )
-                torch.testing.assert_close(out[row : row + 1], expected)
+            self.compare(layer, q, cache.attend(layer, q), cache.sequences)
 
     def act(self, luck: random.Random) -> None:
-        """One change that there is room for."""
+        """Make one random change that the cache has room for."""
         cache, names = self.cache, self.cache.sequences
         action = luck.choice(("step", "step", "some", "crop", "reorder", "fork", "free", "add"))
         if action in ("step", "some") and names and max(cache.lengths) <= CAPACITY - 5:

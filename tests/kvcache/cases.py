@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from resformer_kernels import attention_with_kvcache
+from resformer_kernels._core.select import prepare
+from resformer_kernels.kvcache.op import op_arguments
+from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.testing import LAYOUTS
-from resformer_kernels.testing.kvcache import APPENDS, CACHE_LAYOUTS, MASKS, KVCacheCase
+from resformer_kernels.testing.kvcache import (
+    APPENDS,
+    CACHE_LAYOUTS,
+    MASKS,
+    KVCacheCase,
+    KVCacheInputs,
+    compare_kvcache,
+    kvcache_inputs,
+)
+
+SWEEP = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+"""Settings of the backends' sweeps."""
 
 LENGTHS = st.one_of(
     st.sampled_from((0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)), st.integers(0, 300)
@@ -15,6 +37,33 @@ QUERIES = st.sampled_from((0, 1, 1, 1, 2, 3, 5, 17, 40))
 HEAD_DIMS = st.sampled_from((1, 3, 8, 16, 17, 32, 40, 64, 80, 128))
 WINDOW_SIDES = st.sampled_from((-1, -1, 0, 1, 7, 20, 64, 200))
 PAGE_SIZES = st.sampled_from((0, 0, 1, 4, 16, 24))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's name in test ids."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check(case: KVCacheCase, backend: str) -> None:
+    """Hold a case against float64."""
+    wrong = [str(row) for row in compare_kvcache(case, backend=backend) if not row.ok]
+    assert not wrong, f"{case}: {wrong}"
+
+
+def call_of(inputs: KVCacheInputs) -> KVCacheCall:
+    """The record of a call."""
+    call: KVCacheCall = prepare(attention_with_kvcache, **inputs.tensors, **inputs.options).call
+    return call
+
+
+def opcheck(namespace: str, case: KVCacheCase) -> None:
+    """torch.library.opcheck of the op of `namespace`, without the NaN that caches hold."""
+    arguments = tuple(
+        x.nan_to_num(nan=0.5) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in op_arguments(call_of(kvcache_inputs(case)))
+    )
+    op = getattr(torch.ops, namespace).attention_with_kvcache.default
+    torch.library.opcheck(op, arguments)
 
 
 @st.composite

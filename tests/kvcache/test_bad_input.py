@@ -122,11 +122,8 @@ QUANTISED: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("v_cache", torch.zeros(2, 16, 2, 6), TypeError, ["v_cache", "int8", "float32"]),
     ("k", torch.zeros(2, 3, 2, 8, dtype=torch.int8), TypeError, ["k", "float32", "int8"]),
 ]
-CASES = [
-    *((contiguous, case) for case in CONTIGUOUS),
-    *((paged, case) for case in PAGED),
-    *((quantised, case) for case in QUANTISED),
-]
+GROUPS = ((contiguous, CONTIGUOUS), (paged, PAGED), (quantised, QUANTISED))
+CASES = [(make, case) for make, cases in GROUPS for case in cases]
 
 
 IDS = [f"{make.__name__}-{case[0]}-{i}" for i, (make, case) in enumerate(CASES)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache.cache import pages
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,
@@ -22,14 +21,6 @@ from tests.kvcache.cache_model import (
     contents,
     new_cache,
 )
-
-
-@pytest.fixture(params=["contiguous", "paged"])
-def paged(request: pytest.FixtureRequest) -> bool:
-    """Both forms; paging skips without the host module, and fails where it has to be there."""
-    if request.param == "paged" and pages.unavailable_reason() is not None:
-        request.getfixturevalue("native")
-    return bool(request.param == "paged")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,10 +75,6 @@ def test_forks_share_pages_until_they_differ() -> None:
     driver.check()
 
 
-def reference_bytes(layers: int, batch: int, dtype: torch.dtype) -> int:
-    return 2 * layers * batch * CAPACITY * KV_HEADS * DIM * dtype.itemsize
-
-
 def measured(cache: SharedValueCache) -> int:
     tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
@@ -102,7 +89,7 @@ def sized(layout: KVLayout, dtype: torch.dtype, **form: int) -> SharedValueCache
 def test_svformer_takes_exactly_its_share(layers: int) -> None:
     standard = sized(KVLayout.standard(layers), torch.bfloat16)
     shared = sized(KVLayout.svformer(layers), torch.bfloat16)
-    assert standard.nbytes == measured(standard) == reference_bytes(layers, 3, torch.bfloat16)
+    assert standard.nbytes == measured(standard) == 2 * layers * 3 * CAPACITY * KV_HEADS * DIM * 2
     assert shared.nbytes == measured(shared)
     assert shared.nbytes * 2 * layers == standard.nbytes * (layers + 1)
 
@@ -154,9 +141,7 @@ def test_quantised_within_its_bound(dtype: torch.dtype, paged: bool) -> None:
 def test_append_writes_what_attend_writes(dtype: torch.dtype, paged: bool) -> None:
     first, second = (new_cache(LAYOUTS["svformer"], paged, dtype=dtype) for _ in range(2))
     driver = Driver(first)
-    for layer, (k, v) in enumerate(driver.tokens(2, 5)):
-        k = None if k is None else k.bfloat16()
-        v = None if v is None else v.bfloat16()
+    for layer, (k, v) in enumerate(driver.tokens(2, 5, torch.bfloat16)):
         first.append(layer, k, v)
         second.attend(layer, driver.draw(2, 5, HEADS, DIM).bfloat16(), k, v, backend="reference")
     for one, other in zip(contents(first), contents(second), strict=True):
@@ -167,12 +152,8 @@ def test_autocast_follows_the_cache(paged: bool) -> None:
     cache = new_cache(LAYOUTS["svformer"], paged)
     driver = Driver(cache)
     with torch.autocast("cpu", torch.bfloat16):
-        for layer, (k, v) in enumerate(driver.tokens(2, 3)):
-            cache.append(
-                layer,
-                None if k is None else k.bfloat16(),
-                None if v is None else v.bfloat16(),
-            )
+        for layer, (k, v) in enumerate(driver.tokens(2, 3, torch.bfloat16)):
+            cache.append(layer, k, v)
     assert cache.lengths == (3, 3)
     assert cache.keys.dtype is torch.float32
 
@@ -201,7 +182,7 @@ def test_repr_says_what_it_is(paged: bool) -> None:
 def test_gpu_steps_are_planned(monkeypatch: pytest.MonkeyPatch, native: str) -> None:
     del native
     cache = new_cache(LAYOUTS["svformer"], True)
-    monkeypatch.setattr(type(cache._steps), "_plan", lambda _self, _chosen: 3)
+    monkeypatch.setattr(type(cache._transactions), "_plan", lambda _self, _chosen: 3)
     seen: list[int] = []
     from resformer_kernels.kvcache import reference
 

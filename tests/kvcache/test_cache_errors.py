@@ -12,7 +12,6 @@ from torch import Tensor
 
 from resformer_kernels import KVLayout, SharedValueCache
 from resformer_kernels.kvcache import reference
-from resformer_kernels.kvcache.cache import pages
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,
@@ -26,12 +25,9 @@ from tests.kvcache.cache_model import (
 )
 
 
-@pytest.fixture(params=["contiguous", "paged"])
-def cache(request: pytest.FixtureRequest) -> SharedValueCache:
+@pytest.fixture
+def cache(paged: bool) -> SharedValueCache:
     """Two sequences of five tokens, SVFormer, three layers; a third row or page has room."""
-    paged = request.param == "paged"
-    if paged and pages.unavailable_reason() is not None:
-        request.getfixturevalue("native")
     made = new_cache(LAYOUTS["svformer"], paged, rows=3)
     Driver(made).step(5)
     return made
@@ -50,7 +46,7 @@ def q(tokens: int = 1, batch: int = 2) -> Tensor:
 
 
 def state(cache: SharedValueCache) -> tuple[Any, ...]:
-    return cache.sequences, cache.lengths, cache.utilisation, cache._steps.step is None
+    return cache.sequences, cache.lengths, cache.utilisation, cache._transactions.open is None
 
 
 def refuses(
@@ -67,11 +63,8 @@ def refuses(
 def test_full(cache: SharedValueCache) -> None:
     room = CAPACITY - 5
     said = f"the cache is full: sequence 0 has 5 of {CAPACITY} tokens, and {room + 1} more"
-    for call in (
-        lambda: cache.append(0, k(room + 1), v(room + 1)),
-        lambda: cache.attend(0, q(), k(room + 1), v(room + 1)),
-    ):
-        refuses(cache, RuntimeError, said, call)
+    refuses(cache, RuntimeError, said, lambda: cache.append(0, k(room + 1), v(room + 1)))
+    refuses(cache, RuntimeError, said, lambda: cache.attend(0, q(), k(room + 1), v(room + 1)))
     cache.append(0, k(room), v(room))
 
 
@@ -138,13 +131,9 @@ def test_within_a_step(cache: SharedValueCache) -> None:
     driver = Driver(cache)
     cache.append(0, k(2), v(2))
     assert cache.lengths == (5, 5)
-    for action in (
-        lambda: cache.crop(1),
-        lambda: cache.reorder([0, 1]),
-        lambda: cache.fork(0),
-        lambda: cache.free(0),
-        lambda: cache.add(),
-    ):
+    actions: list[Callable[[], object]] = [partial(cache.crop, 1), partial(cache.reorder, [0, 1])]
+    actions += [partial(cache.fork, 0), partial(cache.free, 0), cache.add]
+    for action in actions:
         refuses(cache, RuntimeError, "cannot be called within a step: layers 1, 2", action)
     said = "k and v must have the step's 2 tokens, got 1"
     refuses(cache, ValueError, said, lambda: cache.append(1, k()))
@@ -214,19 +203,10 @@ def test_a_kernel_that_fails_leaves_no_step(
         raise MemoryError("no memory")
 
     monkeypatch.setattr(reference, "run", fail)
-    refuses(
-        cache,
-        MemoryError,
-        "no memory",
-        lambda: cache.attend(0, q(), k(), v(), backend="reference"),
-    )
+    attend = partial(cache.attend, backend="reference")
+    refuses(cache, MemoryError, "no memory", lambda: attend(0, q(), k(), v()))
     cache.append(0, k(), v())
-    refuses(
-        cache,
-        MemoryError,
-        "no memory",
-        lambda: cache.attend(1, q(), k(), backend="reference"),
-    )
+    refuses(cache, MemoryError, "no memory", lambda: attend(1, q(), k()))
     cache.append(1, k())
 
 
@@ -262,13 +242,7 @@ def test_wrong_crops_and_picks(cache: SharedValueCache) -> None:
     ],
 )
 def test_bad_construction(changes: dict[str, Any], error: type[Exception], said: str) -> None:
-    arguments: dict[str, Any] = {
-        "layout": KVLayout.standard(2),
-        "batch": 1,
-        "max_seqlen": 8,
-        "num_kv_heads": 1,
-        "head_dim": 4,
-        **changes,
-    }
+    sizes = {"batch": 1, "max_seqlen": 8, "num_kv_heads": 1, "head_dim": 4}
+    arguments: dict[str, Any] = {"layout": KVLayout.standard(2), **sizes, **changes}
     with pytest.raises(error, match=said):
         SharedValueCache(**arguments)

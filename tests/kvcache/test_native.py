@@ -1,4 +1,4 @@
-"""What the native kernel promises beside the numbers: bits, splits, threads, schema, checks."""
+"""The native kernel beside its numbers: bits, splits, threads, schema, checks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
-from resformer_kernels.kvcache.op import op_arguments
-from resformer_kernels.kvcache.record import check_call
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -18,6 +16,7 @@ from resformer_kernels.testing.kvcache import (
     paginated,
     run_copied,
 )
+from tests.kvcache.cases import opcheck
 
 LONG = KVCacheCase(
     lengths=(3000, 700), heads=8, kv_heads=4, head_dim=64, value_dim=64, return_lse=True
@@ -87,15 +86,7 @@ def test_opcheck(native: str, name: str) -> None:
         ),
         "int8": KVCacheCase(quantised=torch.int8),
     }[name]
-    inputs = kvcache_inputs(case)
-    # opcheck compares what is in the caches: no NaN there.
-    tensors = {
-        key: x.nan_to_num(0.5) if x.is_floating_point() else x for key, x in inputs.tensors.items()
-    }
-    q, k_cache, v_cache = (tensors.pop(key) for key in ("q", "k_cache", "v_cache"))
-    arguments: dict[str, Any] = {**tensors, **inputs.options}
-    call = op_arguments(check_call(q, k_cache, v_cache, **arguments))
-    torch.library.opcheck(torch.ops.resformer.attention_with_kvcache.default, tuple(call))
+    opcheck("resformer", case)
 
 
 def test_the_op_checks_for_itself(native: str) -> None:
@@ -109,8 +100,8 @@ def test_the_op_checks_for_itself(native: str) -> None:
         at = torch.tensor(lengths, dtype=torch.int32)
         rows = cache.view(4, 4, 2, 8) if table is not None else cache
         op(
-            q, rows, rows.clone(), k, k, at, table, mask, None, None,
-            -1, 0, 1.0, 0.0, None, 0, False,
+            q, rows, rows.clone(), k, k, at, table, mask,
+            -1, 0, 1.0, 0.0, None, None, None, 0, False,
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="sequence 1 has 8 tokens and 1 are appended"):

@@ -6,30 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels.testing.kvcache import KVCacheCase, compare_kvcache
-from tests.kvcache.cases import TABLE, kvcache_cases
+from tests.kvcache.cases import SWEEP, TABLE, check, kvcache_cases, name_of
 
 KINDS = [
-    pytest.param(dtype, quantised, id=f"{str(dtype)[6:]}{'-int8' if quantised else ''}")
+    pytest.param(dtype, quantised, id=f"{name_of(dtype)}{'-int8' if quantised else ''}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for quantised in (None, torch.int8)
 ]
 by_kind = pytest.mark.parametrize(("dtype", "quantised"), KINDS)
-sweep = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-def check(case: KVCacheCase) -> None:
-    wrong = [str(row) for row in compare_kvcache(case, backend="native") if not row.ok]
-    assert not wrong, f"{case}: {wrong}"
+sweep = settings(SWEEP, max_examples=25)
 
 
 @by_kind
@@ -39,11 +27,11 @@ def check(case: KVCacheCase) -> None:
 def test_random_cases_stay_within_budget(
     dtype: torch.dtype, quantised: torch.dtype | None, data: st.DataObject
 ) -> None:
-    check(data.draw(kvcache_cases(dtype, quantised)))
+    check(data.draw(kvcache_cases(dtype, quantised)), "native")
 
 
 @by_kind
 @pytest.mark.usefixtures("cpu_path")
 def test_edge_shapes_stay_within_budget(dtype: torch.dtype, quantised: torch.dtype | None) -> None:
     for case in TABLE.values():
-        check(dataclasses.replace(case, dtype=dtype, quantised=quantised))
+        check(dataclasses.replace(case, dtype=dtype, quantised=quantised), "native")

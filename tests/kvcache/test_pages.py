@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from resformer_kernels.kvcache.cache import pages
 
 PAGES, SIZE = 12, 4
-# What a sequence holds: the token numbers that were written, in order.
+# Numbers of the tokens written to a sequence, in order.
 Tokens = tuple[int, ...]
 
 
@@ -163,16 +163,16 @@ def test_bad_arguments_are_named() -> None:
     table = pages.page_table(4, 4)
     one, two = table.create(2)
     table.append([one], 3)
-    with pytest.raises(ValueError, match=f"sequence {one} is named twice"):
-        table.append([one, two, one], 1)
-    with pytest.raises(ValueError, match="tokens must be 0 to 2147483647, got -1"):
-        table.append([one], -1)
-    with pytest.raises(ValueError, match="has 3 tokens and cannot be cropped to 4"):
-        table.crop([one], [4])
-    with pytest.raises(ValueError, match="lengths must be one for each of 1 sequences, got 2"):
-        table.crop([one], [0, 0])
-    with pytest.raises(ValueError, match="picks must be 0 to 1, got 2"):
-        table.reorder([one, two], [0, 2])
+    calls = {
+        f"sequence {one} is named twice": lambda: table.append([one, two, one], 1),
+        "tokens must be 0 to 2147483647, got -1": lambda: table.append([one], -1),
+        "has 3 tokens and cannot be cropped to 4": lambda: table.crop([one], [4]),
+        "lengths must be one for each of 1 sequences, got 2": lambda: table.crop([one], [0, 0]),
+        "picks must be 0 to 1, got 2": lambda: table.reorder([one, two], [0, 2]),
+    }
+    for said, call in calls.items():
+        with pytest.raises(ValueError, match=said):
+            call()
     assert (table.length(one), table.free_pages) == (3, 3)
 
 

@@ -1,4 +1,4 @@
-"""`SharedValueCache.read`: what attention code that is not ours attends over."""
+"""`SharedValueCache.read`: keys and values for other attention code."""
 
 from __future__ import annotations
 
@@ -6,49 +6,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels import KVLayout, SharedValueCache
-from resformer_kernels.kvcache.cache import pages
+from tests.kvcache.cache_model import DIM, KV_HEADS, LAYOUTS, VALUE_DIM, new_cache
+
+SVFORMER = LAYOUTS["svformer"]
 
 
-def cache_of(**storage: int | torch.dtype) -> SharedValueCache:
-    return SharedValueCache(
-        KVLayout.svformer(2),
-        batch=2,
-        num_kv_heads=2,
-        head_dim=4,
-        **storage,  # type: ignore[arg-type]
-    )
-
-
-def new(tokens: int, seed: int) -> Tensor:
-    return torch.randn(2, tokens, 2, 4, generator=torch.Generator().manual_seed(seed))
+def new(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, tokens, KV_HEADS, dim) for dim in (DIM, VALUE_DIM))
+    k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return k, v
 
 
 def test_rows_in_order_are_views() -> None:
-    cache = cache_of(max_seqlen=8)
-    k, v, later = new(3, 0), new(3, 1), new(3, 2)
+    cache = new_cache(SVFORMER, paged=False)
+    k, v = new(3, 0)
+    later, _ = new(3, 2)
     cache.append(0, k, v)
-    # Within a step: what is there already.
+    # Within a step, the tokens appended so far.
     assert torch.equal(cache.read(0)[0], k)
     with pytest.raises(RuntimeError, match="layer 1's keys of this step are missing"):
         cache.read(1)
     cache.append(1, later)
+    cache.append(2, later)
     keys, values = cache.read(1)
     assert torch.equal(keys, later)
     assert torch.equal(values, v)
     assert values.data_ptr() == cache.values.data_ptr()
-    with pytest.raises(ValueError, match="layer must be 0 to 1"):
-        cache.read(2)
+    with pytest.raises(ValueError, match="layer must be 0 to 2"):
+        cache.read(3)
 
 
-@pytest.mark.parametrize("paged", [False, True])
 def test_other_orders_are_copies(paged: bool) -> None:
-    if paged and pages.unavailable_reason() is not None:
-        pytest.skip(str(pages.unavailable_reason()))
-    cache = cache_of(num_pages=8, page_size=2) if paged else cache_of(max_seqlen=8)
-    k, v = new(5, 0), new(5, 1)
+    cache = new_cache(SVFORMER, paged)
+    k, v = new(5, 0)
     cache.append(0, k, v)
     cache.append(1, k)
+    cache.append(2, k)
     cache.reorder([1, 0])
     for found, expected in zip(cache.read(1), (k, v), strict=True):
         assert torch.equal(found, expected[[1, 0]])
@@ -57,8 +51,8 @@ def test_other_orders_are_copies(paged: bool) -> None:
 
 
 def test_codes_become_numbers() -> None:
-    cache = cache_of(max_seqlen=8, dtype=torch.int8)
-    k, v = new(5, 0), new(5, 1)
+    cache = new_cache(SVFORMER, paged=False, dtype=torch.int8)
+    k, v = new(5, 0)
     cache.append(0, k, v)
     for found, expected in zip(cache.read(0), (k, v), strict=True):
         assert found.dtype == torch.float32

@@ -1,9 +1,8 @@
-"""What the Triton backend of the cache promises: bits, splits, bounds, and under torch.compile."""
+"""The Triton backend beside its numbers: bits, splits, bounds, torch.compile."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from resformer_kernels import attention_with_kvcache, explain
 from resformer_kernels._core.hardware import MACHINE
-from resformer_kernels._core.select import prepare
+from resformer_kernels._core.op import TRITON
 from resformer_kernels.kvcache import triton
-from resformer_kernels.kvcache.op import op_arguments
-from resformer_kernels.kvcache.record import KVCacheCall
+from resformer_kernels.kvcache.op import OP, op_arguments
 from resformer_kernels.kvcache.triton import plan as triton_plan
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
@@ -25,24 +23,13 @@ from resformer_kernels.testing.kvcache import (
     paginated,
     run_copied,
 )
+from tests.kvcache.cases import call_of, opcheck
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 SPLIT = KVCacheCase(
     lengths=(150, 33), q_len=2, new_tokens=2, num_splits=3, return_lse=True, sinks=True
 )
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def call_of(inputs: KVCacheInputs) -> KVCacheCall:
-    call: KVCacheCall = prepare(attention_with_kvcache, **inputs.tensors, **inputs.options).call
-    return call
 
 
 def assert_same_bits(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
@@ -113,12 +100,9 @@ def test_pages_that_do_not_exist_are_neither_read_nor_written(page: int) -> None
     wrong = call.block_table.clone()
     wrong[0] = page
     before = call.k_cache.clone()
-    expected, _ = torch.ops.resformer_triton.attention_with_kvcache.default(
-        *call._replace(k_cache=call.k_cache.clone(), v_cache=call.v_cache.clone())
-    )
-    out, _ = torch.ops.resformer_triton.attention_with_kvcache.default(
-        *call._replace(block_table=wrong)
-    )
+    copied = call._replace(k_cache=call.k_cache.clone(), v_cache=call.v_cache.clone())
+    expected, _ = OP(TRITON, copied)
+    out, _ = OP(TRITON, call._replace(block_table=wrong))
     assert out[0].eq(0).all()
     assert torch.equal(out[1], expected[1])
     changed = (call.k_cache != before) & ~(call.k_cache.isnan() & before.isnan())
@@ -130,7 +114,7 @@ def test_lengths_that_cannot_be_stay_within_the_cache() -> None:
     call = op_arguments(call_of(inputs))
     wrong = torch.tensor([2**30, -(2**30)], dtype=torch.int32)
     before = call.k_cache.clone()
-    torch.ops.resformer_triton.attention_with_kvcache.default(*call._replace(cache_seqlens=wrong))
+    OP(TRITON, call._replace(cache_seqlens=wrong))
     torch.testing.assert_close(call.k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -144,14 +128,7 @@ CASES = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
-    call = op_arguments(call_of(kvcache_inputs(CASES[name])))
-    # Memory past the ends holds NaN, which opcheck does not take for itself.
-    arguments = tuple(
-        x.nan_to_num(nan=0.5) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in call
-    )
-    op = torch.ops.resformer_triton.attention_with_kvcache.default
-    torch.library.opcheck(op, arguments)
+    opcheck("resformer_triton", CASES[name])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -223,9 +200,10 @@ def test_what_is_read_once_leaves_the_second_level_cache_first(
     with recorded_launches() as launches:
         run_copied(inputs, "triton")
     (attend,) = launches
-    assert (attend.kwargs["KEY_POLICY"], attend.kwargs["VALUE_POLICY"]) == hints
-    # Loads that the compiler makes copies to shared memory would lose them.
-    assert attend.kwargs["AHEAD"] == bool(hints[0])
+    cache, tile = attend.kwargs["cache"], attend.kwargs["tile"]
+    assert (cache.k.POLICY.value, cache.v.POLICY.value) == hints
+    # Loads that the compiler turns into copies to shared memory would lose them.
+    assert tile.AHEAD.value == bool(hints[0])
 
 
 def test_only_keys_in_reach_count() -> None:

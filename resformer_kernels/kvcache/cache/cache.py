@@ -1,4 +1,4 @@
-"""A cache of keys and values whose layers may share slots: SVFormer keeps its values once."""
+"""A cache of keys and values whose layers may share slots, as SVFormer shares its values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import DTYPES, describe
+from resformer_kernels._core.checks import DTYPES, check_count, describe
 from resformer_kernels._core.select import prepare, select
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.cache.layout import KVLayout
 from resformer_kernels.kvcache.cache.placement import Pages, Placement, Rows
 from resformer_kernels.kvcache.cache.storage import Slots
-from resformer_kernels.kvcache.cache.transaction import Steps
+from resformer_kernels.kvcache.cache.transaction import Transactions
 from resformer_kernels.kvcache.record import QUANTISED
+from resformer_kernels.kvcache.reference import append
 
 
 class SharedValueCache:
@@ -56,8 +57,10 @@ class SharedValueCache:
         RuntimeError: paged, and the host module is not built.
 
     Attributes:
-        keys, values: the tensors above; key_scales, value_scales: float32, the same without the
-            last axis, or None.
+        keys: (key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk).
+        values: (value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv).
+        key_scales, value_scales: float32, the same without the last axis; None where the cache is
+            not quantised.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class SharedValueCache:
         value_dim = head_dim if value_head_dim is None else value_head_dim
         named = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_head_dim": value_dim}
         for name, size in named.items():
-            _check_count(name, size, 1)
+            check_count(name, size, 1)
         self.layout, self.num_kv_heads = layout, num_kv_heads
         self.dtype, self.device = dtype, torch.empty(0, device=device).device
         self._place: Placement
@@ -93,29 +96,11 @@ class SharedValueCache:
         shape = (rows, length, num_kv_heads)
         self._keys = Slots((layout.num_key_slots, *shape, head_dim), dtype, self.device)
         self._values = Slots((layout.num_value_slots, *shape, value_dim), dtype, self.device)
+        self.keys, self.key_scales = self._keys.codes, self._keys.scales
+        self.values, self.value_scales = self._values.codes, self._values.scales
         slots = {"k": self._keys, "v": self._values}
-        self._steps = Steps(layout, slots, self._place, dtype, self.device)
+        self._transactions = Transactions(layout, slots, self._place)
         self._batch = self._place.create(batch or 0)
-
-    @property
-    def keys(self) -> Tensor:
-        """(key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk)."""
-        return self._keys.codes
-
-    @property
-    def values(self) -> Tensor:
-        """(value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv)."""
-        return self._values.codes
-
-    @property
-    def key_scales(self) -> Tensor | None:
-        """float32, `keys` without its last axis; None where keys are not quantised."""
-        return self._keys.scales
-
-    @property
-    def value_scales(self) -> Tensor | None:
-        """float32, `values` without its last axis; None where values are not quantised."""
-        return self._values.scales
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -124,9 +109,8 @@ class SharedValueCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence, in the batch's order, those of an unfinished step left out."""
-        held = ((name, self._place.length(name)) for name in self._batch)
-        return tuple(length - self._steps.pending(name) for name, length in held)
+        """Tokens of each sequence, in the batch's order, without those of an unfinished step."""
+        return tuple(self._transactions.length(name) for name in self._batch)
 
     @property
     def max_seqlen(self) -> int:
@@ -136,12 +120,11 @@ class SharedValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and their scales, used or not."""
-        tensors = (*self._keys.tensors(), *self._values.tensors())
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(x.nbytes for x in (*self._keys.tensors(), *self._values.tensors()))
 
     @property
     def utilisation(self) -> float:
-        """The share of the tokens' room (contiguous) or of the pages (paged) that is taken."""
+        """Share of the room for tokens (contiguous) or of the pages (paged) that is in use."""
         return self._place.utilisation()
 
     def __repr__(self) -> str:
@@ -170,7 +153,7 @@ class SharedValueCache:
             sequences: names of B sequences; None: all of the batch, in its order.
 
         Raises:
-            TypeError, ValueError: a layer or sequence that is not there, a tensor of the wrong
+            TypeError, ValueError: a layer or sequence that does not exist, a tensor of the wrong
                 shape, dtype or device, keys or values for a slot of another layer, or other
                 sequences or another T than the step's.
             RuntimeError: the layer has appended in this step already, the cache is full, or a
@@ -178,17 +161,13 @@ class SharedValueCache:
         """
         if k is None and v is None:
             raise ValueError("k and v are both None: there is nothing to append")
-        steps, chosen = self._steps, self._names(sequences)
+        steps, chosen = self._transactions, self._names(sequences)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
         with steps.writing(layer, new, chosen) as step:
             assert step is not None
-            places = step.lengths.long()[:, None] + torch.arange(step.tokens, device=self.device)
-            rows = torch.arange(len(chosen), device=self.device)[:, None].expand_as(places)
-            if step.table is not None:
-                length = self.keys.shape[2]
-                rows, places = step.table.gather(1, places // length).long(), places % length
             for name, x in new.items():
-                steps.slots[name].write(steps.slot(name, layer), x, rows, places)
+                codes, scales = steps.slots[name].slot(steps.slot(name, layer))
+                append(codes, scales, x, step.lengths, step.table)
 
     def attend(
         self,
@@ -218,7 +197,7 @@ class SharedValueCache:
             As `append` and `attention_with_kvcache`; RuntimeError, too, where a step has begun and
             the layer's slots lack its tokens.
         """
-        steps, chosen = self._steps, self._names(sequences)
+        steps, chosen = self._transactions, self._names(sequences)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
         lengths, table = steps.state(layer, new, chosen)
         keys, key_scales = self._keys.slot(steps.slot("k", layer))
@@ -238,7 +217,7 @@ class SharedValueCache:
         )
         backend = select(request.op, request.backend, request.backends, request.call)
         call = request.call
-        # Nothing but a lack of pages can stop it from here on.
+        # From here on nothing but a lack of pages can raise.
         with steps.writing(layer, new, chosen) as step:
             if step is not None:
                 splits = call.num_splits or (step.num_splits if q.shape[1] == 1 else 0)
@@ -249,15 +228,15 @@ class SharedValueCache:
     def read(self, layer: int, *, sequences: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values that a layer attends over, (B, T, Hkv, D), for other attention code.
 
-        T is the longest sequence's length, tokens of an unfinished step included; what stands past
-        a shorter one's end means nothing. Views of the cache, to be read before it changes, where
+        T is the longest sequence's length, tokens of an unfinished step included; tokens past a
+        shorter one's end are meaningless. Views of the cache, to be read before it changes, where
         the batch is whole and was never reordered; else copies. Quantised caches give float32.
 
         Raises:
-            ValueError, TypeError: a layer or sequence that is not there.
+            ValueError, TypeError: a layer or sequence that does not exist.
             RuntimeError: a step has begun and the layer's slots lack its tokens.
         """
-        steps, chosen = self._steps, self._names(sequences)
+        steps, chosen = self._transactions, self._names(sequences)
         steps.check(layer, {}, chosen)
         lengths, table = steps.state(layer, {}, chosen)
         tokens = int(lengths.max()) if chosen else 0
@@ -267,8 +246,8 @@ class SharedValueCache:
     def add(self, count: int = 1) -> tuple[int, ...]:
         """Names of `count` new empty sequences, put at the end of the batch. RuntimeError where a
         contiguous cache has no row left."""
-        _check_count("count", count, 0)
-        self._steps.settle("add")
+        check_count("count", count, 0)
+        self._transactions.settle("add")
         created = self._place.create(count)
         self._batch += created
         return tuple(created)
@@ -278,7 +257,7 @@ class SharedValueCache:
 
         ValueError where a sequence has fewer; RuntimeError within a step.
         """
-        self._steps.settle("crop")
+        self._transactions.settle("crop")
         chosen = self._names(sequences)
         wanted = [lengths] * len(chosen) if isinstance(lengths, int) else [int(n) for n in lengths]
         if len(wanted) != len(chosen):
@@ -291,43 +270,43 @@ class SharedValueCache:
     def reorder(self, picks: Sequence[int] | Tensor) -> tuple[int, ...]:
         """Make the batch of the sequences at `picks`, places in the present batch: beam search.
 
-        One that is picked again is forked; one that is never picked is freed. Paged, no token is
-        copied; contiguous, only those of a fork are. Returns `sequences`. ValueError for a place
-        that is not there; RuntimeError within a step, or where a contiguous cache lacks rows.
+        A repeated pick is a fork; sequences never picked are freed. Paged, no token is copied;
+        contiguous, only those of a fork. Returns `sequences`. ValueError for a place
+        that does not exist; RuntimeError within a step, or where a contiguous cache lacks rows.
         """
-        self._steps.settle("reorder")
+        self._transactions.settle("reorder")
         places = [int(pick) for pick in picks]
         for place in places:
             if not 0 <= place < len(self._batch):
                 raise ValueError(f"picks must be 0 to {len(self._batch) - 1}, got {place}")
         self._batch, copies = self._place.reorder(self._batch, places)
-        self._steps.copy(copies)
+        self._transactions.copy(copies)
         return self.sequences
 
     def fork(self, sequence: int) -> int:
         """Another sequence with the same tokens, at the end of the batch; its name.
 
         Paged, pages are shared and copied when one of the two writes into them; contiguous, the
-        tokens are copied to a free row. ValueError for a sequence that is not there; RuntimeError
+        tokens are copied to a free row. ValueError for a sequence that does not exist; RuntimeError
         within a step, or where a contiguous cache has no row left.
         """
-        self._steps.settle("fork")
+        self._transactions.settle("fork")
         twin, copies = self._place.fork(sequence)
-        self._steps.copy(copies)
+        self._transactions.copy(copies)
         self._batch.append(twin)
         return twin
 
     def free(self, sequences: Sequence[int] | int) -> None:
-        """Take sequences out of the batch and give back their room. ValueError for one that is not
-        there; RuntimeError within a step."""
-        self._steps.settle("free")
+        """Remove sequences from the batch and free their room. ValueError for one that does not
+        exist; RuntimeError within a step."""
+        self._transactions.settle("free")
         chosen = [sequences] if isinstance(sequences, int) else list(sequences)
         self._place.free(chosen)
         self._batch = [name for name in self._batch if name not in chosen]
 
     def rollback(self) -> None:
-        """Give up a step that some layers have not appended to; nothing where there is none."""
-        self._steps.rollback()
+        """Give up an unfinished step, if any."""
+        self._transactions.rollback()
 
     def _names(self, sequences: Sequence[int] | None) -> tuple[int, ...]:
         if sequences is None:
@@ -343,16 +322,12 @@ class SharedValueCache:
 def _placement(
     batch: int | None, max_seqlen: int | None, num_pages: int | None, page_size: int | None
 ) -> tuple[int, int, Placement]:
-    """Rows or pages, how long each is, and who gives them out."""
-    sizes = {
-        "batch": batch,
-        "max_seqlen": max_seqlen,
-        "num_pages": num_pages,
-        "page_size": page_size,
-    }
+    """Number of rows or pages, their length, and their allocator."""
+    sizes = {"batch": batch, "max_seqlen": max_seqlen}
+    sizes |= {"num_pages": num_pages, "page_size": page_size}
     for name, size in sizes.items():
         if size is not None:
-            _check_count(name, size, 0 if name in ("batch", "num_pages") else 1)
+            check_count(name, size, 0 if name in ("batch", "num_pages") else 1)
     if num_pages is not None and page_size is not None:
         return num_pages, page_size, Pages(num_pages, page_size, max_seqlen)
     if num_pages is None and page_size is None and batch is not None and max_seqlen is not None:
@@ -362,10 +337,3 @@ def _placement(
         "a cache takes batch and max_seqlen (contiguous), or num_pages and page_size (paged; batch "
         f"and max_seqlen may be added), got {given}"
     )
-
-
-def _check_count(name: str, count: Any, least: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")

@@ -1,16 +1,16 @@
-"""Which layer reads and writes which part of a cache."""
+"""The slots of a cache that each layer reads and writes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from resformer_kernels._core.checks import describe
+from resformer_kernels._core.checks import check_count, describe
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The key slot and the value slot of every layer; a slot is one layer's worth of memory.
+    """The key slot and the value slot of every layer; a slot holds one layer's keys or values.
 
     Layers with the same slot read the same tensor, and the first of them writes it.
 
@@ -65,25 +65,25 @@ class KVLayout:
 
     @property
     def num_layers(self) -> int:
-        """Layers that read the cache."""
+        """Number of layers that read the cache."""
         return len(self.key_slots)
 
     @property
     def num_key_slots(self) -> int:
-        """Layers' worth of keys."""
+        """Number of key slots."""
         return max(self.key_slots) + 1
 
     @property
     def num_value_slots(self) -> int:
-        """Layers' worth of values."""
+        """Number of value slots."""
         return max(self.value_slots) + 1
 
     def writes_keys(self, layer: int) -> bool:
-        """Whether `layer`, counted from 0, is the first to have its key slot."""
+        """Whether `layer`, counted from 0, is the first with its key slot, which writes it."""
         return self.key_slots.index(self.key_slots[layer]) == layer
 
     def writes_values(self, layer: int) -> bool:
-        """Whether `layer`, counted from 0, is the first to have its value slot."""
+        """Whether `layer`, counted from 0, is the first with its value slot, which writes it."""
         return self.value_slots.index(self.value_slots[layer]) == layer
 
 
@@ -102,11 +102,8 @@ def _slots(name: str, slots: object) -> tuple[int, ...]:
     return found
 
 
-def _range(name: str, count: object) -> tuple[int, ...]:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+def _range(name: str, count: int) -> tuple[int, ...]:
+    check_count(name, count, 1)
     return tuple(range(count))
 
 

@@ -1,4 +1,4 @@
-"""Paging and decode planning: the compiled host module (csrc/host), loaded at first use."""
+"""Page allocator and decode planner: the compiled host module (csrc/host), loaded at first use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def unavailable_reason() -> str | None:
-    """Load the host module if that was not tried yet; None when it is usable, else why not."""
+    """Load the host module on the first call; None when it is usable, else why not."""
     return _load()[1]
 
 
@@ -44,13 +44,12 @@ def _module() -> Any:
 def page_table(num_pages: int, page_size: int) -> PageTable:
     """The allocator of `num_pages` pages of `page_size` tokens.
 
-    It keeps a list of pages for each sequence and counts who holds a page. `append(sequences, n)`
-    makes room for n more tokens in each sequence and returns the (from, to) pages to copy before
-    anything is written: a page that is written and that a fork holds too is exchanged for one of
-    its own. `fork`, `crop`, `reorder`, `free` move no tokens. Each call does all that it was asked
-    or raises and changes nothing: ValueError for a sequence that does not exist or was freed and
-    for a length out of range, RuntimeError where pages run out. RuntimeError where the host module
-    is not built.
+    It holds a list of pages for each sequence and counts the holders of a page. `append(sequences,
+    n)` makes room for n more tokens in each sequence and returns the (from, to) pages to copy
+    before anything is written: a shared page is copied before its first write (copy-on-write).
+    `fork`, `crop`, `reorder`, `free` move no tokens. Each call succeeds as a whole, or raises and
+    changes nothing: ValueError for a sequence that does not exist or was freed and for a length out
+    of range, RuntimeError where pages run out. RuntimeError where the host module is not built.
     """
     table: PageTable = _module().PageTable(num_pages, page_size)
     return table
@@ -74,25 +73,25 @@ def plan_decode(
     overhead: int = 64,
     max_groups: int = 1,
 ) -> DecodePlan:
-    """How to cut up a decode step over sequences of these lengths.
+    """The split-KV plan of a decode step over sequences of these lengths.
 
-    A worker reads a part of one sequence's keys for one KV head. Parts are alike in length as far
-    as the lengths allow, and so short that all workers are busy, and no shorter: of two plans
-    within a twentieth the one with fewer parts is taken.
+    A worker reads one split of one sequence's keys for one KV head. Splits are as equal in length
+    as the lengths allow, and just short enough that all workers are busy: of two plans within a
+    twentieth the one with fewer splits is taken.
 
     Args:
         lengths: keys of each sequence.
         heads: KV heads.
         workers: threads of a CPU, or multiprocessors of a GPU.
-        tile: keys that the kernel reads at once; parts are multiples of it.
-        overhead: what one more part costs, in keys.
-        max_groups: how many calls the step may be served by. Sequences that need about as many
-            parts go together.
+        tile: keys of a kernel's tile; splits are multiples of it.
+        overhead: cost of one more split, in keys.
+        max_groups: most calls that may serve the step. Sequences that need similar numbers of
+            splits share one.
 
     Returns:
-        `groups`, the longest sequences first: each has `sequences` (places in the batch) and their
-        `num_splits`; `keys_per_split`; and `efficiency`, the share of the workers' time spent on
-        keys, after the same model.
+        `groups`, the longest sequences first: each has `sequences` (indices in the batch) and
+        their `num_splits`; `keys_per_split`; and `efficiency`, the modelled share of the workers'
+        time spent on keys.
 
     Raises:
         ValueError: an argument is below its least value.

@@ -1,57 +1,20 @@
-"""Where the tokens of each sequence lie: a row for each, or pages.
+"""Placement of sequences in a cache: a row each, or pages.
 
-Every call does all that it was asked or raises and changes nothing: ValueError for a sequence that
-is not there and for a length out of range, RuntimeError where room runs out. Sequences have names,
-ints that are never used again. The copies that a call returns are to be made before any write.
+Every call succeeds as a whole, or raises and changes nothing: ValueError for a sequence that does
+not exist and for a length out of range, RuntimeError where room runs out. Sequences have names,
+ints that are never used again. The caller makes the copies that a call returns before it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from resformer_kernels.kvcache.cache.pages import block_table, page_table
 from resformer_kernels.kvcache.cache.storage import Copy
-
-
-class Placement(Protocol):
-    """What a cache asks of both kinds."""
-
-    capacity: int
-    """The most tokens that a sequence can have."""
-
-    def create(self, count: int) -> list[int]:
-        """New empty sequences."""
-
-    def append(self, sequences: Sequence[int], tokens: int) -> list[Copy]:
-        """Make room for `tokens` more in each; none of them then has more than `capacity`."""
-
-    def fork(self, sequence: int) -> tuple[int, list[Copy]]:
-        """Another sequence with the same tokens."""
-
-    def crop(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        """Keep the first tokens."""
-
-    def free(self, sequences: Sequence[int]) -> None:
-        """Give their room back."""
-
-    def reorder(
-        self, sequences: Sequence[int], picks: Sequence[int]
-    ) -> tuple[list[int], list[Copy]]:
-        """The sequences at `picks`: kept, forked where picked again, freed where never."""
-
-    def length(self, sequence: int) -> int:
-        """Tokens of a sequence."""
-
-    def table(self, sequences: Sequence[int], tokens: int = 0) -> Tensor | None:
-        """The op's block_table on the CPU; None where row b is sequence b of all. As wide as
-        `tokens` more need it."""
-
-    def utilisation(self) -> float:
-        """The share of the room that is taken."""
 
 
 class Rows:
@@ -86,22 +49,26 @@ class Rows:
             )
 
     def create(self, count: int) -> list[int]:
+        """Add empty sequences; their names."""
         self._require_rows(count)
         return [self._take(0) for _ in range(count)]
 
     def append(self, sequences: Sequence[int], tokens: int) -> list[Copy]:
+        """Make room for `tokens` more in each; the caller has checked the capacity."""
         self._require(sequences)
         for sequence in sequences:
             self._lengths[sequence] += tokens
         return []
 
     def fork(self, sequence: int) -> tuple[int, list[Copy]]:
+        """Add a sequence with the same tokens; its name."""
         self._require([sequence])
         self._require_rows(1)
         twin = self._take(self._lengths[sequence])
         return twin, [Copy(self._rows[sequence], self._rows[twin], self._lengths[sequence])]
 
     def crop(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep the first tokens of each."""
         self._require(sequences)
         for sequence, length in zip(sequences, lengths, strict=True):
             if not 0 <= length <= self._lengths[sequence]:
@@ -112,6 +79,7 @@ class Rows:
         self._lengths.update(zip(sequences, lengths, strict=True))
 
     def free(self, sequences: Sequence[int]) -> None:
+        """Remove sequences and give their room back."""
         self._require(sequences)
         for sequence in sequences:
             self._free.append(self._rows.pop(sequence))
@@ -120,6 +88,7 @@ class Rows:
     def reorder(
         self, sequences: Sequence[int], picks: Sequence[int]
     ) -> tuple[list[int], list[Copy]]:
+        """The sequences at `picks`: kept, forked where picked again, freed where never picked."""
         self._require(sequences)
         dropped = [s for place, s in enumerate(sequences) if place not in picks]
         repeated = len(picks) - len(set(picks))
@@ -138,32 +107,35 @@ class Rows:
         return names, copies
 
     def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
         self._require([sequence])
         return self._lengths[sequence]
 
     def table(self, sequences: Sequence[int], tokens: int = 0) -> Tensor | None:
-        del tokens  # a row is as long as it will ever be
+        """The op's block_table on the CPU, wide enough for `tokens` more; None where row b of the
+        cache is sequence b of all."""
+        del tokens  # a row has its full length from the start
         rows = [self._rows[sequence] for sequence in sequences]
         if rows == list(range(self.batch)):
             return None
         return torch.tensor(rows, dtype=torch.int32).view(len(rows), 1)
 
     def utilisation(self) -> float:
+        """Share of the room that is taken."""
         room = self.batch * self.capacity
         return sum(self._lengths.values()) / room if room else 0.0
 
 
 class Pages:
-    """`num_pages` pages of `page_size` tokens, given out by the host module."""
+    """`num_pages` pages of `page_size` tokens, by the host module; methods as of `Rows`."""
 
     def __init__(self, num_pages: int, page_size: int, max_seqlen: int | None) -> None:
-        self._table = page_table(num_pages, page_size)
+        self._table = table = page_table(num_pages, page_size)
+        self.create, self.crop = table.create, table.crop
+        self.free, self.length = table.free, table.length
         self._page_size = page_size
         self._width = None if max_seqlen is None else -(-max_seqlen // page_size)
         self.capacity = num_pages * page_size if max_seqlen is None else max_seqlen
-
-    def create(self, count: int) -> list[int]:
-        return self._table.create(count)
 
     def append(self, sequences: Sequence[int], tokens: int) -> list[Copy]:
         pairs = self._table.append(sequences, tokens)
@@ -172,19 +144,10 @@ class Pages:
     def fork(self, sequence: int) -> tuple[int, list[Copy]]:
         return self._table.fork(sequence), []
 
-    def crop(self, sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        self._table.crop(sequences, lengths)
-
-    def free(self, sequences: Sequence[int]) -> None:
-        self._table.free(sequences)
-
     def reorder(
         self, sequences: Sequence[int], picks: Sequence[int]
     ) -> tuple[list[int], list[Copy]]:
         return self._table.reorder(sequences, picks), []
-
-    def length(self, sequence: int) -> int:
-        return self._table.length(sequence)
 
     def table(self, sequences: Sequence[int], tokens: int = 0) -> Tensor | None:
         width = self._width
@@ -196,3 +159,6 @@ class Pages:
     def utilisation(self) -> float:
         pages = self._table.num_pages
         return 1.0 - self._table.free_pages / pages if pages else 0.0
+
+
+Placement: TypeAlias = Rows | Pages

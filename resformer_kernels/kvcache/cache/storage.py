@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.kvcache.record import QUANTISED
-from resformer_kernels.kvcache.reference import quantise
+from resformer_kernels.kvcache.reference import dequantise
 
 
 class Copy(NamedTuple):
-    """The first `tokens` tokens of a row or page, to be written to another."""
+    """The first `tokens` tokens of row or page `source`, to be copied to `target`."""
 
     source: int
     target: int
@@ -35,7 +35,7 @@ class Slots:
             self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What there is."""
+        """Codes, and scales of a quantised cache."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
 
     def slot(self, slot: int) -> tuple[Tensor, Tensor | None]:
@@ -45,21 +45,11 @@ class Slots:
     def read(self, slot: int, table: Tensor | None, tokens: int) -> Tensor:
         """The first `tokens` tokens of each sequence, (B, tokens, heads, head_dim): a view where
         row b is sequence b, else a copy. Where they are quantised, float32."""
-        codes, scales = self.slot(slot)
+        rows = [tensor[slot] for tensor in self.tensors()]
         if table is not None:
-            codes = _gather(codes, table, tokens)
-            scales = None if scales is None else _gather(scales, table, tokens)
-        if scales is None:
-            return codes[:, :tokens]
-        return codes[:, :tokens].float() * scales[:, :tokens].unsqueeze(-1)
-
-    def write(self, slot: int, new: Tensor, rows: Tensor, places: Tensor) -> None:
-        """Put new (B, T, heads, head_dim) at (rows, places), each (B, T)."""
-        codes, scales = self.slot(slot)
-        if scales is None:
-            codes[rows, places] = new
-            return
-        codes[rows, places], scales[rows, places] = quantise(new, codes.dtype)
+            rows = [_gather(tensor, table, tokens) for tensor in rows]
+        codes, *scales = (tensor[:, :tokens] for tensor in rows)
+        return dequantise(codes, scales[0], torch.float32) if scales else codes
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Make the copies, in every slot. No target may be a source."""
@@ -72,6 +62,6 @@ class Slots:
 
 
 def _gather(rows: Tensor, table: Tensor, tokens: int) -> Tensor:
-    """Rows (R, length, ...) as a block table (B, n) puts them together, (B, tokens, ...)."""
+    """Rows (R, length, ...) gathered through a block table (B, n) into (B, tokens, ...)."""
     needed = table[:, : -(-tokens // rows.shape[1])].long()
     return rows[needed].flatten(1, 2)[:, :tokens]

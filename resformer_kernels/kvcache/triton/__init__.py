@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.op import TRITON
 from resformer_kernels.kvcache import op
-from resformer_kernels.kvcache.record import (
-    KVCacheCall,
-    copy_notes,
-    strided_cache_reason,
-)
+from resformer_kernels.kvcache.record import KVCacheCall, copy_notes, kernel_reason
 
 NAME = "triton"
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
 
 
 def unsupported_reason(call: KVCacheCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    reason = hardware.triton_reason(call.q.device)
-    if reason is not None:
-        return reason
-    if call.q.dtype not in _DTYPES:
-        return f"it serves float32, bfloat16 and float16 queries, these are {call.q.dtype}"
+    reason = hardware.triton_reason(call.q.device) or kernel_reason(call)
     widest = max(call.q.shape[-1], call.v_cache.shape[-1])
-    if widest > _WIDEST:
+    if reason is None and widest > _WIDEST:
         return f"it serves head dimensions up to {_WIDEST}, these have {widest}"
-    return strided_cache_reason(call)
+    return reason
 
 
 notes = copy_notes

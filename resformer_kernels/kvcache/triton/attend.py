@@ -1,42 +1,71 @@
-"""Attention over a cache on a GPU: flash-decoding, and the merge of its splits.
+"""Attention over a cache on a GPU: flash-decoding, and the order of a call's launches.
 
-A tile's rows are the queries of all heads that share a KV head, as in `attention/triton_tiles.py`,
-whose scores and softmax these kernels use. The keys of a tile of rows are cut into splits of whole
-tiles; a split leaves its sums unnormalised, with their peak, for `merge_kernel`.
+A tile's rows are the queries of all heads that share a KV head, as in `attention/triton/tiles.py`,
+whose scores and softmax these kernels use. The keys of a tile of rows are partitioned into splits
+of whole tiles (split-KV); a split leaves its sums unnormalised, with their peak, for the merge.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from resformer_kernels._triton.arch import multiprocessors
 from resformer_kernels._triton.device import dot, round_to
-from resformer_kernels.attention.triton.loads import at_head, load_row_tile, row_pointers
-from resformer_kernels.attention.triton.tiles import (
-    NO_BIAS,
-    close_rows,
-    key_bounds,
-    key_tiles,
-    probabilities,
-    scores,
-    softmax_step,
-)
-from resformer_kernels.kvcache.triton.codes import PLAIN, decoded, page_of
+from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.views import NOTHING, view_of
+from resformer_kernels.attention.triton.loads import Source, load_row_tile
+from resformer_kernels.attention.triton.problem import FAR, lse_view, padded, scoring
+from resformer_kernels.attention.triton.softmax import Seen, scores, softmax_step
+from resformer_kernels.attention.triton.tiles import Limits, key_bounds, key_tiles, place
+from resformer_kernels.kvcache.record import KVCacheCall
+from resformer_kernels.kvcache.triton import plan
+from resformer_kernels.kvcache.triton.append import append
+from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
+from resformer_kernels.kvcache.triton.places import Cache, Place, Pool, matrix_of, place_of, rows_of
+from resformer_kernels.kvcache.triton.problem import Problem
+from resformer_kernels.kvcache.triton.result import Partials, Result, merge, store_result
 
 # Beyond every key that a row may see.
 _NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
+class Tile(NamedTuple):
+    """The tiles of a launch; all members are constants."""
+
+    ROWS: Any
+    KEYS: Any
+    WHOLE_PAGES: Any
+    """Whether a page holds whole tiles of keys."""
+    AHEAD: Any
+    """Whether the next tile is loaded into registers while this one is computed."""
+
+
+class Walk(NamedTuple):
+    """The keys of a program: those of one sequence and KV head, up to tile `stop`."""
+
+    pool: Any
+    sequence: Any
+    head: Any
+    k_len: Any
+    stop: Any
+    mask_columns: Any
+
+
 @triton.jit(do_not_specialize=["columns"])
 def mask_span_kernel(mask, span, columns, BLOCK: tl.constexpr):
-    """Of a sequence's key_mask: the first key that may be attended to, and one past the last."""
+    """The first open key of a sequence's key_mask, and one past the last."""
     sequence = tl.program_id(0)
-    row = mask.pointer + tl.cast(sequence, tl.int64) * mask.sequence
+    row = mask.pointer + tl.cast(sequence, tl.int64) * mask.row
     first = tl.full([BLOCK], _NOWHERE, tl.int32)
     last = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, columns, BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        at = row + keys.to(tl.int64) * mask.key
+        at = row + keys.to(tl.int64) * mask.column
         seen = tl.load(at, mask=keys < columns, other=0) != 0
         first = tl.minimum(first, tl.where(seen, keys, _NOWHERE))
         last = tl.maximum(last, tl.where(seen, keys + 1, 0))
@@ -44,88 +73,72 @@ def mask_span_kernel(mask, span, columns, BLOCK: tl.constexpr):
     tl.store(span + 2 * sequence + 1, tl.max(last, 0))
 
 
-@triton.jit
-def _load_cached(
-    cache,
-    head,
-    pages,
-    places,
-    inside,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    POLICY: tl.constexpr,
-):
-    """The keys (or values) of one head at `places` of `pages`; zeros where not inside."""
-    columns = tl.arange(0, BLOCK)
-    rows = pages.to(tl.int64) * cache.batch + places.to(tl.int64) * cache.time
-    base = cache.pointer + tl.cast(head, tl.int64) * cache.head
-    at = base + rows[:, None] + columns[None, :]
-    mask = inside[:, None]
-    if WIDTH != BLOCK:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(at, mask=mask, other=0, eviction_policy=POLICY)
+def _mask_span(mask: Tensor | None) -> Tensor | None:
+    """The span of open keys, (sequences, 2)."""
+    if mask is None:
+        return None
+    span = mask.new_empty((mask.shape[0], 2), dtype=torch.int32)
+    launch(
+        mask_span_kernel,
+        (mask.shape[0],),
+        mask.device,
+        mask=matrix_of(mask),
+        span=span,
+        columns=mask.shape[1],
+        BLOCK=4096,
+        num_warps=4,
+    )
+    return span
 
 
 @triton.jit
-def _load_scales(scale, head, pages, places, inside):
-    """The scales of what `_load_cached` loads; zeros where not inside."""
-    at = pages.to(tl.int64) * scale.batch + places.to(tl.int64) * scale.time
-    base = scale.pointer + tl.cast(head, tl.int64) * scale.head
-    return tl.load(base + at, mask=inside, other=0.0)
+def _load_codes(side, head, place):
+    """The keys or values of one head; zeros where not inside."""
+    columns = tl.arange(0, side.BLOCK)
+    base = side.codes.pointer + tl.cast(head, tl.int64) * side.codes.head
+    mask = place.inside[:, None]
+    if side.WIDTH != side.BLOCK:
+        mask = mask & (columns < side.WIDTH)[None, :]
+    # (KEYS, BLOCK)
+    at = base + rows_of(side.codes, place)[:, None] + columns[None, :]
+    return tl.load(at, mask=mask, other=0, eviction_policy=side.POLICY)
 
 
 @triton.jit
-def _load_step(
-    cache,
-    sequence,
-    head,
-    step,
-    stop,
-    k_len,
-    pages,
-    page_size,
-    mask_columns,
-    DIM_K: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    KEYS: tl.constexpr,
-    STORED: tl.constexpr,
-    WHOLE_PAGES: tl.constexpr,
-    KEY_POLICY: tl.constexpr,
-    VALUE_POLICY: tl.constexpr,
-):
+def _load_scales(side, head, place):
+    """The scales of the codes that `_load_codes` loads; any numbers where STORED is PLAIN."""
+    if side.STORED == PLAIN:
+        scales = place.token
+    else:
+        base = side.scales.pointer + tl.cast(head, tl.int64) * side.scales.head
+        scales = tl.load(base + rows_of(side.scales, place), mask=place.inside, other=0.0)
+    return scales
+
+
+@triton.jit
+def _load_step(cache, walk, step, tile):
     """(keys, K, V, K's scales, V's) of tile `step`, which is empty from `stop` on.
 
-    Keys that nobody may see are moved beyond all others; what lies there is not read.
+    Masked keys are moved beyond all others and not read.
     """
-    keys = step * KEYS + tl.arange(0, KEYS)
-    inside = keys < tl.minimum(k_len, stop * KEYS)
-    if cache.table.pointer is None:
-        page = sequence
-        place = keys
-    elif WHOLE_PAGES:
-        page, _place, there = page_of(
-            cache.table, sequence, step * KEYS, step < stop, pages, page_size
-        )
-        inside = inside & there
-        place = keys % page_size
+    keys = step * tile.KEYS + tl.arange(0, tile.KEYS)
+    inside = keys < tl.minimum(walk.k_len, walk.stop * tile.KEYS)
+    if tile.WHOLE_PAGES:
+        page = place_of(walk.pool, walk.sequence, step * tile.KEYS, step < walk.stop)
+        place = Place(page.row, keys % walk.pool.page_size, inside & page.inside)
     else:
-        page, place, inside = page_of(cache.table, sequence, keys, inside, pages, page_size)
-    if cache.mask.pointer is not None:
-        at = tl.cast(sequence, tl.int64) * cache.mask.sequence + keys.to(tl.int64) * cache.mask.key
-        known = inside & (keys < mask_columns)
-        inside = known & (tl.load(cache.mask.pointer + at, mask=known, other=0) != 0)
-    shown = tl.where(inside, keys, _NOWHERE)
-    k_tile = _load_cached(cache.k, head, page, place, inside, DIM_K, BLOCK_K, KEY_POLICY)
-    v_tile = _load_cached(cache.v, head, page, place, inside, DIM_V, BLOCK_V, VALUE_POLICY)
-    if STORED == PLAIN:
-        k_scale = shown
-        v_scale = shown
-    else:
-        k_scale = _load_scales(cache.k_scale, head, page, place, inside)
-        v_scale = _load_scales(cache.v_scale, head, page, place, inside)
-    return shown, k_tile, v_tile, k_scale, v_scale
+        place = place_of(walk.pool, walk.sequence, keys, inside)
+    mask = cache.mask
+    if mask.pointer is not None:
+        at = tl.cast(walk.sequence, tl.int64) * mask.row + keys.to(tl.int64) * mask.column
+        known = place.inside & (keys < walk.mask_columns)
+        seen = tl.load(mask.pointer + at, mask=known, other=0) != 0
+        place = Place(place.row, place.token, known & seen)
+    shown = tl.where(place.inside, keys, _NOWHERE)
+    k_codes = _load_codes(cache.k, walk.head, place)
+    v_codes = _load_codes(cache.v, walk.head, place)
+    k_scale = _load_scales(cache.k, walk.head, place)
+    return shown, k_codes, v_codes, k_scale, _load_scales(cache.v, walk.head, place)
 
 
 @triton.jit(
@@ -139,190 +152,167 @@ def attend_kernel(
     cache,
     seqlens,
     span,
-    sinks,
-    out,
-    lse,
-    sums,
-    peaks,
-    totals,
+    partials,
+    result,
+    scoring,
+    geometry,
+    tile,
     q_len,
     tokens,
     capacity,
     mask_columns,
     pages,
     page_size,
-    heads,
     row_tiles,
     splits,
     least,
     window_left,
     window_right,
-    alpha,
-    softcap,
-    DIM_K: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISE: tl.constexpr,
-    STORED: tl.constexpr,
-    WHOLE_PAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    KEY_POLICY: tl.constexpr,
-    VALUE_POLICY: tl.constexpr,
 ):
     """One split of the keys of one tile of rows of one sequence and KV head.
 
-    Not SPLIT: `out` and, unless it is None, `lse`. Else sums (sequences, heads, rows, splits,
-    DIM_V), peaks and totals (without the last axis); where a split has no keys its total is 0 and
-    its sums are not written. `least` is the fewest tiles of keys that a split has.
+    Without splits it writes the result, else its part of `partials`. `least` is the fewest tiles
+    of keys that a split has.
 
-    AHEAD: the next tile is loaded into registers while this one is computed. Copies to shared
-    memory, which the compiler makes of other loads, cannot say how long a cache is to keep them.
+    AHEAD: copies to shared memory, which the compiler makes of other loads, cannot carry an
+    eviction policy; a tile loaded into registers ahead of its use can.
     """
+    ROWS: tl.constexpr = tile.ROWS
+    KEYS: tl.constexpr = tile.KEYS
+    STORED: tl.constexpr = cache.k.STORED
     program = tl.program_id(0)
-    tile = program % row_tiles
+    first_row = program % row_tiles * ROWS
     split = program // row_tiles % splits
     sequence_head = program // row_tiles // splits
-    head = sequence_head % heads
-    sequence = sequence_head // heads
-    # Lengths that cannot be lead nowhere outside of the cache.
+    head = sequence_head % geometry.heads
+    sequence = sequence_head // geometry.heads
+    # A length out of range must not lead outside of the cache.
     k_len = tl.minimum(tl.maximum(tl.load(seqlens + sequence) + tokens, 0), capacity)
-    count = q_len * GROUP
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    q_tile = load_row_tile(
-        q, None, sequence, 0, tile * ROWS, head, count, DIM_K, BLOCK_K, ROWS, GROUP, True, False
-    )
-    shift = k_len - q_len
-    lo, hi = key_bounds(
-        rows, count, shift, k_len, window_left, window_right, GROUP, HAS_LEFT, HAS_RIGHT
-    )
-    begin, _inner_begin, _inner_end, end = key_tiles(
-        tile * ROWS, tl.minimum(tile * ROWS + ROWS, count) - 1, shift, k_len, window_left,
-        window_right, GROUP, KEYS, HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
+    at = place(geometry, Limits(q_len, k_len, window_left, window_right), sequence, head)
+    rows = first_row + tl.arange(0, ROWS)
+    # (ROWS, BLOCK)
+    q_source = Source(q, None, cache.k.WIDTH, cache.k.BLOCK)
+    q_tile = load_row_tile(q_source, at, first_row, ROWS, True)
+    lo, hi = key_bounds(rows, at)
+    seen = Seen(lo[:, None], hi[:, None], 0, 0, at.HAS_LEFT)
+    spans = key_tiles(first_row, tl.minimum(first_row + ROWS, at.count) - 1, at, KEYS)
+    begin = spans.begin
+    end = spans.end
     if span is not None:
         begin = tl.maximum(begin, tl.load(span + 2 * sequence) // KEYS)
         end = tl.minimum(end, tl.cdiv(tl.load(span + 2 * sequence + 1), KEYS))
     share = tl.maximum(tl.cdiv(tl.maximum(end - begin, 0), splits), least)
-    # A sequence that is masked altogether begins nowhere.
+    # `begin` of a sequence that is masked altogether lies beyond `end`.
     start = tl.minimum(begin + split * share, end)
     stop = tl.minimum(start + share, end)
 
-    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    walk = Walk(Pool(cache.table, pages, page_size), sequence, head, k_len, stop, mask_columns)
+    acc = tl.zeros([ROWS, result.BLOCK], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if AHEAD:
-        shown, k_codes, v_codes, k_scale, v_scale = _load_step(
-            cache, sequence, head, start, stop, k_len, pages, page_size, mask_columns, DIM_K,
-            DIM_V, BLOCK_K, BLOCK_V, KEYS, STORED, WHOLE_PAGES, KEY_POLICY, VALUE_POLICY,
-        )  # fmt: skip
+    if tile.AHEAD:
+        shown, k_codes, v_codes, k_scale, v_scale = _load_step(cache, walk, start, tile)
     for step in tl.range(start, stop):
-        following = _load_step(
-            cache, sequence, head, step + 1 if AHEAD else step, stop, k_len, pages, page_size,
-            mask_columns, DIM_K, DIM_V, BLOCK_K, BLOCK_V, KEYS, STORED, WHOLE_PAGES, KEY_POLICY,
-            VALUE_POLICY,
-        )  # fmt: skip
-        if not AHEAD:
+        following = _load_step(cache, walk, step + 1 if tile.AHEAD else step, tile)
+        if not tile.AHEAD:
             shown, k_codes, v_codes, k_scale, v_scale = following
+        # (KEYS, BLOCK)
         k_tile = decoded(k_codes, q_tile.dtype, STORED)
+        # (ROWS, KEYS)
         product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
         if STORED != PLAIN:
             product = product * k_scale[None, :]
-        x, _slope = scores(
-            product, shown[None, :], lo[:, None], hi[:, None], None, 0, 0, alpha, softcap, True,
-            HAS_LEFT, CAPPED, NO_BIAS, RAW, PRECISE, tl.int32,
-        )  # fmt: skip
-        p, peak, total, acc = softmax_step(x, peak, total, acc, alpha, RAW, PRECISE)
+        x, _slope = scores(product, shown[None, :], seen, scoring, True)
+        p, peak, total, acc = softmax_step(x, peak, total, acc, scoring)
+        # (KEYS, BLOCK)
         v_tile = decoded(v_codes, q_tile.dtype, STORED)
         if STORED == PLAIN:
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
         else:
-            # Relative to the largest scale of the tile, probabilities keep to their dtype's range.
+            # Relative to the tile's largest scale, probabilities stay within their dtype's range.
             largest = tl.max(tl.abs(v_scale), 0)
             largest = tl.where(largest == 0.0, 1.0, largest)
             weighted = round_to(p * (v_scale / largest)[None, :], v_tile.dtype)
-            acc += dot(weighted, v_tile, tl.zeros([ROWS, BLOCK_V], tl.float32)) * largest
-        if AHEAD:
+            acc += dot(weighted, v_tile, tl.zeros([ROWS, result.BLOCK], tl.float32)) * largest
+        if tile.AHEAD:
             shown, k_codes, v_codes, k_scale, v_scale = following
 
-    columns = tl.arange(0, BLOCK_V)
-    inside_out = (rows < count)[:, None] & (columns < DIM_V)[None, :]
-    if SPLIT:
-        slots = (tl.cast(sequence_head, tl.int64) * count + rows) * splits + split
-        tl.store(peaks + slots, peak, mask=rows < count)
-        tl.store(totals + slots, total, mask=rows < count)
+    if partials.sums is not None:
+        inside = rows < at.count
+        columns = tl.arange(0, result.BLOCK)
+        slots = (tl.cast(sequence_head, tl.int64) * at.count + rows) * splits + split
+        tl.store(partials.peaks + slots, peak, mask=inside)
+        tl.store(partials.totals + slots, total, mask=inside)
         if start < stop:
-            tl.store(sums + slots[:, None] * DIM_V + columns[None, :], acc, mask=inside_out)
+            cells = partials.sums + slots[:, None] * result.WIDTH + columns[None, :]
+            tl.store(cells, acc, mask=inside[:, None] & (columns < result.WIDTH)[None, :])
     else:
-        factor, logarithm = close_rows(
-            peak, total, sinks, head * GROUP + rows % GROUP, alpha, PRECISE, lse.pointer is not None
-        )
-        base = at_head(out, sequence, 0, head * GROUP)
-        rounded = round_to(acc * factor[:, None], out.pointer.dtype.element_ty)
-        tl.store(row_pointers(out, base, rows, columns, GROUP), rounded, mask=inside_out)
-        if lse.pointer is not None:
-            at = (rows // GROUP).to(tl.int64) * lse.time + (rows % GROUP).to(tl.int64) * lse.head
-            tl.store(at_head(lse, sequence, 0, head * GROUP) + at, logarithm, mask=rows < count)
+        store_result(result, at, rows, (peak, total, acc))
 
 
-@triton.jit(do_not_specialize=["count", "splits"])
-def merge_kernel(
-    sums,
-    peaks,
-    totals,
-    sinks,
-    out,
-    lse,
-    count,
-    heads,
-    splits,
-    DIM_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
-    """One row from its splits, by their LSEs: each counts by exp(its peak - the highest peak)."""
-    program = tl.program_id(0)
-    row = program % count
-    sequence_head = program // count
-    head = sequence_head % heads
-    sequence = sequence_head // heads
-    first = tl.cast(program, tl.int64) * splits
-    every = tl.arange(0, SPLITS)
-    found = tl.load(peaks + first + every, mask=every < splits, other=float("-inf"))
-    peak = tl.max(found[None, :], 1)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    columns = tl.arange(0, BLOCK_V)
-    acc = tl.zeros([1, BLOCK_V], tl.float32)
-    total = tl.zeros([1], tl.float32)
-    for start in tl.range(0, splits, AT_ONCE):
-        some = start + tl.arange(0, AT_ONCE)
-        there = some < splits
-        weight = tl.load(peaks + first + some, mask=there, other=float("-inf"))
-        weight = probabilities(weight, base, 1.0, False, PRECISE)
-        part = tl.load(totals + first + some, mask=there, other=0.0)
-        at = sums + (first + some)[:, None] * DIM_V + columns[None, :]
-        # What has no keys has no sums. A NaN is not 0.
-        mask = (there & (part != 0.0))[:, None] & (columns < DIM_V)[None, :]
-        acc += tl.sum(weight[:, None] * tl.load(at, mask=mask, other=0.0), 0)[None, :]
-        total += tl.sum((weight * part)[None, :], 1)
-    rows = row + tl.arange(0, 1)
-    factor, logarithm = close_rows(
-        peak, total, sinks, head * GROUP + rows % GROUP, 1.0, PRECISE, lse.pointer is not None
+def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    """The implementation of the op: append, then attention, then the merge of its splits."""
+    p = Problem(call)
+    out = empty(call.q, (*call.q.shape[:-1], call.v_cache.shape[-1]))
+    lse_shape = (p.sequences, call.q.shape[2], p.queries) if call.return_lse else (0,)
+    lse = empty(call.q, lse_shape, torch.float32)
+    append(p)
+    _attend(p, out, lse)
+    return out, lse
+
+
+def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
+    call = p.call
+    blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
+    tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
+    # The keys of a single tile of rows are read once; values serve other layers too.
+    policies = ("evict_first", "evict_last") if tiles.ahead else ("", "")
+    keys, values = p.sides(*policies)
+    row_tiles = -(-p.rows // tiles.rows)
+    programs = p.sequences * p.heads * row_tiles
+    splits, least = call.num_splits, 1
+    if splits == 0:
+        reach = plan.keys_in_reach(call.capacity, p.queries, call.window_left)
+        processors = multiprocessors(call.q.device)
+        splits = plan.choose_splits(programs, -(-reach // tiles.keys), processors)
+        least = plan.LEAST_BLOCKS if splits > 1 else 1
+    partials = Partials(None, None, None)
+    if splits > 1:
+        slots = (p.sequences, p.heads, p.rows, splits)
+        shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
+        partials = Partials(*(empty(call.q, shape, torch.float32) for shape in shapes))
+    result = Result(
+        out=view_of(out),
+        lse=lse_view(lse) if call.return_lse else NOTHING,
+        sinks=call.sinks,
+        WIDTH=values.WIDTH,
+        BLOCK=values.BLOCK,
+        PRECISE=tl.constexpr(call.q.dtype is torch.float32),
     )
-    out_at = row_pointers(out, at_head(out, sequence, 0, head * GROUP), rows, columns, GROUP)
-    rounded = round_to(acc * factor[:, None], out.pointer.dtype.element_ty)
-    tl.store(out_at, rounded, mask=(columns < DIM_V)[None, :])
-    if lse.pointer is not None:
-        at = (rows // GROUP).to(tl.int64) * lse.time + (rows % GROUP).to(tl.int64) * lse.head
-        tl.store(at_head(lse, sequence, 0, head * GROUP) + at, logarithm)
+    geometry = p.geometry()
+    whole_pages = call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0
+    launch(
+        attend_kernel,
+        (programs * splits,),
+        call.q.device,
+        q=view_of(call.q),
+        cache=Cache(keys, values, p.table, matrix_of(call.key_mask)),
+        span=_mask_span(call.key_mask),
+        partials=partials,
+        result=result,
+        scoring=scoring(call),
+        geometry=geometry,
+        tile=Tile(*map(tl.constexpr, (tiles.rows, tiles.keys, whole_pages, tiles.ahead))),
+        q_len=p.queries,
+        mask_columns=0 if call.key_mask is None else call.key_mask.shape[1],
+        row_tiles=row_tiles,
+        splits=splits,
+        least=least,
+        window_left=min(call.window_left, FAR),
+        window_right=min(call.window_right, FAR),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **p.lengths(),
+    )
+    if splits > 1:
+        merge(p, partials, result, splits, geometry)

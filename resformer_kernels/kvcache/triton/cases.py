@@ -1,6 +1,6 @@
-"""The configurations of the cache's Triton kernels that the compile check compiles.
+"""Configurations of the cache's Triton kernels for the compile check.
 
-Each case is a call of the op on meta tensors; its kernels are those that the launcher launches.
+Each case is a call of the op on meta tensors; the launcher launches its kernels.
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.select import prepare
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
+from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.record import KVCacheCall
-from resformer_kernels.kvcache.triton import launch as triton_launch
+from resformer_kernels.kvcache.triton.attend import attend
 
 _CAPACITY = 8192
-_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.float8_e4m3fn: "e4m3",
-}
-# The fewest rows of a tile whose products are wgmma's.
+# Fewest rows of a tile whose products run on wgmma.
 _WGMMA_ROWS = 64
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the op, as far as it decides what is compiled."""
+    """Properties of a call that decide what is compiled."""
 
     what: str
     batch: int = 1
@@ -49,11 +45,11 @@ class _Call:
 
     @property
     def name(self) -> str:
-        stored = "" if self.stored is None else f" on {_NAMES[self.stored]}"
-        return f"D{self.head_dim} {_NAMES[self.dtype]}{stored} {self.what}"
+        stored = "" if self.stored is None else f" on {_name(self.stored)}"
+        return f"D{self.head_dim} {_name(self.dtype)}{stored} {self.what}"
 
-    def run(self) -> None:
-        """What the op does."""
+    def record(self) -> KVCacheCall:
+        """The call on meta tensors."""
 
         def tensor(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -61,38 +57,35 @@ class _Call:
         rows: tuple[int, ...] = (self.batch, _CAPACITY)
         table = None
         if self.page_size:
-            most = _CAPACITY // self.page_size
-            rows = (self.batch * most, self.page_size)
-            table = tensor(self.batch, most, dtype=torch.int32)
-        stored = self.stored or self.dtype
-        k_cache, v_cache = (
-            tensor(*rows, self.heads, self.head_dim, dtype=stored) for _ in range(2)
-        )
-        k, v = (tensor(self.batch, self.queries, self.heads, self.head_dim) for _ in range(2))
-        scales: list[Tensor | None] = [None, None]
-        if self.stored is not None:
-            scales = [tensor(*rows, self.heads, dtype=torch.float32) for _ in range(2)]
+            pages = _CAPACITY // self.page_size
+            rows = (self.batch * pages, self.page_size)
+            table = tensor(self.batch, pages, dtype=torch.int32)
         heads_q = self.heads * self.group
-        call = KVCacheCall(
-            q=tensor(self.batch, self.queries, heads_q, self.head_dim),
-            k_cache=k_cache,
-            v_cache=v_cache,
-            k=k,
-            v=v,
+        cache, scales = (*rows, self.heads, self.head_dim), (*rows, self.heads)
+        new = (self.batch, self.queries, self.heads, self.head_dim)
+        stored, coded = self.stored or self.dtype, self.stored is not None
+        call: KVCacheCall = prepare(
+            attention_with_kvcache,
+            tensor(self.batch, self.queries, heads_q, self.head_dim),
+            tensor(*cache, dtype=stored),
+            tensor(*cache, dtype=stored),
+            tensor(*new),
+            tensor(*new),
             cache_seqlens=tensor(self.batch, dtype=torch.int32),
             block_table=table,
             key_mask=tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
-            k_scale=scales[0],
-            v_scale=scales[1],
-            window_left=self.window,
-            window_right=0,
-            scale=self.head_dim**-0.5,
+            window=(self.window, 0),
             softcap=self.softcap,
             sinks=tensor(heads_q, dtype=torch.float32) if self.sinks else None,
-            num_splits=0,
+            k_scale=tensor(*scales, dtype=torch.float32) if coded else None,
+            v_scale=tensor(*scales, dtype=torch.float32) if coded else None,
             return_lse=self.lse,
-        )
-        triton_launch.attend(call)
+        ).call
+        return call
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").removeprefix("float8_").removesuffix("fn")
 
 
 def _calls() -> Iterator[_Call]:
@@ -113,22 +106,26 @@ def _calls() -> Iterator[_Call]:
     yield _Call("prefill 256", dtype=torch.float32, queries=256, head_dim=64)
 
 
-def _kernel(launch: Launch) -> str:
+def _kernel(launch: Launch) -> tuple[str, int]:
+    """The name of a kernel, and the rows of its tile of scores: 0 where it has none."""
     name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
-    return f"attend, tiles of {launch.kwargs['ROWS']}" if name == "attend" else name
+    if name != "attend":
+        return name, 0
+    rows: int = launch.kwargs["tile"].ROWS.value
+    return f"attend, tiles of {rows}", rows
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Every kernel of a call; what two calls share is a case of the first alone."""
+    """Every kernel of every call; a kernel that two calls share is a case of the first alone."""
     seen: set[str] = set()
     with assumed_capability((capability // 10, capability % 10)):
         for call in _calls():
             with recorded_launches() as launches:
-                call.run()
+                attend(call.record())
             for launch in launches:
-                rows = launch.kwargs.get("ROWS", 0)
+                name, rows = _kernel(launch)
                 case = case_from_launch(
-                    f"{_kernel(launch)}, {call.name}",
+                    f"{name}, {call.name}",
                     launch,
                     capability=capability,
                     main=call.main,

@@ -1,7 +1,7 @@
-"""How the Triton kernels of `attention_with_kvcache` cut their work: tiles, and splits of the keys.
+"""Tiles of the Triton kernels of `attention_with_kvcache`, and splits of the keys (split-KV).
 
-Plain arithmetic on shapes. Lengths lie on the GPU and are not asked for: what is decided here is
-decided by the cache's capacity, and each program finds its own keys from the length that it reads.
+Plain arithmetic on shapes. Reading lengths would synchronise with the GPU, so the cache's capacity
+decides here, and each program finds its own keys from the length that it reads.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-# Of K and V in one tile: what the two or three programs of a multiprocessor then have in flight
-# covers the memory's latency.
 _STAGE_BYTES = 32 * 1024
+"""Bytes of K and V in a tile: with two or three programs per multiprocessor, as many in flight
+cover the latency of memory."""
 
 _BUSY = 0.8
 """Tiles that keep this share of the multiprocessors busy are not split."""
 _ENOUGH = 0.85
-"""Of the best efficiency that any number of splits reaches: the fewest splits reach it."""
+"""The fewest splits with this share of the best efficiency are taken."""
 _MOST = 128
+"""Splits."""
 LEAST_BLOCKS = 4
-"""Tiles of keys of a split: fewer are not worth merging."""
+"""Fewest tiles of keys of a split: fewer are not worth merging."""
 
 
 class Tiles(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its loop's pipeline, or `ahead`: the
-    next tile is loaded into registers, with hints to the second-level cache."""
+    """Rows and keys of a tile, warps of a program, stages of its loop's pipeline. `ahead`: instead
+    of a pipeline, the next tile is loaded into registers, with an eviction policy."""
 
     rows: int
     keys: int
@@ -52,14 +53,14 @@ def choose_tiles(
     if dtype is torch.float32:
         return Tiles(min(32, wanted), min(32, keys), 8, 2, wanted <= 16)
     if wanted <= 32:
-        # What float8 is decoded from takes registers beside the numbers that it becomes.
+        # Float8 codes occupy registers beside the numbers decoded from them.
         most = 32 if stored in (torch.float8_e4m3fn, torch.float8_e5m2) else 64
         return Tiles(wanted, min(most, keys), 4, 1, True)
     return Tiles(min(64 if block_v > 128 else 128, wanted), min(64, keys), 8, 2, False)
 
 
 def choose_splits(tiles: int, blocks: int, processors: int) -> int:
-    """Into how many parts the keys are cut.
+    """Number of splits of the keys.
 
     Args:
         tiles: programs without a split: sequences, KV heads and tiles of rows.
@@ -79,5 +80,5 @@ def choose_splits(tiles: int, blocks: int, processors: int) -> int:
 
 
 def keys_in_reach(capacity: int, queries: int, window_left: int) -> int:
-    """The most keys that some of `queries` queries, the last positions of a sequence, may see."""
+    """The most keys that the last `queries` positions of a sequence may see together."""
     return capacity if window_left < 0 else min(capacity, window_left + queries)

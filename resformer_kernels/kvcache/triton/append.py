@@ -1,0 +1,95 @@
+"""New tokens, written into a cache as they are or as codes with scales."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from resformer_kernels._triton.launch import launch
+from resformer_kernels._triton.views import view_of
+from resformer_kernels.kvcache.triton.codes import PLAIN, quantised
+from resformer_kernels.kvcache.triton.places import Place, Pool, place_of, rows_of
+from resformer_kernels.kvcache.triton.problem import Problem
+
+_ELEMENTS = 2048
+"""Heads times channels of a program."""
+
+
+@triton.jit
+def _append(side, new, source, heads, place):
+    """Write the heads of one token, which lies at `source` = (sequence, token) of `new`."""
+    sequence, token = source
+    head = heads.to(tl.int64)
+    columns = tl.arange(0, side.BLOCK)
+    mask = place.inside[:, None] & (columns < side.WIDTH)[None, :]
+    start = tl.cast(sequence, tl.int64) * new.batch + tl.cast(token, tl.int64) * new.time
+    read = start + head[:, None] * new.head + columns[None, :]
+    # (HEADS, BLOCK)
+    x = tl.load(new.pointer + read, mask=mask, other=0.0)
+    write = rows_of(side.codes, place) + head[:, None] * side.codes.head + columns[None, :]
+    if side.STORED == PLAIN:
+        tl.store(side.codes.pointer + write, x, mask=mask)
+    else:
+        codes, scales = quantised(x, side.LARGEST, side.STORED)
+        tl.store(side.codes.pointer + write, codes, mask=mask)
+        at = rows_of(side.scales, place) + head * side.scales.head
+        tl.store(side.scales.pointer + at, scales, mask=place.inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "pages", "page_size"])
+def append_kernel(
+    keys,
+    values,
+    k,
+    v,
+    table,
+    seqlens,
+    tokens,
+    capacity,
+    pages,
+    page_size,
+    heads,
+    head_tiles,
+    HEADS: tl.constexpr,
+):
+    """Some heads of one new token of a sequence, written after the `seqlens` that it has.
+
+    A token beyond the capacity, or whose page does not exist, is not written. k and v may be None.
+    """
+    program = tl.program_id(0)
+    rows = program % head_tiles * HEADS + tl.arange(0, HEADS)
+    token = program // head_tiles % tokens
+    sequence = program // head_tiles // tokens
+    key = tl.load(seqlens + sequence) + token
+    at = place_of(Pool(table, pages, page_size), sequence, key, (key >= 0) & (key < capacity))
+    place = Place(at.row, at.token, (rows < heads) & at.inside)
+    if k.pointer is not None:
+        _append(keys, k, (sequence, token), rows, place)
+    if v.pointer is not None:
+        _append(values, v, (sequence, token), rows, place)
+
+
+def append(p: Problem) -> None:
+    """Write k and v into the caches."""
+    call = p.call
+    if call.new_tokens == 0:
+        return
+    keys, values = p.sides()
+    widest = max(keys.BLOCK.value, values.BLOCK.value)
+    at_once = min(1 << (p.heads - 1).bit_length(), max(1, _ELEMENTS // widest))
+    head_tiles = -(-p.heads // at_once)
+    launch(
+        append_kernel,
+        (p.sequences * call.new_tokens * head_tiles,),
+        call.q.device,
+        keys=keys,
+        values=values,
+        k=view_of(call.k),
+        v=view_of(call.v),
+        table=p.table,
+        head_tiles=head_tiles,
+        HEADS=at_once,
+        num_warps=4 if at_once * widest >= 1024 else 1,
+        heads=p.heads,
+        **p.lengths(),
+    )

@@ -1,0 +1,94 @@
+"""Tokens of a cache in memory: the records that kernels read and write it by."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resformer_kernels._triton.views import View
+
+
+class Side(NamedTuple):
+    """Keys or values of a cache, and how kernels load them."""
+
+    codes: View
+    """(row or page, token, KV head, channel)."""
+    scales: View
+    """One per token and KV head; no pointer where STORED is PLAIN."""
+    WIDTH: Any
+    """Channels."""
+    BLOCK: Any
+    """WIDTH, padded."""
+    STORED: Any
+    """A kind of codes.py."""
+    LARGEST: Any
+    """The largest code; 0 where STORED is PLAIN."""
+    POLICY: Any = tl.constexpr("")
+    """Eviction policy of loads."""
+
+
+class Matrix(NamedTuple):
+    """block_table or key_mask, a row per sequence, by strides in elements; a mask has one byte per
+    key. Without a pointer the cache is contiguous, or every key open."""
+
+    pointer: Tensor | None
+    row: int
+    column: int
+
+
+class Cache(NamedTuple):
+    """Keys, values, and where attention finds them."""
+
+    k: Side
+    v: Side
+    table: Matrix
+    mask: Matrix
+
+
+class Pool(NamedTuple):
+    """The pages of a cache."""
+
+    table: Any
+    pages: Any
+    page_size: Any
+
+
+class Place(NamedTuple):
+    """Indices of tokens on the first two axes of a cache, valid where `inside`."""
+
+    row: Any
+    token: Any
+    inside: Any
+
+
+def matrix_of(tensor: Tensor | None) -> Matrix:
+    """block_table or key_mask as kernels take it."""
+    if tensor is None:
+        return Matrix(None, 0, 0)
+    data = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    return Matrix(data, *tensor.stride())
+
+
+@triton.jit
+def place_of(pool, sequence, keys, inside):
+    """The place of keys of a sequence; not inside where their page does not exist."""
+    if pool.table.pointer is None:
+        place = Place(sequence, keys, inside)
+    else:
+        # The interpreter leaves an int times a constant a constant, which has no `to`.
+        column = tl.cast(keys // pool.page_size, tl.int64) * pool.table.column
+        at = tl.cast(sequence, tl.int64) * pool.table.row + column
+        page = tl.load(pool.table.pointer + at, mask=inside, other=0)
+        inside = inside & (page >= 0) & (page < pool.pages)
+        place = Place(page, keys % pool.page_size, inside)
+    return place
+
+
+@triton.jit
+def rows_of(view, place):
+    """Offsets of the place in a cache's codes or scales, of KV head 0."""
+    return place.row.to(tl.int64) * view.batch + place.token.to(tl.int64) * view.time
