@@ -35,6 +35,11 @@ Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, except for the
 """
 
 
+def default_sparse_layers(num_layers: int) -> int:
+    """Number of last layers that mix in `sparse` by default: three eighths, at least one."""
+    return min(num_layers - 1, max(1, round(3 * num_layers / 8)))
+
+
 @dataclass(frozen=True)
 class LanguageModelConfig:
     """A small decoder. Raises ValueError where a field is out of range.
@@ -147,9 +152,7 @@ class LanguageModelConfig:
     @property
     def resolved_sparse_layers(self) -> int:
         """Number of last layers that mix in `sparse`."""
-        if self.sparse_layers is not None:
-            return self.sparse_layers
-        return min(self.num_layers - 1, max(1, round(3 * self.num_layers / 8)))
+        return self.sparse_layers or default_sparse_layers(self.num_layers)
 
     def window(self, layer: int) -> tuple[int, int]:
         """The window of layer `layer`, counted from 0, as `value_residual_attention` takes it."""

@@ -26,6 +26,33 @@ from resformer_kernels.nn import (
     ValueResidualAttention,
 )
 
+CONSTANTS = {"identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
+"""lambda_v and lambda_first of the variants that do not learn them."""
+LEARNED = {"learnable": (0.5, 0.5), "learnable-plus": (0.5, 0.5)}
+"""Initial lambda_v and lambda_first of the variants that learn them."""
+
+
+def mixing_layer(
+    variant: str, layer: int, kv_heads: int, coefficients: tuple[float, float] | None
+) -> ValueMix:
+    """The mix of a layer that mixes values.
+
+    Args:
+        variant: one of `VARIANTS`, except "transformer" and "value-embedding".
+        layer: the layer, counted from 0; not 0.
+        kv_heads: number of KV heads.
+        coefficients: lambda_v and lambda_first, initial where they are learned. None for "dense"
+            and "svformer".
+    """
+    if variant == "dense":
+        return DenseMix(layer + 1)
+    if coefficients is None:
+        return FirstValues()
+    if variant in CONSTANTS:
+        return FixedMix(*coefficients)
+    heads = kv_heads if variant == "learnable-plus" else None
+    return LearnedMix(heads, lambda_v=coefficients[0], lambda_first=coefficients[1])
+
 
 def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
     """The mix of layer `layer`, counted from 0."""
@@ -39,22 +66,12 @@ def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
             gate_channels=min(config.gate_channels, config.dim),
             gate_range=config.gate_range,
         )
-    if layer == 0 or config.variant == "transformer":
+    sparse = config.variant == "sparse"
+    first_mixing = config.num_layers - config.resolved_sparse_layers if sparse else 1
+    if config.variant == "transformer" or layer < first_mixing:
         return OwnValues()
-    if config.variant == "sparse":
-        mixes = layer >= config.num_layers - config.resolved_sparse_layers
-        return FixedMix(lambda_v=1.0, lambda_first=5.0) if mixes else OwnValues()
-    if config.variant == "identity":
-        return FixedMix(lambda_v=0.5, lambda_first=0.5)
-    if config.variant == "constant":
-        return FixedMix(lambda_v=1.0, lambda_first=2.0)
-    if config.variant == "learnable":
-        return LearnedMix()
-    if config.variant == "learnable-plus":
-        return LearnedMix(config.resolved_kv_heads)
-    if config.variant == "dense":
-        return DenseMix(layer + 1)
-    return FirstValues()
+    coefficients = (CONSTANTS | LEARNED).get(config.variant)
+    return mixing_layer(config.variant, layer, config.resolved_kv_heads, coefficients)
 
 
 class SwiGLU(nn.Module):
