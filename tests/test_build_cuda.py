@@ -100,9 +100,9 @@ def test_wheel_with_cuda_holds_every_architecture_and_imports_without_a_gpu(
     assert machine_code(installed / native.PACKAGE / cuda.LIBRARY) == ARCHITECTURES
     program = (
         "import resformer_kernels, torch\n"
-        "from resformer_kernels._core import extension as _extension\n"
+        "from resformer_kernels._core import extension\n"
         f"assert resformer_kernels.__file__.startswith({str(installed)!r})\n"
-        "reason = _extension.cuda_unavailable_reason(torch.device('cuda', 0))\n"
+        "reason = extension.cuda_unavailable_reason(torch.device('cuda', 0))\n"
         "assert reason is None or 'no CUDA device' in reason, reason\n"
         "print(torch.ops.resformer.cuda_architectures())\n"
     )

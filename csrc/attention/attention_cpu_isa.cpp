@@ -1,4 +1,4 @@
-// The attention kernels, compiled once per instruction set (see setup.py).
+// The attention kernels, compiled once per instruction set (see build_support/native.py).
 #include "attention/backward.h"
 #include "attention/forward.h"
 

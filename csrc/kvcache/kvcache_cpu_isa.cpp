@@ -1,4 +1,4 @@
-// The kernels of attention_with_kvcache, compiled once per instruction set (see setup.py).
+// The kernels of attention_with_kvcache, compiled once per instruction set (see build_support/native.py).
 #include "kvcache/append.h"
 #include "kvcache/attend.h"
 

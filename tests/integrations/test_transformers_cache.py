@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from resformer_kernels.kvcache.cache import pages
 from tests.integrations.tiny import (
@@ -15,6 +14,7 @@ from tests.integrations.tiny import (
     ResFormerCache,
     convert_to_resformer,
     converted,
+    generate,
     left_padded,
     stock,
     tokens,
@@ -34,11 +34,6 @@ def storage(request: pytest.FixtureRequest) -> dict[str, Any]:
             pytest.fail(reason)
         pytest.skip(reason)
     return {"page_size": 4} if request.param == "paged" else {}
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
-    return found
 
 
 @both_kinds

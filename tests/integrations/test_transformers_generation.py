@@ -13,6 +13,7 @@ from tests.integrations.tiny import (
     QUIET,
     convert_to_resformer,
     converted,
+    generate,
     left_padded,
     stock,
     tokens,
@@ -23,12 +24,6 @@ pytestmark = [*QUIET]
 NEW = 8
 both_families = pytest.mark.parametrize("family", DECODERS)
 both_kinds = pytest.mark.parametrize("variant", ["learnable-plus", "svformer"])
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """The prompt and NEW tokens, greedily."""
-    found: Tensor = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-    return found
 
 
 def prompt(batch: int = 2) -> dict[str, Tensor]:

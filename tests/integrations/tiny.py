@@ -34,6 +34,7 @@ __all__ = [
     "convert_to_resformer",
     "converted",
     "families",
+    "generate",
     "integration",
     "kernel",
     "left_padded",
@@ -99,3 +100,9 @@ def left_padded(length: int = 11, padding: int = 4) -> dict[str, Tensor]:
     ids = tokens(length=length)
     ids[1, :padding] = 0
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """The prompt and 8 tokens, greedily."""
+    found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+    return found
