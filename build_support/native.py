@@ -136,19 +136,16 @@ def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
 
 
 def _find_ninja(environ: Mapping[str, str]) -> str:
-    beside_python = Path(sys.executable).parent / "ninja"
-    if beside_python.exists():
-        return str(beside_python)
+    places = [str(Path(sys.executable).parent)]
     if importlib.util.find_spec("ninja"):
         import ninja
 
-        in_package = Path(ninja.BIN_DIR) / "ninja"
-        if in_package.exists():
-            return str(in_package)
-    on_path = shutil.which("ninja", path=environ.get("PATH"))
-    if on_path is None:
+        places.append(ninja.BIN_DIR)
+    places.append(environ.get("PATH", os.defpath))
+    found = shutil.which("ninja", path=os.pathsep.join(places))
+    if found is None:
         raise BuildError("ninja was not found: `pip install ninja`, then build again")
-    return on_path
+    return found
 
 
 def _find_torch() -> Path:

@@ -1,4 +1,4 @@
-"""The build: the library it makes, what it rebuilds, and what installs without a compiler."""
+"""The build: its libraries, what it rebuilds, and what it installs without a compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PyMODINIT_FUNC PyInit__host(void) { return PyModule_Create(&tiny); }
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of everything that packaging reads, around C++ sources that compile in no time."""
+    """A copy of all files that packaging reads, with C++ sources that compile quickly."""
     monkeypatch.setenv("RESFORMER_CUDA", "0")
     return copy_tree(tmp_path / "tree")
 
@@ -69,7 +69,7 @@ def run(root: Path, code: str, **environ: str) -> subprocess.CompletedProcess[st
 
 
 def run_backend(root: Path, hook: str, **environ: str) -> tuple[Path, str]:
-    """Call a PEP 517 hook of the tree as pip would; the artefact and everything it printed."""
+    """Call a PEP 517 hook of the tree as pip does; return the artefact and the output."""
     result = run(root, f"from build_support import backend; backend.{hook}('dist')", **environ)
     printed = result.stdout + result.stderr
     assert result.returncode == 0, printed

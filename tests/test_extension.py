@@ -1,4 +1,4 @@
-"""Whether native kernels can serve a device, decided without a GPU."""
+"""Whether native kernels serve a device, decided without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is known of the CUDA library yet, nor is after the test."""
+    """Clear the cached state of the CUDA library before and after the test."""
 
     def forget() -> None:
         extension.cuda_library_reason.cache_clear()
@@ -30,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 def gpu(fresh: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A CUDA device, a driver and a library for it, as far as anyone asks."""
+    """Simulate a CUDA device with a driver and a library for it."""
     fresh.setattr(extension, "_load", lambda *_: None)
     fresh.setattr(torch.cuda, "is_available", lambda: True)
     capability(fresh, (9, 0))

@@ -105,7 +105,7 @@ def test_rotary(interleaved: bool, mode: str, rotary_dim: int) -> None:
         places = [length + i for i in range(NEW)]
         new = rotated(k[b], places, cos, sin, interleaved)
         torch.testing.assert_close(k_cache[b, length : length + NEW], new)
-        # Without a mask that moves with the query, all queries stand at the first new place.
+        # Without a causal mask or window, all queries have the first new token's position.
         q_places = [length] * NEW if mode == "full" else places
         turned = rotated(q[b], q_places, cos, sin, interleaved)
         keys = torch.cat([held[b, :length], new])[None]

@@ -133,7 +133,7 @@ def test_one_graph_for_every_length(name: str) -> None:
 
 
 def test_lengths_that_start_fixed_cost_one_recompilation() -> None:
-    """`dynamic=None`, the default: the first length is taken for fixed, the second is not."""
+    """With dynamic=None, the default, the first length is compiled as static, later ones not."""
     compiled = torch.compile(sdpa, fullgraph=True, backend="aot_eager")
     for length in (9, 17, 33, 40):
         gradients(compiled, heads_first(length))

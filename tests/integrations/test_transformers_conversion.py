@@ -1,4 +1,4 @@
-"""Converting models of transformers: what they compute then, and that they save and load."""
+"""Converted models of transformers: what they compute, and saving and loading them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_speculation_changes_no_token(family: str, variant: str, mode: str) -> N
     model = converted(family, variant)
     inputs = prompt(batch=1)
     if mode == "assisted":
-        # An assistant that agrees now and then: the same model, disturbed.
+        # An assistant that agrees only sometimes: the same model with perturbed weights.
         options: dict[str, Any] = {"assistant_model": converted(family, variant)}
         for parameter in options["assistant_model"].lm_head.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))

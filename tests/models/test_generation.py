@@ -1,4 +1,4 @@
-"""Generation over a cache: the same tokens as without one, whatever is asked of it."""
+"""Generation with a cache gives the same tokens as without one, with every option."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(variant: str = "svformer", **changes: Any) -> LanguageModel:
     torch.manual_seed(0)
     module = LanguageModel(replace(LONGER, variant=variant, **changes))
     with torch.no_grad():
-        # Logits far enough apart for a likeliest token, and gates and λ away from their start.
+        # Spread the logits for a clear likeliest token, and move gates and λ off their start.
         module.head.weight.mul_(20)
         for name, parameter in module.named_parameters():
             if "v_mix" in name and "table" not in name:
@@ -167,7 +167,7 @@ def test_top_k_and_top_p_keep_what_they_should() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     shares = Sampling(1.0, top_k=2).probabilities(logits)
     torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3, 0.0, 0.0]]))
-    # 0.5 does not reach 0.6, with 0.25 it does.
+    # 0.5 alone is below 0.6; with 0.25 the sum exceeds it.
     shares = Sampling(1.0, top_p=0.6).probabilities(logits)
     torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3, 0.0, 0.0]]))
     torch.testing.assert_close(Sampling(1.0, top_p=1.0).probabilities(logits), logits.exp())

@@ -55,7 +55,8 @@ def test_a_history_of_any_length_at_constant_memory() -> None:
             parts.append(classifier(x[:, part], streams=streams[:, part]))
             sizes.add(classifier.memory_bytes)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
-    # 2 conversations: one state; three states and the last three that were read.
+    # Two conversations: one state in the first memory; three, and the last three read, in the
+    # second.
     assert sizes == {2 * 24 * 4 * (1 + 3 + 3)}
 
 

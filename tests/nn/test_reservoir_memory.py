@@ -1,4 +1,4 @@
-"""The memory of what came before: what a step reads, streams, and calls that continue."""
+"""`ReservoirMemory`: the state that a step reads, streams, and stateful calls."""
 
 from __future__ import annotations
 

@@ -195,19 +195,10 @@ class EncoderAttention(ValueResidualAttention):
 
     def drop_value_projection(self) -> None:
         """Reduce `Wqkv` to the rows of queries and keys."""
-        whole = self.Wqkv
-        rows = 2 * whole.out_features // 3
-        kept = nn.Linear(
-            whole.in_features,
-            rows,
-            bias=whole.bias is not None,
-            device=whole.weight.device,
-            dtype=whole.weight.dtype,
-        )
-        for name, parameter in whole.named_parameters():
+        self.Wqkv.out_features = rows = 2 * self.Wqkv.out_features // 3
+        for name, parameter in list(self.Wqkv.named_parameters()):
             part = nn.Parameter(parameter.detach()[:rows].clone(), parameter.requires_grad)
-            setattr(kept, name, part)
-        self.Wqkv = kept
+            setattr(self.Wqkv, name, part)
 
     def forward(
         self,
