@@ -1,4 +1,4 @@
-"""Drop-ins as translations: what a function of another library asks for, as a call of an op."""
+"""Drop-ins as translations of another library's arguments into the call of an op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class _OpCall(NamedTuple):
-    """An op, its arguments by name, what to compute before it, and what to make of its result."""
+    """A call of an op: its arguments by name, and the functions applied before and after it."""
 
     op: Callable[..., Any]
     arguments: dict[str, Any]
@@ -27,18 +27,22 @@ def call_op(
     finish: Callable[[Any], R],
     before: Callable[[], dict[str, Any]] | None = None,
 ) -> R:
-    """What the body of a `drop_in` returns. Typed as the result that its caller gets.
+    """The return value of a `drop_in`'s body, typed as the result that the caller gets.
 
-    `before` computes arguments that replace those of the same names, which have their shapes and
-    dtypes: `explain` leaves it out, since it computes nothing.
+    Args:
+        op: the op to call.
+        arguments: its arguments by name.
+        finish: maps the op's result to the drop-in's.
+        before: computes replacements for some arguments, of the same shapes and dtypes. `explain`
+            skips it, so that it computes nothing.
     """
     return cast(R, _OpCall(op, arguments, before, finish))
 
 
 def drop_in(translate: Callable[P, R]) -> Callable[P, R]:
-    """The public function of a translation, whose body checks its arguments and ends in `call_op`.
+    """Decorate a function whose body checks its arguments and returns a `call_op`.
 
-    Calling the function runs the op; `explain` asks the op about the same arguments.
+    Calling the decorated function runs the op; `explain` explains the op's call.
     """
 
     def prepared(*args: P.args, **kwargs: P.kwargs) -> Request:

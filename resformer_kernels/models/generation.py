@@ -63,8 +63,8 @@ class Sampling:
         """(B,) tokens from logits (B, vocab)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        shares = self.probabilities(logits)
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        probs = self.probabilities(logits)
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution to draw from, (B, vocab) float32: among the `top_k` largest logits, the
@@ -73,14 +73,14 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
-        shares = logits.softmax(-1)
+        probs = logits.softmax(-1)
         if self.top_p is None:
-            return shares
-        ordered, order = shares.sort(-1, descending=True)
+            return probs
+        ordered, order = probs.sort(-1, descending=True)
         # A token is kept where the sum before it is below top_p, so the first always is.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-        shares = torch.zeros_like(shares).scatter(-1, order, ordered)
-        return shares / shares.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        return probs / probs.sum(-1, keepdim=True)
 
 
 @torch.no_grad()

@@ -143,11 +143,11 @@ class Reservoir(nn.Module):
             values = random_groups(self.groups, size, connectivity, radii, generator)
             values = values if self.groups > 1 else values[0]
         if self.layout == "csr":
-            kept = values != 0
-            rows = torch.cat((torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)))
+            nonzero = values != 0
+            rows = torch.cat((torch.zeros(1, dtype=torch.int64), nonzero.sum(1).cumsum(0)))
             self.register_buffer("_rows", rows)
-            self.register_buffer("_columns", kept.nonzero()[:, 1].contiguous())
-            values = values[kept]
+            self.register_buffer("_columns", nonzero.nonzero()[:, 1].contiguous())
+            values = values[nonzero]
         self.register_buffer("_values", values.to(dtype))
 
     @property

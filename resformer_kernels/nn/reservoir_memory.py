@@ -120,7 +120,7 @@ class ReservoirMemory(nn.Module):
         if not isinstance(reservoir, Reservoir):
             raise TypeError(f"reservoir must be a Reservoir, got {describe(reservoir)}")
         if reservoir.stateful:
-            raise ValueError("reservoir must not be stateful: ReservoirMemory keeps the state")
+            raise ValueError("reservoir must not be stateful: ReservoirMemory holds the state")
         if out_features < 1 or streams < 1:
             raise ValueError(
                 f"out_features and streams must be at least 1, got {out_features} and {streams}"
@@ -230,10 +230,10 @@ class ReservoirMemory(nn.Module):
 
     def _recent(self, history: Tensor, lengths: Tensor | None) -> Tensor:
         """The last window - 1 states that steps other than padding read."""
-        kept, steps = self.window - 1, history.shape[1] - (self.window - 1)
+        recent, steps = self.window - 1, history.shape[1] - (self.window - 1)
         if lengths is None:
             return history[:, steps:]
-        index = lengths[:, None] + torch.arange(kept, device=history.device)
+        index = lengths[:, None] + torch.arange(recent, device=history.device)
         return history.gather(1, index[..., None].expand(-1, -1, history.shape[2]))
 
     def _check(self, x: Tensor, streams: Tensor | None, lengths: Tensor | None) -> None:

@@ -58,8 +58,8 @@ def random_groups(
     """
     shape = (groups, units, units)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    kept = torch.rand(shape, generator=generator, dtype=torch.float64) < connectivity
-    weight = weight.where(kept, 0)
+    present = torch.rand(shape, generator=generator, dtype=torch.float64) < connectivity
+    weight = weight.where(present, 0)
     for block, radius in zip(weight, radii, strict=True):
         found = spectral_radius(block)
         if found < 1e-9 and radius:
@@ -77,5 +77,5 @@ def random_inputs(
     """Input weights (units, inputs), float64: ±scaling, nonzero with probability `connectivity`."""
     shape = (units, inputs)
     signs = torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
-    kept = torch.rand(shape, generator=generator, dtype=torch.float64) < connectivity
-    return (signs * scaling).where(kept, 0)
+    present = torch.rand(shape, generator=generator, dtype=torch.float64) < connectivity
+    return (signs * scaling).where(present, 0)

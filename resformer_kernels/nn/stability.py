@@ -94,10 +94,10 @@ def stability_report(
         )
     starts = torch.zeros(2, reservoir.units)
     starts[1] = 2 * torch.rand(reservoir.units, generator=generator) - 1
-    kept = reservoir.state
+    stored = reservoir.state
     starts = starts.to(like)
     states, _ = reservoir(inputs.to(like).expand(2, -1, -1), starts)
-    reservoir.state = kept
+    reservoir.state = stored
     contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR.get(like.dtype, 1e-5))
     bounded = reservoir.activation not in _UNBOUNDED
     steps = reservoir.step_matrices()

@@ -101,7 +101,7 @@ def test_scale_and_grouped_heads() -> None:
 def test_masks(q: Shape, mask: Shape) -> None:
     k = (*q[:-2], 7, 8)
     assert_same_as_torch(inputs(q, k), attn_mask=rand(*mask))
-    # Every query keeps a key: older versions of PyTorch give NaN where one has none.
+    # Every query attends to a key: older versions of PyTorch give NaN for one without keys.
     assert_same_as_torch(
         inputs(q, k), attn_mask=(rand(*mask) > -0.3).index_fill(-1, torch.tensor([0]), True)
     )

@@ -86,7 +86,7 @@ both = pytest.mark.parametrize("drop_in", ["sdpa", "flash"])
 
 @both
 def test_checkpointing_keeps_the_gradient_of_the_first_values(drop_in: str) -> None:
-    expected, found = (gradients(Stack(drop_in, kept), batch()) for kept in (False, True))
+    expected, found = (gradients(Stack(drop_in, recompute), batch()) for recompute in (False, True))
     assert_same(found, expected)
     # Every layer contributes to the gradient of the first value projection, unless detached.
     model = Stack(drop_in)
@@ -104,7 +104,8 @@ def test_checkpointing_keeps_the_gradient_of_the_first_values(drop_in: str) -> N
 @both
 def test_checkpointing_under_autocast(drop_in: str) -> None:
     expected, found = (
-        gradients(Stack(drop_in, kept), batch(), dtype=torch.bfloat16) for kept in (False, True)
+        gradients(Stack(drop_in, recompute), batch(), dtype=torch.bfloat16)
+        for recompute in (False, True)
     )
     assert_same(found, expected)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())

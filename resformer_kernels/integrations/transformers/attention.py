@@ -29,7 +29,7 @@ class ValueResidualAttention:
     v_mix: ValueMix
     projects_values: bool
     """Whether the layer has a value projection, which a layer over shared values has not."""
-    hands_on_history: bool
+    returns_cached_values: bool
     """Whether later layers get the cached values: true in the first layer of an SVFormer."""
     rotate: Callable[..., tuple[Tensor, Tensor]]
     eager: Callable[..., Any]
@@ -43,11 +43,11 @@ class ValueResidualAttention:
     def check_value_projection(stock: Any) -> None:
         """Raise if the value projection of a stock attention layer cannot be removed."""
 
-    def adopt(self, v_mix: ValueMix, hands_on_history: bool) -> None:
+    def set_mix(self, v_mix: ValueMix, returns_cached_values: bool) -> None:
         """Set the mix; called once, on an attention layer with all weights of the stock one."""
         self.v_mix = v_mix
         self.projects_values = v_mix.projects_values
-        self.hands_on_history = hands_on_history
+        self.returns_cached_values = returns_cached_values
         if not self.projects_values:
             self.drop_value_projection()
 
@@ -128,10 +128,10 @@ class DecoderAttention(ValueResidualAttention):
             out = past_key_values.attend(self.layer_idx, q, k, new, attention_mask, **options)
             return self.o_proj(out.flatten(2)), None, v.transpose(1, 2) if own is None else own
         if past_key_values is not None:
-            k, v = self.remember(past_key_values, k, v)
+            k, v = self.append_to_cache(past_key_values, k, v)
         out, weights = self.attend(q, k, v, attention_mask, **kwargs)
-        handed_on = v.transpose(1, 2) if own is None or self.hands_on_history else own
-        return self.o_proj(out), weights, handed_on
+        returned = v.transpose(1, 2) if own is None or self.returns_cached_values else own
+        return self.o_proj(out), weights, returned
 
     def attends_in_cache(self, cache: Any, mask: Any) -> bool:
         """Whether to attend in the cache: a `ResFormerCache`, with our kernel and no full mask."""
@@ -141,7 +141,7 @@ class DecoderAttention(ValueResidualAttention):
             and (mask is None or mask.dim() == 2)
         )
 
-    def remember(self, cache: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append_to_cache(self, cache: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append to the cache; return keys and values of all tokens so far, (B, Hkv, T, D)."""
         if self.projects_values:
             keys, values = cache.update(k, v, self.layer_idx)

@@ -204,4 +204,4 @@ def restructure(model: Any) -> None:
         attention.__class__ = family.attention
         with torch.device(next(attention.parameters()).device):
             v_mix = build_value_mix(model.config, i)
-        attention.adopt(v_mix.train(attention.training), i == 0 and kind == "SVFormer")
+        attention.set_mix(v_mix.train(attention.training), i == 0 and kind == "SVFormer")
