@@ -332,11 +332,10 @@ def cleared(state: Tensor, sequences: Tensor) -> Tensor:
             raise ValueError(f"sequences must be ({state.shape[0]},), got {describe(sequences)}")
         gone = sequences
     else:
-        if sequences.numel() and not (-1 < int(sequences.min()) <= int(sequences.max())):
-            raise ValueError(f"sequences must not be negative, got {int(sequences.min())}")
-        if sequences.numel() and int(sequences.max()) >= state.shape[0]:
+        rows = sequences.tolist()
+        if rows and not 0 <= min(rows) <= max(rows) < len(state):
             raise ValueError(
-                f"sequences must lie below {state.shape[0]}, got {int(sequences.max())}"
+                f"sequences must lie in [0, {len(state) - 1}], got {min(rows)} to {max(rows)}"
             )
         gone = torch.zeros(state.shape[0], dtype=torch.bool, device=state.device)
         gone[sequences] = True

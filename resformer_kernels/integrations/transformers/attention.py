@@ -15,7 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resformer_kernels.integrations.transformers.cache import ResFormerCache
 from resformer_kernels.integrations.transformers.kernel import NAME, options_of
-from resformer_kernels.mix import mix_values
 from resformer_kernels.nn import ValueMix
 from resformer_kernels.nn.value_mix import ValueSources
 
@@ -58,11 +57,8 @@ class ValueResidualAttention:
     def mixed_values(self, own: Tensor | None, earlier: tuple[Tensor, ...], x: Tensor) -> Tensor:
         """V', (B, T, H, D), of the tokens of x; with shared values, of all tokens so far."""
         mixed = self.v_mix(ValueSources(own, earlier, x, None))
-        if mixed.v_first is None:
-            return mixed.v
-        if mixed.v is None:
-            return mixed.v_first
-        return mix_values((mixed.v, mixed.v_first), (mixed.lambda_v, mixed.lambda_first))
+        values: Tensor | None = mixed.cached()
+        return mixed.v_first if values is None else values
 
     def options(self) -> dict[str, Any]:
         """The arguments of every attention function that are not tensors."""
