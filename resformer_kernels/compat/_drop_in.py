@@ -46,14 +46,15 @@ def drop_in(translate: Callable[P, R]) -> Callable[P, R]:
     """
 
     def prepared(*args: P.args, **kwargs: P.kwargs) -> Request:
-        call = cast(_OpCall, translate(*args, **kwargs))
+        call: Any = translate(*args, **kwargs)
         return prepare(call.op, **call.arguments)
 
     @explained_by(prepared)
     @wraps(translate)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        call = cast(_OpCall, translate(*args, **kwargs))
-        changed = call.before() if call.before else {}
-        return cast(R, call.finish(call.op(**{**call.arguments, **changed})))
+        call: Any = translate(*args, **kwargs)
+        arguments = call.arguments if call.before is None else call.arguments | call.before()
+        result: R = call.finish(call.op(**arguments))
+        return result
 
     return function

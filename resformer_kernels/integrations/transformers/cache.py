@@ -28,7 +28,7 @@ class _Layer(CacheLayerMixin):
         self.cache.make(key_states, value_states)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         return self.cache.append(self.index, key_states, value_states)
 

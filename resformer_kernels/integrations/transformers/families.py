@@ -111,9 +111,9 @@ def _publish(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
     return made
 
 
-def _head_init(self: Any, config: Any, *inputs: Any, **kwargs: Any) -> None:
+def _head_init(self: Any, config: Any, **kwargs: Any) -> None:
     """Build the stock model, then add the residual to its layers."""
-    super(self._built_by, self).__init__(config, *inputs, **kwargs)
+    super(self._built_by, self).__init__(config, **kwargs)
     restructure(self)
 
 
