@@ -63,11 +63,10 @@ def from_paper(
         ValueError: a weight is missing, has the wrong shape or has no counterpart; or config has
             biases, scaled RoPE or an activation other than silu.
     """
-    weights = _unwrapped(state)
+    found = _renamed(state, _PAPER)
+    found = {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}
     layers = int(config["num_hidden_layers"])
-    alone = not any(
-        f"model.layers.{n}.self_attn.v_proj.weight" in weights for n in range(1, layers)
-    )
+    alone = not any(f"blocks.{n}.attention.v_proj.weight" in found for n in range(1, layers))
     _require_llama(config)
     rope = config.get("rope_parameters") or config
     fields: dict[str, Any] = {
@@ -83,8 +82,6 @@ def from_paper(
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_base": rope.get("rope_theta", 10_000.0),
     }
-    found = _renamed(weights, _PAPER)
-    found = {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.get("tie_word_embeddings") and "embedding.weight" in found:
         found.setdefault("head.weight", found["embedding.weight"])
     return _loaded(LanguageModelConfig(**{**fields, **changes}), found)
@@ -125,9 +122,9 @@ def from_nanochat(
         ValueError: a weight is missing, has the wrong shape or has no counterpart, such as
             `smear_gate`, `smear_lambda` and `backout_lambda` of the latest versions.
     """
-    weights = _unwrapped(state)
+    found = _renamed(state, _NANOCHAT)
     layers, length = int(config["n_layer"]), int(config["sequence_len"])
-    gates = [weights[name] for name in weights if name.endswith("ve_gate.weight")]
+    gates = [x for name, x in found.items() if name.endswith("v_mix.gate_proj.weight")]
     head_dim = config["n_embd"] // config["n_head"]
     fields: dict[str, Any] = {
         "variant": "value-embedding" if gates else "transformer",
@@ -145,14 +142,13 @@ def from_nanochat(
         "qk_norm": True,
         "attention_scale": qk_gain**2 * head_dim**-0.5,
         "embedding_norm": True,
-        "stream_scales": "resid_lambdas" in weights,
+        "stream_scales": "stream_scale" in found,
         "logit_softcap": logit_softcap,
         "rope_base": rope_base,
         "gate_channels": gates[0].shape[1] if gates else 32,
         "gate_range": gate_range,
     }
     made = LanguageModelConfig(**{**fields, **changes})
-    found = _renamed(weights, _NANOCHAT)
     for name, tensor in found.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             found[name] = tensor.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
@@ -164,10 +160,6 @@ def from_nanochat(
     for name in (*norms, "norm"):
         found[f"{name}.weight"] = torch.ones(made.dim)
     return _loaded(made, found)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _require_llama(config: Mapping[str, Any]) -> None:
@@ -212,6 +204,7 @@ _NANOCHAT = {
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
+        name = _WRAPPERS.sub("", name)
         for pattern, ours in names.items():
             name = re.sub(rf"(?<![\w]){pattern}(?!\w)", ours, name)
         renamed[name] = tensor
