@@ -53,12 +53,9 @@ def _parts(function: Any) -> tuple[Any, ...]:
     return (function.__code__, *(_parts(x) for x in flat if hasattr(x, "__code__")))
 
 
-_WINDOWED = tuple(
-    _parts(function(1))
-    for function in (
-        sliding_window_causal_mask_function,
-        sliding_window_bidirectional_mask_function,
-    )
+_WINDOWED = (
+    _parts(sliding_window_causal_mask_function(1)),
+    _parts(sliding_window_bidirectional_mask_function(1)),
 )
 
 
