@@ -1,4 +1,4 @@
-"""Packaging: what pyproject.toml cannot say, which is how the native libraries are built."""
+"""Packaging of the native libraries, which pyproject.toml cannot describe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WITHOUT_HOST = SKIP_REASON or host.skip_reason()
 
 
 class BuildPython(build_py.build_py):
-    """Says, once, that the package goes without its kernels."""
+    """Warns once if the package is installed without its kernels."""
 
     def run(self) -> None:
         if SKIP_REASON is not None:
@@ -38,7 +38,7 @@ class BuildPython(build_py.build_py):
 
 
 class BuildNative(build_ext.build_ext):
-    """Builds the libraries with ninja in place of setuptools' compiler classes."""
+    """Builds the libraries with ninja instead of setuptools' compiler classes."""
 
     def get_ext_filename(self, fullname: str) -> str:
         *parents, name = fullname.split(".")
@@ -47,7 +47,7 @@ class BuildNative(build_ext.build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            # For the later libraries ninja finds nothing left to do.
+            # The first call builds all libraries; for later ones ninja finds nothing to do.
             (library,) = [path for path in native.build(ROOT) if path.name == target.name]
         except BuildError as error:
             raise PlatformError(str(error)) from error
@@ -55,8 +55,8 @@ class BuildNative(build_ext.build_ext):
 
 
 class BuildWheel(bdist_wheel.bdist_wheel):
-    """Tags the wheel for this Python where it holds the host module, else py3-none-<platform>: the
-    kernels' libraries need no particular Python."""
+    """Tags the wheel for this Python if it holds the host module, else py3-none-<platform>: the
+    kernels' libraries work with every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform_tag = super().get_tag()
@@ -64,7 +64,7 @@ class BuildWheel(bdist_wheel.bdist_wheel):
 
 
 def libraries() -> list[str]:
-    """The files of the libraries that go into the package."""
+    """File names of the libraries that the package contains."""
     if SKIP_REASON is not None:
         return []
     optional = {host.LIBRARY: WITHOUT_HOST, cuda.LIBRARY: WITHOUT_CUDA}
@@ -72,7 +72,7 @@ def libraries() -> list[str]:
 
 
 FILES = {name.partition(".")[0]: name for name in libraries()}
-"""The file of each library, by its name without what Python or the system puts after it."""
+"""The file name of each library, by its name without suffixes."""
 
 
 setup(

@@ -1,8 +1,8 @@
-"""The build backend: setuptools', which also asks for torch where a wheel needs its headers.
+"""The build backend: setuptools', plus torch as a requirement where a wheel needs its headers.
 
-Which requirement that is depends on the environment, so pyproject.toml cannot list it. A torch that
-is there is taken; in isolation it is one exact version, because "any" would be whatever came out
-last. Nothing of the wheel depends on that choice: its libraries serve every torch from 2.10 on.
+The requirement depends on the environment, so pyproject.toml cannot list it. An installed torch is
+used. An isolated build asks for one exact version, so that builds do not change with torch's
+releases. The wheel does not depend on that choice: its libraries work with every torch >= 2.10.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ __all__ = [
 ]
 
 TORCH = "2.13.0"
-"""What an isolated build reads the headers of, and what `make setup` installs."""
+"""The version whose headers an isolated build uses, and which `make setup` installs."""
 
 Settings = Mapping[str, str | list[str] | None] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """What building a wheel needs beside pyproject.toml's list."""
+    """Requirements of building a wheel beyond pyproject.toml's list."""
     return [*build_meta.get_requires_for_build_wheel(config_settings), *torch_requirement()]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    """What an editable install needs beside pyproject.toml's list."""
+    """Requirements of an editable install beyond pyproject.toml's list."""
     return [*build_meta.get_requires_for_build_editable(config_settings), *torch_requirement()]
 
 
 def torch_requirement(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The torch to install before the build: none where one is here or nothing is compiled.
+    """The torch to install before the build; empty where one is installed or nothing is compiled.
 
-    TORCH_VERSION names another than the pinned one, such as "2.13.0+cpu" for the CPU build: its
-    headers serve the CUDA library too.
+    TORCH_VERSION overrides the pinned version, for instance with "2.13.0+cpu" for the CPU build,
+    whose headers suffice for the CUDA library too.
     """
     if native.skip_reason(environ) is not None or importlib.util.find_spec("torch") is not None:
         return []

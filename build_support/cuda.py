@@ -1,7 +1,6 @@
 """The CUDA library: whether it is built, by which nvcc, and for which architectures.
 
-A machine that builds needs nvcc; it needs no GPU, and its torch may be a CPU build, whose headers
-are the same.
+Building needs nvcc but no GPU. torch can be a CPU build: its headers are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from build_support.errors import BuildError
 
 LIBRARY = "libresformer_cuda.so"
 ARCHITECTURES = ("8.0", "9.0a", "10.0")
-"""Ampere and later; Hopper with what only it has; datacentre Blackwell."""
+"""Ampere and later; Hopper with its architecture-specific features; datacentre Blackwell."""
 
 _USUAL_HOME = "/usr/local/cuda"
 _ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)")
@@ -27,14 +26,16 @@ _FLAGS = (
     "-std=c++20",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    # Declares the CUDA part of torch's C interface.
+    # torch's headers declare the CUDA part of their C interface under this macro.
     "-DUSE_CUDA",
 )
 
 
 def skip_reason(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why the CUDA library is not to be built; None where it is. BuildError where it must be and
-    cannot."""
+    """Why the CUDA library is not built; None where it is.
+
+    Raises BuildError where it is required and cannot be built.
+    """
     requested = environ.get("RESFORMER_CUDA", "")
     if requested not in ("", "0", "1"):
         raise BuildError(f"RESFORMER_CUDA must be 0 or 1, got {requested!r}")
@@ -57,7 +58,7 @@ def _wanted(environ: Mapping[str, str]) -> str:
 
 
 def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The CUDA compiler: that of $CUDA_HOME if it is set, else of PATH, else the usual place's."""
+    """The CUDA compiler: in $CUDA_HOME if that is set, else on PATH, else in /usr/local/cuda."""
     home = environ.get("CUDA_HOME", "")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
@@ -66,8 +67,8 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def architectures(nvcc: str, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The architectures to build for, such as "9.0a": those of RESFORMER_CUDA_ARCHS, else of
-    `ARCHITECTURES` those that this nvcc knows. BuildError for one that it does not know."""
+    """The architectures to build for, such as "9.0a": those of RESFORMER_CUDA_ARCHS, else those of
+    `ARCHITECTURES` that this nvcc supports. BuildError for a requested one that it does not."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
     if known.returncode != 0:
         raise BuildError(f"{nvcc} --list-gpu-code failed: {known.stderr.strip()}")
@@ -93,7 +94,7 @@ def architectures(nvcc: str, environ: Mapping[str, str] = os.environ) -> tuple[s
 
 
 def _plain_code(architecture: str) -> str:
-    # nvcc lists no variants.
+    # nvcc --list-gpu-code omits the variants.
     return code(architecture).rstrip("af")
 
 
@@ -103,7 +104,7 @@ def code(architecture: str) -> str:
 
 
 def compile_flags(archs: tuple[str, ...], cxx: str, torch: Path) -> list[str]:
-    """What nvcc is called with. Each architecture gets machine code, and nothing else is in."""
+    """nvcc's flags. The library holds machine code of each architecture and no PTX."""
     targets = [
         f"-gencode=arch={code(name).replace('sm', 'compute')},code={code(name)}" for name in archs
     ]
@@ -117,9 +118,12 @@ def compile_flags(archs: tuple[str, ...], cxx: str, torch: Path) -> list[str]:
 
 
 def link_flags(cxx: str, torch: Path) -> list[str]:
-    """The CUDA runtime goes in, hidden, so that torch's own may be any version. libtorch stays
-    needed though nothing names it: in a CUDA build of torch it brings libtorch_cuda, in a CPU
-    build it does not, and the library loads in both."""
+    """nvcc's flags for linking.
+
+    The CUDA runtime is linked statically and hidden, so that torch's own can be any version.
+    libtorch is linked although no symbol of it is used: in a CUDA build of torch it loads
+    libtorch_cuda, in a CPU build it does not, and the library loads in both.
+    """
     library_dir = torch / "lib"
     linker = (
         *("--exclude-libs,ALL", "-z,defs", f"-rpath-link,{library_dir}", "--no-as-needed"),
@@ -127,7 +131,7 @@ def link_flags(cxx: str, torch: Path) -> list[str]:
     )
     return [
         *host_compiler(cxx),
-        # Nothing is called from another file's device code.
+        # No device code calls another file's, so device linking is unnecessary.
         *("-cudart=static", "-nodlink"),
         f"-L{library_dir}",
         *(f"-Xlinker={flag}" for flag in linker),
@@ -136,5 +140,5 @@ def link_flags(cxx: str, torch: Path) -> list[str]:
 
 
 def host_compiler(cxx: str) -> list[str]:
-    """The same C++ compiler as for the CPU, unless it is a command line of several words."""
+    """Select the CPU library's C++ compiler, unless it is a command of several words."""
     return [] if " " in cxx else [f"-ccbin={cxx}"]

@@ -1,4 +1,4 @@
-"""What a build that cannot go on raises."""
+"""The error that the build raises."""
 
 
 class BuildError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The host module: the one library tied to a Python, because pybind11 has no limited API."""
+"""The host module: the only library tied to a Python version (pybind11 has no limited API)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sysconfig
 from pathlib import Path
 
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
-"""Such as .cpython-311-x86_64-linux-gnu.so: each Python finds its own."""
+"""Such as .cpython-311-x86_64-linux-gnu.so: each Python loads its own."""
 LIBRARY = f"_host{SUFFIX}"
 
 COMPILE_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-# What Python brings stays undefined; the interpreter has it.
+# Python's symbols stay undefined; the interpreter provides them.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,--exclude-libs,ALL")
 
 
 def skip_reason() -> str | None:
-    """Why the host module is not to be built; None where it is."""
+    """Why the host module is not built; None where it is."""
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed in the environment that builds (`pip install pybind11`)"
     header = _python_include() / "Python.h"
@@ -31,7 +31,7 @@ def sources(root: Path) -> list[Path]:
 
 
 def compile_flags() -> list[str]:
-    """What the compiler is called with, apart from the user's own flags."""
+    """The compiler's flags, without the user's CXXFLAGS."""
     import pybind11
 
     includes = (Path(pybind11.get_include()), _python_include())

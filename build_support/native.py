@@ -1,8 +1,8 @@
 """Build the native libraries with ninja.
 
-Kept apart from setup.py so that `python -m build_support.native` rebuilds after an edit of the C++
-sources without going through pip. torch is located, never imported: its headers and libraries are
-all that is needed, and importing it takes seconds.
+`python -m build_support.native` rebuilds after an edit of the C++ sources without pip; setup.py
+calls the same functions. torch is located but not imported: the build needs only its headers and
+libraries, and importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,49 +50,18 @@ _COMPILE_FLAGS = (
     "-ffp-contract=fast",
     "-Wall",
     "-Wextra",
-    # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake. Clang
-    # knows one of the two warnings.
+    # GCC 12 warns of the undefined operand inside its own AVX-512 intrinsics. Clang knows only one
+    # of the two warnings.
     "-Wno-unknown-warning-option",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
-_RULES = """\
-rule compile
-  command = $cxx $flags $variant -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = compile $in $label
-rule link
-  command = $cxx -shared -o $out $in $link_flags
-  description = link $out
-"""
-_HOST_RULES = """\
-rule compile_host
-  command = $cxx $host_flags -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = compile $in $label
-rule link_host
-  command = $cxx -shared -o $out $in $host_link_flags
-  description = link $out
-"""
-_CUDA_RULES = """\
-rule compile_cuda
-  command = $nvcc $cuda_flags -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = compile $in $label
-rule link_cuda
-  command = $nvcc -shared -o $out $in $cuda_link_flags
-  description = link $out
-"""
-
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The programs and the torch that a build uses."""
+    """The programs and the torch installation that a build uses."""
 
     cxx: str
     ninja: str
@@ -100,7 +69,7 @@ class Toolchain:
     extra_compile_flags: str = ""
     extra_link_flags: str = ""
     nvcc: str | None = None
-    """None: the CUDA library is not built."""
+    """None where the CUDA library is not built."""
     cuda_architectures: tuple[str, ...] = ()
 
 
@@ -115,8 +84,10 @@ class Unit:
 
 
 def skip_reason(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why the package is to be installed without native libraries; None where they are built.
-    BuildError where they must be."""
+    """Why the package is installed without native libraries; None where they are built.
+
+    Raises BuildError where they are required.
+    """
     reason = _without_compiler(environ)
     if reason is not None and environ.get("RESFORMER_CUDA") == "1":
         raise BuildError(f"RESFORMER_CUDA=1 asks for the CUDA library, but {reason}")
@@ -165,19 +136,16 @@ def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
 
 
 def _find_ninja(environ: Mapping[str, str]) -> str:
-    beside_python = Path(sys.executable).parent / "ninja"
-    if beside_python.exists():
-        return str(beside_python)
+    places = [str(Path(sys.executable).parent)]
     if importlib.util.find_spec("ninja"):
         import ninja
 
-        in_package = Path(ninja.BIN_DIR) / "ninja"
-        if in_package.exists():
-            return str(in_package)
-    on_path = shutil.which("ninja", path=environ.get("PATH"))
-    if on_path is None:
+        places.append(ninja.BIN_DIR)
+    places.append(environ.get("PATH", os.defpath))
+    found = shutil.which("ninja", path=os.pathsep.join(places))
+    if found is None:
         raise BuildError("ninja was not found: `pip install ninja`, then build again")
-    return on_path
+    return found
 
 
 def _find_torch() -> Path:
@@ -197,16 +165,16 @@ def _find_torch() -> Path:
 
 
 def isas(machine: str) -> dict[str, tuple[str, ...]]:
-    """The instruction sets built on `machine`, lowest first, and the compiler flags of each."""
+    """The instruction sets to build on `machine`, lowest first, with their compiler flags."""
     return _X86_64_ISAS if machine.lower() in ("x86_64", "amd64") else _PORTABLE_ONLY
 
 
 def cpu_units(root: Path, machine: str) -> list[Unit]:
     """Every object of the CPU library, in link order.
 
-    The linker keeps the first copy of an inline function that several objects hold. Objects are
-    therefore ordered from the lowest instruction set to the highest: a copy compiled for AVX-512
-    must never serve a processor without it.
+    Where several objects define an inline function, the linker keeps the first definition. Objects
+    are therefore ordered from the lowest instruction set to the highest, so that a definition
+    compiled for AVX-512 never runs on a processor without it.
     """
     variants = isas(machine)
     have = tuple(f"-DRESFORMER_HAVE_{name.upper()}=1" for name in variants)
@@ -237,37 +205,26 @@ def _unit(root: Path, source: Path, variant: str, flags: tuple[str, ...]) -> Uni
 
 
 def ninja_file(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
-    """The text of build.ninja; paths of sources are relative to the repository's root."""
-    include = toolchain.torch / "include"
+    """The text of build.ninja for the CPU library; paths are relative to the repository's root."""
     library_dir = toolchain.torch / "lib"
-    # System includes: torch's own warnings stay silent, and -MD still tracks its headers.
-    flags = [*_COMPILE_FLAGS, "-Icsrc", "-isystem", str(include)]
+    # System includes silence torch's warnings, and -MD still tracks its headers.
+    flags = [*_COMPILE_FLAGS, "-Icsrc", "-isystem", str(toolchain.torch / "include")]
     link_flags = [
         *("-Wl,--as-needed", "-Wl,-z,defs", f"-L{library_dir}", f"-Wl,-rpath-link,{library_dir}"),
         *("-ltorch_cpu", "-ltorch", "-lc10"),
     ]
-    lines = [
-        f"builddir = {_escape(output_dir)}",
-        f"cxx = {toolchain.cxx}",
-        f"flags = {_command(flags)} {toolchain.extra_compile_flags}".rstrip(),
-        f"link_flags = {_command(link_flags)} {toolchain.extra_link_flags}".rstrip(),
-        _RULES,
-        *_library_rules(units, "", f"{output_dir}/{CPU_LIBRARY}"),
-    ]
-    return "\n".join(lines) + "\n"
+    extra = (toolchain.extra_compile_flags, toolchain.extra_link_flags)
+    head = f"builddir = {_escape(output_dir)}\ncxx = {toolchain.cxx}\n"
+    library = f"{output_dir}/{CPU_LIBRARY}"
+    return head + _library(units, library, "", "cxx", (flags, link_flags), extra)
 
 
 def cuda_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
-    """What build.ninja has besides where the CUDA library is built."""
+    """The part of build.ninja that builds the CUDA library."""
     architectures, cxx, torch = toolchain.cuda_architectures, toolchain.cxx, toolchain.torch
-    lines = [
-        f"nvcc = {_escape(toolchain.nvcc or '')}",
-        f"cuda_flags = {_command(cuda.compile_flags(architectures, cxx, torch))}",
-        f"cuda_link_flags = {_command(cuda.link_flags(cxx, torch))}",
-        _CUDA_RULES,
-        *_library_rules(units, "_cuda", f"{output_dir}/{cuda.LIBRARY}"),
-    ]
-    return "\n".join(lines) + "\n"
+    flags = cuda.compile_flags(architectures, cxx, torch), cuda.link_flags(cxx, torch)
+    head = f"nvcc = {_escape(toolchain.nvcc or '')}\n"
+    return head + _library(units, f"{output_dir}/{cuda.LIBRARY}", "cuda", "nvcc", flags)
 
 
 def host_units(root: Path) -> list[Unit]:
@@ -279,31 +236,51 @@ def host_units(root: Path) -> list[Unit]:
 
 
 def host_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
-    """What build.ninja has besides where the host module is built."""
-    flags, link_flags = _command(host.compile_flags()), _command(host.LINK_FLAGS)
-    lines = [
-        f"host_flags = {flags} {toolchain.extra_compile_flags}".rstrip(),
-        f"host_link_flags = {link_flags} {toolchain.extra_link_flags}".rstrip(),
-        _HOST_RULES,
-        *_library_rules(units, "_host", f"{output_dir}/{host.LIBRARY}"),
-    ]
-    return "\n".join(lines) + "\n"
+    """The part of build.ninja that builds the host module."""
+    flags, library = (host.compile_flags(), host.LINK_FLAGS), f"{output_dir}/{host.LIBRARY}"
+    extra = (toolchain.extra_compile_flags, toolchain.extra_link_flags)
+    return _library(units, library, "host", "cxx", flags, extra)
 
 
-def _library_rules(units: list[Unit], suffix: str, library: str) -> list[str]:
-    lines, objects = [], []
+def _library(
+    units: list[Unit],
+    library: str,
+    kind: str,
+    compiler: str,
+    flags: tuple[Sequence[str], Sequence[str]],
+    extra: tuple[str, str] = ("", ""),
+) -> str:
+    """Flags, rules and targets of one library.
+
+    `kind` names its rules and variables, `compiler` the variable of its compiler. `flags` and
+    `extra` are those of compiling and of linking.
+    """
+    suffix, prefix = (f"_{kind}", f"{kind}_") if kind else ("", "")
+    variant = "" if kind else " $variant"
+    compile_flags, link_flags = (
+        f"{_command(own)} {users}".rstrip() for own, users in zip(flags, extra, strict=True)
+    )
+    text = f"""\
+{prefix}flags = {compile_flags}
+{prefix}link_flags = {link_flags}
+rule compile{suffix}
+  command = ${compiler} ${prefix}flags{variant} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in $label
+rule link{suffix}
+  command = ${compiler} -shared -o $out $in ${prefix}link_flags
+  description = link $out
+"""
+    objects = []
     for unit in units:
-        target = _escape(f"{Path(library).parent.as_posix()}/{unit.object}")
-        objects.append(target)
-        lines += [
-            f"build {target}: compile{suffix} {_escape(unit.source)}",
-            f"  variant = {_command(unit.flags)}",
-            f"  label = {unit.label}",
-        ]
-    return [*lines, f"build {_escape(library)}: link{suffix} {' '.join(objects)}"]
+        objects.append(_escape(f"{Path(library).parent.as_posix()}/{unit.object}"))
+        text += f"build {objects[-1]}: compile{suffix} {_escape(unit.source)}\n"
+        text += f"  variant = {_command(unit.flags)}\n  label = {unit.label}\n"
+    return text + f"build {_escape(library)}: link{suffix} {' '.join(objects)}\n"
 
 
-def _command(arguments: list[str] | tuple[str, ...]) -> str:
+def _command(arguments: Sequence[str]) -> str:
     return " ".join(shlex.quote(argument).replace("$", "$$") for argument in arguments)
 
 
@@ -312,8 +289,8 @@ def _escape(path: str) -> str:
 
 
 def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Bring the libraries up to date and return where they are, that of the CPU first, the host
-    module second where it is built. Raises BuildError."""
+    """Bring the libraries up to date and return their paths: the CPU library first, then the host
+    module and the CUDA library where they are built. Raises BuildError."""
     toolchain = find_toolchain(environ)
     machine = platform.machine()
     output_dir = f"build/native-{machine}"
@@ -333,7 +310,7 @@ def build(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> list[Pa
         result = subprocess.run(command, cwd=root, env=dict(environ), check=False)
     if result.returncode != 0:
         raise BuildError(
-            "compiling the native library failed (the compiler's messages stand above)."
+            "compiling the native library failed (see the compiler's messages above)."
             " RESFORMER_CUDA=0 builds the CPU's alone, and RESFORMER_SKIP_NATIVE=1 installs the"
             " pure PyTorch reference alone."
         )
@@ -355,7 +332,7 @@ def _jobs(environ: Mapping[str, str]) -> list[str]:
 
 
 def install(library: Path, target: Path) -> None:
-    """Put `library` at `target`, atomically: a running process may hold the old one mapped."""
+    """Copy `library` to `target` atomically: a running process may have mapped the old file."""
     if target.exists() and filecmp.cmp(library, target, shallow=False):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +342,7 @@ def install(library: Path, target: Path) -> None:
 
 
 def main() -> int:
-    """Build, and place the libraries inside the package in the source tree."""
+    """Build the libraries and install them into the package of the source tree."""
     try:
         reason = skip_reason()
         if reason is not None:
@@ -378,7 +355,7 @@ def main() -> int:
         for file, (name, without) in optional.items():
             if without is not None:
                 print(f"not building the {name}: {without}", file=sys.stderr)
-                # What is left of an older build would be loaded all the same.
+                # A library left by an older build would still be loaded.
                 (ROOT / PACKAGE / file).unlink(missing_ok=True)
         for library in build():
             install(library, ROOT / PACKAGE / library.name)

@@ -1,4 +1,4 @@
-"""Turn a Llama into a ResFormer and into an SVFormer, train both a little, and generate.
+"""Convert a Llama to a ResFormer and to an SVFormer, train both briefly, and generate.
 
 Runs offline, in under a minute, on a tiny random model of bytes: `python examples/convert_llama.py`
 """
@@ -47,9 +47,9 @@ def batch(generator: torch.Generator) -> Tensor:
 
 
 def train(model: Any, steps: int) -> float:
-    """Adam on pieces of this file, with checkpointed layers; the last loss in nats."""
+    """Train with Adam on pieces of this file, with checkpointed layers; the last loss in nats."""
     model.train()
-    model.gradient_checkpointing_enable()  # the default, non-reentrant, is the kind that works
+    model.gradient_checkpointing_enable()  # the default is non-reentrant, as it must be
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     loss = torch.tensor(float("nan"))
@@ -67,7 +67,7 @@ def train(model: Any, steps: int) -> float:
 
 
 def complete(model: Any, prompt: bytes) -> tuple[str, int]:
-    """The prompt and 40 greedy bytes more, and the bytes of the cache that it took."""
+    """The prompt with 40 greedy bytes appended, and the size of the cache in bytes."""
     ids = torch.tensor([list(prompt)])
     cache = ResFormerCache(model.config, max_seqlen=len(prompt) + 40)
     out = model.generate(
@@ -88,7 +88,7 @@ def main() -> None:
     logging.set_verbosity_error()
     source = tiny_llama()
 
-    print("ResFormer, from where the Llama stands: lambda_v = 1, lambda_first = 0")
+    print("ResFormer, starting from the Llama: lambda_v = 1, lambda_first = 0")
     resformer = convert_to_resformer(copy.deepcopy(source), lambda_v=1.0, lambda_first=0.0)
     ids = batch(torch.Generator().manual_seed(1))
     with torch.no_grad():

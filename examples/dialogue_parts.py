@@ -1,7 +1,8 @@
-"""What the classifiers of dialogue_emotion.py see: vectors, scores, and states of reservoirs."""
+"""The classifiers' inputs in dialogue_emotion.py: vectors, scores and reservoir states."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,29 +21,29 @@ from resformer_kernels.tasks import Dialogue, DialogueCorpus
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen on train and dev. All models share everything but the width of WIDER."""
+    """Settings chosen on train and dev. All models share them, except the width of WIDER."""
 
     components: int = 256
     """Principal components of the encoder's vectors."""
     strength: float = 300.0
-    """Of the first classifier's penalty, strength / 2 * |W|² beside the sum over utterances."""
+    """Strength of the first classifier's penalty, strength / 2 * |W|² per sum over utterances."""
     folds: int = 5
     speakers: int = 6
-    """Those that have a feature of their own: the most frequent ones of the training part."""
+    """Number of speakers with a feature of their own: the most frequent in the training part."""
     streams: int = 8
-    """Speakers of a conversation that have a reservoir; later ones share the last."""
+    """Speakers of a conversation with a reservoir of their own; later ones share the last."""
     units: int = 32
-    """Of each reservoir, in groups of like leak: from the last utterance to the last twenty."""
+    """Units of each reservoir, in one group per leak: memory of one to about twenty utterances."""
     leaks: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1)
     radius: float = 0.9
     input_scaling: float = 0.5
     spread: float = 0.3
-    """Of the states beside the scores' 1: what the past adds is to stay small."""
+    """Standard deviation of the states; that of the scores is 1. It keeps corrections small."""
     hidden: int = 32
     input_dropout: float = 0.1
     dropout: float = 0.5
     balance: float = 0.4
-    """A class counts in the loss as its share to the power of minus this."""
+    """The loss weights a class by its frequency to the power of minus this."""
     epochs: int = 12
     batch: int = 256
     rate: float = 2e-3
@@ -51,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One split: n utterances, conversation after conversation."""
+    """One split: n utterances, ordered by conversation."""
 
     vectors: Tensor  # (n, D)
     speakers: Tensor  # (n, speakers + 1), one-hot
@@ -67,7 +68,7 @@ class Part:
 
 
 def trigrams(sentences: Sequence[str], size: int = 384) -> Tensor:
-    """Hashed counts of three letters, (sentences, size): an encoder that needs no package."""
+    """Hashed letter-trigram counts, (sentences, size): an encoder that needs no package."""
     vectors = torch.zeros(len(sentences), size)
     for row, text in enumerate(sentences):
         padded = f" {text.lower()} "
@@ -80,7 +81,7 @@ def trigrams(sentences: Sequence[str], size: int = 384) -> Tensor:
 def embed(
     corpus: DialogueCorpus, splits: Sequence[str], encoder: str, folder: Path, console: Console
 ) -> dict[str, Tensor]:
-    """The utterances' vectors by split, from the cache in `folder` where they are there."""
+    """The utterances' vectors by split, read from the cache in `folder` if it has them."""
     texts = {
         split: [text for dialogue in getattr(corpus, split) for text in dialogue.utterances]
         for split in splits
@@ -128,11 +129,11 @@ class Round(NamedTuple):
 def rounds(
     corpus: DialogueCorpus, vectors: dict[str, Tensor], scored: str, folds: int
 ) -> Iterator[Round]:
-    """One for "dev" and "test"; for "cv" as many as folds, over training and dev parts together.
+    """One round for "dev" and "test"; for "cv" one per fold of the training and dev parts.
 
-    Whole conversations go to a fold, drawn once. In cross-validation each conversation is scored
-    once, in a round where nothing, from the principal components on, was fitted to it; only the
-    list of frequent speakers is the same in all rounds.
+    Folds consist of whole conversations, drawn once. In cross-validation each conversation is
+    scored once, in a round where nothing was fitted to it, the principal components included; only
+    the list of frequent speakers is the same in all rounds.
     """
     if scored != "cv":
         names = {"train": "train", "scored": scored}
@@ -157,11 +158,8 @@ def rounds(
 def arrange(
     dialogues: Sequence[Dialogue], vectors: Tensor, corpus: DialogueCorpus, settings: Settings
 ) -> Part:
-    """A split as tensors, not scored yet."""
-    counts: dict[str, int] = {}
-    for dialogue in corpus.train:
-        for name in dialogue.speakers:
-            counts[name] = counts.get(name, 0) + 1
+    """A split as tensors, without scores."""
+    counts = Counter(name for dialogue in corpus.train for name in dialogue.speakers)
     frequent = sorted(counts, key=lambda name: (-counts[name], name))[: settings.speakers]
     known = {name: i for i, name in enumerate(frequent)}
     speakers, streams, labels = [], [], []
@@ -204,8 +202,8 @@ def logistic(inputs: Tensor, labels: Tensor, classes: int, strength: float) -> n
 def score(parts: dict[str, Part], classes: int, settings: Settings) -> dict[str, Part]:
     """The parts with the first classifier's log-probabilities.
 
-    The training conversations are scored by classifiers that did not see them: what is heard is
-    then as uncertain in training as it is later.
+    Training conversations are scored by classifiers that were not fitted to them, so that the
+    reservoirs' inputs are as uncertain in training as in scoring.
     """
     train = parts["train"]
     fold = train.conversations % settings.folds
@@ -222,7 +220,7 @@ def score(parts: dict[str, Part], classes: int, settings: Settings) -> dict[str,
 
 
 def standardised(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To mean 0 and spread 1 over the training part."""
+    """Scale to mean 0 and standard deviation 1 over the training part."""
     mean, spread = values["train"].mean(0), values["train"].std(0).clamp_min(1e-3)
     return {name: (found - mean) / spread for name, found in values.items()}
 
@@ -231,10 +229,10 @@ def standardised(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def memories(
     parts: dict[str, Part], seed: int, settings: Settings, *, reset: bool
 ) -> dict[str, Tensor]:
-    """What both reservoirs hold at each utterance, standardised, (n, 2 N).
+    """Both reservoirs' states at each utterance, standardised, (n, 2 N).
 
-    They hear the standardised scores, of all that was said before; with `reset` of the utterance
-    alone. Reservoirs are fixed, so that their states are computed once and not in every epoch.
+    Their inputs are the standardised scores of all earlier utterances; with `reset`, of the current
+    utterance alone. Reservoirs are fixed, so their states are computed once, not in every epoch.
     """
     scores = standardised({name: part.scores for name, part in parts.items()})
     found: dict[str, list[Tensor]] = {name: [] for name in parts}

@@ -1,11 +1,11 @@
-"""Whose reservoirs reservoir_tasks.py runs: this package's, and ReservoirPy's, on one series."""
+"""The reservoirs that reservoir_tasks.py compares: this package's and ReservoirPy's."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +14,22 @@ from resformer_kernels.nn import Reservoir
 
 OURS = "here"
 STRENGTHS = (1e-10, 1e-8, 1e-6, 1e-4)
-"""Of a ridge readout; one is chosen on held-out rows."""
+"""Strengths of a ridge readout; one is chosen on held-out rows."""
 EXAMPLE: Mapping[str, float] = {"lr": 0.3, "sr": 1.1}
-"""Of ReservoirPy's own first example; all else is its default."""
+"""Settings of ReservoirPy's first example; all others are its defaults."""
 EXAMPLE_STRENGTH = 1e-6
-"""Likewise."""
+"""Strength of the ridge readout of that example."""
 
 Settings = Mapping[str, float]
-"""Arguments of `nn.Reservoir`, which have ReservoirPy's names."""
-
-
-class Network(Protocol):
-    """A reservoir of either kind."""
-
-    def states(self, inputs: Tensor) -> Tensor:
-        """(T, N) of inputs (T, n_in)."""
-
-    def free_run(self, readout: Callable[[Tensor], Tensor], state: Tensor, steps: int) -> Tensor:
-        """Outputs (B, steps, n_in), each fed back, from states (B, N)."""
+"""Arguments of `nn.Reservoir`, under ReservoirPy's names."""
 
 
 class Kernels:
-    """An `nn.Reservoir`: float32 on the kernels, float64 on the reference."""
+    """An `nn.Reservoir`: float32 uses the kernels, float64 the reference."""
 
     def __init__(self, reservoir: Reservoir, dtype: torch.dtype) -> None:
         self.reservoir = reservoir.to(dtype)
-        # The reference serves float64, step by step; "auto" would warn that it is slow.
+        # Only the reference takes float64; "auto" would warn that it is slow.
         self.reservoir.backend = "reference" if dtype is torch.float64 else "auto"
 
     def states(self, inputs: Tensor) -> Tensor:
@@ -54,7 +44,7 @@ class Kernels:
 
 
 class PeerReservoir:
-    """A `reservoirpy.nodes.Reservoir`: float64, a tenth of the weights, one step after another."""
+    """A `reservoirpy.nodes.Reservoir`: float64, a tenth of the weights nonzero, step by step."""
 
     def __init__(self, units: int, inputs: int, seed: int, options: Mapping[str, Any]) -> None:
         from reservoirpy.nodes import Reservoir as Node
@@ -77,15 +67,18 @@ class PeerReservoir:
         return torch.stack(outputs, 1)
 
 
+Network = Kernels | PeerReservoir
+
+
 @dataclass(frozen=True)
 class Contender:
-    """Whose reservoirs run.
+    """One implementation in the comparison.
 
     Attributes:
-        name: heads its column.
-        make: a network of (units, inputs, seed, settings).
-        strengths: what its readouts are chosen from.
-        dtype: of its states.
+        name: the heading of its column.
+        make: makes a network from (units, inputs, seed, settings).
+        strengths: the candidate strengths of its readouts.
+        dtype: dtype of its states.
     """
 
     name: str
@@ -105,10 +98,10 @@ def ours(dtype: torch.dtype) -> Contender:
 
 
 def reservoirpy() -> list[Contender]:
-    """ReservoirPy's, with the settings of its own first example, and with those given.
+    """ReservoirPy's, with the settings of its first example, and with those given.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: ReservoirPy is not installed.
     """
     if importlib.util.find_spec("reservoirpy") is None:
         raise ModuleNotFoundError(
@@ -122,7 +115,7 @@ def reservoirpy() -> list[Contender]:
         from reservoirpy import mat_gen
 
         options: dict[str, Any] = {"input_connectivity": 1.0, **settings}
-        # It has no scaling of the bias alone: drawn as it draws one.
+        # ReservoirPy cannot scale the bias alone: draw it from ReservoirPy's distribution.
         options["bias"] = options.pop("bias_scaling") * mat_gen.bernoulli(units, seed=seed)
         return PeerReservoir(units, inputs, seed, options)
 

@@ -1,12 +1,12 @@
-"""Four tasks that reservoirs are judged by, beside ReservoirPy-style echo state networks.
+"""Four standard reservoir tasks, compared with published figures and with ReservoirPy.
 
     python examples/reservoir_tasks.py --out reports/reservoir_tasks --peer reservoirpy
 
 NARMA-10 (a nonlinear system of memory 10), Mackey-Glass with delay 17 (a chaotic series: the next
-step, and 84 steps fed back), Lorenz (how long a fed-back prediction stays valid) and memory
-capacity (how many past inputs can be read from one state). Figures are means over seeds, with their
-sample standard deviation; `--json` stores those of every seed. `--peer reservoirpy` runs its
-networks on the same series, with the settings of its own first example and with those here.
+step, and 84 steps of free-running prediction), Lorenz (how long a free-running prediction stays
+valid) and memory capacity (how many past inputs one state encodes). Figures are means over seeds
+with sample standard deviations; `--json` stores those of every seed. `--peer reservoirpy` also runs
+ReservoirPy on the same series, with the settings of its first example and with those used here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from reservoir_networks import OURS, Contender, Kernels, Settings, ours, reservoirpy
 from rich.console import Console
@@ -44,12 +44,12 @@ from resformer_kernels.tasks import (
 )
 
 LORENZ_STEP = 0.02
-"""Units of time between two samples."""
+"""Time between two samples."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run of a task gave: its figures by name, and two curves to draw."""
+    """The result of one run of a task: its figures by name, and two curves to plot."""
 
     values: dict[str, float]
     wanted: Tensor
@@ -61,7 +61,7 @@ Run = Callable[[int, int, float, Contender], Figures]
 
 @dataclass(frozen=True)
 class Case:
-    """A task at one size, and the figures to hold it against."""
+    """A task at one size, and the figures to compare with."""
 
     task: str
     units: int
@@ -69,11 +69,11 @@ class Case:
     anchors: dict[str, float]
     greater_is_better: bool = False
     peers: bool = True
-    """Whether ReservoirPy has such reservoirs."""
+    """Whether ReservoirPy has such a reservoir."""
 
 
 def fit(states: Tensor, targets: Tensor, held_out: int, strengths: Sequence[float]) -> Ridge:
-    """A readout whose strength is chosen on the last `held_out` rows, then fitted to all."""
+    """A readout fitted to all rows, with the strength that is best on the last `held_out`."""
     readout = Ridge(states.shape[1], targets.shape[1], strengths)
     readout.fit(states[:-held_out], targets[:-held_out])
     readout.select(states[-held_out:], targets[-held_out:])
@@ -82,7 +82,7 @@ def fit(states: Tensor, targets: Tensor, held_out: int, strengths: Sequence[floa
 
 
 # Settings and lengths were chosen on the series of seeds 100 to 107. Nearly linear reservoirs fit
-# NARMA-10 best, the less linear the fewer units there are.
+# NARMA-10 best; with fewer units, less linear ones do.
 NARMA_FEW: Settings = {"sr": 0.9, "input_scaling": 0.05, "bias_scaling": 0.2}
 NARMA_MANY: Settings = {"sr": 0.92, "input_scaling": 0.015, "bias_scaling": 0.1}
 MACKEY_GLASS: Settings = {"sr": 1.0, "lr": 0.6, "input_scaling": 1.0, "bias_scaling": 0.3}
@@ -90,7 +90,7 @@ LORENZ: Settings = {"sr": 0.6, "lr": 1.0, "input_scaling": 0.2, "bias_scaling": 
 
 
 def narma(units: int, seed: int, size: float, contender: Contender) -> Figures:
-    """NMSE of NARMA-10 on held-out steps."""
+    """NARMA-10: NMSE on held-out steps."""
     train, test, washout = round(8000 * size), round(2000 * size), 200
     u, y = narma10(washout + train + test, seed=seed)
     settings = NARMA_FEW if units < 300 else NARMA_MANY
@@ -102,7 +102,7 @@ def narma(units: int, seed: int, size: float, contender: Contender) -> Figures:
 
 
 def mackey(units: int, seed: int, size: float, contender: Contender) -> Figures:
-    """One-step NRMSE, and the NRMSE of the 84th step fed back, over 50 starts."""
+    """Mackey-Glass: one-step NRMSE, and that of the 84th free-running step, over 50 starts."""
     train, test, washout, starts = round(10000 * size), round(3000 * size), 500, 50
     x = mackey_glass(washout + train + test + 1, seed=seed) - 0.93
     network = contender.make(units, 1, seed, MACKEY_GLASS)
@@ -121,7 +121,7 @@ def mackey(units: int, seed: int, size: float, contender: Contender) -> Figures:
 
 
 def lorenz_run(units: int, seed: int, size: float, contender: Contender) -> Figures:
-    """Median valid time, in Lyapunov times, of 20 predictions fed back."""
+    """Lorenz: median valid time of 20 free-running predictions, in Lyapunov times."""
     step, train, washout, starts = LORENZ_STEP, round(8000 * size), 200, 20
     steps = math.ceil(20 / (LORENZ_EXPONENT * step))
     x = lorenz(washout + train + 100 * starts + steps + 1, step=step, seed=seed)
@@ -145,23 +145,13 @@ def lorenz_run(units: int, seed: int, size: float, contender: Contender) -> Figu
     )
 
 
-def spread_inputs(reservoir: Reservoir, seed: int) -> None:
-    """Input weights uniform in [-1, 1], instead of ±1.
-
-    A linear ring holds as many inputs as its input weights have wave numbers round the ring; of
-    ±1 one is sometimes exactly missing, such as the mean of as many of either sign.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    reservoir.input_weight.uniform_(-1, 1, generator=generator)
-
-
 def capacity(topology: str, activation: str) -> Run:
     """Memory capacity of a ring or a random reservoir.
 
-    A linear ring of N units and spectral radius s reads an input of k < N steps ago but for the one
-    of k + N, which lies in the same direction: a squared correlation of 1 / (1 + s^2N), 1 to nine
-    digits at 0.9. So all delays from 1 give N - 1, and chance gives about 1 / `test` for each
-    further one.
+    A linear ring of N units and spectral radius s encodes the inputs of k and of k + N steps ago in
+    the same direction, so the input of k < N steps ago is read with a squared correlation of
+    1 / (1 + s^2N), which is 1 to nine digits at s = 0.9. All delays from 1 then sum to N - 1, and
+    chance adds about 1 / `test` for each further delay.
     """
 
     def run(units: int, seed: int, size: float, contender: Contender) -> Figures:
@@ -180,7 +170,10 @@ def capacity(topology: str, activation: str) -> Run:
             seed=seed,
         )
         if linear:
-            spread_inputs(reservoir, seed)
+            # A linear ring encodes as many inputs as its input weights have nonzero Fourier modes
+            # round the ring. Weights of ±1 sometimes lack one, such as the mean.
+            generator = torch.Generator().manual_seed(seed)
+            reservoir.input_weight.uniform_(-1, 1, generator=generator)
         states = Kernels(reservoir, contender.dtype).states(u)
         readout = Ridge(units, longest, 1e-12).fit(states[washout:-test], past[washout:-test])
         predicted = readout(states[-test:])
@@ -197,7 +190,7 @@ def capacity(topology: str, activation: str) -> Run:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every task at every size; quick: the smallest of each."""
+    """Every task at every size; with `quick`, each at 60 units."""
     found = [
         Case("NARMA-10", 100, narma, {"NMSE": 0.062}),
         Case("NARMA-10", 500, narma, {"NMSE": 0.0135}),
@@ -205,40 +198,29 @@ def cases(quick: bool) -> list[Case]:
         Case("Mackey-Glass", 1000, mackey, {"one-step NRMSE": 1.2e-5, "log10 NRMSE84": -3.84}),
         Case("Lorenz", 500, lorenz_run, {"valid Lyapunov times": 10.2}, True),
         Case("Lorenz", 1000, lorenz_run, {"valid Lyapunov times": 11.5}, True),
-        Case(
-            "capacity, linear ring",
-            100,
-            capacity("ring", "identity"),
-            {"capacity": 99.1},
-            True,
-            False,
-        ),
-        Case("capacity, tanh ring", 100, capacity("ring", "tanh"), {"capacity": 76.0}, True, False),
-        Case(
-            "capacity, tanh random",
-            100,
-            capacity("random", "tanh"),
-            {"capacity": 27.5},
-            True,
-            False,
-        ),
     ]
+    for name, topology, activation, anchor in (
+        ("linear ring", "ring", "identity", 99.1),
+        ("tanh ring", "ring", "tanh", 76.0),
+        ("tanh random", "random", "tanh", 27.5),
+    ):
+        run, anchors = capacity(topology, activation), {"capacity": anchor}
+        found.append(Case(f"capacity, {name}", 100, run, anchors, True, peers=False))
     if not quick:
         return found
-    small = {c.task: replace(c, units=60) for c in found}
-    return list(small.values())
+    return list({case.task: replace(case, units=60) for case in found}.values())
 
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one case, a run a seed: first ours, then those of the peers it has."""
+    """The runs of one case, one per seed, by contender: first ours, then its peers'."""
 
     case: Case
     runs: dict[str, list[Figures]]
 
 
 def run_all(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> list[Result]:
-    """Every case with every contender and seed, with a progress bar."""
+    """Run every case with every contender and seed, with a progress bar."""
     contenders = [ours(getattr(torch, options.dtype))]
     others = reservoirpy() if options.peer else []
     size = 0.1 if options.quick else 1.0
@@ -259,7 +241,7 @@ def run_all(chosen: Sequence[Case], options: argparse.Namespace, console: Consol
 
 
 def table_of(results: Sequence[Result]) -> Table:
-    """Ours beside the figure to hold it against, and the peers'."""
+    """A table of our figures, the published ones and the peers'."""
     others = list(dict.fromkeys(name for r in results for name in r.runs if name != OURS))
     table = Table(header_style="bold")
     for heading in ("task", "N", "figure", OURS, "echo state network", *others):
@@ -270,12 +252,11 @@ def table_of(results: Sequence[Result]) -> Table:
             cells = {}
             for who, runs in result.runs.items():
                 middle, spread = mean_and_spread([run.values[name] for run in runs])
-                cells[who] = f"{middle:.4g} ± {spread:.1g}"
+                shown = f"{middle:.4g}"
                 if who == OURS:
                     better = middle >= anchor if case.greater_is_better else middle <= anchor
-                    cells[who] = (
-                        f"[{'green' if better else 'yellow'}]{middle:.4g}[/] ± {spread:.1g}"
-                    )
+                    shown = f"[{'green' if better else 'yellow'}]{shown}[/]"
+                cells[who] = f"{shown} ± {spread:.1g}"
             peers = [cells.get(who, "") for who in others]
             row = (case.task, str(case.units), name, cells[OURS], f"{anchor:.4g}", *peers)
             table.add_row(*row)
@@ -283,26 +264,24 @@ def table_of(results: Sequence[Result]) -> Table:
 
 
 def store(results: Sequence[Result], options: argparse.Namespace, path: Path) -> None:
-    """The figures of every seed, with the machine, its versions and the settings."""
+    """Store the figures of every seed with the machine, its versions and the settings."""
     tasks = []
     for result in results:
         case = result.case
         for name, anchor in case.anchors.items():
-            by_seed = {who: [run.values[name] for run in runs] for who, runs in result.runs.items()}
+            scores: dict[str, dict[str, Any]] = {}
+            for who, runs in result.runs.items():
+                found = [run.values[name] for run in runs]
+                scores[who] = {"by_seed": found, "mean_and_spread": mean_and_spread(found)}
             tasks.append(
                 {
                     "task": case.task,
                     "units": case.units,
                     "figure": name,
-                    "by_seed": by_seed[OURS],
-                    "mean_and_spread": mean_and_spread(by_seed[OURS]),
+                    **scores.pop(OURS),
                     "echo_state_network": anchor,
                     "greater_is_better": case.greater_is_better,
-                    "peers": {
-                        who: {"by_seed": found, "mean_and_spread": mean_and_spread(found)}
-                        for who, found in by_seed.items()
-                        if who != OURS
-                    },
+                    "peers": scores,
                 }
             )
     settings = {name: getattr(options, name) for name in ("seeds", "dtype", "quick", "peer")}
@@ -312,19 +291,18 @@ def store(results: Sequence[Result], options: argparse.Namespace, path: Path) ->
 
 
 def plot(results: Sequence[Result], folder: Path) -> list[Path]:
-    """A PNG a task, of its largest reservoir and first seed."""
+    """One PNG per task, of its largest reservoir and first seed."""
     folder.mkdir(parents=True, exist_ok=True)
     largest = {result.case.task: (result.case, result.runs[OURS][0]) for result in results}
     paths = []
     for task, (case, run) in largest.items():
         figure = Figure(figsize=(8, 3), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         recalls, chaos = task.startswith("capacity"), task == "Lorenz"
         shown = 250 if task == "NARMA-10" else len(run.wanted)
         steps = torch.arange(1, shown + 1)[: len(run.wanted)]
         across = steps * (LORENZ_STEP * LORENZ_EXPONENT if chaos else 1.0)
-        label = "all that N units can hold" if recalls else "true"
+        label = "the most that N units can hold" if recalls else "true"
         axes.plot(across, run.wanted[:shown], color="#9aa5b1", linewidth=2.5, label=label)
         axes.plot(across, run.predicted[:shown], color="#0f766e", linewidth=1, label="reservoir")
         axes.set_xlabel("delay (steps)" if recalls else "Lyapunov times" if chaos else "step")
@@ -335,7 +313,7 @@ def plot(results: Sequence[Result], folder: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         figures = ", ".join(f"{name} {value:.3g}" for name, value in run.values.items())
         axes.set_title(f"{task}, N = {case.units}: {figures}", loc="left", fontsize=10)
-        # Beside the curves: they fill the whole height.
+        # Outside the axes, whose whole height the curves fill.
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         name = task.lower().replace(", ", "-").replace(" ", "-")
         paths.append(folder / f"{name}.png")
@@ -350,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--task", default="", help="only tasks whose name contains this")
-    parser.add_argument("--peer", choices=("reservoirpy",), help="also run it, on the same series")
+    parser.add_argument("--peer", choices=("reservoirpy",), help="also run it on the same series")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's figures")
     parser.add_argument("--quick", action="store_true", help="60 units and a tenth of the data")
     options = parser.parse_args(arguments)

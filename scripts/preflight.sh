@@ -1,6 +1,6 @@
 #!/bin/sh
 # Usage: preflight.sh PYTHON
-# Checks for what set-up needs from the system and names the Debian package of each thing missing.
+# Checks the system packages that set-up needs and names the missing Debian packages.
 set -u
 python=$1
 packages=""

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Usage: venv.sh PYTHON VENV
 # Makes VENV if it is missing and installs torch and the pinned development requirements into it.
-# With a CUDA device whose torch the given Python already has, that torch is kept; else the pinned
-# torch is installed, from TORCH_INDEX where that is set: PyTorch's index of CPU builds saves the
-# gigabytes of CUDA libraries that pip's own index may add. TORCH_VERSION overrides the pin.
+# On a machine with a CUDA device, a suitable torch of PYTHON is used. Otherwise the pinned torch is
+# installed, from TORCH_INDEX if that is set: PyTorch's index of CPU builds avoids the gigabytes of
+# CUDA libraries that pip's default index can add. TORCH_VERSION overrides the pin.
 set -eu
 python=$1
 venv=$2
@@ -27,9 +27,9 @@ has_gpu() {
 
 if [ ! -x "$venv/bin/python" ]; then
   if has_gpu && "$python" -c "$usable_cuda_torch"; then
-    echo "[1/4] making $venv on top of the CUDA torch that is already here"
+    echo "[1/4] making $venv on top of the installed CUDA torch"
     "$python" -m venv --system-site-packages "$venv"
-    # Where $python is itself a virtual environment, its packages are not the system's.
+    # If $python is itself a virtual environment, --system-site-packages omits its packages.
     "$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
       >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/outer.pth"
   else
@@ -37,7 +37,7 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"
   fi
 else
-  echo "[1/4] using the $venv that is here"
+  echo "[1/4] using the existing $venv"
 fi
 
 pip="$venv/bin/python -m pip --disable-pip-version-check --no-input -qq"
@@ -46,7 +46,7 @@ if has_gpu && "$venv/bin/python" -c "$usable_cuda_torch"; then
 elif "$venv/bin/python" -c "
 import importlib.metadata as m, sys
 sys.exit(m.version('torch').split('+')[0] != '$torch_version')" 2>/dev/null; then
-  echo "[2/4] torch $torch_version is here"
+  echo "[2/4] torch $torch_version is installed"
 else
   echo "[2/4] installing torch $torch_version (about 200 MB for a CPU build; takes a minute)"
   $pip install "torch==$torch_version" ${torch_index:+--extra-index-url "$torch_index"}

@@ -1,4 +1,4 @@
-"""The build: the library it makes, what it rebuilds, and what installs without a compiler."""
+"""The build: its libraries, what it rebuilds, and what it installs without a compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PyMODINIT_FUNC PyInit__host(void) { return PyModule_Create(&tiny); }
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of everything that packaging reads, around C++ sources that compile in no time."""
+    """A copy of all files that packaging reads, with C++ sources that compile quickly."""
     monkeypatch.setenv("RESFORMER_CUDA", "0")
     return copy_tree(tmp_path / "tree")
 
@@ -59,17 +59,18 @@ def copy_tree(root: Path) -> Path:
     return root
 
 
-def run_backend(root: Path, hook: str, **environ: str) -> tuple[Path, str]:
-    """Call a PEP 517 hook of the tree as pip would; the artefact and everything it printed."""
-    code = f"from build_support import backend; backend.{hook}('dist')"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
+def run(root: Path, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in the tree."""
+    environ = {**os.environ, **environ}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=root, env=environ, capture_output=True, text=True, check=False
     )
+
+
+def run_backend(root: Path, hook: str, **environ: str) -> tuple[Path, str]:
+    """Call a PEP 517 hook of the tree as pip does; return the artefact and the output."""
+    result = run(root, f"from build_support import backend; backend.{hook}('dist')", **environ)
     printed = result.stdout + result.stderr
     assert result.returncode == 0, printed
     (artefact,) = (root / "dist").iterdir()
@@ -92,6 +93,10 @@ def readelf(option: str, library: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def symbols(library: Path) -> list[str]:
+    return [line.split()[-1] for line in readelf("--dyn-syms", library).splitlines() if line]
+
+
 def test_library_is_built(library: Path) -> None:
     assert library.is_file()
 
@@ -100,8 +105,7 @@ def test_library_needs_no_python(library: Path) -> None:
     needed = [line for line in readelf("--dynamic", library).splitlines() if "NEEDED" in line]
     assert any("libtorch_cpu.so" in line for line in needed)
     assert not any("python" in line or "gomp" in line for line in needed)
-    symbols = [line.split()[-1] for line in readelf("--dyn-syms", library).splitlines() if line]
-    assert not [name for name in symbols if name.startswith(("Py", "_Py"))]
+    assert not [name for name in symbols(library) if name.startswith(("Py", "_Py"))]
 
 
 def test_library_carries_no_path_of_the_machine_that_built_it(library: Path) -> None:
@@ -111,9 +115,9 @@ def test_library_carries_no_path_of_the_machine_that_built_it(library: Path) -> 
 
 
 def test_library_uses_only_the_stable_interface_of_torch(library: Path) -> None:
-    symbols = [line.split()[-1] for line in readelf("--dyn-syms", library).splitlines() if line]
-    # Mangled names of at:: and c10:: functions, which change from one torch to the next.
-    assert not [name for name in symbols if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK2at"))]
+    # Mangled names of at:: and c10:: functions, which change between versions of torch.
+    unstable = ("_ZN2at", "_ZN3c10", "_ZNK2at")
+    assert not [name for name in symbols(library) if name.startswith(unstable)]
 
 
 def test_second_build_does_nothing_and_an_edited_header_rebuilds(tree: Path) -> None:
@@ -233,9 +237,7 @@ def test_missing_torch_is_named(tree: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from build_support import native; native.build()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False
-    )
+    result = run(tree, code)
     assert result.returncode != 0
     assert "torch is not installed in the environment that builds" in result.stderr
 
@@ -248,9 +250,7 @@ from build_support import backend
 wheel, editable = backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable()
 print([wheel, editable, backend.get_requires_for_build_sdist()])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=True
-    )
+    result = run(tree, code)
     torch = f"torch=={backend.TORCH}"
     assert result.stdout.splitlines()[-1] == str([[torch], [torch], []])
 

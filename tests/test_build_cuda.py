@@ -1,4 +1,4 @@
-"""The build of the CUDA library: when it is made, for which GPUs, and where it loads."""
+"""The build of the CUDA library: when it is built, for which GPUs, and where it loads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def library() -> Path:
 
 
 def machine_code(library: Path) -> set[str]:
-    """The architectures that a library holds code for, after cuobjdump."""
+    """The architectures that a library has code for, according to cuobjdump."""
     program = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if program is None and triton is not None and triton.origin is not None:
@@ -77,7 +77,7 @@ def test_library_shows_and_uses_no_other_symbols(library: Path) -> None:
     names = {row[-1].partition("@")[0]: row[-2] for row in rows if len(row) > 7}
     undefined = {name for name, section in names.items() if section == "UND"}
     assert not [name for name in undefined if name.startswith(("cuda", "cu", "Py", "_ZN2at"))]
-    # The CUDA runtime inside is not seen by others, which may have their own.
+    # The static CUDA runtime is hidden, since other libraries can have their own.
     assert not [name for name in set(names) - undefined if name.startswith(("cuda", "__cuda"))]
 
 
@@ -100,9 +100,9 @@ def test_wheel_with_cuda_holds_every_architecture_and_imports_without_a_gpu(
     assert machine_code(installed / native.PACKAGE / cuda.LIBRARY) == ARCHITECTURES
     program = (
         "import resformer_kernels, torch\n"
-        "from resformer_kernels._core import extension as _extension\n"
+        "from resformer_kernels._core import extension\n"
         f"assert resformer_kernels.__file__.startswith({str(installed)!r})\n"
-        "reason = _extension.cuda_unavailable_reason(torch.device('cuda', 0))\n"
+        "reason = extension.cuda_unavailable_reason(torch.device('cuda', 0))\n"
         "assert reason is None or 'no CUDA device' in reason, reason\n"
         "print(torch.ops.resformer.cuda_architectures())\n"
     )

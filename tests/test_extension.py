@@ -1,4 +1,4 @@
-"""Whether native kernels can serve a device, decided without a GPU."""
+"""Whether native kernels serve a device, decided without a GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resformer_kernels import explain, mix_value_embedding, mix_values
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is known of the CUDA library yet, nor is after the test."""
+    """Clear the cached state of the CUDA library before and after the test."""
 
     def forget() -> None:
-        _extension.cuda_library_reason.cache_clear()
-        _extension._cuda_device_reason.cache_clear()
+        extension.cuda_library_reason.cache_clear()
+        extension._cuda_device_reason.cache_clear()
 
     forget()
     yield monkeypatch
@@ -30,8 +30,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 def gpu(fresh: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A CUDA device, a driver and a library for it, as far as anyone asks."""
-    fresh.setattr(_extension, "_load", lambda *_: None)
+    """Simulate a CUDA device with a driver and a library for it."""
+    fresh.setattr(extension, "_load", lambda *_: None)
     fresh.setattr(torch.cuda, "is_available", lambda: True)
     capability(fresh, (9, 0))
     versions(fresh, runtime=13000, driver=13010, built="8.0 9.0a 10.0")
@@ -52,14 +52,14 @@ def versions(patch: pytest.MonkeyPatch, *, runtime: int, driver: int, built: str
 
 
 def reason() -> str:
-    found = _extension.cuda_unavailable_reason(CUDA)
+    found = extension.cuda_unavailable_reason(CUDA)
     assert found is not None
     return found
 
 
 def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def foreign(kind: str, cuda: bool = True) -> str | None:
-        return _extension.foreign_device(torch.device(kind), cuda=cuda)
+        return extension.foreign_device(torch.device(kind), cuda=cuda)
 
     assert foreign("cpu") is None
     assert foreign("cuda") is None
@@ -72,7 +72,7 @@ def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_a_recent_gpu_serves() -> None:
-    assert _extension.cuda_unavailable_reason(CUDA) is None
+    assert extension.cuda_unavailable_reason(CUDA) is None
 
 
 @pytest.mark.parametrize(
@@ -95,20 +95,20 @@ def test_machine_code_runs_where_it_was_made_for(
     versions(gpu, runtime=13000, driver=13000, built=built)
     capability(gpu, device)
     if serves:
-        assert _extension.cuda_unavailable_reason(CUDA) is None
+        assert extension.cuda_unavailable_reason(CUDA) is None
     else:
         assert f"RESFORMER_CUDA_ARCHS={device[0]}.{device[1]}" in reason()
 
 
 def test_a_missing_library_is_a_reason(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh.setattr(_extension, "CUDA_LIBRARY", tmp_path / "none.so")
+    fresh.setattr(extension, "CUDA_LIBRARY", tmp_path / "none.so")
     assert "the CUDA library is not built" in reason()
 
 
 def test_a_broken_library_is_a_reason(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    fresh.setattr(_extension, "CUDA_LIBRARY", broken)
+    fresh.setattr(extension, "CUDA_LIBRARY", broken)
     assert "the CUDA library does not load" in reason()
 
 
@@ -121,8 +121,8 @@ def test_an_old_driver_is_a_reason(gpu: pytest.MonkeyPatch) -> None:
     versions(gpu, runtime=13000, driver=12080, built="9.0a")
     assert "built with CUDA 13.0, and the driver runs up to CUDA 12.8" in reason()
     versions(gpu, runtime=12040, driver=12020, built="9.0a")
-    _extension._cuda_device_reason.cache_clear()
-    assert _extension.cuda_unavailable_reason(CUDA) is None
+    extension._cuda_device_reason.cache_clear()
+    assert extension.cuda_unavailable_reason(CUDA) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -131,9 +131,9 @@ def test_compiled_code_sees_the_reason_as_a_constant() -> None:
 
     @torch.compile(fullgraph=True, backend="eager")
     def add(x: torch.Tensor) -> torch.Tensor:
-        return x if _extension.cuda_unavailable_reason(x.device) is None else x + 1
+        return x if extension.cuda_unavailable_reason(x.device) is None else x + 1
 
-    served = _extension.cuda_unavailable_reason(torch.device("cpu")) is None
+    served = extension.cuda_unavailable_reason(torch.device("cpu")) is None
     assert torch.equal(add(torch.zeros(2)), torch.full((2,), 0.0 if served else 1.0))
 
 

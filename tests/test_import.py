@@ -33,7 +33,7 @@ start = time.process_time()
 import resformer_kernels
 print(time.process_time() - start)
 """
-    # Processor time, and the least of a few: the machine may be busy with other tests.
+    # Processor time, the minimum of three: the machine may be busy with other tests.
     seconds = min(float(run(program)) for _ in range(3))
     assert seconds < 0.1
 

@@ -1,4 +1,4 @@
-"""Each line of docs/migrating.md, run and held to the codebase's own formula."""
+"""Each row of docs/migrating.md, run and compared with the codebase's own formula."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ B, T, HKV, D, DV, VOCAB = 2, 7, 3, 8, 6, 11
 
 
 def rows(columns: int) -> dict[str, list[str]]:
-    """The rows of the table with so many columns, by codebase; headings left out."""
+    """The rows of the table with this many columns, by codebase, without headings."""
     found = {}
     for line in SECTION.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -44,7 +44,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def names(heads: int) -> dict[str, Any]:
-    """What the tables speak of, in float64, with so many query heads."""
+    """The names used in the tables, in float64, with `heads` query heads."""
     random = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "q": (B, T, heads, D),
@@ -71,13 +71,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def per_head(x: Tensor) -> Tensor:
-    """(B, T, H, D) as the codebases hold it: (B, H, T, D)."""
+    """Transpose (B, T, H, D) to the codebases' layout, (B, H, T, D)."""
     return x.transpose(1, 2)
 
 
 Formula = Callable[[dict[str, Any]], Tensor]
 
-# As the codebases write them, layout included; values for the first table.
+# Values as the codebases compute them, in their layouts, for the first table.
 VALUES: dict[str, Formula] = {
     "paper, Identity": lambda n: (n["v"] + n["v_first"]) / 2,
     "paper, Constant": lambda n: n["v"].add(n["v_first"], alpha=2.0),
@@ -141,7 +141,7 @@ def evaluate(expression: str, namespace: dict[str, Any]) -> Any:
 
 
 def assert_same(found: Tensor, expected: Tensor, namespace: dict[str, Any]) -> None:
-    """The same output and the same gradient of everything, coefficients included."""
+    """Compare outputs and the gradients of all tensors, including coefficients."""
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     lists = (x if isinstance(x, list) else [x] for x in namespace.values())
     leaves = list({id(x): x for tensors in lists for x in tensors if x.requires_grad}.values())

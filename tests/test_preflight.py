@@ -1,4 +1,4 @@
-"""The check that names the Debian package of whatever set-up lacks."""
+"""scripts/preflight.sh names the Debian packages that set-up lacks."""
 
 from __future__ import annotations
 

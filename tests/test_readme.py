@@ -1,4 +1,4 @@
-"""The READMEs' examples run, one after the other, as a reader would paste them."""
+"""The READMEs' examples run in order, as a reader would paste them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_examples(path: str, least: int) -> dict[str, Any]:
-    """The names that they leave."""
+    """Run the examples of a README; return the names they define."""
     text = (ROOT / path).read_text()
     examples = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     assert len(examples) >= least

@@ -14,7 +14,7 @@
 #include "common/scalar.h"
 
 #if !defined(RESFORMER_ISA)
-#error "compile through setup.py, which names the instruction set in RESFORMER_ISA"
+#error "compile through build_support/native.py, which names the instruction set in RESFORMER_ISA"
 #endif
 
 namespace resformer::RESFORMER_ISA {

@@ -1,4 +1,4 @@
-"""From (..., heads, time, head_dim), as PyTorch has it, to (batch, time, heads, head_dim)."""
+"""Convert PyTorch's (..., heads, time, head_dim) layout to (batch, time, heads, head_dim)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AXES = "(..., heads, time, head_dim)"
 
 
 def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
-    """Check types, ranks, dtypes, devices and the last two axes, under the names used here."""
+    """Check types, ranks, dtypes, devices and the last two axes; errors use SDPA's names."""
     if value is None and v_first is None:
         raise ValueError("value and v_first are both None: at least one must be a tensor of values")
     for name, x in (("query", query), ("key", key), ("value", value), ("v_first", v_first)):
@@ -53,7 +53,7 @@ def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
 def broadcast_inputs(
     query: Tensor, key: Tensor, value: Tensor | None, v_first: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Views with a batch axis at least, the same leading axes, and heads as the op takes them."""
+    """Views with at least a batch axis, equal leading axes, and heads as the op takes them."""
     named = {"query": query, "key": key, "value": value, "v_first": v_first}
     q, k, *values = (x if x is None else x[(None,) * max(0, 4 - x.dim())] for x in named.values())
     assert q is not None
@@ -63,7 +63,7 @@ def broadcast_inputs(
     (kv_heads,) = _common([x.shape[-3:-2] for x in keyed], named)
     heads = kv_heads if q.shape[-3] == 1 and not enable_gqa else q.shape[-3]
     grouped = kv_heads > 0 and heads % kv_heads == 0
-    # One KV head for all is broadcasting, which the kernels do without a copy of it.
+    # The kernels broadcast a single KV head to all query heads without copying it.
     if kv_heads not in (1, heads) and not (enable_gqa and grouped):
         hint = "; enable_gqa=True allows a multiple" if grouped else ""
         raise ValueError(
@@ -102,8 +102,10 @@ def _one_batch(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def fold_coefficient(name: str, coefficient: Any, value: Tensor, rank: int) -> Any:
-    """The coefficient of (..., H, T, D) values for (B, T, H, D) ones. A number stays one; `rank`
-    is that of the values before they were given a batch axis."""
+    """Convert a coefficient of (..., H, T, D) values to one of (B, T, H, D) values.
+
+    Numbers are returned unchanged. `rank` is the values' rank before they got a batch axis.
+    """
     if not isinstance(coefficient, Tensor):
         return coefficient
     target = value.shape[-rank:] if rank < value.dim() else value.shape
@@ -120,7 +122,7 @@ def fold_coefficient(name: str, coefficient: Any, value: Tensor, rank: int) -> A
 
 
 def fold_mask(mask: Any, query: Tensor, key: Tensor, rank: int) -> Tensor | None:
-    """The mask of (..., H, T, D) tensors as an attn_bias of (B, T, H, D) ones."""
+    """Convert a mask over (..., H, T, D) tensors to the op's attn_bias."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -150,7 +152,7 @@ def _broadcasts(x: Tensor, target: Sequence[int]) -> bool:
 
 
 def restore_axes(out: Tensor, axes: Sequence[int], rank: int) -> Tensor:
-    """(B, H, T, D) with the axes that became its batch; `rank` axes in all."""
+    """Unfold the batch axis of (B, H, T, D) into `axes`; the result has `rank` axes."""
     if rank < 4:
         return out[(0,) * (4 - rank)]
     return out if len(axes) == 1 else out.unflatten(0, axes)

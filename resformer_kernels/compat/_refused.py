@@ -1,4 +1,4 @@
-"""What the drop-ins take for the sake of the signature, and do not serve."""
+"""Refuse arguments that the drop-ins accept only to match a signature."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from resformer_kernels._core.checks import check_real
 
 
 def refuse_alibi(alibi_slopes: Any, instead: str) -> None:
-    """NotImplementedError unless alibi_slopes is None; `instead` says what to do."""
+    """Raise NotImplementedError unless alibi_slopes is None; `instead` names the alternative."""
     if alibi_slopes is not None:
         raise NotImplementedError(
             f"alibi_slopes must be None: the kernels have no ALiBi; {instead}"
@@ -16,7 +16,7 @@ def refuse_alibi(alibi_slopes: Any, instead: str) -> None:
 
 
 def refuse_dropout(dropout_p: Any) -> None:
-    """NotImplementedError unless dropout_p is 0; ValueError where it is no probability."""
+    """Raise NotImplementedError unless dropout_p is 0, and ValueError outside [0, 1]."""
     check_real("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a probability, 0 to 1, got {dropout_p}")

@@ -1,4 +1,4 @@
-"""PyTorch's `scaled_dot_product_attention`, over a mix of values."""
+"""PyTorch's `scaled_dot_product_attention` over mixed values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag
-from resformer_kernels._core.select import Request, explained_by, prepare
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.attention.record import check_scale
+from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._heads_first import (
     broadcast_inputs,
     check_inputs,
@@ -21,12 +21,7 @@ from resformer_kernels.compat._heads_first import (
 from resformer_kernels.compat._refused import refuse_dropout
 
 
-def _prepare(*args: Any, **kwargs: Any) -> Request:
-    arguments, _ = _translate(*args, **kwargs)
-    return prepare(value_residual_attention, **arguments)
-
-
-@explained_by(_prepare)
+@drop_in
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -46,9 +41,10 @@ def scaled_dot_product_attention(
     v_first (Zhou et al., arXiv 2410.17897).
 
     Without `v_first` it computes what PyTorch's does. Tensors are (..., heads, time, head_dim),
-    two axes or more; without a heads axis there is one head. As in PyTorch, leading axes broadcast,
-    and heads do unless `enable_gqa`. Nothing is copied: the kernels read (B, H, T, D) through its
-    strides. (Several leading axes are folded into one, which copies where strides forbid a view.)
+    with at least two axes; without a heads axis there is one head. As in PyTorch, leading axes
+    broadcast, and so do heads unless `enable_gqa`. Nothing is copied: the kernels read (B, H, T, D)
+    through its strides. (Several leading axes are folded into one, which copies where the strides
+    allow no view.)
 
     Args:
         query: (..., Hq, Tq, Dk); float32, bfloat16, float16 or float64 (float64: reference only).
@@ -56,61 +52,27 @@ def scaled_dot_product_attention(
         value: (..., Hkv, Tk, Dv), this layer's values, or None to attend over v_first alone.
         attn_mask: broadcastable to (..., Hq, Tq, Tk): bool (True = attend), or added to the
             scores, float32 or query's dtype. Not together with is_causal.
-        dropout_p: 0; there is no dropout.
-        is_causal: query i sees keys up to i: aligned top-left, as PyTorch does, and so unlike
-            `value_residual_attention` and FlashAttention where Tq and Tk differ.
+        dropout_p: must be 0; dropout is not supported.
+        is_causal: query i sees keys 0 to i. This is PyTorch's top-left alignment; where Tq and Tk
+            differ, `value_residual_attention` and FlashAttention align bottom-right instead.
         scale: multiplies query.key; any finite number. None: 1 / sqrt(Dk).
         enable_gqa: let Hq be a multiple of Hkv; query head h reads KV head h // (Hq / Hkv).
         v_first: (..., Hkv, Tk, Dv), the first layer's values, or None.
         lambda_v: multiplies value. A float, or a tensor, float32 or value's dtype, that broadcasts
-            to value's shape without enlarging it. In this layout heads stand before time: (),
+            to value's shape without enlarging it. In this layout heads come before time: (),
             (Hkv, 1, 1), (Hkv, 1, Dv), (Tk, 1), (B, 1, Tk, 1), (B, Hkv, Tk, 1), (B, Hkv, Tk, Dv).
         lambda_first: multiplies v_first; the same forms.
         backend: "auto", "native" or "reference". A name never falls back.
 
     Returns:
-        (..., Hq, Tq, Dv) in query's dtype. In memory time stands before heads, so that
-        `.transpose(-3, -2).flatten(-2)` is free. A query that may attend to nothing gives zeros
-        and no gradient, as PyTorch >= 2.5 does (earlier versions gave NaN).
+        (..., Hq, Tq, Dv) in query's dtype. Its memory order is time before heads, so
+        `.transpose(-3, -2).flatten(-2)` is a view. A query that attends to no key gives zeros and
+        no gradient, as in PyTorch >= 2.5 (earlier versions gave NaN).
 
     Raises:
-        NotImplementedError: dropout_p above 0. Otherwise as `value_residual_attention`; arguments
-            are called by their names here.
+        NotImplementedError: dropout_p above 0. Otherwise as `value_residual_attention`, with the
+            argument names used here.
     """
-    arguments, axes = _translate(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
-    )
-    out: Tensor = value_residual_attention(**arguments).transpose(1, 2)
-    return restore_axes(out, axes, query.dim())
-
-
-def _translate(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    scale: Any = None,
-    enable_gqa: Any = False,
-    *,
-    v_first: Any = None,
-    lambda_v: Any = 0.5,
-    lambda_first: Any = 0.5,
-    backend: str = "auto",
-) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """The arguments of `value_residual_attention`, and the leading axes that became its batch."""
     refuse_dropout(dropout_p)
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
@@ -129,13 +91,14 @@ def _translate(
     q, k = fold(q, axes), fold(k, axes)
     v, first = (x if x is None else fold(x, axes) for x in (v, first))
     causal, window = is_causal, (-1, -1)
-    # Asked first, equality is all that torch.compile and torch.export hold later lengths to.
+    # Comparing for equality first is the only guard that torch.compile and torch.export then put
+    # on the lengths.
     if is_causal and q_len != k_len:
         if q_len > k_len:
-            # The op aligns bottom-right: there query i sits at key i + k_len - q_len.
+            # The op aligns bottom-right: its query i has the position of key i + k_len - q_len.
             causal, window = False, (-1, q_len - k_len)
         else:
-            # No query reaches the keys after the last query; without them the alignments agree.
+            # No query sees the keys after the last query; without them the alignments agree.
             k, v, first, own, other = (_until(x, q_len) for x in (k, v, first, own, other))
     arguments = {
         "q": q,
@@ -150,11 +113,15 @@ def _translate(
         "attn_bias": mask,
         "backend": backend,
     }
-    return arguments, axes
+    return call_op(
+        value_residual_attention,
+        arguments,
+        lambda out: restore_axes(out.transpose(1, 2), axes, rank),
+    )
 
 
 def _until(x: Any, length: int) -> Any:
-    """x, (B, T, H, D) or with axes of size 1, until that time; what is no tensor stays."""
+    """The first `length` steps of x, (B, T, H, D) or with axes of size 1; numbers are unchanged."""
     if not isinstance(x, Tensor) or x.dim() < 4 or x.shape[1] == 1:
         return x
     return x[:, :length]

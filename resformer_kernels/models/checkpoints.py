@@ -1,9 +1,10 @@
-"""Checkpoints of other code bases as a `LanguageModel`.
+"""Load checkpoints of other code bases as a `LanguageModel`.
 
-`from_paper` reads those of the paper's own code (Zhou et al., arXiv 2410.17897), which are Llamas
-of transformers: its baseline, its ResFormer (Identity) and its SVFormer. `from_nanochat` reads
-those of nanochat, with value embeddings or before them. Both map every weight or raise, naming what
-has no counterpart; both give the logits of the code that trained them, up to rounding.
+`from_paper` reads checkpoints of the paper's own code (Zhou et al., arXiv 2410.17897), which are
+Llamas of transformers: its baseline, its ResFormer (Identity) and its SVFormer. `from_nanochat`
+reads checkpoints of nanochat, with or without value embeddings. Both map every weight or raise an
+error that names the weights without a counterpart. Logits equal those of the code that trained the
+checkpoint, up to rounding.
 
 | here | the paper's | nanochat's |
 | --- | --- | --- |
@@ -17,8 +18,9 @@ has no counterpart; both give the logits of the code that trained them, up to ro
 | attention.v_mix.table | | value_embeds.N, at the top |
 | mlp.{gate,up,down}_proj | mlp.{gate,up,down}_proj | mlp.c_fc, mlp.c_proj (no gate) |
 
-nanochat rotates the other way: with the halves of each query and key head exchanged, its scores
-are those of a rotation forwards. Its tables are padded to a multiple of 64 tokens; that goes.
+nanochat rotates in the opposite direction: exchanging the halves of each query and key head gives
+the same scores under a forward rotation. Its tables are padded to a multiple of 64 tokens; the
+padding is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import LanguageModel
 
-# What torch.compile and distributed wrappers put before every name.
+# Prefixes that torch.compile and distributed wrappers add to every name.
 _WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
 
 
@@ -44,28 +46,27 @@ def from_paper(
     variant: str | None = None,
     **changes: Any,
 ) -> LanguageModel:
-    """The model of a checkpoint of the paper's code.
+    """Load a checkpoint of the paper's code.
 
     Args:
-        state: the state dict, as `safetensors.torch.load_file` or `torch.load` reads it.
-        config: what its config.json says, a `LlamaConfig`.
-        variant: one of `VARIANTS`; None: "svformer" where only the first layer projects values,
-            else "identity", which is the paper's ResFormer. Its baseline has the same weights and
-            is "transformer".
+        state: the state dict, as `safetensors.torch.load_file` or `torch.load` returns it.
+        config: the contents of its config.json, a `LlamaConfig`.
+        variant: one of `VARIANTS`. None: "svformer" where only the first layer projects values,
+            else "identity", the paper's ResFormer. The paper's baseline has the same weights as
+            that; for it pass "transformer".
         changes: fields of `LanguageModelConfig` to set, such as `max_seqlen` or `backend`.
 
     Returns:
         The model in float32, in evaluation mode.
 
     Raises:
-        ValueError: a weight that is missing, has another shape or has no counterpart; a config with
-            biases, scaled RoPE or another activation than silu.
+        ValueError: a weight is missing, has the wrong shape or has no counterpart; or config has
+            biases, scaled RoPE or an activation other than silu.
     """
-    weights = _unwrapped(state)
+    found = _renamed(state, _PAPER)
+    found = {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}
     layers = int(config["num_hidden_layers"])
-    alone = not any(
-        f"model.layers.{n}.self_attn.v_proj.weight" in weights for n in range(1, layers)
-    )
+    alone = not any(f"blocks.{n}.attention.v_proj.weight" in found for n in range(1, layers))
     _require_llama(config)
     rope = config.get("rope_parameters") or config
     fields: dict[str, Any] = {
@@ -81,15 +82,8 @@ def from_paper(
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_base": rope.get("rope_theta", 10_000.0),
     }
-    found = {}
-    for name in [name for name in weights if not name.endswith("rotary_emb.inv_freq")]:
-        found[_llama_name(name)] = weights[name]
-    if (
-        "head.weight" not in found
-        and config.get("tie_word_embeddings")
-        and "embedding.weight" in found
-    ):
-        found["head.weight"] = found["embedding.weight"]
+    if config.get("tie_word_embeddings") and "embedding.weight" in found:
+        found.setdefault("head.weight", found["embedding.weight"])
     return _loaded(LanguageModelConfig(**{**fields, **changes}), found)
 
 
@@ -104,33 +98,33 @@ def from_nanochat(
     logit_softcap: float = 15.0,
     **changes: Any,
 ) -> LanguageModel:
-    """The model of a nanochat checkpoint.
+    """Load a nanochat checkpoint.
 
-    Some of what the model computes stands in nanochat's code alone, and has changed. The defaults
-    are of the versions that brought value embeddings; look yours up.
+    Some constants of the model are in nanochat's code alone, and differ between its versions. The
+    defaults are those of the versions that introduced value embeddings; look up yours.
 
     Args:
-        state: the state dict, model_*.pt as `torch.load` reads it.
+        state: the state dict, model_*.pt as `torch.load` returns it.
         config: `model_config` of its meta_*.json: sequence_len, vocab_size, n_layer, n_head,
-            n_kv_head, n_embd and, where it is there, window_pattern.
-        rope_base: of the rotary wavelengths; later versions have 100 000.
-        qk_gain: multiplies normalised queries and keys, each; later versions have 1.2.
-        gate_range: of the value embeddings' gates; later versions have 3.
-        short_window: how far an S layer looks back, in keys; None: half of sequence_len. Later
-            versions have a quarter, rounded up to 128.
-        logit_softcap: of the logits.
+            n_kv_head, n_embd and optionally window_pattern.
+        rope_base: base of the rotary wavelengths; 100 000 in later versions.
+        qk_gain: factor of the normalised queries and of the keys; 1.2 in later versions.
+        gate_range: upper end of the value embeddings' gates; 3 in later versions.
+        short_window: keys before the query that an S layer sees; None: half of sequence_len. Later
+            versions use a quarter, rounded up to a multiple of 128.
+        logit_softcap: logits become c tanh(logits / c).
         changes: fields of `LanguageModelConfig` to set, such as `max_seqlen` or `backend`.
 
     Returns:
-        The model in float32, in evaluation mode. Its norms have weights, all of them one.
+        The model in float32, in evaluation mode. All weights of its norms are one.
 
     Raises:
-        ValueError: a weight that is missing, has another shape or has no counterpart, as those of
-            the latest versions (`smear_gate`, `smear_lambda`, `backout_lambda`).
+        ValueError: a weight is missing, has the wrong shape or has no counterpart, such as
+            `smear_gate`, `smear_lambda` and `backout_lambda` of the latest versions.
     """
-    weights = _unwrapped(state)
+    found = _renamed(state, _NANOCHAT)
     layers, length = int(config["n_layer"]), int(config["sequence_len"])
-    gates = [weights[name] for name in weights if name.endswith("ve_gate.weight")]
+    gates = [x for name, x in found.items() if name.endswith("v_mix.gate_proj.weight")]
     head_dim = config["n_embd"] // config["n_head"]
     fields: dict[str, Any] = {
         "variant": "value-embedding" if gates else "transformer",
@@ -143,19 +137,18 @@ def from_nanochat(
         "mlp": "relu2",
         "mlp_hidden": 4 * config["n_embd"],
         "window_pattern": config.get("window_pattern", "L").upper(),
-        # Its windows count the keys before a query, ours the query's own too.
+        # nanochat's windows count the keys before the query; ours include the query's own.
         "short_window": (length // 2 if short_window is None else short_window) + 1,
         "qk_norm": True,
         "attention_scale": qk_gain**2 * head_dim**-0.5,
         "embedding_norm": True,
-        "stream_scales": "resid_lambdas" in weights,
+        "stream_scales": "stream_scale" in found,
         "logit_softcap": logit_softcap,
         "rope_base": rope_base,
         "gate_channels": gates[0].shape[1] if gates else 32,
         "gate_range": gate_range,
     }
     made = LanguageModelConfig(**{**fields, **changes})
-    found = {_nanochat_name(name): tensor for name, tensor in weights.items()}
     for name, tensor in found.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             found[name] = tensor.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
@@ -167,10 +160,6 @@ def from_nanochat(
     for name in (*norms, "norm"):
         found[f"{name}.weight"] = torch.ones(made.dim)
     return _loaded(made, found)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _require_llama(config: Mapping[str, Any]) -> None:
@@ -187,50 +176,43 @@ def _require_llama(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config: {name} must be {only!r}, got {value!r}")
 
 
-_LLAMA = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attention",
+_PAPER = {
+    r"model\.layers": "blocks",
+    r"model\.embed_tokens": "embedding",
+    r"model\.norm": "norm",
+    r"lm_head": "head",
+    r"input_layernorm": "attention_norm",
+    r"post_attention_layernorm": "mlp_norm",
+    r"self_attn": "attention",
 }
 _NANOCHAT = {
-    "attn.c_q": "attention.q_proj",
-    "attn.c_k": "attention.k_proj",
-    "attn.c_v": "attention.v_proj",
-    "attn.c_proj": "attention.o_proj",
-    "attn.ve_gate": "attention.v_mix.gate_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
+    r"value_embeds\.(\d+)\.weight": r"blocks.\1.attention.v_mix.table",
+    r"transformer\.h": "blocks",
+    r"transformer\.wte": "embedding",
+    r"lm_head": "head",
+    r"resid_lambdas": "stream_scale",
+    r"x0_lambdas": "input_scale",
+    r"attn\.c_([qkv])": r"attention.\1_proj",
+    r"attn\.c_proj": "attention.o_proj",
+    r"attn\.ve_gate": "attention.v_mix.gate_proj",
+    r"mlp\.c_fc": "mlp.up_proj",
+    r"mlp\.c_proj": "mlp.down_proj",
 }
-_TOP = {
-    "model.embed_tokens.weight": "embedding.weight",
-    "transformer.wte.weight": "embedding.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-    "resid_lambdas": "stream_scale",
-    "x0_lambdas": "input_scale",
-}
+"""Patterns of whole parts of a weight's name, and what replaces them."""
 
 
-def _llama_name(name: str) -> str:
-    if not name.startswith("model.layers."):
-        return _TOP.get(name, name)
-    number, _, rest = name.removeprefix("model.layers.").partition(".")
-    first, _, last = rest.partition(".")
-    return f"blocks.{number}.{_LLAMA.get(first, first)}.{last}"
-
-
-def _nanochat_name(name: str) -> str:
-    if name.startswith("value_embeds."):
-        return f"blocks.{name.split('.')[1]}.attention.v_mix.table"
-    if not name.startswith("transformer.h."):
-        return _TOP.get(name, name)
-    number, _, rest = name.removeprefix("transformer.h.").partition(".")
-    inner = rest.removesuffix(".weight")
-    return f"blocks.{number}.{_NANOCHAT.get(inner, inner)}.weight"
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        name = _WRAPPERS.sub("", name)
+        for pattern, ours in names.items():
+            name = re.sub(rf"(?<![\w]){pattern}(?!\w)", ours, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def _loaded(config: LanguageModelConfig, found: Mapping[str, Tensor]) -> LanguageModel:
-    """The model with these weights, every one of them and no other."""
+    """The model with exactly these weights."""
     with torch.device("meta"):
         model = LanguageModel(config)
     wanted = model.state_dict()

@@ -1,4 +1,4 @@
-"""The configuration of the language model: its size, its windows and its way with values."""
+"""The configuration of the language model: sizes, windows and the value-residual variant."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ VARIANTS = (
     "svformer",
     "value-embedding",
 )
-"""What a layer n > 1 attends over; the first layer attends over its own values in each.
+"""The values that a layer n > 1 attends over. In every variant the first layer uses its own.
 
 transformer      Vₙ
 identity         0.5 V₁ + 0.5 Vₙ
 constant         2 V₁ + Vₙ
-learnable        λ₁ V₁ + λ₂ Vₙ, two learned scalars a layer, from 0.5
-learnable-plus   the same with a pair a KV head. The paper gives this name and its loss but no
-                 formula; a pair a head contains Learnable, starts where it starts, needs no state
-                 that layers share, and costs the kernel nothing.
+learnable        λ₁ V₁ + λ₂ Vₙ, two learned scalars per layer, initially 0.5
+learnable-plus   the same with a pair per KV head. The paper gives this name and its loss but no
+                 formula. A pair per head contains Learnable, starts from the same values, shares
+                 no state between layers and costs the kernel nothing.
 sparse           5 V₁ + Vₙ in the last layers, Vₙ in the others
-dense            Σᵢ λₙᵢ Vᵢ over all layers up to n, learned, from 1/n
+dense            Σᵢ λₙᵢ Vᵢ over all layers up to n, learned, initially 1/n
 svformer         V₁; no value projection after the first layer
-value-embedding  Vₙ + 3σ(W x) · E[token] on alternate layers, the last one included (nanochat;
-                 the first layer too where the count makes it so)
+value-embedding  Vₙ + 3σ(W x) · E[token] on every second layer, counted back from the last
+                 (nanochat); with an odd number of layers this includes the first
 
-Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, but for the last.
+Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, except for the last.
 """
+
+
+def default_sparse_layers(num_layers: int) -> int:
+    """Number of last layers that mix in `sparse` by default: three eighths, at least one."""
+    return min(num_layers - 1, max(1, round(3 * num_layers / 8)))
 
 
 @dataclass(frozen=True)
@@ -42,31 +47,31 @@ class LanguageModelConfig:
     Attributes:
         variant: one of `VARIANTS`.
         vocab_size: distinct tokens.
-        max_seqlen: the longest input, in tokens.
+        max_seqlen: maximum input length, in tokens.
         dim: channels of the residual stream.
         num_layers: blocks of attention and MLP.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
-        head_dim: channels a head; None: dim / num_heads.
+        head_dim: channels per head; None: dim / num_heads.
         mlp: "swiglu", or "relu2" for down(relu(up(x))²) (So et al., arXiv 2109.08668).
         mlp_hidden: hidden channels of the MLP; None: 8/3 dim, rounded up to 16 (relu2: 4 dim).
-        window_pattern: a letter a layer, repeated as needed: S attends to `short_window` keys, L
-            to all. The last layer is always L, as in nanochat.
-        short_window: keys that an S layer sees, the query's own included; None: max_seqlen / 2.
+        window_pattern: one letter per layer, repeated as needed: S attends to `short_window`
+            keys, L to all. The last layer is always L, as in nanochat.
+        short_window: keys that an S layer sees, including the query's own; None: max_seqlen / 2.
         qk_norm: RMS-normalise queries and keys.
         attention_scale: multiplies q.k; None: 1 / sqrt(head_dim).
-        norm_eps: of every RMSNorm with weights; None: torch's, the dtype's machine epsilon.
+        norm_eps: eps of every RMSNorm with weights; None: torch's, the dtype's machine epsilon.
         embedding_norm: RMS-normalise the embedded tokens, without weights.
         stream_scales: before layer n the stream becomes a_n times itself plus b_n times the
-            embedded tokens, a and b learned, from 1 and 0 (nanochat).
+            embedded tokens, with a and b learned, initially 1 and 0 (nanochat).
         logit_softcap: logits become c tanh(logits / c); 0 for none.
         rope_base: the base of the rotary wavelengths.
-        sparse_layers: how many layers, from the last, mix in `sparse`; None: three eighths of
-            them (the paper's best at 8 layers is 6 to 8).
+        sparse_layers: number of last layers that mix in `sparse`; None: three eighths of all
+            layers (the paper's best at 8 layers is to mix in layers 6 to 8).
         gate_channels: input channels that the gate of `value-embedding` reads.
-        gate_range: the gate runs from 0 to this.
+        gate_range: upper end of that gate's range, which starts at 0.
         checkpointing: recompute each block in backward (non-reentrant).
-        backend: passed to the kernels.
+        backend: passed to the ops.
     """
 
     variant: str = "learnable"
@@ -127,7 +132,7 @@ class LanguageModelConfig:
 
     @property
     def resolved_head_dim(self) -> int:
-        """Channels a head."""
+        """Channels per head."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
@@ -146,10 +151,8 @@ class LanguageModelConfig:
 
     @property
     def resolved_sparse_layers(self) -> int:
-        """How many of the last layers mix in `sparse`."""
-        if self.sparse_layers is not None:
-            return self.sparse_layers
-        return min(self.num_layers - 1, max(1, round(3 * self.num_layers / 8)))
+        """Number of last layers that mix in `sparse`."""
+        return self.sparse_layers or default_sparse_layers(self.num_layers)
 
     def window(self, layer: int) -> tuple[int, int]:
         """The window of layer `layer`, counted from 0, as `value_residual_attention` takes it."""

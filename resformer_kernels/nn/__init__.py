@@ -1,4 +1,4 @@
-"""Modules built on the kernels: the attention layer, the ways its values are mixed, rotary."""
+"""Modules built on the ops: attention, value mixes, rotary embedding, reservoirs and readouts."""
 
 from resformer_kernels.nn.attention import ValueResidualAttention
 from resformer_kernels.nn.reservoir import Reservoir

@@ -16,18 +16,18 @@ from resformer_kernels.nn.value_mix import LearnedMix, ValueMix, ValueSources
 class ValueResidualAttention(nn.Module):
     """Multi-head self-attention over mixed values (Zhou et al., arXiv 2410.17897).
 
-    The first layer's values travel as a plain tensor: forward returns this layer's values beside
-    the output, and the caller passes the first layer's to the later ones. Nothing is kept on the
-    module, so checkpointing, torch.compile and FSDP2 see every use of them.
+    The first layer's values are passed as a plain tensor: forward returns this layer's values with
+    the output, and the caller passes the first layer's to later layers. The module stores none of
+    them, so checkpointing, torch.compile and FSDP2 see every use.
 
     Args:
         dim: channels of the input and the output.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
-        head_dim: channels a head; None: dim / num_heads.
-        v_mix: how values are mixed; None: two learned scalars (Learnable ResFormer). The first
-            layer has nothing to mix and takes `OwnValues`. A mix that needs no values of this
-            layer (`FirstValues`) leaves the layer without `v_proj`.
+        head_dim: channels per head; None: dim / num_heads.
+        v_mix: the mix of values; None: two learned scalars (Learnable ResFormer). The first layer
+            has nothing to mix and takes `OwnValues`. With a mix that uses no values of this layer
+            (`FirstValues`) the layer has no `v_proj`.
         causal: query i attends to keys up to i.
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
@@ -87,21 +87,21 @@ class ValueResidualAttention(nn.Module):
         Args:
             x: (B, T, dim).
             v_first: the first layer's values, (B, T, Hkv, head_dim); None in the first layer.
-            later_values: for `DenseMix`, the values of layers 2 to n - 1, in order.
+            later_values: the values of layers 2 to n - 1, in order; for `DenseMix` only.
             rotary: cos and sin, each (T, head_dim / 2) or (B, T, head_dim / 2); None: no rotation.
             token_ids: (B, T) integers, for `EmbeddingMix`.
-            cache: x holds the tokens after those of this cache. Rotated keys and V' are appended,
-                V' mixed once for good (nothing where the mix is V₁ alone), and x attends over all.
-                v_first stays that of the T tokens of x. No gradient.
-            layer: this layer's number in the cache, from 0.
+            cache: a cache that x continues. Rotated keys and the mixed V' are appended (keys only
+                where the mix is V₁ alone), and x attends over all cached tokens. v_first holds the
+                values of the T tokens of x alone. No gradient.
+            layer: this layer's index in the cache, from 0.
 
         Returns:
-            The output (B, T, dim), and this layer's values (B, T, Hkv, head_dim), before any
-            mixing. A layer without `v_proj` hands v_first on.
+            The output (B, T, dim), and this layer's values (B, T, Hkv, head_dim), before mixing.
+            A layer without `v_proj` returns v_first instead.
 
         Raises:
-            ValueError: the mix needs values or token_ids that are missing; among them v_first in
-                a first layer whose mix is not `OwnValues` or `EmbeddingMix`.
+            ValueError: the mix needs values or token_ids that are missing, such as v_first in a
+                first layer whose mix is neither `OwnValues` nor `EmbeddingMix`.
             RuntimeError: the cache is full, or gradients are enabled with a cache.
         """
         batch, length, _ = x.shape
@@ -116,8 +116,8 @@ class ValueResidualAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         earlier = () if v_first is None else (v_first, *later_values)
         mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
-        # softcap is spelt out: under torch.compile(dynamic=True) the tracer makes an input of a
-        # float default, which fails inside a checkpoint.
+        # softcap is passed explicitly: torch.compile(dynamic=True) turns a float default into a
+        # graph input, which fails inside a checkpoint.
         options: dict[str, Any] = {
             "scale": self.scale,
             "causal": self.causal,

@@ -1,4 +1,4 @@
-"""A fixed random reservoir as a module, with ReservoirPy's names."""
+"""A fixed random reservoir as a module, with ReservoirPy's argument names."""
 
 from __future__ import annotations
 
@@ -19,37 +19,36 @@ Numbers = float | Sequence[float]
 
 
 class Reservoir(nn.Module):
-    """h_t = (1 - lr) h_{t-1} + lr f(W h_{t-1} + W_in u_t + b), with W, W_in and b drawn once.
+    """h_t = (1 - lr) h_{t-1} + lr f(W h_{t-1} + W_in u_t + b), with fixed random W, W_in and b.
 
     A leaky echo state network (Jaeger, 2001), the memory of Liu and Xu, arXiv 2509.24074, run by
-    `reservoir_scan`. Names and distributions are ReservoirPy's: W normal, W_in and b ±scaling. The
-    three and lr are buffers: saved, moved and cast with the module, and never trained.
+    `reservoir_scan`. Names and distributions are ReservoirPy's: W is normal, W_in and b are
+    ±scaling. They and lr are buffers: saved, moved and cast with the module, and never trained.
 
     Args:
-        units: N, the length of the state, over all groups.
+        units: N, the length of the state over all groups.
         input_dim: n_in, the length of an input.
-        lr: the leak a, in [0, 1]: one number, or one a group, or one a unit.
-        sr: the spectral radius that each group's W is scaled to, by its eigenvalues: one number,
-            or one a group.
-        input_scaling: the size of W_in's entries: one number, or one an input.
-        rc_connectivity, input_connectivity: the share of W's and W_in's entries that are not 0.
-        bias_scaling: the size of b's entries; 0: no bias.
+        lr: the leak a, in [0, 1]: one number, one per group, or one per unit.
+        sr: the spectral radius that each group's W is scaled to: one number, or one per group.
+        input_scaling: the magnitude of W_in's entries: one number, or one per input.
+        rc_connectivity, input_connectivity: the fraction of nonzero entries of W and of W_in.
+        bias_scaling: the magnitude of b's entries; 0: no bias.
         activation: f, "tanh", "relu" or "identity".
-        seed: of every draw; the same seed gives the same reservoir, to rounding, on every machine.
-        groups: independent reservoirs of N / groups units side by side, each fed every input.
-        topology: "random"; "ring", each unit fed by the one before it with weight sr; or
-            "diagonal", no unit fed by another, with weights uniform in [-sr, sr].
-        layout: "dense", or "csr" to store and multiply only W's entries that are not 0.
-        stateful: a call starts from where the last one ended, so that memory lasts over calls
-            ("all-time"), until `reset`.
+        seed: seeds every draw. A seed gives the same reservoir, up to rounding, on every machine.
+        groups: independent reservoirs of N / groups units side by side; each gets every input.
+        topology: "random"; "ring", where each unit gets the previous one's state with weight sr; or
+            "diagonal", without connections between units, with weights uniform in [-sr, sr].
+        layout: "dense", or "csr" to store and multiply only W's nonzero entries.
+        stateful: a call continues from the last one's final state ("all-time" memory), until
+            `reset`.
         mode, tolerance, backend: as in `reservoir_scan`.
 
     Attributes:
         weight: W as the op takes it; input_weight: (N, n_in); bias: (N,) or None; leak: () or (N,).
-        state: where a stateful reservoir stands, (B, N); None at the start.
+        state: the state of a stateful reservoir, (B, N); None at the start.
 
     Raises:
-        ValueError, TypeError: an argument out of range; the message names it.
+        ValueError, TypeError: an argument is out of range; the message names it.
 
     Warns:
         UserWarning: the activation is unbounded and (1-a)I + aW has an eigenvalue of modulus 1 or
@@ -144,11 +143,11 @@ class Reservoir(nn.Module):
             values = random_groups(self.groups, size, connectivity, radii, generator)
             values = values if self.groups > 1 else values[0]
         if self.layout == "csr":
-            kept = values != 0
-            rows = torch.cat((torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)))
+            nonzero = values != 0
+            rows = torch.cat((torch.zeros(1, dtype=torch.int64), nonzero.sum(1).cumsum(0)))
             self.register_buffer("_rows", rows)
-            self.register_buffer("_columns", kept.nonzero()[:, 1].contiguous())
-            values = values[kept]
+            self.register_buffer("_columns", nonzero.nonzero()[:, 1].contiguous())
+            values = values[nonzero]
         self.register_buffer("_values", values.to(dtype))
 
     @property
@@ -159,7 +158,7 @@ class Reservoir(nn.Module):
             return RingWeight(values)
         if self.layout == "csr":
             with warnings.catch_warnings():
-                # torch announces once a process that its CSR tensors are in beta.
+                # torch warns once per process that its CSR tensors are in beta.
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
                 size = (self.units, self.units)
                 return torch.sparse_csr_tensor(
@@ -168,7 +167,7 @@ class Reservoir(nn.Module):
         return values
 
     def dense_weight(self) -> Tensor:
-        """W as (N, N), whatever its form."""
+        """W as a dense (N, N) tensor."""
         weight = self.weight
         if isinstance(weight, RingWeight):
             return torch.diag(weight.values).roll(-1, 1)
@@ -179,7 +178,7 @@ class Reservoir(nn.Module):
         return torch.block_diag(*weight) if weight.dim() == 3 else weight
 
     def step_matrices(self) -> list[Tensor]:
-        """(1-a)I + aW, the step linearised at 0: float64, (n, n), one a group."""
+        """(1-a)I + aW, the step linearised at 0: float64, (n, n), one per group."""
         grouped = self._values.dim() == 3
         blocks = self._values if grouped else self.dense_weight()[None]
         leaks = self.leak.double().expand(self.units).view(len(blocks), -1)
@@ -205,20 +204,20 @@ class Reservoir(nn.Module):
         reduce: str = "none",
         targets: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-        """Run over all of time.
+        """Run over all time steps.
 
         Args:
             inputs: u, (B, T, n_in), packed (total_steps, n_in) with cu_seqlens.
-            initial_state: h_0, (B, N) or (sequences, N); None: the kept state of a stateful
+            initial_state: h_0, (B, N) or (sequences, N); None: the stored state of a stateful
                 reservoir, else zeros.
             cu_seqlens, reduce, targets: as in `reservoir_scan`.
 
         Returns:
             (states or their reduction, final state), as `reservoir_scan`. A stateful reservoir
-            keeps the final state, with its graph where a gradient is wanted: see `detach`.
+            stores the final state, with its autograd graph if it has one: see `detach`.
 
         Raises:
-            ValueError: a stateful reservoir stands at another batch size; and as `reservoir_scan`.
+            ValueError: the stored state has another batch size. Otherwise as `reservoir_scan`.
         """
         if initial_state is None and self.stateful and self.state is not None:
             initial_state = self.state
@@ -248,14 +247,14 @@ class Reservoir(nn.Module):
         return states, final_state
 
     def reset(self, sequences: Tensor | None = None) -> None:
-        """Forget: all (None), or the batch rows that a bool mask (B,) or indices name."""
+        """Reset all batch rows (None), or those selected by a bool mask (B,) or indices."""
         if sequences is None or self.state is None:
             self.state = None
         else:
             self.state = cleared(self.state, sequences)
 
     def detach(self) -> None:
-        """Cut the kept state from its graph, as between steps of truncated backpropagation."""
+        """Detach the stored state from its graph, as truncated backpropagation needs."""
         if self.state is not None:
             self.state = self.state.detach()
 
@@ -263,12 +262,12 @@ class Reservoir(nn.Module):
     def stream(
         self, readout: Ridge, inputs: Tensor, targets: Tensor, *, washout: int = 0
     ) -> Tensor:
-        """Fit on a series of any length in constant memory: feed the Gram sums to `readout`.
+        """Add the Gram sums of a series to `readout`, in memory that its length does not change.
 
         Args:
-            readout: a `Ridge` of N inputs; call its `solve` when all is streamed.
+            readout: a `Ridge` of N inputs; call its `solve` after the last series.
             inputs: (B, T, n_in); targets: (B, T, m).
-            washout: first steps that drive the reservoir but are not fitted to.
+            washout: number of first steps that drive the reservoir but are not fitted to.
 
         Returns:
             The final state (B, N).
@@ -277,7 +276,7 @@ class Reservoir(nn.Module):
             raise ValueError(f"washout must lie in [0, {inputs.shape[1]}], got {washout}")
         _, state = self(inputs[:, :washout], reduce="last")
         fitted = targets[:, washout:].double()
-        # The sum of the states, which the intercept needs, is their product with a column of ones.
+        # The intercept needs the sum of the states: their product with a column of ones.
         ones = torch.cat((fitted, torch.ones_like(fitted[..., :1])), -1)
         sums, final_state = self(inputs[:, washout:], state, reduce="gram", targets=ones)
         gram, cross = sums
@@ -298,22 +297,22 @@ class Reservoir(nn.Module):
 
         Args:
             readout: maps a state (B, N) to the next input (B, n_in), such as a fitted `Ridge`.
-            state: where to start, (B, N).
-            steps: how many outputs.
+            state: the start, (B, N).
+            steps: number of outputs.
 
         Returns:
-            The outputs (B, steps, n_in), the first of which is read from `state` itself, and the
-            last state (B, N). A stateful reservoir's kept state is left alone.
+            The outputs (B, steps, n_in), the first read from `state` itself, and the last state
+            (B, N). A stateful reservoir's stored state is unchanged.
         """
-        kept, outputs = self.state, []
+        stored, outputs = self.state, []
         for _ in range(steps):
             outputs.append(readout(state))
             _, state = self(outputs[-1][:, None], state, reduce="last")
-        self.state = kept
+        self.state = stored
         return torch.stack(outputs, 1), state
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The arguments that print shows."""
         return (
             f"units={self.units}, input_dim={self.input_dim}, activation={self.activation!r}, "
             f"groups={self.groups}, topology={self.topology!r}, stateful={self.stateful}"
@@ -321,10 +320,10 @@ class Reservoir(nn.Module):
 
 
 def cleared(state: Tensor, sequences: Tensor) -> Tensor:
-    """A copy of state (B, ...) whose rows in `sequences` (bool (B,) or indices) are zero.
+    """A copy of state (B, ...) with zeros in the rows of `sequences`, bool (B,) or indices.
 
     Raises:
-        TypeError, ValueError: sequences is neither, or names rows that are not there.
+        TypeError, ValueError: sequences is neither, or out of range.
     """
     if not isinstance(sequences, Tensor) or sequences.dim() != 1:
         raise TypeError(f"sequences must be a bool mask (B,) or indices, got {describe(sequences)}")
@@ -333,11 +332,10 @@ def cleared(state: Tensor, sequences: Tensor) -> Tensor:
             raise ValueError(f"sequences must be ({state.shape[0]},), got {describe(sequences)}")
         gone = sequences
     else:
-        if sequences.numel() and not (-1 < int(sequences.min()) <= int(sequences.max())):
-            raise ValueError(f"sequences must not be negative, got {int(sequences.min())}")
-        if sequences.numel() and int(sequences.max()) >= state.shape[0]:
+        rows = sequences.tolist()
+        if rows and not 0 <= min(rows) <= max(rows) < len(state):
             raise ValueError(
-                f"sequences must lie below {state.shape[0]}, got {int(sequences.max())}"
+                f"sequences must lie in [0, {len(state) - 1}], got {min(rows)} to {max(rows)}"
             )
         gone = torch.zeros(state.shape[0], dtype=torch.bool, device=state.device)
         gone[sequences] = True

@@ -1,4 +1,4 @@
-"""A memory of everything that was said before: fixed reservoirs, and a trained readout of them."""
+"""A memory of all earlier steps: a fixed reservoir and a trained readout of its states."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ READOUTS = ("linear", "mlp", "attention")
 class AttentionReadout(nn.Module):
     """Attention of the step's query over the last `window` states, and a projection.
 
-    States before the conversation are zeros: their keys and values are zeros too, so a query may
-    look past the start, at nothing, and a conversation fed in parts gives what it gives in one.
+    States before the conversation are zeros, and so are their keys and values. A window can thus
+    reach past the start, and a conversation fed in parts gives the same results as in one call.
 
     Args:
         units: N, the length of a state.
-        query_dim: the length of a query.
-        out_features: the length of the result.
-        window: how many states are attended over, the newest included.
+        query_dim: length of a query.
+        out_features: length of the result.
+        window: number of states attended over, including the newest.
         heads: attention heads; each has out_features / heads channels.
         backend: passed to `value_residual_attention`.
     """
@@ -54,18 +54,12 @@ class AttentionReadout(nn.Module):
         """(B, T, out_features).
 
         Args:
-            states: (B, window - 1 + T, N), the last T those that the T steps read first.
+            states: (B, window - 1 + T, N); the last T are the newest states of the T steps.
             queries: (B, T, query_dim).
         """
-        q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1))
-            for projection, x in (
-                (self.q_proj, queries),
-                (self.k_proj, states),
-                (self.v_proj, states),
-            )
-        )
-        # Bottom-right alignment: query i stands at key i + window - 1.
+        projected = self.q_proj(queries), self.k_proj(states), self.v_proj(states)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in projected)
+        # Bottom-right alignment: query i has the position of key i + window - 1.
         out = value_residual_attention(
             q, k, v, causal=True, window=(self.window - 1, 0), softcap=0.0, backend=self.backend
         )
@@ -73,39 +67,39 @@ class AttentionReadout(nn.Module):
 
 
 class _Carried(NamedTuple):
-    """What lasts over calls: the streams' states (B, S, N), and the last states read (B, W, N)."""
+    """State held between calls: the streams' (B, S, N), and the last states read (B, W, N)."""
 
     streams: Tensor
     recent: Tensor
 
 
 class ReservoirMemory(nn.Module):
-    """What a reservoir remembers of all steps before each step, read out nonlinearly.
+    """A nonlinear readout, at each step, of a reservoir's state after all earlier steps.
 
-    Step t reads h_{t-1}, the state after every step before it and not after itself, as the
-    all-time memory beside a Transformer over the current sentence (Liu and Xu, arXiv 2509.24074).
-    The reservoir is fixed; the readout is trained. Memory is that of one state a stream (and of
-    `window` states where the readout attends), however long the history.
+    Step t reads h_{t-1}, the state after every earlier step and before its own, as the all-time
+    memory beside a Transformer over the current sentence does (Liu and Xu, arXiv 2509.24074). The
+    reservoir is fixed; the readout is trained. Memory is one state per stream (and `window` states
+    for an attention readout), whatever the length of the history.
 
-    A conversation can have several streams, such as one a speaker: each is a state of its own that
-    only its own steps move, and a step reads the state of its stream. All run in one packed call.
+    A conversation can have several streams, such as one per speaker. Each has a state of its own,
+    which only that stream's steps update and read. All streams run in one packed call.
 
     Args:
-        reservoir: of N units; groups with several leaks hold several spans of time. Not stateful:
-            this module keeps the state.
-        out_features: the length of what is read out.
+        reservoir: a `Reservoir` of N units; groups with different leaks cover different spans of
+            time. Must not be stateful: this module holds the state.
+        out_features: length of the result.
         readout: "linear"; "mlp": LayerNorm, one hidden layer, GELU; "attention": over the last
             `window` states that steps read, queried by the step itself; or a module that maps
             states (B, T, N) to (B, T, out_features).
         hidden: hidden units of the MLP; None: out_features.
-        query_dim: the length of the attention's queries; None: the reservoir's input_dim.
-        window, heads: of the attention.
-        dropout: on the states before the readout.
-        streams: S, how many streams a conversation has.
-        stateful: a call continues where the last one ended, until `reset`.
+        query_dim: length of the attention's queries; None: the reservoir's input_dim.
+        window, heads: arguments of `AttentionReadout`.
+        dropout: dropout of the states before the readout.
+        streams: S, the number of streams in a conversation.
+        stateful: a call continues from the last one's final states, until `reset`.
 
     Raises:
-        ValueError, TypeError: an argument out of range; the message names it.
+        ValueError, TypeError: an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -126,7 +120,7 @@ class ReservoirMemory(nn.Module):
         if not isinstance(reservoir, Reservoir):
             raise TypeError(f"reservoir must be a Reservoir, got {describe(reservoir)}")
         if reservoir.stateful:
-            raise ValueError("reservoir must not be stateful: ReservoirMemory keeps the state")
+            raise ValueError("reservoir must not be stateful: ReservoirMemory holds the state")
         if out_features < 1 or streams < 1:
             raise ValueError(
                 f"out_features and streams must be at least 1, got {out_features} and {streams}"
@@ -134,35 +128,25 @@ class ReservoirMemory(nn.Module):
         self.reservoir, self.out_features = reservoir, out_features
         self.streams, self.stateful = streams, stateful
         self.dropout = nn.Dropout(dropout)
-        self.readout = self._build(readout, hidden, query_dim, window, heads)
-        attends = isinstance(self.readout, AttentionReadout)
-        self.window = window if attends else 1
-        self._carried: _Carried | None = None
-
-    def _build(
-        self,
-        readout: str | nn.Module,
-        hidden: int | None,
-        query_dim: int | None,
-        window: int,
-        heads: int,
-    ) -> nn.Module:
-        units, out = self.reservoir.units, self.out_features
+        units, out, width = reservoir.units, out_features, hidden or out_features
+        self.readout: nn.Module
         if isinstance(readout, nn.Module):
-            return readout
-        if readout == "linear":
-            return nn.Linear(units, out)
-        if readout == "mlp":
-            width = hidden or out
-            return nn.Sequential(
+            self.readout = readout
+        elif readout == "linear":
+            self.readout = nn.Linear(units, out)
+        elif readout == "mlp":
+            self.readout = nn.Sequential(
                 nn.LayerNorm(units), nn.Linear(units, width), nn.GELU(), nn.Linear(width, out)
             )
-        if readout == "attention":
-            asked = self.reservoir.input_dim if query_dim is None else query_dim
-            return AttentionReadout(units, asked, out, window=window, heads=heads)
-        raise ValueError(
-            f"readout must be one of {', '.join(READOUTS)} or a module, got {describe(readout)}"
-        )
+        elif readout == "attention":
+            asked = reservoir.input_dim if query_dim is None else query_dim
+            self.readout = AttentionReadout(units, asked, out, window=window, heads=heads)
+        else:
+            raise ValueError(
+                f"readout must be one of {', '.join(READOUTS)} or a module, got {describe(readout)}"
+            )
+        self.window = window if isinstance(self.readout, AttentionReadout) else 1
+        self._carried: _Carried | None = None
 
     def forward(
         self,
@@ -172,21 +156,21 @@ class ReservoirMemory(nn.Module):
         streams: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """What each step can know of the steps before it.
+        """The readout at each step of the steps before it.
 
         Args:
-            x: what the reservoir hears, (B, T, input_dim).
+            x: the reservoir's input, (B, T, input_dim).
             queries: (B, T, query_dim) for the attention; None: x.
             streams: int64 (B, T), each step's stream, in [0, S); None: all in stream 0.
-            lengths: int64 (B,), how many of the T steps are real; None: all. Steps after that
-                move nothing, and their results mean nothing.
+            lengths: int64 (B,), steps of each row without padding; None: T. Padding changes no
+                state, and its results are meaningless.
 
         Returns:
             (B, T, out_features).
 
         Raises:
-            ValueError, TypeError: a wrong shape or dtype, a stream or length out of range, or
-                another batch size than the kept state's.
+            ValueError, TypeError: a wrong shape or dtype, a stream or length out of range, or a
+                batch size other than the stored state's.
         """
         self._check(x, streams, lengths)
         carried = self._start(x)
@@ -217,13 +201,13 @@ class ReservoirMemory(nn.Module):
     def _states_before(
         self, x: Tensor, start: Tensor, streams: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The state that each step reads, (B, T, N), and every stream's last state (B, S, N)."""
+        """The state that each step reads, (B, T, N), and each stream's last state (B, S, N)."""
         batch, steps, units = x.shape[0], x.shape[1], self.reservoir.units
         if streams is None and lengths is None and self.streams == 1:
             after, last = self.reservoir(x, start[:, 0])
             return torch.cat((start, after), 1)[:, :steps], last[:, None]
-        # One packed sequence a stream: steps sorted by conversation and stream, in order of time.
-        # Steps that are not real go behind the last sequence, where nothing is computed.
+        # Each stream is one packed sequence: steps are sorted by conversation and stream, keeping
+        # their order in time. Padding goes after the last sequence, where nothing is computed.
         which = torch.arange(batch, device=x.device)[:, None] * self.streams
         which = which.expand(batch, steps) if streams is None else which + streams
         count = batch * self.streams
@@ -245,11 +229,11 @@ class ReservoirMemory(nn.Module):
         return read.unflatten(0, (batch, steps)), last.unflatten(0, (batch, self.streams))
 
     def _recent(self, history: Tensor, lengths: Tensor | None) -> Tensor:
-        """The last window - 1 states that real steps read."""
-        kept, steps = self.window - 1, history.shape[1] - (self.window - 1)
+        """The last window - 1 states that steps other than padding read."""
+        recent, steps = self.window - 1, history.shape[1] - (self.window - 1)
         if lengths is None:
             return history[:, steps:]
-        index = lengths[:, None] + torch.arange(kept, device=history.device)
+        index = lengths[:, None] + torch.arange(recent, device=history.device)
         return history.gather(1, index[..., None].expand(-1, -1, history.shape[2]))
 
     def _check(self, x: Tensor, streams: Tensor | None, lengths: Tensor | None) -> None:
@@ -273,24 +257,24 @@ class ReservoirMemory(nn.Module):
                 )
 
     def reset(self, conversations: Tensor | None = None) -> None:
-        """Forget: all (None), or the conversations that a bool mask (B,) or indices name."""
+        """Reset all conversations (None), or those selected by a bool mask (B,) or indices."""
         if conversations is None or self._carried is None:
             self._carried = None
         else:
             self._carried = _Carried(*(cleared(part, conversations) for part in self._carried))
 
     def detach(self) -> None:
-        """Cut what is kept from its graph, as between steps of truncated backpropagation."""
+        """Detach the stored states from their graph, as truncated backpropagation needs."""
         if self._carried is not None:
             self._carried = _Carried(*(part.detach() for part in self._carried))
 
     @property
     def state(self) -> Tensor | None:
-        """What every stream remembers, (B, S, N); None at the start."""
+        """Each stream's state, (B, S, N); None at the start."""
         return None if self._carried is None else self._carried.streams
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept over calls."""
+        """Bytes of the state held between calls."""
         parts = self._carried or ()
         return sum(part.numel() * part.element_size() for part in parts)

@@ -1,4 +1,4 @@
-"""A ridge regression that reads its data once: Cholesky on a streamed Gram matrix in float64."""
+"""Ridge regression in one pass over the data: Cholesky on a streamed Gram matrix in float64."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ class Ridge(nn.Module):
     """A linear readout y = W x + b, W = argmin Σ |y - W x - b|² + ridge |W|²; b is not penalised.
 
     Data comes in batches (`update`) or as pairs (XᵀX, XᵀY) such as `reservoir_scan(reduce="gram")`
-    returns (`update_gram`), in any mixture, and is never kept. Means and centred products are
-    merged batch by batch (Chan, Golub and LeVeque, 1983), so a large mean costs no digits.
-    `solve` then factors one float64 matrix a strength; the data is read once for all of them.
+    returns (`update_gram`), in any order, and is not stored. Means and centred products are merged
+    batch by batch (Chan, Golub and LeVeque, 1983), so a large mean costs no precision. `solve` then
+    factors one float64 matrix per strength; the data is read once for all of them.
 
     Args:
         in_features: N, the length of x.
         out_features: m, the length of y.
         ridge: the strength, added to the diagonal of the sum XᵀX (not of its mean), as in
-            ReservoirPy and scikit-learn; or several, of which `select` picks one.
-        fit_intercept: learn b; without, b is 0.
+            ReservoirPy and scikit-learn; or several, one of which `select` picks.
+        fit_intercept: fit b; else b is 0.
 
     Attributes:
         weight: W, (m, N), float64; bias: b, (m,), float64. Buffers, zero before `solve`.
-        strength: the strength they belong to; None before `solve`.
-        count: rows seen.
+        strength: the strength that weight and bias were fitted with; None before `solve`.
+        count: number of rows seen.
 
     Raises:
-        ValueError: a size below 1, no strength, or one that is negative or not finite.
+        ValueError: a size below 1, no strength, or a strength that is negative or not finite.
     """
 
     weight: Tensor
@@ -65,7 +65,7 @@ class Ridge(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the data; the weights stay."""
+        """Discard the data seen so far; weight and bias are unchanged."""
         size = self.in_features, self.out_features
         self.count = 0
         self._gram = self.weight.new_zeros(size[0], size[0], dtype=torch.float64)
@@ -74,7 +74,7 @@ class Ridge(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> Ridge:
-        """Take in a batch: x (..., N) and y (..., m), any floating dtype, the same leading axes."""
+        """Add a batch: x (..., N) and y (..., m), any floating dtype, with equal leading axes."""
         self._check("x", x, self.in_features)
         self._check("y", y, self.out_features)
         if x.shape[:-1] != y.shape[:-1]:
@@ -102,15 +102,15 @@ class Ridge(nn.Module):
         x_sum: Tensor | None = None,
         y_sum: Tensor | None = None,
     ) -> Ridge:
-        """Take in sums over rows.
+        """Add sums over rows.
 
         Args:
             gram: Σ x xᵀ, (N, N); cross: Σ x yᵀ, (N, m).
-            count, x_sum, y_sum: how many rows, Σ x (N,) and Σ y (m,). With an intercept all three
-                are needed. A column of ones among the targets of `reservoir_scan` gives x_sum.
+            count, x_sum, y_sum: number of rows, Σ x (N,) and Σ y (m,). An intercept needs all
+                three. A column of ones among the targets of `reservoir_scan` gives x_sum.
 
         Raises:
-            ValueError: a wrong shape, or an intercept is fitted and a sum is missing.
+            ValueError: a wrong shape, or a missing sum where an intercept is fitted.
         """
         size = self.in_features, self.out_features
         wanted: dict[str, tuple[object, tuple[int, ...]]]
@@ -153,11 +153,11 @@ class Ridge(nn.Module):
 
     @torch.no_grad()
     def solve(self) -> Ridge:
-        """Fit every strength to what was taken in, and take the first.
+        """Fit with every strength, and use the first.
 
         Raises:
-            RuntimeError: a Gram matrix is not positive definite at its strength (too few rows, or
-                a strength below the rounding of the sums), naming the strength.
+            RuntimeError: the Gram matrix is not positive definite at a strength, which the message
+                names (too few rows, or a strength below the sums' rounding error).
         """
         self._solutions = []
         for strength in self.strengths:
@@ -174,7 +174,7 @@ class Ridge(nn.Module):
         return self.take(0)
 
     def fit(self, x: Tensor, y: Tensor) -> Ridge:
-        """Forget what was taken in, then fit x (..., N) to y (..., m) alone."""
+        """Discard earlier data, then fit x (..., N) to y (..., m) alone."""
         self.reset()
         return self.update(x, y).solve()
 
@@ -183,7 +183,7 @@ class Ridge(nn.Module):
         if not self._solutions:
             raise RuntimeError("nothing is fitted yet: call solve() or fit(x, y) first")
         weight, bias = self._solutions[index]
-        # copy_ keeps the buffers' dtype and device, wherever the module was moved.
+        # copy_ keeps the buffers' dtype and device after the module was moved or cast.
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.strength = self.strengths[index]
@@ -191,7 +191,7 @@ class Ridge(nn.Module):
 
     @torch.no_grad()
     def errors(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean squared error of every strength on x (..., N) and y (..., m): float64, (S,)."""
+        """Mean squared error of every strength on x (..., N) and y (..., m): float64, (S,)."""
         if not self._solutions:
             raise RuntimeError("nothing is fitted yet: call solve() or fit(x, y) first")
         x, y = x.to(self._gram.device, torch.float64), y.to(self._gram.device, torch.float64)
@@ -202,10 +202,10 @@ class Ridge(nn.Module):
         return self.take(int(self.errors(x, y).nan_to_num(math.inf).argmin()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., m) of x (..., N), computed in the weights' dtype, returned in x's."""
+        """y (..., m) for x (..., N), computed in the weights' dtype and returned in x's."""
         self._check("x", x, self.in_features)
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """What print shows."""
+        """The arguments that print shows."""
         return f"{self.in_features}, {self.out_features}, ridge={self.strengths}"

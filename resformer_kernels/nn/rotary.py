@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout of Llama."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in Llama's half-split layout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class RotaryEmbedding(nn.Module):
-    """The cosines and sines of every position up to `max_seqlen`.
+    """Cosines and sines of every position below `max_seqlen`.
 
     Args:
-        head_dim: even; the size of a query or key head.
-        max_seqlen: positions that can be asked for.
+        head_dim: size of a query or key head; even.
+        max_seqlen: number of positions.
         base: wavelengths run from 2π to 2π · base positions.
     """
 

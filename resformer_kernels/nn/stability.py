@@ -1,4 +1,4 @@
-"""Whether a reservoir forgets: its spectrum, and its contraction as measured under a drive."""
+"""Whether a reservoir forgets its start: its spectrum, and its contraction under a drive."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _UNBOUNDED = ("relu", "identity")
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """What `stability_report` found.
+    """The result of `stability_report`.
 
     Attributes:
-        spectral_radius: of W, over all groups.
-        eigenvalues: of (1-a)I + aW, complex128 (N,): the steps of the reservoir linearised at 0.
-        linear_radius: the largest modulus among them.
+        spectral_radius: spectral radius of W, over all groups.
+        eigenvalues: eigenvalues of (1-a)I + aW, the step linearised at 0: complex128 (N,).
+        linear_radius: their largest modulus.
         linear_norm: the largest singular value of (1-a)I + aW. Below 1, tanh and relu contract
-            under every drive; above, they may or may not.
-        contraction: the measured factor a step by which two trajectories approach each other under
-            the drive; below 1 the reservoir forgets its start (the echo state property holds for
-            this drive), above 1 it is chaotic or diverges.
+            under every drive; above, that depends on the drive.
+        contraction: the measured factor per step by which two trajectories approach each other
+            under the drive. Below 1 the reservoir forgets its start (the echo state property holds
+            for this drive); above 1 it is chaotic or diverges.
         forgetting_steps: steps in which a difference falls to a millionth at that rate; infinite
             where it does not fall.
-        largest_state: the largest modulus that a state element reached.
-        bounded: the activation keeps the state within bounds whatever the weights.
+        largest_state: the largest modulus of a state element.
+        bounded: whether the activation bounds the state for all weights.
     """
 
     spectral_radius: float
@@ -45,7 +45,7 @@ class StabilityReport:
 
     @property
     def forgets(self) -> bool:
-        """Whether trajectories met under the drive."""
+        """Whether trajectories approached each other under the drive."""
         return self.contraction < 1
 
     def __str__(self) -> str:
@@ -67,14 +67,15 @@ def stability_report(
 ) -> StabilityReport:
     """Measure a reservoir under a drive.
 
-    Two trajectories, from 0 and from a state drawn in [-1, 1], are fed the same inputs. The rate
-    at which they approach is the exponential of the largest conditional Lyapunov exponent, which
-    the drive sets as much as W does: a spectral radius below 1 is neither necessary nor sufficient.
+    Two trajectories, from 0 and from a random state in [-1, 1], get the same inputs. The factor by
+    which they approach is the exponential of the largest conditional Lyapunov exponent, which
+    depends on the drive as well as on W: a spectral radius below 1 is neither necessary nor
+    sufficient.
 
     Args:
-        reservoir: its kept state is left alone.
+        reservoir: the reservoir; its stored state is unchanged.
         inputs: the drive, (T, n_in); None: 1000 steps of uniform noise in [-1, 1].
-        seed: of what is drawn.
+        seed: seeds the random state and noise.
 
     Raises:
         ValueError: inputs is not (T, n_in), or has no steps.
@@ -93,10 +94,10 @@ def stability_report(
         )
     starts = torch.zeros(2, reservoir.units)
     starts[1] = 2 * torch.rand(reservoir.units, generator=generator) - 1
-    kept = reservoir.state
+    stored = reservoir.state
     starts = starts.to(like)
     states, _ = reservoir(inputs.to(like).expand(2, -1, -1), starts)
-    reservoir.state = kept
+    reservoir.state = stored
     contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR.get(like.dtype, 1e-5))
     bounded = reservoir.activation not in _UNBOUNDED
     steps = reservoir.step_matrices()
@@ -122,7 +123,10 @@ def stability_report(
 
 
 def _rate(states: Tensor, floor: float) -> float:
-    """The geometric mean factor a step of |states[1] - states[0]|, (2, T + 1, N), over `floor`."""
+    """Geometric mean factor per step of |states[1] - states[0]| while above `floor`.
+
+    states: (2, T + 1, N).
+    """
     distance = (states[1] - states[0]).double().norm(dim=1)
     if not distance.isfinite().all():
         return float("inf")
@@ -130,9 +134,9 @@ def _rate(states: Tensor, floor: float) -> float:
     above = torch.nonzero(distance > floor * scale)
     last = int(above[-1]) if len(above) else 0
     if last == 0:
-        # They met in a single step: all that can be said is that it was at most this.
+        # The trajectories met in a single step: this is an upper bound.
         return float(distance[1] / distance[0].clamp_min(1e-300))
-    # Half-way on, the transient of a start outside the attractor is over.
+    # The first half holds the transient of a start outside the attractor.
     first = last // 2
     return float((distance[last] / distance[first]) ** (1 / (last - first)))
 

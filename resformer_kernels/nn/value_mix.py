@@ -1,12 +1,12 @@
-"""What a layer attends over: its own values, the first layer's, or a mix.
+"""The values that a layer attends over: its own, the first layer's, or a mix.
 
-Each form is a module of its own, held by the attention layer as `v_mix`, so that optimisers, PEFT
-and initialisers find λ under a name and the value projection stays an ordinary Linear. Given the
-values of this layer and of earlier ones, a mix returns the arguments for
-`value_residual_attention`; where the kernel can fuse the mix, nothing is computed here.
+Each mix is a module, held by the attention layer as `v_mix`, so that optimisers, PEFT and
+initialisers find λ under a name and the value projection stays an ordinary Linear. From the values
+of this layer and of earlier ones a mix returns the arguments of `value_residual_attention`; a mix
+that the kernel can fuse computes nothing here.
 
-`lambda_v` multiplies this layer's values and `lambda_first` the first layer's. The names of the
-forms are those of Zhou et al., "Value Residual Learning", arXiv 2410.17897.
+`lambda_v` multiplies this layer's values and `lambda_first` the first layer's. Variants are named
+as in Zhou et al., "Value Residual Learning", arXiv 2410.17897.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resformer_kernels.mix import mix_value_embedding, mix_values
 
 
 class ValueSources(NamedTuple):
-    """What a mix can draw on. Values are (B, T, Hkv, Dv)."""
+    """The inputs of a mix. Values are (B, T, Hkv, Dv)."""
 
     own: Tensor | None
     """This layer's values; None where the layer projects none."""
@@ -41,8 +41,7 @@ class MixedValues(NamedTuple):
     lambda_first: float | Tensor = 1.0
 
     def cached(self) -> Tensor | None:
-        """V', which a cache keeps: this layer's values once gates and λ have done their work. None
-        for V₁ alone, which the first layer has cached."""
+        """The mixed values V', for a cache; None for V₁ alone, which the first layer has cached."""
         if self.v is None or self.v_first is None:
             return self.v
         return mix_values((self.v, self.v_first), (self.lambda_v, self.lambda_first))
@@ -64,12 +63,12 @@ def _first(sources: ValueSources, mix: nn.Module) -> Tensor:
 
 
 class ValueMix(nn.Module):
-    """The base of every mix."""
+    """Base class of the mixes."""
 
     projects_values = True
-    """Whether the layer has a value projection of its own."""
+    """Whether the layer has a value projection."""
     reads_all_layers = False
-    """Whether the mix takes the values of every earlier layer rather than the first's alone."""
+    """Whether the mix takes the values of every earlier layer, not only the first layer's."""
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """The arguments for `value_residual_attention`."""
@@ -107,7 +106,7 @@ class FixedMix(ValueMix):
         return f"lambda_v={self.lambda_v}, lambda_first={self.lambda_first}"
 
     def forward(self, sources: ValueSources) -> MixedValues:
-        """The mix is left to the kernel."""
+        """Leave the mix to the kernel."""
         return MixedValues(
             _own(sources, self), _first(sources, self), self.lambda_v, self.lambda_first
         )
@@ -117,8 +116,8 @@ class LearnedMix(ValueMix):
     """V' = lambda_v · V + lambda_first · V₁ with learned coefficients, float32.
 
     Args:
-        num_kv_heads: None for one pair of scalars a layer (the paper's Learnable); a number for
-            one pair a KV head, shape (Hkv, 1) (this package's Learnable-Plus).
+        num_kv_heads: None for one pair of scalars (the paper's Learnable); a number for one pair
+            per KV head, of shape (Hkv, 1) (this package's Learnable-Plus).
         lambda_v: initial value.
         lambda_first: initial value.
     """
@@ -147,7 +146,7 @@ class LearnedMix(ValueMix):
         return f"shape={tuple(self.lambda_v.shape)}"
 
     def forward(self, sources: ValueSources) -> MixedValues:
-        """The mix is left to the kernel, which returns the coefficients' gradients."""
+        """Leave the mix to the kernel, which also computes the coefficients' gradients."""
         return MixedValues(
             _own(sources, self), _first(sources, self), self.lambda_v, self.lambda_first
         )
@@ -157,8 +156,7 @@ class DenseMix(ValueMix):
     """V'ₙ = Σᵢ λₙᵢ Vᵢ over this layer and every earlier one, λ learned: Dense-ResFormer.
 
     Args:
-        num_sources: n, this layer included. λ starts at 1/n each, which is Learnable's 0.5 at
-            n = 2.
+        num_sources: n, including this layer. Each λ starts at 1/n, Learnable's 0.5 at n = 2.
     """
 
     reads_all_layers = True
@@ -175,7 +173,7 @@ class DenseMix(ValueMix):
         nn.init.constant_(self.lambda_layers, 1.0 / self.lambda_layers.numel())
 
     def forward(self, sources: ValueSources) -> MixedValues:
-        """One fused pass over all sources, in layer order, this layer's values last."""
+        """Mix all sources in one fused pass, in layer order, this layer's values last."""
         values = (*sources.earlier, _own(sources, self))
         if len(values) != self.lambda_layers.numel():
             raise ValueError(
@@ -186,10 +184,10 @@ class DenseMix(ValueMix):
 
 
 class EmbeddingMix(ValueMix):
-    """V' = V + cσ(W x) · E[token]: nanochat's gated value embedding, one gate a KV head.
+    """V' = V + cσ(W x) · E[token]: nanochat's gated value embedding, one gate per KV head.
 
-    The gate reads the first `gate_channels` channels of the layer's input. W starts at zero, so
-    every gate at c / 2.
+    The gate reads the first `gate_channels` channels of the layer's input. W starts at zero, and
+    so every gate at c / 2.
 
     Args:
         vocab_size: rows of the table E, (vocab_size, Hkv, Dv).
@@ -216,12 +214,12 @@ class EmbeddingMix(ValueMix):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table, at the scale of values; open every gate by half."""
+        """Draw the table at the scale of values; set every gate to half its range."""
         nn.init.normal_(self.table, std=0.5)
         nn.init.zeros_(self.gate_proj.weight)
 
     def forward(self, sources: ValueSources) -> MixedValues:
-        """The gathered rows are never materialised."""
+        """Mix without materialising the gathered rows."""
         if sources.token_ids is None:
             raise ValueError("EmbeddingMix needs token_ids, (B, T) integers, got None")
         v = _own(sources, self)

@@ -1,4 +1,4 @@
-"""The data that reservoirs are tried on, and the scores: time series and dialogues."""
+"""Benchmark tasks for reservoirs: time series, dialogues, and scores."""
 
 from resformer_kernels.tasks.dialogues import Dialogue, DialogueCorpus, load_corpus, read_dialogues
 from resformer_kernels.tasks.scores import (

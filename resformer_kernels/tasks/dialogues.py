@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ class Dialogue:
     """One conversation, in the order it was spoken; the three tuples have the same length.
 
     Attributes:
-        name: season, episode and number, as "s04e07-1".
-        utterances: what was said.
-        speakers: who said it. Several at once are joined by " & ".
-        emotions: the label, in lower case.
+        name: season, episode and number, such as "s04e07-1".
+        utterances: the texts.
+        speakers: the speaker of each. Several at once are joined by " & ".
+        emotions: the label of each, in lower case.
     """
 
     name: str
@@ -48,11 +49,11 @@ class DialogueCorpus:
 def read_dialogues(path: Path) -> tuple[Dialogue, ...]:
     """The dialogues of one CSV file, MELD's or EmoryNLP's.
 
-    MELD numbers its dialogues through the file; EmoryNLP numbers scenes within an episode. So a
-    dialogue is known by season, episode and number together, and rows are ordered by Utterance_ID.
+    MELD numbers dialogues throughout the file, EmoryNLP numbers scenes within an episode. Season,
+    episode and number together identify a dialogue; its rows are ordered by Utterance_ID.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file lacks a column, or has no rows.
     """
     with path.open(encoding="utf-8", newline="") as file:
@@ -84,7 +85,7 @@ def _dialogue(key: tuple[str, ...], rows: list[dict[str, str]]) -> Dialogue:
 
 
 def _clean(text: str) -> str:
-    # MELD's files hold Windows-1252 punctuation that was decoded as Latin-1.
+    # MELD's files contain Windows-1252 punctuation decoded as Latin-1.
     table = {0x85: "...", 0x91: "'", 0x92: "'", 0x93: '"', 0x94: '"', 0x96: "-", 0x97: "-"}
     table |= {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0xA0: " "}
     return " ".join(text.translate(table).split())
@@ -97,12 +98,11 @@ def _speaker(text: str) -> str:
 
 
 def load_corpus(folder: Path) -> DialogueCorpus:
-    """train.csv, dev.csv and test.csv of a folder.
+    """Read train.csv, dev.csv and test.csv of a folder.
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a file is not as `read_dialogues` takes it, or dev or test has an emotion that
-            train lacks.
+        ValueError: as `read_dialogues`, or dev or test has an emotion that train lacks.
     """
     missing = [split for split in SPLITS if not (folder / f"{split}.csv").is_file()]
     if missing:
@@ -110,10 +110,7 @@ def load_corpus(folder: Path) -> DialogueCorpus:
             f"{folder} must hold train.csv, dev.csv and test.csv; missing: {', '.join(missing)}"
         )
     splits = {split: read_dialogues(folder / f"{split}.csv") for split in SPLITS}
-    counts: dict[str, int] = {}
-    for dialogue in splits["train"]:
-        for emotion in dialogue.emotions:
-            counts[emotion] = counts.get(emotion, 0) + 1
+    counts = Counter(emotion for dialogue in splits["train"] for emotion in dialogue.emotions)
     labels = tuple(sorted(counts, key=lambda label: (-counts[label], label)))
     for split in SPLITS[1:]:
         unknown = {e for d in splits[split] for e in d.emotions} - set(labels)

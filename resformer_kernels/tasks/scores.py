@@ -1,4 +1,4 @@
-"""How predictions are judged: series are (time, channels), classes are (rows,) of integers."""
+"""Scores of predictions: series are (time, channels), classes are integers (rows,)."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def valid_steps(predicted: Tensor, wanted: Tensor, *, threshold: float = 0.4) ->
 
 
 def confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
-    """Counts (classes, classes): row = the true class, column = the predicted one."""
+    """Counts (classes, classes): rows are true classes, columns predicted ones."""
     return torch.bincount(wanted * classes + predicted, minlength=classes**2).view(classes, -1)
 
 
 def weighted_f1(counts: Tensor) -> float:
-    """The mean of the classes' F1, weighted by their true rows; counts as `confusion` gives."""
+    """The mean of the classes' F1, weighted by true rows; counts as `confusion` returns them."""
     counts = counts.double()
     hits, rows, columns = counts.diagonal(), counts.sum(1), counts.sum(0)
     f1 = 2 * hits / (rows + columns).clamp_min(1)
@@ -51,7 +51,7 @@ def weighted_f1(counts: Tensor) -> float:
 
 
 def accuracy(counts: Tensor) -> float:
-    """The share of rows on the diagonal; counts as `confusion` gives."""
+    """The fraction of rows on the diagonal; counts as `confusion` returns them."""
     return float(counts.diagonal().sum() / counts.sum())
 
 
@@ -62,13 +62,14 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_flip_probability(differences: Sequence[float]) -> float:
-    """How often pairs whose order is chance differ as much on average: an exact two-sided test.
+    """p-value of an exact two-sided sign-flip test: the fraction of all sign choices whose mean
+    difference is at least as large.
 
     Args:
-        differences: one a pair, such as a seed; at most 20.
+        differences: one per pair, such as a seed; 1 to 20.
 
     Raises:
-        ValueError: none, or more than 20.
+        ValueError: no difference, or more than 20.
     """
     if not 1 <= len(differences) <= 20:
         raise ValueError(f"differences must be 1 to 20, got {len(differences)}")
@@ -76,22 +77,22 @@ def sign_flip_probability(differences: Sequence[float]) -> float:
     sums = torch.zeros(1, dtype=torch.float64)
     for value in found:
         sums = torch.cat((sums + value, sums - value))
-    # A hair less, for sums that rounding alone sets apart.
+    # The factor admits sums that differ by rounding alone.
     return float((sums.abs() >= found.sum().abs() * (1 - 1e-9)).double().mean())
 
 
 def bootstrap_difference(
     first: Tensor, second: Tensor, *, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The second model's weighted F1 less the first's: its 2.5% quantile, itself, its 97.5%.
+    """Bootstrap of the second model's weighted F1 minus the first's: 2.5% quantile, value, 97.5%.
 
-    Each draw takes as many conversations as there are, with replacement, the same for both models;
-    the seeds of a model are averaged.
+    Each draw resamples all conversations with replacement, the same for both models; a model's
+    seeds are averaged.
 
     Args:
-        first, second: counts as `confusion` gives, (seeds, conversations, classes, classes).
-        draws: resampled sets of conversations.
-        seed: of the draws.
+        first, second: counts of `confusion`, (seeds, conversations, classes, classes).
+        draws: number of resampled sets of conversations.
+        seed: seeds the draws.
     """
     conversations = first.shape[1]
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The series that reservoirs are tried on. Every function returns float64 tensors, time first."""
+"""Benchmark series for reservoirs. Every function returns float64 tensors, time first."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def narma10(length: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """NARMA-10 (Atiya and Parlos, 2000): inputs u and targets y, each (length, 1).
 
     y(t+1) = 0.3 y(t) + 0.05 y(t) Σᵢ₌₀..₉ y(t-i) + 1.5 u(t-9) u(t) + 0.1, u uniform in [0, 0.5].
-    Row t holds u(t) and y(t+1), which u up to t determines. The recurrence diverges for rare
-    inputs: those are drawn anew.
+    Row t holds u(t) and y(t+1), which u up to t determines. Inputs for which the recurrence
+    diverges are rare, and are redrawn.
     """
     _check_length(length)
     generator = torch.Generator().manual_seed(seed)
@@ -46,15 +46,15 @@ def mackey_glass(
     substeps: int = 10,
     transient: int = 1000,
 ) -> Tensor:
-    """The Mackey-Glass series x (length, 1), a sample every `step` units of time.
+    """The Mackey-Glass series x (length, 1), one sample per `step` of time.
 
     dx/dt = 0.2 x(t-τ) / (1 + x(t-τ)¹⁰) - 0.1 x(t), by fourth-order Runge-Kutta in steps of
-    step / substeps. The delayed value in mid-step comes from cubic Hermite interpolation, so the
-    whole keeps its order; `transient` units of time are dropped. The history before t = 0 is
-    constant, drawn around 1.2.
+    step / substeps. The delayed value in mid-step comes from cubic Hermite interpolation, which
+    preserves the order of convergence. The first `transient` of time is dropped. The history before
+    t = 0 is a random constant near 1.2.
 
     Raises:
-        ValueError: τ is not a multiple, from 2, of step / substeps.
+        ValueError: τ is not a multiple of step / substeps, or less than twice that.
     """
     _check_length(length)
     h = step / substeps
@@ -71,7 +71,7 @@ def mackey_glass(
     dropped = round(transient / step) * substeps
     for t in range(lag, lag + dropped + length * substeps):
         now, before, after = x[t], x[t - lag], x[t - lag + 1]
-        # The slope jumps at time 0, row `lag`: the history before it ends flat.
+        # The slope jumps at time 0, row `lag`; before it the history is constant.
         slope_after = 0.0 if t - lag + 1 == lag else slopes[t - lag + 1]
         middle = 0.5 * (before + after) + 0.125 * h * (slopes[t - lag] - slope_after)
         p0, p1, p2 = production(before), production(middle), production(after)
@@ -93,10 +93,10 @@ def lorenz(
     seed: int = 0,
     transient: int = 40,
 ) -> Tensor:
-    """The Lorenz system at (10, 28, 8/3): x, y, z (length, 3), a sample every `step` of time.
+    """The Lorenz system at (10, 28, 8/3): x, y, z (length, 3), one sample per `step` of time.
 
-    Fourth-order Runge-Kutta in steps of step / substeps, from a drawn point;
-    `transient` units of time are dropped.
+    Fourth-order Runge-Kutta in steps of step / substeps, from a random point; the first `transient`
+    of time is dropped.
     """
     _check_length(length)
     h = step / substeps
@@ -125,7 +125,7 @@ def lorenz(
 def delays(length: int, longest: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The memory-capacity task (Jaeger, 2001): u (length, 1), uniform in [-1, 1], and its past.
 
-    Targets are (length, longest): column k holds u(t - 1 - k). What precedes t = 0 is drawn too.
+    Targets are (length, longest): column k holds u(t - 1 - k), drawn too where that precedes t = 0.
     """
     _check_length(length)
     _check_length(longest)

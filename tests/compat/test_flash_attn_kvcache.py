@@ -33,6 +33,12 @@ def ints(*numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, row: int, keys: slice, **options: Any) -> Any:
+    """A row of q over some keys of the same row of k and v."""
+    rows = slice(row, row + 1)
+    return value_residual_attention(q[rows], k[rows, keys], v[rows, keys], **options)
+
+
 def rotated(x: Tensor, places: list[int], cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (T, H, D), a channel pair at a time, as the documentation of rotary_interleaved says."""
     out, half = x.clone(), cos.shape[1]
@@ -64,37 +70,20 @@ def test_appends_in_place_and_attends(causal: bool, window: tuple[int, int]) -> 
     before = k_cache.clone(), v_cache.clone()
     q, k, v = rand(B, NEW, HQ, D), rand(B, NEW, HKV, D, seed=3), rand(B, NEW, HKV, D, seed=4)
     lengths = (5, 8)
+    theirs: dict[str, Any] = {"softmax_scale": 0.3, "return_softmax_lse": True}
+    theirs |= {"causal": causal, "window_size": window, "softcap": 4.0}
+    ours: dict[str, Any] = {"scale": 0.3, "return_lse": True}
+    ours |= {"causal": causal, "window": window, "softcap": 4.0}
     out, lse = flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens=ints(*lengths),
-        causal=causal,
-        window_size=window,
-        softcap=4.0,
-        softmax_scale=0.3,
-        return_softmax_lse=True,
+        q, k_cache, v_cache, k, v, cache_seqlens=ints(*lengths), **theirs
     )
     for b, length in enumerate(lengths):
         for cache, new, old in ((k_cache, k, before[0]), (v_cache, v, before[1])):
             assert torch.equal(cache[b, length : length + NEW], new[b])
             assert torch.equal(cache[b, :length], old[b, :length])
             assert torch.equal(cache[b, length + NEW :], old[b, length + NEW :])
-        end = length + NEW
-        expected, expected_lse = value_residual_attention(
-            q[b : b + 1],
-            k_cache[b : b + 1, :end],
-            v_cache[b : b + 1, :end],
-            causal=causal,
-            window=window,
-            softcap=4.0,
-            scale=0.3,
-            return_lse=True,
-        )
-        torch.testing.assert_close(out[b : b + 1], expected)
-        torch.testing.assert_close(lse[b : b + 1], expected_lse)
+        expected = attended(q, k_cache, v_cache, b, slice(length + NEW), **ours)
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -106,30 +95,17 @@ def test_rotary(interleaved: bool, mode: str, rotary_dim: int) -> None:
     q, k, v = rand(B, NEW, HQ, D), rand(B, NEW, HKV, D, seed=3), rand(B, NEW, HKV, D, seed=4)
     angles = rand(T + 2, rotary_dim // 2, seed=5)
     cos, sin = angles.cos(), angles.sin()
-    modes: dict[str, dict[str, Any]] = {
-        "causal": {"causal": True},
-        "window": {"window_size": (4, 1)},
-        "full": {},
-    }
-    options = modes[mode]
+    causal, window = mode == "causal", (4, 1) if mode == "window" else (-1, -1)
+    options: dict[str, Any] = {"causal": causal, "window_size": window}
+    options["rotary_interleaved"] = interleaved
     lengths = (5, 9)
-    out = flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cos,
-        sin,
-        cache_seqlens=ints(*lengths),
-        rotary_interleaved=interleaved,
-        **options,
-    )
+    arguments = (q, k_cache, v_cache, k, v, cos, sin, ints(*lengths))
+    out = flash_attn_with_kvcache(*arguments, **options)
     for b, length in enumerate(lengths):
         places = [length + i for i in range(NEW)]
         new = rotated(k[b], places, cos, sin, interleaved)
         torch.testing.assert_close(k_cache[b, length : length + NEW], new)
-        # Without a mask that moves with the query, all queries stand at the first new place.
+        # Without a causal mask or window, all queries have the first new token's position.
         q_places = [length] * NEW if mode == "full" else places
         turned = rotated(q[b], q_places, cos, sin, interleaved)
         keys = torch.cat([held[b, :length], new])[None]
@@ -137,8 +113,8 @@ def test_rotary(interleaved: bool, mode: str, rotary_dim: int) -> None:
             turned[None],
             keys,
             v_cache[b : b + 1, : length + NEW],
-            causal=options.get("causal", False),
-            window=options.get("window_size", (-1, -1)),
+            causal=causal,
+            window=window,
         )
         torch.testing.assert_close(out[b : b + 1], expected)
 
@@ -176,11 +152,8 @@ def test_cache_leftpad_hides_what_is_before() -> None:
         q, k_cache, v_cache, cache_seqlens=ints(9, 7), cache_leftpad=ints(3, 0), causal=True
     )
     for b, (start, end) in enumerate(((3, 9), (0, 7))):
-        row = slice(b, b + 1)
-        expected = value_residual_attention(
-            q[row], k_cache[row, start:end], v_cache[row, start:end], causal=True
-        )
-        torch.testing.assert_close(out[row], expected)
+        expected = attended(q, k_cache, v_cache, b, slice(start, end), causal=True)
+        torch.testing.assert_close(out[b : b + 1], expected)
 
 
 def test_pages_of_any_size() -> None:
@@ -225,9 +198,8 @@ def test_svformer_layers_share_one_v_cache() -> None:
     out = flash_attn_with_kvcache(q, later, v_cache, -k, cache_seqlens=lengths, causal=True)
     assert torch.equal(v_cache, held)
     for b, end in enumerate((5, 10)):
-        row = slice(b, b + 1)
-        expected = value_residual_attention(q[row], later[row, :end], v_cache[row, :end])
-        torch.testing.assert_close(out[row], expected)
+        expected = attended(q, later, v_cache, b, slice(end))
+        torch.testing.assert_close(out[b : b + 1], expected)
 
 
 def test_splits_agree_and_explain_computes_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,12 +36,8 @@ def assert_same_as_torch(wrt: Any, tolerance: float = 1e-10, **options: Any) -> 
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     grad = rand(*expected.shape, dtype=expected.dtype)
-    close: Callable[..., None] = torch.testing.assert_close
-    close(found, expected, rtol=tolerance, atol=tolerance)
-    for a, b in zip(
-        torch.autograd.grad(found, wrt, grad), torch.autograd.grad(expected, wrt, grad), strict=True
-    ):
-        close(a, b, rtol=tolerance, atol=tolerance)
+    ours, theirs = ((out, *torch.autograd.grad(out, wrt, grad)) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_signature_is_that_of_pytorch() -> None:
@@ -106,7 +101,7 @@ def test_scale_and_grouped_heads() -> None:
 def test_masks(q: Shape, mask: Shape) -> None:
     k = (*q[:-2], 7, 8)
     assert_same_as_torch(inputs(q, k), attn_mask=rand(*mask))
-    # Every query keeps a key: older versions of PyTorch give NaN where one has none.
+    # Every query attends to a key: older versions of PyTorch give NaN for one without keys.
     assert_same_as_torch(
         inputs(q, k), attn_mask=(rand(*mask) > -0.3).index_fill(-1, torch.tensor([0]), True)
     )
@@ -141,8 +136,7 @@ def test_coefficients_broadcast_in_this_layout(shape: Shape, causal: bool) -> No
     found = grads(sdpa(q, k, v, is_causal=causal, v_first=first, lambda_v=own, lambda_first=-0.7))
     mixed = own * v - 0.7 * first
     expected = grads(functional.scaled_dot_product_attention(q, k, mixed, is_causal=causal))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_coefficients_with_other_ranks() -> None:

@@ -1,4 +1,4 @@
-"""What the drop-ins say under the transforms that they do not support."""
+"""Errors of the drop-ins under unsupported transforms."""
 
 from __future__ import annotations
 

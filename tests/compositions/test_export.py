@@ -1,4 +1,4 @@
-"""torch.export of the public functions, and what the exported program gives at other lengths."""
+"""torch.export of the public functions, and the exported programs' results at other lengths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rand(*shape: int) -> Tensor:
 
 
 class Exported(nn.Module):
-    """A function as a module, which is what torch.export takes."""
+    """A function wrapped as a module for torch.export."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

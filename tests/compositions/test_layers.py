@@ -1,4 +1,4 @@
-"""Several layers that share the first layer's values, under what training wraps around them."""
+"""Layers that share the first layer's values: checkpointing, autocast, compilation, FSDP2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Layer(nn.Module):
-    """Attention with a learned mix; the first layer's values go in and come out as a tensor."""
+    """Attention with a learned mix that takes and returns the first layer's values."""
 
     def __init__(self, heads: int, dim: int, drop_in: str) -> None:
         super().__init__()
@@ -68,16 +68,17 @@ def batch(length: int = 12) -> Tensor:
 def gradients(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         loss = model(x).float().square().sum()
+    return {"loss": loss.detach(), **backward(model, loss)}
+
+
+def backward(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 both = pytest.mark.parametrize("drop_in", ["sdpa", "flash"])
@@ -85,9 +86,9 @@ both = pytest.mark.parametrize("drop_in", ["sdpa", "flash"])
 
 @both
 def test_checkpointing_keeps_the_gradient_of_the_first_values(drop_in: str) -> None:
-    expected, found = (gradients(Stack(drop_in, kept), batch()) for kept in (False, True))
+    expected, found = (gradients(Stack(drop_in, recompute), batch()) for recompute in (False, True))
     assert_same(found, expected)
-    # The first layer's value projection is fed by every layer: detached, it would differ.
+    # Every layer contributes to the gradient of the first value projection, unless detached.
     model = Stack(drop_in)
     original = Layer.forward
 
@@ -96,14 +97,15 @@ def test_checkpointing_keeps_the_gradient_of_the_first_values(drop_in: str) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Layer, "forward", detached)
-        cut = gradients(model, batch())
-    assert not torch.allclose(cut["layers.0.qkv.weight"], expected["layers.0.qkv.weight"])
+        without = gradients(model, batch())
+    assert not torch.allclose(without["layers.0.qkv.weight"], expected["layers.0.qkv.weight"])
 
 
 @both
 def test_checkpointing_under_autocast(drop_in: str) -> None:
     expected, found = (
-        gradients(Stack(drop_in, kept), batch(), dtype=torch.bfloat16) for kept in (False, True)
+        gradients(Stack(drop_in, recompute), batch(), dtype=torch.bfloat16)
+        for recompute in (False, True)
     )
     assert_same(found, expected)
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
@@ -113,16 +115,13 @@ def test_checkpointing_under_autocast(drop_in: str) -> None:
 def test_checkpointed_layers_compile_whole(drop_in: str) -> None:
     torch.compiler.reset()
     model = Stack(drop_in, checkpointed=True)
-    # Not dynamic=True: there torch 2.13 turns float defaults of any function into graph inputs, and
+    # Not dynamic=True: torch 2.13 then turns float defaults of any function into graph inputs, and
     # fails (lift_tracked_freevar_to_input) where two checkpointed regions share one.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (12, 20):
         expected = gradients(Stack(drop_in), batch(length))
         loss = compiled(batch(length)).square().sum()
-        model.zero_grad()
-        loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert_same({"loss": loss.detach(), **found}, expected)
+        assert_same({"loss": loss.detach(), **backward(model, loss)}, expected)
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-# Values that leave a layer are a view of its projection, and nobody writes into them.
+# A layer returns its values as a view of its projection; nothing writes to them.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 @both
 def test_fully_sharded_layers(drop_in: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,15 +22,8 @@ HEADER = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID,Season,Episode\n"
 def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example whose name is the parameter, imported as a module."""
     pytest.importorskip("matplotlib")
-    name: str = request.param
     monkeypatch.syspath_prepend(FOLDER)  # as for a script that is run
-    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, name, module)  # its dataclasses look themselves up there
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module(request.param)
 
 
 @pytest.mark.parametrize("example", ["reservoir_tasks"], indirect=True)
@@ -55,7 +48,7 @@ def test_reservoir_tasks_beside_reservoirpy(example: ModuleType, tmp_path: Path)
     (task,) = json.loads(stored.read_text())["tasks"]
     same = task["peers"]["ReservoirPy, settings as here"]
     assert len(task["by_seed"]) == len(same["by_seed"]) == 2
-    # The same series, and as good a network.
+    # The same series, and a comparable network.
     assert same["mean_and_spread"][0] == pytest.approx(task["mean_and_spread"][0], rel=1)
 
 
@@ -165,7 +158,7 @@ def test_first_scores_do_not_know_their_own_labels(example: ModuleType) -> None:
     part.labels[own] = 1 - part.labels[own]
     after = example.score({"train": part, "scored": part}, 2, settings)
     changed = {name: (after[name].scores - before[name].scores).abs().amax(1) for name in after}
-    # Conversations 1 and 4 are of one fold.
+    # Conversations 1 and 4 are in one fold.
     assert changed["train"][own | (part.conversations == 4)].max() < 1e-6
     assert changed["train"][part.conversations == 0].max() > 1e-3
     assert changed["scored"][own].max() > 1e-3

@@ -1,4 +1,4 @@
-"""`ResFormerCache`: the same tokens as without a cache, and the bytes that sharing saves."""
+"""`ResFormerCache`: the same tokens as without a cache, and its size in bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from resformer_kernels.kvcache.cache import pages
 from tests.integrations.tiny import (
@@ -15,6 +14,7 @@ from tests.integrations.tiny import (
     ResFormerCache,
     convert_to_resformer,
     converted,
+    generate,
     left_padded,
     stock,
     tokens,
@@ -27,18 +27,13 @@ both_kinds = pytest.mark.parametrize("variant", ["learnable", "svformer"])
 
 @pytest.fixture(params=["contiguous", "paged"])
 def storage(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Options for both forms; paging skips without the host module, and fails where it must be."""
+    """Options of both storages; paging skips without the host module, or fails if required."""
     reason = pages.unavailable_reason()
     if request.param == "paged" and reason is not None:
         if os.environ.get("CI") or os.environ.get("RESFORMER_REQUIRE_NATIVE") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
     return {"page_size": 4} if request.param == "paged" else {}
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
-    return found
 
 
 @both_kinds
@@ -59,7 +54,7 @@ def test_the_cache_changes_no_token(
     cache = ResFormerCache(model.config, 24, **storage)
     found = generate(model, inputs, past_key_values=cache, prefill_chunk_size=4)
     assert torch.equal(found, generate(model, inputs))
-    # What was cached goes on, and a reset forgets it.
+    # Generation continues from the cache; a reset empties it.
     ids = torch.cat([found, tokens(length=2)], dim=1)
     longer = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     options = {"max_new_tokens": 2, "do_sample": False}
@@ -116,7 +111,7 @@ def test_bytes_are_those_of_one_slot_of_values() -> None:
     assert nbytes("learnable") == 8 * slot
     assert nbytes("svformer") == 5 * slot
     assert nbytes("svformer", layers=[2, 3]) == 6 * slot
-    # A byte a code and four a scale, of which there is one for eight codes.
+    # One byte per code, and a scale of four bytes per eight codes.
     assert nbytes("svformer", torch.int8) == 5 * slot * 12 // 32
 
 

@@ -1,4 +1,4 @@
-"""Converting models of transformers: what they compute then, and that they save and load."""
+"""Converted models of transformers: what they compute, and saving and loading them."""
 
 from __future__ import annotations
 
@@ -86,10 +86,7 @@ def test_values_are_mixed_as_the_variant_says(family: str, variant: str) -> None
         if variant == "svformer":
             return values[0]
         if variant == "dense":
-            return sum(
-                (c * v for c, v in zip(coefficients.lambda_layers, values, strict=True)),
-                torch.zeros(()),
-            )
+            return torch.einsum("l,l...->...", coefficients.lambda_layers, torch.stack(values))
         heads = [x.unflatten(-1, (-1, 8)) for x in (values[layer], values[0])]
         both = coefficients.lambda_v * heads[0] + coefficients.lambda_first * heads[1]
         return both.flatten(-2)
@@ -190,16 +187,8 @@ def test_a_stock_checkpoint_loads_and_its_coefficients_are_initialised(
     for name, parameter in found.items():
         expected = 0.25 if name.endswith("lambda_v") else 0.5
         assert torch.equal(parameter, torch.full_like(parameter, expected)), name
-    dense = cls(
-        cls.config_class(
-            **{
-                **config.to_dict(),
-                "value_residual": "dense",
-                "lambda_v": None,
-                "lambda_first": None,
-            }
-        )
-    )
+    changes = {"value_residual": "dense", "lambda_v": None, "lambda_first": None}
+    dense = cls(cls.config_class(**{**config.to_dict(), **changes}))
     assert dense.base_model.layers[3]  # built
     for i, module in enumerate(attention_layers(dense)):
         if i:

@@ -13,6 +13,7 @@ from tests.integrations.tiny import (
     QUIET,
     convert_to_resformer,
     converted,
+    generate,
     left_padded,
     stock,
     tokens,
@@ -23,12 +24,6 @@ pytestmark = [*QUIET]
 NEW = 8
 both_families = pytest.mark.parametrize("family", DECODERS)
 both_kinds = pytest.mark.parametrize("variant", ["learnable-plus", "svformer"])
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """The prompt and NEW tokens, greedily."""
-    found: Tensor = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-    return found
 
 
 def prompt(batch: int = 2) -> dict[str, Tensor]:
@@ -68,7 +63,7 @@ def test_speculation_changes_no_token(family: str, variant: str, mode: str) -> N
     model = converted(family, variant)
     inputs = prompt(batch=1)
     if mode == "assisted":
-        # An assistant that agrees now and then: the same model, disturbed.
+        # An assistant that agrees only sometimes: the same model with perturbed weights.
         options: dict[str, Any] = {"assistant_model": converted(family, variant)}
         for parameter in options["assistant_model"].lm_head.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))

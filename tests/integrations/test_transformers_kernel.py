@@ -28,7 +28,7 @@ Recorded = list[tuple[int, ...] | None]
 
 @pytest.fixture
 def masks() -> Iterator[Recorded]:
-    """The shape of every mask made, or None where there was none to make."""
+    """The shape of every mask made; None for no mask."""
     made: Recorded = []
 
     def record(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -77,7 +77,7 @@ def test_masks_stay_small_while_generating(cache: str, masks: Recorded) -> None:
     expected = model.generate(**inputs, **options)
     model.set_attn_implementation(kernel.NAME)
     assert torch.equal(model.generate(**inputs, **options), expected)
-    # A static cache has room after its keys, which a mask has to name.
+    # A static cache has unused slots after its keys, which the mask hides.
     one_by_one = {(2, n) for n in (12, 13, 14)} if cache == "dynamic" else {(2, 1, 1, 14)}
     assert set(masks) == {(2, 11)} | one_by_one
     masks.clear()
@@ -88,7 +88,7 @@ def test_masks_stay_small_while_generating(cache: str, masks: Recorded) -> None:
 def test_packed_sequences_by_position_and_by_length(masks: Recorded) -> None:
     model = stock("Llama")
     ids = tokens(1, 9)
-    # Without a cache, or transformers does not look at positions.
+    # transformers derives a mask from positions only without a cache.
     inputs = {
         "input_ids": ids,
         "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
@@ -125,26 +125,20 @@ def test_only_known_mask_functions_are_taken_for_their_window() -> None:
     chunked = masking.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int64))
     union = masking.or_masks(masking.sliding_window_overlay(3), masking.causal_mask_function)
 
-    def call(function: Any, **changes: Any) -> Tensor | None:
+    def call(function: Any, **changes: Any) -> Any:
         arguments = {"batch_size": 1, "q_length": 6, "kv_length": 6, **changes}
         return kernel.resformer_mask(mask_function=function, **arguments)
 
     assert call(sliding) is None
     assert call(masking.sliding_window_bidirectional_mask_function(2)) is None
     for function in (custom, chunked, union):
-        mask = call(function)
-        assert mask is not None
-        assert mask.shape == (1, 1, 6, 6)
-    whole = call(sliding, allow_is_causal_skip=False)
-    assert whole is not None
-    assert whole.shape == (1, 1, 6, 6)
-    # More queries than a mask of lengths can place: kept whole.
+        assert call(function).shape == (1, 1, 6, 6)
+    assert call(sliding, allow_is_causal_skip=False).shape == (1, 1, 6, 6)
+    # A padding mask shorter than the keys: the mask is made in full.
     short = call(sliding, q_offset=2, kv_length=8, attention_mask=torch.ones(1, 5) > 0)
-    assert short is not None
     assert short.shape == (1, 1, 6, 8)
-    # Of a static cache that counts in a tensor, six of eight keys are there.
+    # A static cache with its length in a tensor: six of eight slots are used.
     counted = call(sliding, q_offset=torch.tensor(0), kv_length=8)
-    assert counted is not None
     assert counted.tolist() == [[True] * 6]
 
 

@@ -1,4 +1,4 @@
-"""What importing costs, what it says where it cannot, and the example."""
+"""Requirements and errors of the import, and the example."""
 
 from __future__ import annotations
 

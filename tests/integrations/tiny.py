@@ -1,4 +1,4 @@
-"""Tiny models of transformers, for tests alone."""
+"""Tiny models of transformers for tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resformer_kernels.integrations.transformers import (  # noqa: E402
 )
 from resformer_kernels.integrations.transformers.config import build_value_mix  # noqa: E402
 
-# Tests take these from here, so that they are skipped where transformers is not installed.
+# Tests import these from here, so that they are skipped where transformers is not installed.
 __all__ = [
     "DECODERS",
     "FAMILIES",
@@ -34,6 +34,7 @@ __all__ = [
     "convert_to_resformer",
     "converted",
     "families",
+    "generate",
     "integration",
     "kernel",
     "left_padded",
@@ -45,7 +46,7 @@ __all__ = [
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-# transformers announces its own deprecations to those who use what it offers.
+# transformers uses its own deprecated functions.
 QUIET = (
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -59,7 +60,7 @@ _SIZE: dict[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    # Wide enough for greedy choices that rounding cannot change.
+    # Large enough that rounding does not change greedy choices.
     "initializer_range": 0.4,
     "bos_token_id": 1,
     "eos_token_id": None,
@@ -68,7 +69,7 @@ _SIZE: dict[str, Any] = {
 
 
 def stock(family: str, head: str | None = None, **changes: Any) -> Any:
-    """A random model of a family of transformers, evaluating, with the head of its usual task."""
+    """A random model of a family, in evaluation mode, with the head of its usual task."""
     extra: dict[str, Any] = {"num_key_value_heads": 2}
     if family == "ModernBert":
         extra = {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
@@ -79,7 +80,7 @@ def stock(family: str, head: str | None = None, **changes: Any) -> Any:
 
 
 def converted(family: str, variant: str = "learnable", **options: Any) -> Any:
-    """The same model with a value residual whose learned coefficients are not all alike."""
+    """The same model with a value residual whose learned coefficients differ."""
     model = convert_to_resformer(stock(family), variant, **options)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -99,3 +100,9 @@ def left_padded(length: int = 11, padding: int = 4) -> dict[str, Tensor]:
     ids = tokens(length=length)
     ids[1, :padding] = 0
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """The prompt and 8 tokens, greedily."""
+    found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+    return found

@@ -1,4 +1,4 @@
-"""The configuration: defaults, windows, and what it refuses."""
+"""The configuration: defaults, windows and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation over a cache: the same tokens as without one, whatever is asked of it."""
+"""Generation with a cache gives the same tokens as without one, with every option."""
 
 from __future__ import annotations
 
@@ -11,36 +11,28 @@ from torch import Tensor
 
 from resformer_kernels import SharedValueCache
 from resformer_kernels.kvcache.cache import pages
-from resformer_kernels.models import VARIANTS, Generation, LanguageModel, LanguageModelConfig
+from resformer_kernels.models import Generation, LanguageModel
 from resformer_kernels.models.generation import Sampling
+from tests.models.small import SMALL, all_variants
 
-SMALL = LanguageModelConfig(
-    dim=32,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    max_seqlen=40,
-    mlp_hidden=48,
-    window_pattern="SSL",
-    short_window=6,
-    gate_channels=8,
-    vocab_size=50,
-    qk_norm=True,
-)
-
-all_variants = pytest.mark.parametrize("variant", VARIANTS)
+LONGER = replace(SMALL, max_seqlen=40, short_window=6)
 
 
 def model(variant: str = "svformer", **changes: Any) -> LanguageModel:
     torch.manual_seed(0)
-    module = LanguageModel(replace(SMALL, variant=variant, **changes))
+    module = LanguageModel(replace(LONGER, variant=variant, **changes))
     with torch.no_grad():
-        # Logits far enough apart for a likeliest token, and gates and λ away from their start.
+        # Spread the logits for a clear likeliest token, and move gates and λ off their start.
         module.head.weight.mul_(20)
         for name, parameter in module.named_parameters():
             if "v_mix" in name and "table" not in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return module.eval()
+
+
+def skip_without_pages(options: dict[str, int]) -> None:
+    if options and pages.unavailable_reason() is not None:
+        pytest.skip(str(pages.unavailable_reason()))
 
 
 def prompts(batch: int = 3, length: int = 9) -> Tensor:
@@ -91,8 +83,7 @@ def test_prompts_of_different_lengths_go_together(variant: str, chunk: int | Non
 
 @pytest.mark.parametrize("options", [{}, {"num_pages": 60, "page_size": 4}])
 def test_a_cache_is_continued(options: dict[str, int]) -> None:
-    if options and pages.unavailable_reason() is not None:
-        pytest.skip(str(pages.unavailable_reason()))
+    skip_without_pages(options)
     module = model("learnable")
     cache = module.new_cache(3, **options)
     first = module.generate(prompts(), 5, lengths=[9, 5, 9], cache=cache)
@@ -124,8 +115,7 @@ def beams(module: LanguageModel, cache: SharedValueCache | None) -> Tensor:
 @pytest.mark.parametrize("variant", ["svformer", "learnable"])
 @pytest.mark.parametrize("options", [{}, {"num_pages": 40, "page_size": 4}])
 def test_beam_search_over_a_cache(variant: str, options: dict[str, int]) -> None:
-    if options and pages.unavailable_reason() is not None:
-        pytest.skip(str(pages.unavailable_reason()))
+    skip_without_pages(options)
     module = model(variant)
     assert torch.equal(beams(module, module.new_cache(3, **options)), beams(module, None))
 
@@ -177,7 +167,7 @@ def test_top_k_and_top_p_keep_what_they_should() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     shares = Sampling(1.0, top_k=2).probabilities(logits)
     torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3, 0.0, 0.0]]))
-    # 0.5 does not reach 0.6, with 0.25 it does.
+    # 0.5 alone is below 0.6; with 0.25 the sum exceeds it.
     shares = Sampling(1.0, top_p=0.6).probabilities(logits)
     torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3, 0.0, 0.0]]))
     torch.testing.assert_close(Sampling(1.0, top_p=1.0).probabilities(logits), logits.exp())

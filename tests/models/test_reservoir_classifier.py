@@ -35,7 +35,7 @@ def model(dim: int = 5, **options: Any) -> ReservoirClassifier:
     return ReservoirClassifier(3, hidden=16, **(given | options))
 
 
-def kept(classifier: ReservoirClassifier) -> Tensor:
+def stored(classifier: ReservoirClassifier) -> Tensor:
     first = classifier.memories[0]
     assert isinstance(first, ReservoirMemory)
     assert first.state is not None
@@ -55,14 +55,15 @@ def test_a_history_of_any_length_at_constant_memory() -> None:
             parts.append(classifier(x[:, part], streams=streams[:, part]))
             sizes.add(classifier.memory_bytes)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
-    # 2 conversations: one state; three states and the last three that were read.
+    # Two conversations: one state in the first memory; three, and the last three read, in the
+    # second.
     assert sizes == {2 * 24 * 4 * (1 + 3 + 3)}
 
 
 def test_it_learns_what_only_the_past_tells() -> None:
     generator = torch.Generator().manual_seed(0)
     said = torch.randint(0, 3, (32, 6), generator=generator)
-    labels = torch.cat((said[:, :1] * 0, said[:, :-1]), 1)  # the label is what was said before
+    labels = torch.cat((said[:, :1] * 0, said[:, :-1]), 1)  # the label is the previous utterance
     x = nn.functional.one_hot(said, 3).float()
 
     def loss_after_training(classifier: ReservoirClassifier) -> float:
@@ -113,10 +114,10 @@ def test_lengths_keep_padding_out_of_the_memory() -> None:
         x[1, 3:] = 100.0
         classifier.reset()
         assert torch.equal(classifier(x, lengths=lengths)[1, :3], first[1, :3])
-        state = kept(classifier)
+        state = stored(classifier)
         classifier.reset()
         classifier(x[1:, :3])
-    torch.testing.assert_close(state[1:], kept(classifier))
+    torch.testing.assert_close(state[1:], stored(classifier))
     classifier.detach()
 
 

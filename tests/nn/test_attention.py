@@ -1,4 +1,4 @@
-"""The attention layer against SDPA, and the ways its values travel."""
+"""The attention layer against SDPA, and the values it takes and returns."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_svformer_layer_has_no_value_projection() -> None:
     assert not hasattr(module, "v_proj")
     assert not [name for name, _ in module.named_parameters() if "v_" in name]
     x, v_first = inputs()
-    out, handed_on = module(x, v_first)
-    assert handed_on is v_first
+    out, returned = module(x, v_first)
+    assert returned is v_first
     torch.testing.assert_close(out, by_sdpa(module, x, v_first), atol=1e-5, rtol=1e-4)
 
 
@@ -117,8 +117,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     plain = torch.autograd.grad(module(x, v_first)[0].square().sum(), leaves)
     out, _ = checkpoint(module, x, v_first, use_reentrant=False)
     recomputed = torch.autograd.grad(out.square().sum(), leaves)
-    for one, other in zip(plain, recomputed, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(recomputed, plain)
 
 
 def test_bad_head_counts_are_named() -> None:

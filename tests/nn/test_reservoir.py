@@ -66,7 +66,7 @@ def test_arnoldi_finds_the_spectral_radius_of_a_large_matrix(
     exact = weights.spectral_radius(matrix)
     monkeypatch.setattr(weights, "_DENSE_EIGENVALUES", 10)
     assert weights.spectral_radius(matrix) == pytest.approx(exact, 1e-6)
-    # A Krylov space that closes early: a multiple of the identity.
+    # A Krylov space of one dimension: that of a multiple of the identity.
     assert weights.spectral_radius(3 * torch.eye(400)) == pytest.approx(3.0)
     with pytest.raises(ValueError, match="matrix must be finite"):
         weights.spectral_radius(torch.full((2, 2), torch.nan))
@@ -92,7 +92,7 @@ def test_draws_have_the_asked_shares_and_sizes() -> None:
 def test_nothing_is_trained_and_state_dict_restores(form: str) -> None:
     reservoir, other = make(**FORMS[form]), make(**(FORMS[form] | {"seed": 5}))
     assert not list(reservoir.parameters())
-    if form == "csr":  # another seed has another count of entries
+    if form == "csr":  # another seed has another number of entries
         other = make(**FORMS[form])
         other._values.zero_()
     other.load_state_dict(reservoir.state_dict())
@@ -193,7 +193,7 @@ def test_unbounded_activations_that_may_grow_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="'relu' is unbounded.*lower sr"):
         make(activation="relu", sr=1.5)
     make(activation="identity", sr=0.9)
-    # A leak pulls the eigenvalues towards 1, and a tanh is bounded whatever they are.
+    # A leak moves the eigenvalues towards 1; tanh is bounded for all eigenvalues.
     with pytest.warns(UserWarning, match="'identity' is unbounded"):
         make(activation="identity", sr=1.0, topology="ring", lr=0.5)
     make(sr=1.5)

@@ -1,4 +1,4 @@
-"""The memory of what came before: what a step reads, streams, and calls that continue."""
+"""`ReservoirMemory`: the state that a step reads, streams, and stateful calls."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_parts_equal_the_whole(readout: str, streams: int) -> None:
     options = {"streams": streams, "window": 4, "heads": 2}
     whole = make(readout, **options)(x, streams=which)
     memory = make(readout, stateful=True, **options)
-    cuts = (1, 6, 0, 2, 2)
+    sizes = (1, 6, 0, 2, 2)
     parts = [
         memory(part, streams=ids)
-        for part, ids in zip(x.split(cuts, 1), which.split(cuts, 1), strict=True)
+        for part, ids in zip(x.split(sizes, 1), which.split(sizes, 1), strict=True)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
     assert memory.state is not None

@@ -1,4 +1,4 @@
-"""The stability report on reservoirs whose behaviour is known."""
+"""The stability report on reservoirs with known behaviour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mix against its formula, and its λ under their names."""
+"""Every mix against its formula, and the names of its coefficients."""
 
 from __future__ import annotations
 

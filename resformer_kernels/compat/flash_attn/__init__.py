@@ -1,17 +1,17 @@
-"""FlashAttention 2's functions, over a mix of values.
+"""FlashAttention 2's functions over mixed values.
 
 Signatures and meaning are those of `flash_attn` 2.6 and later (Dao, arXiv 2307.08691), on every
-device and dtype that `value_residual_attention` serves; `v_first`, `lambda_v`, `lambda_first` and
-`backend` are keywords more. Where the two differ:
+device and dtype that `value_residual_attention` serves, with the added keywords `v_first`,
+`lambda_v`, `lambda_first` and `backend`. Differences:
 
-- `dropout_p` above 0, `alibi_slopes` and (but for `flash_attn_with_kvcache`) `block_table` raise
+- `dropout_p` above 0, `alibi_slopes` and (except in `flash_attn_with_kvcache`) `block_table` raise
   NotImplementedError.
 - `flash_attn_with_kvcache` takes pages of any size, `cache_leftpad` with pages, and k without v.
-- `deterministic` changes nothing: results are the same bits from run to run either way.
+- `deterministic` changes nothing: results are bitwise reproducible either way.
 - With `return_attn_probs` the functions return (out, softmax_lse, S_dmask) as FlashAttention's do.
-  S_dmask, the pattern of dropout, holds no elements, as there without dropout. softmax_lse is
-  differentiable, and -inf for a query that may attend to nothing (there: +inf).
-- q and k may have another head_dim than v, of any size; float32 and float64 are served.
+  S_dmask, the dropout mask, is an empty tensor, as FlashAttention's is without dropout.
+  softmax_lse is differentiable, and -inf for a query that attends to no key (FlashAttention: +inf).
+- The head_dim of q and k can differ from v's, and be of any size; float32 and float64 are served.
 """
 
 from resformer_kernels.compat.flash_attn.kvcache import flash_attn_with_kvcache

@@ -1,4 +1,4 @@
-"""`flash_attn_with_kvcache`: append new keys and values to a cache, then attend over it."""
+"""`flash_attn_with_kvcache`: append keys and values to a cache, then attend over it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag, check_tensor, describe
-from resformer_kernels._core.select import Request, explained_by, prepare
 from resformer_kernels.attention.record import check_scale, check_window
+from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._refused import refuse_alibi
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix.api import mix_values
 
 
-def _prepare(*args: Any, **named: Any) -> Request:
-    return prepare(attention_with_kvcache, **_translate(*args, **named, compute=False))
-
-
-@explained_by(_prepare)
+@drop_in
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -53,98 +49,41 @@ def flash_attn_with_kvcache(
         q: (B, Tq, Hq, Dk).
         k_cache: (Bc, T, Hkv, Dk), Bc = B unless cache_batch_idx is given, or (pages, page_size,
             Hkv, Dk) with block_table, of any page_size. Written in place where k is given.
-        v_cache: alike with Dv; written where values are given.
+        v_cache: the same with Dv. Written in place where values are given.
         k: (B, Tnew, Hkv, Dk), appended at cache_seqlens, or None.
-        v: (B, Tnew, Hkv, Dv), likewise; k alone appends keys only: an SVFormer layer after the
-            first, whose v_cache is the first layer's.
+        v: (B, Tnew, Hkv, Dv), likewise. k without v appends keys only, as an SVFormer layer after
+            the first does: its v_cache is the first layer's.
         rotary_cos: (positions, rotary_dim / 2), float32 or q's dtype, positions at least the
-            cache's length, rotary_dim at most Dk: the first rotary_dim channels of k are rotated by
-            their place in the cache, those of q by cache_seqlens + i where causal or a window is
-            given, else all by cache_seqlens. Needs k.
-        rotary_sin: the same.
+            cache's length, rotary_dim at most Dk. The first rotary_dim channels of k are rotated
+            by their position in the cache, those of query i by position cache_seqlens + i where
+            causal or a window is given, else by cache_seqlens. Needs k.
+        rotary_sin: the same shape and dtypes.
         cache_seqlens: (B,) int32 or an int: tokens in the cache before the append. None: the cache
             is full, and nothing is appended.
-        cache_batch_idx: (B,) int32: the row of the cache of each sequence. Not with block_table.
-        cache_leftpad: (B,) int32: the place in the cache where each sequence begins.
+        cache_batch_idx: (B,) int32: the cache row of each sequence. Not with block_table.
+        cache_leftpad: (B,) int32: the cache position where each sequence begins.
         block_table: (B, pages a sequence) int32.
         softmax_scale: multiplies q.k. None: 1 / sqrt(Dk).
         causal: query i, at key p = i + length - Tq, sees keys up to p (bottom-right).
         window_size: (left, right), inclusive: p - left to p + right; -1 is unbounded.
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
-        rotary_interleaved: channels 2i and 2i + 1 turn together; else i and i + rotary_dim / 2.
-        alibi_slopes: None; there is no ALiBi.
-        num_splits: parts that the keys are cut into; 0 chooses.
+        rotary_interleaved: rotate channels 2i and 2i + 1 as a pair; else i and i + rotary_dim / 2.
+        alibi_slopes: must be None; ALiBi is not supported.
+        num_splits: parts of the keys in split-KV decoding; 0 chooses.
         return_softmax_lse: also return softmax_lse.
         v_first: (B, Tnew, Hkv, Dv), the first layer's values of the new tokens, or None. With v
-            None it is appended as it is.
+            None it is appended unmixed.
         lambda_v: multiplies v: a float, or a tensor that broadcasts to v's shape.
         lambda_first: multiplies v_first; the same forms.
         backend: as in `attention_with_kvcache`. A name never falls back.
 
     Returns:
-        out (B, Tq, Hq, Dv), or (out, softmax_lse), softmax_lse being (B, Hq, Tq) float32, -inf for
-        a query that may attend to nothing (there: +inf).
+        out (B, Tq, Hq, Dv), or (out, softmax_lse) with softmax_lse (B, Hq, Tq) float32, -inf for a
+        query that attends to no key (FlashAttention: +inf).
 
     Raises:
         NotImplementedError: alibi_slopes. Otherwise as `attention_with_kvcache`.
     """
-    arguments = _translate(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        rotary_interleaved,
-        alibi_slopes,
-        num_splits,
-        return_softmax_lse,
-        v_first=v_first,
-        lambda_v=lambda_v,
-        lambda_first=lambda_first,
-        backend=backend,
-    )
-    return attention_with_kvcache(**arguments)
-
-
-def _translate(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any = None,
-    v: Any = None,
-    rotary_cos: Any = None,
-    rotary_sin: Any = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Any = None,
-    cache_leftpad: Any = None,
-    block_table: Any = None,
-    softmax_scale: Any = None,
-    causal: Any = False,
-    window_size: Any = (-1, -1),
-    softcap: Any = 0.0,
-    rotary_interleaved: Any = True,
-    alibi_slopes: Any = None,
-    num_splits: Any = 0,
-    return_softmax_lse: Any = False,
-    *,
-    v_first: Any = None,
-    lambda_v: Any = 0.5,
-    lambda_first: Any = 0.5,
-    backend: str = "auto",
-    compute: bool = True,
-) -> dict[str, Any]:
-    """The arguments of `attention_with_kvcache`; with `compute` off, k, q and v stay as they are,
-    of the same shapes."""
     refuse_alibi(alibi_slopes, "attention_with_kvcache takes no additive bias")
     check_flag("rotary_interleaved", rotary_interleaved)
     check_flag("return_softmax_lse", return_softmax_lse)
@@ -160,27 +99,27 @@ def _translate(
     for name, values in (("v", v), ("v_first", v_first)):
         if values is not None and k is None:
             raise ValueError(f"{name} must be None where k is: values are appended with their keys")
-    if rotary_cos is not None or rotary_sin is not None:
-        q, k = _rotated(
-            q,
-            k,
-            (rotary_cos, rotary_sin),
-            cache_seqlens,
-            capacity,
-            stepping=window != (-1, -1),
-            interleaved=rotary_interleaved,
-            compute=compute,
-        )
-    if v is None:
-        v = v_first
-    elif v_first is not None and compute:
-        v = mix_values((v, v_first), (lambda_v, lambda_first))
-    return {
+    rotates = rotary_cos is not None or rotary_sin is not None
+    tables: tuple[Any, Any] = (rotary_cos, rotary_sin)
+    if rotates:
+        _check_rotary(q, k, tables, cache_seqlens, capacity)
+
+    def rotate_and_mix() -> dict[str, Any]:
+        changed = {}
+        if rotates and k is not None:
+            changed["q"], changed["k"] = _rotated(
+                q, k, tables, cache_seqlens, window != (-1, -1), rotary_interleaved
+            )
+        if v is not None and v_first is not None:
+            changed["v"] = mix_values((v, v_first), (lambda_v, lambda_first))
+        return changed
+
+    arguments = {
         "q": q,
         "k_cache": k_cache,
         "v_cache": v_cache,
         "k": k,
-        "v": v,
+        "v": v_first if v is None else v,
         "cache_seqlens": cache_seqlens,
         "block_table": table,
         "key_mask": _leftpad_mask(cache_leftpad, q, capacity),
@@ -192,6 +131,7 @@ def _translate(
         "return_lse": return_softmax_lse,
         "backend": backend,
     }
+    return call_op(attention_with_kvcache, arguments, lambda result: result, rotate_and_mix)
 
 
 def _check_ints(name: str, value: Any, q: Tensor) -> None:
@@ -206,7 +146,7 @@ def _check_ints(name: str, value: Any, q: Tensor) -> None:
 
 
 def _rows(cache_batch_idx: Any, block_table: Any, q: Tensor) -> Any:
-    """The op's block_table: a row of the cache is a page as long as the cache."""
+    """The op's block_table. A cache row is a page as long as the cache."""
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx must be None with block_table, which names the pages")
@@ -225,18 +165,7 @@ def _leftpad_mask(cache_leftpad: Any, q: Tensor, capacity: int) -> Tensor | None
     return torch.arange(capacity, device=q.device) >= cache_leftpad[:, None]
 
 
-def _rotated(
-    q: Tensor,
-    k: Any,
-    tables: tuple[Any, Any],
-    cache_seqlens: Any,
-    capacity: int,
-    *,
-    stepping: bool,
-    interleaved: bool,
-    compute: bool,
-) -> tuple[Tensor, Tensor]:
-    """q and k, rotated. `stepping`: query i stands i places after the first one."""
+def _check_rotary(q: Tensor, k: Any, tables: tuple[Any, Any], seqlens: Any, capacity: int) -> None:
     if k is None:
         raise ValueError("rotary_cos and rotary_sin must be None without k, which they rotate")
     check_tensor("k", k, 4, "(batch, new_tokens, kv_heads, head_dim)")
@@ -256,15 +185,24 @@ def _rotated(
                 f"{name} must be (positions, rotary_dim / 2), at least the cache's {capacity} "
                 f"positions and a rotary_dim of at most {q.shape[-1]}, got {tuple(table.shape)}"
             )
-    if not compute:
-        return q, k
-    start: Any = cache_seqlens
+    if not isinstance(seqlens, (Tensor, int)):
+        raise TypeError(f"cache_seqlens must be an int or int32, got {describe(seqlens)}")
+
+
+def _rotated(
+    q: Tensor,
+    k: Tensor,
+    tables: tuple[Tensor, Tensor],
+    cache_seqlens: int | Tensor,
+    stepping: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """q and k, rotated. `stepping`: query i is i positions after the first, else all share one."""
+    start = cache_seqlens
     if not isinstance(start, Tensor):
-        if not isinstance(start, int):
-            raise TypeError(f"cache_seqlens must be an int or int32, got {describe(start)}")
         start = torch.full((q.shape[0],), start, device=q.device)
     steps = torch.arange(max(q.shape[1], k.shape[1]), device=q.device)
-    # What is out of the cache is refused with the lengths, after this.
+    # The op refuses a length that lies outside the cache; that check comes after this.
     places = (start.long()[:, None] + steps).clamp(0, tables[0].shape[0] - 1)
     q_places = places[:, : q.shape[1]] if stepping else places[:, :1].expand(-1, q.shape[1])
     cos, sin = tables

@@ -1,4 +1,4 @@
-"""The functions on tensors that hold k and v, or q, k and v, stacked."""
+"""The functions that take k and v, or q, k and v, stacked in one tensor."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_tensor
-from resformer_kernels._core.select import Request, explained_by
-from resformer_kernels.compat.flash_attn.separate import (
-    flash_attn_func,
-    flash_attn_varlen_func,
-    prepare_fixed,
-    prepare_varlen,
-)
+from resformer_kernels.compat._drop_in import drop_in
+from resformer_kernels.compat.flash_attn.separate import attend
 
 
 def _unpack(name: str, packed: Any, parts: int, rank: int) -> tuple[Tensor, ...]:
-    """Views of the tensors stacked on the axis before the heads."""
+    """Views of the tensors stacked along the axis before the heads."""
     axes = f"{'(B, T' if rank == 5 else '(total_tokens'}, {parts}, heads, head_dim)"
     check_tensor(name, packed, rank, axes)
     if packed.shape[-3] != parts:
@@ -26,12 +21,7 @@ def _unpack(name: str, packed: Any, parts: int, rank: int) -> tuple[Tensor, ...]
     return result
 
 
-def _prepare_qkvpacked(qkv: Any, *tail: Any, **named: Any) -> Request:
-    q, k, v = _unpack("qkv", qkv, 3, 5)
-    return prepare_fixed(q, k, v, *tail, **named)
-
-
-@explained_by(_prepare_qkvpacked)
+@drop_in
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -48,23 +38,18 @@ def flash_attn_qkvpacked_func(
     lambda_first: float | Tensor = 0.5,
     backend: str = "auto",
 ) -> Any:
-    """`flash_attn_func` on qkv (B, T, 3, H, D): q, k and v of as many heads, read in place.
+    """`flash_attn_func` on qkv (B, T, 3, H, D): q, k and v with equal heads, read in place.
 
     The other arguments, the result and the errors are those of `flash_attn_func`; v_first is
     (B, T, H, D).
     """
     q, k, v = _unpack("qkv", qkv, 3, 5)
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
-    return flash_attn_func(q, k, v, *tail, return_attn_probs, **mix, backend=backend)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-def _prepare_kvpacked(q: Any, kv: Any, *tail: Any, **named: Any) -> Request:
-    k, v = _unpack("kv", kv, 2, 5)
-    return prepare_fixed(q, k, v, *tail, **named)
-
-
-@explained_by(_prepare_kvpacked)
+@drop_in
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -88,20 +73,12 @@ def flash_attn_kvpacked_func(
     (B, Tk, Hkv, D).
     """
     k, v = _unpack("kv", kv, 2, 5)
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
-    return flash_attn_func(q, k, v, *tail, return_attn_probs, **mix, backend=backend)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-def _prepare_varlen_qkvpacked(
-    qkv: Any, cu_seqlens: Any, max_seqlen: Any, *tail: Any, **named: Any
-) -> Request:
-    q, k, v = _unpack("qkv", qkv, 3, 4)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return prepare_varlen(q, k, v, *lengths, *tail, **named)
-
-
-@explained_by(_prepare_varlen_qkvpacked)
+@drop_in
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -122,24 +99,17 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` on qkv (total_tokens, 3, H, D), read in place.
 
-    cu_seqlens and max_seqlen are those of queries and keys alike; v_first is (total_tokens, H, D).
+    cu_seqlens and max_seqlen apply to queries and keys; v_first is (total_tokens, H, D).
     The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 4)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
-    return flash_attn_varlen_func(
-        q, k, v, *(lengths + tail), return_attn_probs, **mix, backend=backend
-    )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
 
 
-def _prepare_varlen_kvpacked(q: Any, kv: Any, *tail: Any, **named: Any) -> Request:
-    k, v = _unpack("kv", kv, 2, 4)
-    return prepare_varlen(q, k, v, *tail, **named)
-
-
-@explained_by(_prepare_varlen_kvpacked)
+@drop_in
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -168,8 +138,6 @@ def flash_attn_varlen_kvpacked_func(
     """
     k, v = _unpack("kv", kv, 2, 4)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix: dict[str, Any] = {"v_first": v_first, "lambda_v": lambda_v, "lambda_first": lambda_first}
-    return flash_attn_varlen_func(
-        q, k, v, *(lengths + tail), return_attn_probs, **mix, backend=backend
-    )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)

@@ -1,71 +1,77 @@
-"""`flash_attn_func` and `flash_attn_varlen_func`: q, k and v apart."""
+"""`flash_attn_func` and `flash_attn_varlen_func`: q, k and v as separate tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag
-from resformer_kernels._core.select import Request, explained_by, prepare
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
 from resformer_kernels.attention.record import check_scale, check_window
+from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._refused import refuse_alibi, refuse_dropout
 
-_OURS = ("v_first", "lambda_v", "lambda_first", "backend")
 
+def attend(
+    qkv: tuple[Any, Any, Any],
+    mix: tuple[Any, Any, Any],
+    options: tuple[Any, ...],
+    return_attn_probs: Any,
+    backend: str,
+    lengths: tuple[Any, Any, Any, Any] | None = None,
+) -> Any:
+    """The `call_op` of every function here and in `packed`.
 
-def _options(
-    q: Any,
-    dropout_p: Any = 0.0,
-    softmax_scale: Any = None,
-    causal: Any = False,
-    window_size: Any = (-1, -1),
-    softcap: Any = 0.0,
-    alibi_slopes: Any = None,
-    deterministic: Any = False,
-    return_attn_probs: Any = False,
-    block_table: Any = None,
-) -> dict[str, Any]:
-    """The options of `value_residual_attention` for those of FlashAttention, in their order."""
+    Args:
+        qkv: q, k and v.
+        mix: v_first, lambda_v and lambda_first.
+        options: the arguments from dropout_p to deterministic, in FlashAttention's order.
+        return_attn_probs, backend: as in `flash_attn_func`.
+        lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k of packed sequences.
+    """
+    q, k, v = qkv
+    v_first, lambda_v, lambda_first = mix
+    dropout_p, scale, causal, window_size, softcap, alibi_slopes, deterministic = options
     refuse_dropout(dropout_p)
     refuse_alibi(
         alibi_slopes, "value_residual_attention takes the same bias written out, as attn_bias"
     )
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table must be None: keys and values are not read by page; "
-            "flash_attn_with_kvcache reads them so"
-        )
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
     if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0:
-        softmax_scale = check_scale(softmax_scale, q.shape[-1], "softmax_scale")
-    return {
-        "scale": softmax_scale,
+        scale = check_scale(scale, q.shape[-1], "softmax_scale")
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "v_first": v_first,
+        "lambda_v": lambda_v,
+        "lambda_first": lambda_first,
+        "scale": scale,
         "window": check_window(window_size, causal, "window_size"),
         "softcap": softcap,
         "return_lse": return_attn_probs,
+        "backend": backend,
     }
+    op: Callable[..., Any] = value_residual_attention
+    if lengths is not None:
+        op = value_residual_attention_varlen
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        arguments |= dict(zip(names, lengths, strict=True))
+    return call_op(op, arguments, _with_empty_dropout if return_attn_probs else lambda out: out)
 
 
-def _finish(result: Any, return_attn_probs: bool) -> Any:
-    if not return_attn_probs:
-        return result
+def _with_empty_dropout(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     out, lse = result
     return out, lse, out.new_empty((0,))
 
 
-def prepare_fixed(q: Any, k: Any, v: Any, *tail: Any, **named: Any) -> Request:
-    """What `flash_attn_func` asks for; its arguments. Nothing is computed."""
-    ours = {name: named.pop(name) for name in _OURS if name in named}
-    return prepare(value_residual_attention, q, k, v, **_options(q, *tail, **named), **ours)
-
-
-@explained_by(prepare_fixed)
+@drop_in
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -90,16 +96,16 @@ def flash_attn_func(
         q: (B, Tq, Hq, Dk).
         k: (B, Tk, Hkv, Dk), Hq a multiple of Hkv.
         v: (B, Tk, Hkv, Dv), or None to attend over v_first alone.
-        dropout_p: 0; there is no dropout.
+        dropout_p: must be 0; dropout is not supported.
         softmax_scale: multiplies q.k. None: 1 / sqrt(Dk).
         causal: query i sees keys up to i + Tk - Tq (bottom-right alignment).
-        window_size: (left, right), inclusive: query i, at key p = i + Tk - Tq, sees p - left to
-            p + right. -1 is unbounded.
+        window_size: (left, right), inclusive: query i, at position p = i + Tk - Tq, sees keys
+            p - left to p + right. -1 is unbounded.
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
-        alibi_slopes: None; there is no ALiBi.
-        deterministic: True or False; results are the same bits from run to run either way.
+        alibi_slopes: must be None; ALiBi is not supported.
+        deterministic: True or False; results are bitwise reproducible either way.
         return_attn_probs: also return softmax_lse, (B, Hq, Tq) float32, the natural log of the
-            softmax denominator, and S_dmask, without elements.
+            softmax denominator, and S_dmask, an empty tensor.
         v_first: (B, Tk, Hkv, Dv), the first layer's values, or None for plain attention.
         lambda_v: multiplies v. A float, or a tensor that broadcasts to v's shape; the forms are
             those of `value_residual_attention`.
@@ -107,49 +113,19 @@ def flash_attn_func(
         backend: "auto", "native" or "reference". A name never falls back.
 
     Returns:
-        out (B, Tq, Hq, Dv), or (out, softmax_lse, S_dmask). A query that may attend to nothing
-        gives zeros.
+        out (B, Tq, Hq, Dv), or (out, softmax_lse, S_dmask). A query that attends to no key gives
+        zeros.
 
     Raises:
         NotImplementedError: dropout_p above 0, or alibi_slopes. Otherwise as
             `value_residual_attention`.
     """
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    options = _options(q, *tail, return_attn_probs)
-    result = value_residual_attention(
-        q, k, v, v_first, lambda_v, lambda_first, backend=backend, **options
-    )
-    return _finish(result, return_attn_probs)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-def prepare_varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    *tail: Any,
-    **named: Any,
-) -> Request:
-    """What `flash_attn_varlen_func` asks for; its arguments. Nothing is computed."""
-    ours = {name: named.pop(name) for name in _OURS if name in named}
-    return prepare(
-        value_residual_attention_varlen,
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        **_options(q, *tail, **named),
-        **ours,
-    )
-
-
-@explained_by(prepare_varlen)
+@drop_in
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -173,9 +149,9 @@ def flash_attn_varlen_func(
     lambda_first: float | Tensor = 0.5,
     backend: str = "auto",
 ) -> Any:
-    """`flash_attn_func` on sequences packed one after the other, without a batch axis.
+    """`flash_attn_func` on sequences packed along the first axis, without a batch axis.
 
-    Arguments that are not listed are those of `flash_attn_func`.
+    Arguments not listed are those of `flash_attn_func`.
 
     Args:
         q: (total_q, Hq, Dk).
@@ -186,30 +162,22 @@ def flash_attn_varlen_func(
         cu_seqlens_k: the same for k.
         max_seqlen_q: an upper bound of the query lengths, in tokens.
         max_seqlen_k: an upper bound of the key lengths, in tokens.
-        block_table: None; keys and values are not read by page.
+        block_table: must be None; keys and values are not paged.
         v_first: (total_k, Hkv, Dv) or None.
 
     Returns:
-        out (total_q, Hq, Dv), or (out, softmax_lse (Hq, total_q), S_dmask without elements).
+        out (total_q, Hq, Dv), or (out, softmax_lse (Hq, total_q), empty S_dmask).
 
     Raises:
         NotImplementedError: dropout_p above 0, alibi_slopes or block_table. Otherwise as
             `value_residual_attention_varlen`.
     """
-    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    options = _options(q, *tail, return_attn_probs, block_table)
-    result = value_residual_attention_varlen(
-        q,
-        k,
-        v,
-        v_first,
-        lambda_v,
-        lambda_first,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        backend=backend,
-        **options,
-    )
-    return _finish(result, return_attn_probs)
+    if block_table is not None:
+        raise NotImplementedError(
+            "block_table must be None: keys and values are not paged; flash_attn_with_kvcache "
+            "reads paged ones"
+        )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    mix = (v_first, lambda_v, lambda_first)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)

@@ -14,7 +14,7 @@ from resformer_kernels.kvcache.cache.layout import KVLayout
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of a `ResFormerCache`, which does the work for all of them."""
+    """One layer of a `ResFormerCache`, to which it forwards every call."""
 
     is_croppable = True
     is_sliding = False
@@ -28,7 +28,7 @@ class _Layer(CacheLayerMixin):
         self.cache.make(key_states, value_states)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         return self.cache.append(self.index, key_states, value_states)
 
@@ -43,22 +43,22 @@ class _Layer(CacheLayerMixin):
 
 
 class ResFormerCache(Cache):
-    """A cache that keeps the values of a SVFormer once, for `generate(past_key_values=...)`.
+    """A cache that stores an SVFormer's values once, for `generate(past_key_values=...)`.
 
     The tensors are those of a `SharedValueCache`, allocated at the first use, when batch, heads and
-    dtype are known. With `attn_implementation="resformer"` a converted model attends in place, by
-    `attention_with_kvcache`; any other attention function is given the keys and values, as views
-    where the batch was not reordered and nothing is quantised. Full and sliding layers can be
-    mixed: every layer keeps all tokens. Beams, cropping and paging work; gradients do not.
+    dtype are known. With `attn_implementation="resformer"` a converted model attends in place with
+    `attention_with_kvcache`; any other attention function gets the keys and values, as views unless
+    the batch was reordered or they are quantised. Full and sliding layers can be mixed: every layer
+    stores all tokens. Beams, cropping and paging work; gradients do not.
 
     Args:
-        config: the model's; a stock model's or a ResFormer's makes a standard cache.
-        max_seqlen: the most tokens of a sequence, prompt included.
-        dtype: what to store; None: the model's own. torch.int8 keeps codes and a float32 scale per
+        config: the model's config. A stock model or a ResFormer gets a standard cache.
+        max_seqlen: maximum tokens of a sequence, including the prompt.
+        dtype: storage dtype; None: the model's. torch.int8 stores codes and a float32 scale per
             token and head.
-        page_size: tokens of a page; None: one stretch of max_seqlen a sequence. Beams that share a
-            beginning share its pages.
-        num_pages: pages for all sequences; None: enough for every sequence to be full.
+        page_size: tokens per page; None: a contiguous cache. Beams with a common prefix share its
+            pages.
+        num_pages: pages for all sequences; None: enough for max_seqlen tokens in each.
 
     Raises:
         ValueError, RuntimeError: as `SharedValueCache`, at the first use; RuntimeError when full.
@@ -88,7 +88,7 @@ class ResFormerCache(Cache):
         super().__init__(layers=[_Layer(self, layer) for layer in range(count)])
 
     def make(self, k: Tensor, v: Tensor) -> SharedValueCache:
-        """The store, made for keys and values (B, Hkv, T, D) like these where there is none."""
+        """The store, allocated at the first call for keys and values like these, (B, Hkv, T, D)."""
         if self.store is not None:
             return self.store
         batch = k.shape[0]
@@ -111,9 +111,9 @@ class ResFormerCache(Cache):
         return self.store
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, Hkv, T, D) to a layer; its keys and values of all tokens so far.
+        """Append (B, Hkv, T, D) to a layer; return its keys and values of all tokens so far.
 
-        A layer of width zero in v has no values of its own: those returned are the first layer's.
+        With v of width zero nothing is appended to the values, and those returned are shared.
         """
         store = self.make(k, v)
         own = v.transpose(1, 2) if v.shape[-1] else None
@@ -131,8 +131,8 @@ class ResFormerCache(Cache):
             q: (B, Hq, Tq, D).
             k: (B, Hkv, Tq, D).
             v: (B, Hkv, Tq, D), or of width zero.
-            padding: (B, T) bool, True where a key may be seen, or None.
-            options: of `attention_with_kvcache`.
+            padding: (B, T) bool, True where a key may be attended to, or None.
+            options: arguments of `attention_with_kvcache`.
 
         Returns:
             (B, Tq, Hq, D).
@@ -151,23 +151,23 @@ class ResFormerCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and scales, used or not; 0 before the first use."""
+        """Bytes allocated for keys, values and scales; 0 before the first use."""
         return 0 if self.store is None else self.store.nbytes
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first use."""
+        """Number of sequences; -1 before the first use."""
         return -1 if self.store is None else len(self.store.sequences)
 
     def reset(self) -> None:
-        """Forget every token; a step that an error broke off with them."""
+        """Remove every token, and roll back a step that an error interrupted."""
         if self.store is not None:
             self.store.rollback()
             self.store.crop(0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens out: a number at most 0, as every cache of transformers takes it."""
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands a tensor
+        """Remove the last tokens; the count is negative or 0, as in every cache of transformers."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 "tokens_to_remove must be negative or 0, the count to remove, got "
@@ -177,15 +177,15 @@ class ResFormerCache(Cache):
             self.store.crop(max(0, self.length + tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make the batch of the sequences at these places, for beam search."""
+        """Replace the batch by the sequences at these indices, for beam search."""
         self._pick(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence; without pages the store has no rows for more, and says so."""
+        """Repeat each sequence. RuntimeError without pages: a contiguous store has no free rows."""
         self._pick([place for place in range(max(0, self.batch_size)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences at these places, or where a bool mask is True."""
+        """Keep the sequences at these indices, or where a bool mask is True."""
         places = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self._pick(places.tolist())
 

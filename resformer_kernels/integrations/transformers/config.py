@@ -1,4 +1,4 @@
-"""What a value-residual model of transformers adds to its family's config, and its mixes."""
+"""Config fields of a value-residual model of transformers, and the mixes they describe."""
 
 from __future__ import annotations
 
@@ -6,34 +6,27 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-from resformer_kernels.nn import (
-    DenseMix,
-    FirstValues,
-    FixedMix,
-    LearnedMix,
-    OwnValues,
-    ValueMix,
-)
+from resformer_kernels.models.config import default_sparse_layers
+from resformer_kernels.models.language_model import CONSTANTS, LEARNED, mixing_layer
+from resformer_kernels.nn import OwnValues, ValueMix
 
-FIXED = {"identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
-"""(lambda_v, lambda_first) of the variants that do not learn them."""
-LEARNED = {"learnable": (0.5, 0.5), "learnable-plus": (0.5, 0.5)}
-"""What the variants that learn their coefficients start from."""
-RESFORMER_VARIANTS = (*FIXED, *LEARNED, "dense")
+COEFFICIENTS = CONSTANTS | LEARNED
+"""lambda_v and lambda_first of the variants that have them."""
+RESFORMER_VARIANTS = (*COEFFICIENTS, "dense")
 SVFORMER = "svformer"
 
 
 @dataclasses.dataclass(kw_only=True)
 class ValueResidualFields:
-    """Fields beside those of the family's config. They are checked when the config is built.
+    """Fields added to the family's config. They are checked when the config is built.
 
     Attributes:
-        value_residual: a name of `resformer_kernels.models.VARIANTS`.
-        value_residual_layers: the layers, counted from 0, that attend over more than their own
-            values. None: all but layer 0; of `sparse` the last three eighths.
-        lambda_v: multiplies a layer's own values, at the start where it is learned. None: the
-            variant's own.
-        lambda_first: multiplies the first layer's values.
+        value_residual: one of `resformer_kernels.models.VARIANTS`.
+        value_residual_layers: the layers, counted from 0, whose values are mixed or shared. None:
+            all except layer 0; for `sparse` the last three eighths.
+        lambda_v: multiplies a layer's own values; the initial value where it is learned. None: the
+            variant's default.
+        lambda_first: the same for the first layer's values.
     """
 
     variants: ClassVar[tuple[str, ...]] = ()
@@ -44,12 +37,12 @@ class ValueResidualFields:
     lambda_first: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Let the family's config fill itself in, then resolve and check what is added."""
+        """Initialise the family's config, then resolve and check the added fields."""
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.resolve_value_residual()
 
     def resolve_value_residual(self) -> None:
-        """Put numbers where None stands for a default; ValueError where a field is wrong."""
+        """Replace None by the defaults; raise ValueError where a field is wrong."""
         if self.value_residual not in self.variants:
             raise ValueError(
                 f"value_residual of {type(self).__name__} must be one of "
@@ -57,7 +50,7 @@ class ValueResidualFields:
             )
         count = int(self.num_hidden_layers)  # type: ignore[attr-defined]
         self.value_residual_layers = _layers(self.value_residual, self.value_residual_layers, count)
-        defaults = {**FIXED, **LEARNED}.get(self.value_residual)
+        defaults = COEFFICIENTS.get(self.value_residual)
         for i, name in enumerate(("lambda_v", "lambda_first")):
             value = getattr(self, name)
             if defaults is None:
@@ -81,9 +74,7 @@ def _layers(variant: str, layers: Any, count: int) -> list[int]:
     if count < 2:
         raise ValueError(f"a value residual needs at least 2 layers, got num_hidden_layers {count}")
     if layers is None:
-        mixing = count - 1
-        if variant == "sparse":
-            mixing = min(mixing, max(1, round(3 * count / 8)))
+        mixing = default_sparse_layers(count) if variant == "sparse" else count - 1
         return list(range(count - mixing, count))
     found = list(layers)
     integers = all(isinstance(x, int) and not isinstance(x, bool) for x in found)
@@ -101,16 +92,6 @@ def build_value_mix(config: Any, layer: int) -> ValueMix:
     """The mix of layer `layer`, counted from 0."""
     if layer not in config.value_residual_layers:
         return OwnValues()
-    variant = config.value_residual
-    if variant == SVFORMER:
-        return FirstValues()
-    if variant == "dense":
-        return DenseMix(layer + 1)
-    if variant in FIXED:
-        return FixedMix(config.lambda_v, config.lambda_first)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    return LearnedMix(
-        heads if variant == "learnable-plus" else None,
-        lambda_v=config.lambda_v,
-        lambda_first=config.lambda_first,
-    )
+    both = None if config.lambda_v is None else (config.lambda_v, config.lambda_first)
+    return mixing_layer(config.value_residual, layer, heads, both)

@@ -1,4 +1,4 @@
-"""Turning a stock model into a value-residual one."""
+"""Conversion of a stock model into a value-residual one."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ def convert_to_resformer(
     lambda_v: float | None = None,
     lambda_first: float | None = None,
 ) -> Any:
-    """Give a Llama, Qwen2 or ModernBERT a value residual (Zhou et al., arXiv 2410.17897), in place.
+    """Add a value residual (Zhou et al., arXiv 2410.17897) to Llama, Qwen2 or ModernBERT, in place.
 
-    Layer n of those chosen attends over `V' = lambda_v * V + lambda_first * V1`, V1 being the
-    values of layer 0; SVFormer's over V1 alone, and its `v_proj` is dropped. With `lambda_v=1.0,
-    lambda_first=0.0` the model computes what it did before, to the bit, and learns from there;
-    the variants' own coefficients change a trained model's output.
+    The chosen layers attend over `V' = lambda_v * V + lambda_first * V1`, where V1 are the values
+    of layer 0; with "svformer" over V1 alone, and their `v_proj` is removed. With `lambda_v=1.0,
+    lambda_first=0.0` the converted model's outputs equal the source's, to the bit; the variants'
+    default coefficients change a trained model's output.
 
     Args:
-        model: a model of transformers, with a head or without one, such as `LlamaForCausalLM`;
-            convert before PEFT wraps it.
-        variant: "identity", "constant", "sparse" (fixed coefficients), "learnable" (a pair a
-            layer), "learnable-plus" (a pair a KV head), "dense" (learned, over all earlier
+        model: a model of transformers, with or without a head, such as `LlamaForCausalLM`.
+            Convert it before PEFT wraps it.
+        variant: "identity", "constant", "sparse" (fixed coefficients), "learnable" (a pair per
+            layer), "learnable-plus" (a pair per KV head), "dense" (learned, over all earlier
             layers) or "svformer"; see `resformer_kernels.models.VARIANTS`.
-        layers: which layers, counted from 0, of which layer 0 cannot be one. None: all others; of
+        layers: the layers to convert, counted from 0, without layer 0. None: all others; for
             "sparse" the last three eighths.
-        lambda_v: in place of the variant's own coefficient of this layer's values, as the start
+        lambda_v: replaces the variant's coefficient of this layer's values, or its initial value
             where it is learned. Not for "dense" and "svformer".
         lambda_first: the same for the first layer's values.
 
     Returns:
         The model itself, now for instance a `ResFormerLlamaForCausalLM`, with a copy of its config
-        that holds the variant. Parameters keep their names and identity; learned coefficients are
-        new ones, `...v_mix.lambda_v` and `...v_mix.lambda_first`, in float32, for an optimiser to
-        take up.
+        that holds the variant. Parameters keep their names and identity. Learned coefficients are
+        new float32 parameters, `...v_mix.lambda_v` and `...v_mix.lambda_first`: add them to the
+        optimiser.
 
     Raises:
-        TypeError: model is not of a class that can be converted, or is converted already, or its
-            weights are of a kind that "svformer" cannot split.
+        TypeError: model's class cannot be converted, model is already converted, or "svformer"
+            cannot split its weights.
         ValueError: variant, layers or a coefficient is out of range, or the model checkpoints its
             layers with use_reentrant=True.
     """

@@ -1,14 +1,14 @@
-"""The classes of each family, made from the shared parts and the family's own classes.
+"""The classes of each family, built from the shared parts and the family's stock classes.
 
-A family has one attention and one layer class, and for ResFormer and for SVFormer a config, an
-inner model and the models with a head, under `ResFormer` or `SVFormer` and the stock name. They
+A family has one attention and one layer class; and for each of ResFormer and SVFormer a config, an
+inner model and the models with a head, named by `ResFormer` or `SVFormer` and the stock name. They
 are registered with transformers' Auto classes when this module is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,28 +36,20 @@ from resformer_kernels.integrations.transformers.model import (
 )
 
 KINDS = {"ResFormer": RESFORMER_VARIANTS, "SVFormer": (SVFORMER,)}
-"""The prefixes of the classes, and which variants each serves."""
-
-_AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
+"""The variants that the classes of each prefix implement."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What tells one family from another.
+    """The parts in which families differ.
 
     Attributes:
-        name: how its classes are named.
+        name: the prefix of its class names.
         modeling: its module in transformers.
-        layer: the suffix of the name of its layer class.
-        layer_attributes: where its layers keep attention and norms.
-        attention, model: the shared implementations that it takes.
-        heads: the suffixes of its models with a head.
+        layer: the suffix of its layer class's name.
+        layer_attributes: the names of a layer's attention and norms.
+        attention, model: the shared implementations it uses.
+        heads: the class-name suffixes of its models with a head.
     """
 
     name: str
@@ -69,67 +61,59 @@ class Parts:
     heads: tuple[str, ...]
 
     def stock(self, suffix: str) -> type:
-        """The family's own class of that suffix."""
+        """The stock class with that suffix."""
         found: type = getattr(self.modeling, self.name + suffix)
         return found
 
 
-_DECODER: dict[str, Any] = {
-    "layer": "DecoderLayer",
-    "layer_attributes": {
+_LLAMA = Parts(
+    "Llama",
+    modeling_llama,
+    layer="DecoderLayer",
+    layer_attributes={
         "attention_name": "self_attn",
         "norm_names": ("input_layernorm", "post_attention_layernorm"),
     },
-    "attention": DecoderAttention,
-    "model": DecoderModel,
-    "heads": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
-}
-_ENCODER: dict[str, Any] = {
-    "layer": "EncoderLayer",
-    "layer_attributes": {
-        "attention_name": "attn",
-        "norm_names": ("attn_norm", "mlp_norm"),
-    },
-    "attention": EncoderAttention,
-    "model": EncoderModel,
-    "heads": (
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-    ),
-}
-PARTS = (
-    Parts("Llama", modeling_llama, **_DECODER),
-    Parts("Qwen2", modeling_qwen2, **_DECODER),
-    Parts("ModernBert", modeling_modernbert, **_ENCODER),
+    attention=DecoderAttention,
+    model=DecoderModel,
+    heads=("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
 )
+_MODERNBERT = Parts(
+    "ModernBert",
+    modeling_modernbert,
+    layer="EncoderLayer",
+    layer_attributes={"attention_name": "attn", "norm_names": ("attn_norm", "mlp_norm")},
+    attention=EncoderAttention,
+    model=EncoderModel,
+    heads=("ForMaskedLM", *_LLAMA.heads[1:], "ForQuestionAnswering"),
+)
+PARTS = (_LLAMA, replace(_LLAMA, name="Qwen2", modeling=modeling_qwen2), _MODERNBERT)
 """Every family."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """The classes made for a family."""
+    """A family's value-residual classes."""
 
     parts: Parts
     attention: Any
     layer: Any
     configs: dict[str, type] = field(default_factory=dict)
-    """By prefix: "ResFormer", "SVFormer"."""
+    """Config classes by prefix: "ResFormer", "SVFormer"."""
     models: dict[str, dict[type, type]] = field(default_factory=dict)
-    """By prefix: the stock class, with a head or inner, to the class that takes its place."""
+    """By prefix: from each stock model class to the class that replaces it."""
 
 
 def _publish(name: str, bases: tuple[type, ...], **attributes: Any) -> type:
-    """A class of this module, found under its name by pickle and by `from_pretrained`."""
+    """Make a class of this module, which pickle and `from_pretrained` find under its name."""
     made = type(name, bases, {"__module__": __name__, **attributes})
     setattr(sys.modules[__name__], name, made)
     return made
 
 
-def _head_init(self: Any, config: Any, *inputs: Any, **kwargs: Any) -> None:
-    """Build the family's own model, then put the residual into its layers."""
-    super(self._built_by, self).__init__(config, *inputs, **kwargs)
+def _head_init(self: Any, config: Any, **kwargs: Any) -> None:
+    """Build the stock model, then add the residual to its layers."""
+    super(self._built_by, self).__init__(config, **kwargs)
     restructure(self)
 
 
@@ -145,7 +129,7 @@ def _make_family(parts: Parts) -> Family:
     layer = _publish(
         f"{prefix}{parts.layer}",
         (ResidualLayer, parts.stock(parts.layer)),
-        __doc__=f"{parts.name}'s layer, which takes and hands on values.",
+        __doc__=f"{parts.name}'s layer, which takes and returns values.",
         **parts.layer_attributes,
     )
     family = Family(parts, attention, layer)
@@ -163,7 +147,7 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
         __doc__=f"{stock_config.__name__} and the fields of `ValueResidualFields`.",
         model_type=f"{kind.lower()}_{stock_config.model_type}",
         variants=variants,
-        # The default of SVFormer's one variant: a field of its own, for the config is a dataclass.
+        # The config is a dataclass, so overriding the default takes an annotated field.
         __annotations__={"value_residual": str},
         value_residual="learnable" if "learnable" in variants else variants[0],
     )
@@ -183,19 +167,19 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
         )
         made._built_by = made  # type: ignore[attr-defined]
         family.models[kind][stock] = made
-        # The registry that output_hidden_states reads is filled when a model is built; a model
-        # that is converted never is. It is a dict by the class's text.
+        # output_hidden_states reads this registry, a dict by str(class), which is filled when a
+        # model is built; a converted model is not built as this class.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)  # type: ignore[attr-defined]
-        auto = "AutoModel" if suffix == "Model" else _AUTO_CLASSES[suffix]
-        getattr(transformers, auto).register(config, made, exist_ok=True)
+        auto = getattr(transformers, "AutoModel" + suffix.removeprefix("Model"))
+        auto.register(config, made, exist_ok=True)
 
 
 FAMILIES = tuple(_make_family(parts) for parts in PARTS)
-"""The families with their classes."""
+"""The families and their classes."""
 
 
 def family_of(config: Any) -> tuple[Family, str]:
-    """The family of a value-residual config, and the prefix of its classes."""
+    """The family of a value-residual config, and its classes' prefix."""
     for family in FAMILIES:
         for kind, config_class in family.configs.items():
             if isinstance(config, config_class):
@@ -204,15 +188,15 @@ def family_of(config: Any) -> tuple[Family, str]:
 
 
 def restructure(model: Any) -> None:
-    """Put the residual that model.config names into the layers of a stock model, in place.
+    """Add the residual that model.config describes to the layers of a stock model, in place.
 
-    Modules keep their identity, weights and hooks, and change their class.
+    Modules change their class and keep their identity, weights and hooks.
     """
     family, kind = family_of(model.config)
     inner_class = family.models[kind][family.parts.stock("Model")]
     inner: Any = model if isinstance(model, inner_class) else model.base_model
     if isinstance(inner.layers[0], family.layer):
-        return  # A head whose inner model was built by AutoModel: done already.
+        return  # AutoModel built the inner model of this head, with the residual.
     inner.__class__ = inner_class
     for i, layer in enumerate(inner.layers):
         layer.__class__ = family.layer
@@ -220,4 +204,4 @@ def restructure(model: Any) -> None:
         attention.__class__ = family.attention
         with torch.device(next(attention.parameters()).device):
             v_mix = build_value_mix(model.config, i)
-        attention.adopt(v_mix.train(attention.training), i == 0 and kind == "SVFormer")
+        attention.set_mix(v_mix.train(attention.training), i == 0 and kind == "SVFormer")

@@ -1,15 +1,15 @@
 """`attn_implementation="resformer"`: the attention kernel for any model of transformers.
 
-The function is the kernel alone: values arrive mixed. It comes with its mask function, without
-which transformers would pass no mask and padding would be ignored. The two agree on three forms
-of a mask:
+The attention function is the kernel alone: its values are already mixed. It has a mask function of
+its own; without one transformers would pass no mask and ignore padding. A mask has one of three
+forms:
 
-    None        the causal order and the window of the module are all there is to mask
-    (B, n)      True where a key may be seen; beside it order and window as above. n below the
-                keys' count: the keys after n are empty room of a static cache
-    (B or 1, 1, Tq, Tk)   everything, order and window included: what a custom mask needs
+    None        no mask beyond the module's causal order and window
+    (B, n)      True where a key may be attended to, in addition to causal order and window. Keys
+                after n are unused slots of a static cache
+    (B or 1, 1, Tq, Tk)   the whole mask, including causal order and window; for custom masks
 
-Order and window are those of the module, as with FlashAttention: `is_causal`, `sliding_window`.
+Causal order and window are the module's, as with FlashAttention: `is_causal`, `sliding_window`.
 """
 
 from __future__ import annotations
@@ -41,32 +41,29 @@ from resformer_kernels.kvcache.api import attention_with_kvcache
 NAME = "resformer"
 
 DECODE_ROWS = 8
-"""Queries times query heads of a KV head, up to which reading the keys once is all there is to do:
-there `attention_with_kvcache` is two to five times as fast on a CPU, and beyond it slower."""
+"""Queries times query heads per KV head up to which `attention_with_kvcache` is used: there reading
+the keys dominates, and it is two to five times as fast on a CPU; beyond it is slower."""
 
 
 def _parts(function: Any) -> tuple[Any, ...]:
-    """The code objects a mask function is composed of: what it does, whatever the numbers."""
+    """The code objects of a mask function and its closures, without the numbers they hold."""
     cells = function.__closure__ or ()
     inner = [cell.cell_contents for cell in cells]
     flat = [x for item in inner for x in (item if isinstance(item, tuple) else (item,))]
     return (function.__code__, *(_parts(x) for x in flat if hasattr(x, "__code__")))
 
 
-_WINDOWED = tuple(
-    _parts(function(1))
-    for function in (
-        sliding_window_causal_mask_function,
-        sliding_window_bidirectional_mask_function,
-    )
+_WINDOWED = (
+    _parts(sliding_window_causal_mask_function(1)),
+    _parts(sliding_window_bidirectional_mask_function(1)),
 )
 
 
 def _says_what_the_module_says(function: Any) -> bool:
-    """Whether a mask function stands for `is_causal` and `sliding_window` and nothing more."""
+    """Whether a mask function masks by `is_causal` and `sliding_window` alone."""
     if function is causal_mask_function or function is bidirectional_mask_function:
         return True
-    # A compiler cannot look into closures: there a window's mask is made in full.
+    # A compiler cannot inspect closures, so under it a window's mask is made in full.
     return not is_torchdynamo_compiling() and _parts(function) in _WINDOWED
 
 
@@ -84,11 +81,11 @@ def resformer_mask(
     device: Any = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """The mask of a forward pass, in the smallest form that says it.
+    """The mask of a forward pass, in its smallest form.
 
-    Args are those that transformers gives every mask function: queries stand at q_offset and
-    after, keys at kv_offset and after, attention_mask is bool, (B, all tokens so far). Where
-    neither skip is allowed the mask is made in full.
+    The arguments are those of every mask function of transformers: queries start at position
+    q_offset, keys at kv_offset, and attention_mask is bool, (B, all tokens so far). Where neither
+    skip is allowed the mask is made in full.
     """
     seen = None
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
@@ -120,10 +117,10 @@ def resformer_mask(
 
 
 def _keys_so_far(q_length: int, q_offset: int | Tensor, kv_offset: int) -> int | None:
-    """How many keys there are, the new ones included; None where it cannot be read."""
+    """Number of keys, including the new ones; None where it cannot be read."""
     if isinstance(q_offset, Tensor):
-        # A static cache counts on its device. One read for all layers pays before a long prompt;
-        # for single tokens transformers allows no skip, and this is not reached.
+        # A static cache holds its length on the device. Reading it costs one synchronisation, which
+        # a long prompt outweighs; for single tokens transformers allows no skip.
         if is_tracing(q_offset):
             return None
         q_offset = int(q_offset)
@@ -141,9 +138,9 @@ def options_of(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The kernel's options that stand for those of an attention function of transformers.
+    """Translate the options of an attention function of transformers to the op's.
 
-    Args are those of `resformer_attention`. ValueError for what the kernel has not.
+    The arguments are those of `resformer_attention`. Raises ValueError for unsupported ones.
     """
     if dropout:
         raise ValueError(
@@ -152,7 +149,7 @@ def options_of(
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
-            f"attn_implementation='{NAME}' never holds attention weights: output_attentions "
+            f"attn_implementation='{NAME}' computes no attention weights: output_attentions "
             "needs attn_implementation='eager'"
         )
     for name in ("position_bias", "cache"):
@@ -179,19 +176,19 @@ def resformer_attention(
 ) -> tuple[Tensor, None]:
     """Attention with the arguments of transformers' attention functions.
 
-    `value_residual_attention`; for few queries, where nothing is trained or compiled,
-    `attention_with_kvcache`.
+    Calls `value_residual_attention`, or `attention_with_kvcache` for few queries outside training
+    and compilation.
 
     Args:
-        module: the calling attention module, asked for `is_causal` where that is not given.
-        query: (B, Hq, Tq, D); read in place, like the others.
+        module: the calling attention module; its `is_causal` is the default.
+        query: (B, Hq, Tq, D); read in place, like key and value.
         key: (B, Hkv, Tk, D), not repeated for grouped heads.
         value: (B, Hkv, Tk, Dv).
-        attention_mask: as `resformer_mask` makes it, or additive, (B or 1, Hq or 1, Tq, Tk).
-        kwargs: `scaling`, the factor of q.k; `sliding_window`, the keys that a query sees, its own
-            included, on either side; `softcap`; `s_aux`, sinks, (Hq,); `is_causal`; `dropout`,
-            which must be 0; `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`,
-            which pack sequences, B = 1.
+        attention_mask: as `resformer_mask` returns it, or additive, (B or 1, Hq or 1, Tq, Tk).
+        kwargs: `scaling`, the factor of q.k; `sliding_window`, the number of keys that a query sees
+            on either side, including its own; `softcap`; `s_aux`, sinks, (Hq,); `is_causal`;
+            `dropout`, which must be 0; `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+            `max_length_k` for packed sequences, with B = 1.
 
     Returns:
         (B, Tq, Hq, Dv), and None for the weights.
@@ -215,7 +212,7 @@ def resformer_attention(
         count = attention_mask.shape[-1]
         k, v = k[:, :count], v[:, :count]
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
-    # To a compiler that op writes to its caches, and theirs might be copied for it.
+    # A compiler treats that op as writing to its caches and might copy them.
     elsewhere = is_torchdynamo_compiling() or wants_gradient((q, k, v, options["sinks"]))
     if by_key and rows <= DECODE_ROWS and not elsewhere:
         decoded: Tensor = attention_with_kvcache(
@@ -231,6 +228,6 @@ def resformer_attention(
 
 
 def register() -> None:
-    """Make `attn_implementation="resformer"` known, with its mask function."""
+    """Register `attn_implementation="resformer"` and its mask function."""
     AttentionInterface.register(NAME, resformer_attention)
     AttentionMaskInterface.register(NAME, resformer_mask)

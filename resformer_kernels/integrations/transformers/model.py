@@ -1,4 +1,4 @@
-"""The layers and the inner models: stock ones, but for the values that travel between layers."""
+"""Layers and inner models: the stock ones, plus the values passed between layers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from resformer_kernels.nn import DenseMix, LearnedMix
 
 
 def refuse_reentrant(checkpoint_function: Any) -> None:
-    """Raise where a checkpointing function of transformers is the reentrant kind.
+    """Raise ValueError if a checkpointing function of transformers is reentrant.
 
-    Reentrant checkpointing runs a layer without autograd and knows its gradients by the layer's
-    positional inputs alone: where these need none, as under LoRA without input gradients, the
-    first layer's values, which every layer reads, would silently train no further.
+    Reentrant checkpointing runs a layer without autograd and decides by the layer's positional
+    inputs whether it needs gradients. Where they need none, as under LoRA without input gradients,
+    the first layer's values, which every layer reads, would silently get no gradient.
     """
     options = getattr(checkpoint_function, "keywords", None)
-    # Without the option torch's own default applies, which is reentrant.
+    # Without the option torch's default applies, which is reentrant.
     if options is not None and options.get("use_reentrant", True) in (True, None):
         raise ValueError(
             "gradient checkpointing of a value-residual model must be non-reentrant, got "
@@ -40,7 +40,7 @@ def refuse_reentrant(checkpoint_function: Any) -> None:
 
 
 class ResidualLayer:
-    """A layer of any family: attention and MLP, each after a norm and added to the stream."""
+    """A layer of any family: attention and MLP, each after a norm, added to the residual stream."""
 
     norm_names: tuple[str, str]
     attention_name: str
@@ -48,9 +48,9 @@ class ResidualLayer:
     def forward(
         self, hidden_states: Tensor, *earlier: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The stream (B, T, dim), and the values that the attention hands on, (B, T, Hkv, D).
+        """The residual stream (B, T, dim), and the attention's values, (B, T, Hkv, D).
 
-        Tensors that need a gradient are positional: a checkpoint sees them.
+        Tensors that need a gradient are positional, so that checkpointing sees them.
         """
         attention_norm, mlp_norm = (getattr(self, name) for name in self.norm_names)
         attention: Callable[..., Any] = getattr(self, self.attention_name)
@@ -61,9 +61,9 @@ class ResidualLayer:
 
 
 class ValueResidualPreTrained:
-    """What inner models and models with a head share."""
+    """The part common to inner models and models with a head."""
 
-    # Coefficients are few and train badly in 16 bits; the kernels take float32 beside any dtype.
+    # Coefficients are few and train badly in 16 bits; the kernels take float32 with any dtype.
     _keep_in_fp32_modules_strict = ("v_mix",)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -79,7 +79,7 @@ class ValueResidualPreTrained:
 
 
 class ValueResidualModel(ValueResidualPreTrained):
-    """What the inner models share."""
+    """The part common to the inner models."""
 
     layers: nn.ModuleList
     config: Any
@@ -88,11 +88,11 @@ class ValueResidualModel(ValueResidualPreTrained):
     def run_layers(
         self, hidden_states: Tensor, arguments: Callable[[int], dict[str, Any]], **kwargs: Any
     ) -> Tensor:
-        """Run every layer, and hand the values of the first (Dense: of all) to the later ones.
+        """Run every layer, and pass the values of the first (Dense: of all) to the later ones.
 
         Args:
             hidden_states: (B, T, dim).
-            arguments: what layer i takes beside kwargs, which all of them take.
+            arguments: the keyword arguments of layer i alone; kwargs are those of every layer.
         """
         earlier: tuple[Tensor, ...] = ()
         keeps_all = self.config.value_residual == "dense"
@@ -103,6 +103,17 @@ class ValueResidualModel(ValueResidualPreTrained):
             if i == 0 or keeps_all:
                 earlier = (*earlier, values)
         return hidden_states
+
+
+def check_one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Raise ValueError unless exactly one of the two is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("specify exactly one of input_ids and inputs_embeds")
+
+
+def positions(hidden_states: Tensor) -> Tensor:
+    """The positions (1, T) of hidden_states (B, T, dim)."""
+    return torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
 
 
 class DecoderModel(ValueResidualModel):
@@ -124,16 +135,14 @@ class DecoderModel(ValueResidualModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own forward."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        """The stock model's forward, with values passed between layers."""
+        check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            length = hidden_states.shape[1]
-            position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
+            position_ids = positions(hidden_states) + seen
 
         kinds = getattr(self.config, "layer_types", None)
         masks = attention_mask
@@ -158,10 +167,7 @@ class DecoderModel(ValueResidualModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class EncoderModel(ValueResidualModel):
@@ -181,13 +187,11 @@ class EncoderModel(ValueResidualModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own forward."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        """The stock model's forward, with values passed between layers."""
+        check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if position_ids is None:
-            length = hidden_states.shape[1]
-            position_ids = torch.arange(length, device=hidden_states.device).unsqueeze(0)
+            position_ids = positions(hidden_states)
         masks = attention_mask
         if not isinstance(masks, dict):
             inputs = {
