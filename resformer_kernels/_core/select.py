@@ -72,10 +72,15 @@ _asking: set[int] = set()
 """Threads in which `prepare` wants a public function's request instead of its result."""
 
 
+def explaining() -> bool:
+    """Whether this thread's call is that of `explain`: a drop-in then computes nothing."""
+    return bool(_asking) and threading.get_ident() in _asking
+
+
 def serve(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Any:
     """Run a call on the backend that serves it. Public functions call this directly: the warning
     about a fallback names their caller's line."""
-    if _asking and threading.get_ident() in _asking:
+    if explaining():
         raise _Asked(Request(op, backend, backends, call))
     return select(op, backend, backends, call).run(call)
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag
+from resformer_kernels._core.select import explainable
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.attention.record import check_scale
-from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._heads_first import (
     broadcast_inputs,
     check_inputs,
@@ -21,7 +21,7 @@ from resformer_kernels.compat._heads_first import (
 from resformer_kernels.compat._refused import refuse_dropout
 
 
-@drop_in
+@explainable
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -100,24 +100,20 @@ def scaled_dot_product_attention(
         else:
             # No query sees the keys after the last query; without them the alignments agree.
             k, v, first, own, other = (_until(x, q_len) for x in (k, v, first, own, other))
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "v_first": first,
-        "lambda_v": own,
-        "lambda_first": other,
-        "causal": causal,
-        "window": window,
-        "scale": check_scale(scale, query.shape[-1]),
-        "attn_bias": mask,
-        "backend": backend,
-    }
-    return call_op(
-        value_residual_attention,
-        arguments,
-        lambda out: restore_axes(out.transpose(1, 2), axes, rank),
+    out = value_residual_attention(
+        q,
+        k,
+        v,
+        first,
+        own,
+        other,
+        causal=causal,
+        window=window,
+        scale=check_scale(scale, query.shape[-1]),
+        attn_bias=mask,
+        backend=backend,
     )
+    return restore_axes(out.transpose(1, 2), axes, rank)
 
 
 def _until(x: Any, length: int) -> Any:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag, check_tensor, describe
+from resformer_kernels._core.select import explainable, explaining
 from resformer_kernels.attention.record import check_scale, check_window
-from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._refused import refuse_alibi
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.mix.api import mix_values
 
 
-@drop_in
+@explainable
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -100,38 +100,34 @@ def flash_attn_with_kvcache(
         if values is not None and k is None:
             raise ValueError(f"{name} must be None where k is: values are appended with their keys")
     rotates = rotary_cos is not None or rotary_sin is not None
-    tables: tuple[Any, Any] = (rotary_cos, rotary_sin)
     if rotates:
+        tables = (rotary_cos, rotary_sin)
         _check_rotary(q, k, tables, cache_seqlens, capacity)
-
-    def rotate_and_mix() -> dict[str, Any]:
-        changed = {}
+    new_values = v_first if v is None else v
+    # Neither changes a shape or a dtype.
+    if not explaining():
         if rotates and k is not None:
-            changed["q"], changed["k"] = _rotated(
-                q, k, tables, cache_seqlens, window != (-1, -1), rotary_interleaved
-            )
+            stepping = window != (-1, -1)
+            q, k = _rotated(q, k, tables, cache_seqlens, stepping, rotary_interleaved)
         if v is not None and v_first is not None:
-            changed["v"] = mix_values((v, v_first), (lambda_v, lambda_first))
-        return changed
-
-    arguments = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "k": k,
-        "v": v_first if v is None else v,
-        "cache_seqlens": cache_seqlens,
-        "block_table": table,
-        "key_mask": _leftpad_mask(cache_leftpad, q, capacity),
-        "causal": False,
-        "window": window,
-        "scale": check_scale(softmax_scale, max(q.shape[-1], 1), "softmax_scale"),
-        "softcap": softcap,
-        "num_splits": num_splits,
-        "return_lse": return_softmax_lse,
-        "backend": backend,
-    }
-    return call_op(attention_with_kvcache, arguments, lambda result: result, rotate_and_mix)
+            new_values = mix_values((v, v_first), (lambda_v, lambda_first))
+    return attention_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        new_values,
+        cache_seqlens=cache_seqlens,
+        block_table=table,
+        key_mask=_leftpad_mask(cache_leftpad, q, capacity),
+        causal=False,
+        window=window,
+        scale=check_scale(softmax_scale, max(q.shape[-1], 1), "softmax_scale"),
+        softcap=softcap,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+        backend=backend,
+    )
 
 
 def _check_ints(name: str, value: Any, q: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_tensor
-from resformer_kernels.compat._drop_in import drop_in
+from resformer_kernels._core.select import explainable
 from resformer_kernels.compat.flash_attn.separate import attend
 
 
@@ -21,7 +21,7 @@ def _unpack(name: str, packed: Any, parts: int, rank: int) -> tuple[Tensor, ...]
     return result
 
 
-@drop_in
+@explainable
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -49,7 +49,7 @@ def flash_attn_qkvpacked_func(
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-@drop_in
+@explainable
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -78,7 +78,7 @@ def flash_attn_kvpacked_func(
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-@drop_in
+@explainable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -109,7 +109,7 @@ def flash_attn_varlen_qkvpacked_func(
     return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
 
 
-@drop_in
+@explainable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag
+from resformer_kernels._core.select import explainable
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
 from resformer_kernels.attention.record import check_scale, check_window
-from resformer_kernels.compat._drop_in import call_op, drop_in
 from resformer_kernels.compat._refused import refuse_alibi, refuse_dropout
 
 
@@ -25,7 +24,7 @@ def attend(
     backend: str,
     lengths: tuple[Any, Any, Any, Any] | None = None,
 ) -> Any:
-    """The `call_op` of every function here and in `packed`.
+    """The call of every function here and in `packed`.
 
     Args:
         qkv: q, k and v.
@@ -45,7 +44,7 @@ def attend(
     check_flag("return_attn_probs", return_attn_probs)
     if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0:
         scale = check_scale(scale, q.shape[-1], "softmax_scale")
-    arguments = {
+    arguments: dict[str, Any] = {
         "q": q,
         "k": k,
         "v": v,
@@ -58,20 +57,24 @@ def attend(
         "return_lse": return_attn_probs,
         "backend": backend,
     }
-    op: Callable[..., Any] = value_residual_attention
-    if lengths is not None:
-        op = value_residual_attention_varlen
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        arguments |= dict(zip(names, lengths, strict=True))
-    return call_op(op, arguments, _with_empty_dropout if return_attn_probs else lambda out: out)
-
-
-def _with_empty_dropout(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if lengths is None:
+        result = value_residual_attention(**arguments)
+    else:
+        cu_q, cu_k, max_q, max_k = lengths
+        result = value_residual_attention_varlen(
+            **arguments,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+        )
+    if not return_attn_probs:
+        return result
     out, lse = result
     return out, lse, out.new_empty((0,))
 
 
-@drop_in
+@explainable
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -125,7 +128,7 @@ def flash_attn_func(
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-@drop_in
+@explainable
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
