@@ -101,7 +101,7 @@ def flash_attn_with_kvcache(
             raise ValueError(f"{name} must be None where k is: values are appended with their keys")
     rotates = rotary_cos is not None or rotary_sin is not None
     if rotates:
-        tables = (rotary_cos, rotary_sin)
+        tables: tuple[Any, Any] = (rotary_cos, rotary_sin)
         _check_rotary(q, k, tables, cache_seqlens, capacity)
     new_values = v_first if v is None else v
     # Neither changes a shape or a dtype.
