@@ -59,13 +59,14 @@ def bias_gradient_kernel(
     sums,
     scoring,
     geometry,
+    by_head,
     q_len,
     k_len,
     window_left,
     window_right,
     sizes,
 ):
-    """Sums of dS, rows being the queries of one head.
+    """Sums of dS, rows being the queries of one head: `by_head` is the geometry with a GROUP of 1.
 
     A program belongs to one sequence and head of `sums`, and adds up those that share its bias. It
     writes as far as q_len and k_len go.
@@ -75,10 +76,6 @@ def bias_gradient_kernel(
     OVER: tl.constexpr = sums.OVER
     WIDE: tl.constexpr = tl.float64 if scoring.PRECISE else tl.float32
     limits = Limits(q_len, k_len, window_left, window_right)
-    q_source = Source(q, None, sizes.DIM_K, sizes.BLOCK_K)
-    k_source = Source(k, None, sizes.DIM_K, sizes.BLOCK_K)
-    v_source = Source(mixed, None, sizes.DIM_V, sizes.BLOCK_V)
-    grad_source = Source(grad_out, None, sizes.DIM_V, sizes.BLOCK_V)
     program = tl.program_id(0)
     outer = program // (sums.q_tiles * sums.k_tiles)
     q_tile_index = program // sums.k_tiles % sums.q_tiles
@@ -96,17 +93,17 @@ def bias_gradient_kernel(
         head_q = first_head + pair % sums.inner_heads
         of_keys = place(geometry, limits, sequence, head_q // geometry.GROUP)
         at = one_head(of_keys, head_q)
-        slot = row_slot(of_keys, slots) + head_q % geometry.GROUP
+        slot = row_slot(of_keys, slots, geometry) + head_q % geometry.GROUP
         if OVER == OVER_QUERIES:
             first_key = k_tile_index * KEYS
             last_key = tl.minimum(first_key + KEYS, at.k_len) - 1
-            spans = row_tiles(first_key, last_key, at, ROWS)
+            spans = row_tiles(first_key, last_key, at, by_head, ROWS)
             begin = spans.begin
             end = tl.where(first_key < at.k_len, spans.end, begin)
         else:
             first_row = q_tile_index * ROWS
             last_row = tl.minimum(first_row + ROWS, at.q_len) - 1
-            spans = key_tiles(first_row, last_row, at, KEYS)
+            spans = key_tiles(first_row, last_row, at, by_head, KEYS)
             begin = spans.begin
             end = spans.end
             if OVER == OVER_HEADS:
@@ -123,19 +120,27 @@ def bias_gradient_kernel(
             rows = row + tl.arange(0, ROWS)
             keys = key + tl.arange(0, KEYS)
             # (ROWS, BLOCK_K), (KEYS, BLOCK_K)
-            q_tile = load_row_tile(q_source, at, row, ROWS, True)
-            k_tile = load_keys(k_source, of_keys, key, KEYS, True)
+            q_tile = load_row_tile(
+                Source(q, None, by_head, sizes.DIM_K, sizes.BLOCK_K), at, row, ROWS, True
+            )
+            k_tile = load_keys(
+                Source(k, None, geometry, sizes.DIM_K, sizes.BLOCK_K), of_keys, key, KEYS, True
+            )
             # (ROWS, KEYS)
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
-            seen = seen_by_rows(rows, at, scoring)
+            seen = seen_by_rows(rows, at, scoring, by_head)
             x, _slope = scores(product, keys[None, :], seen, scoring, True)
             cells = slot + rows * geometry.GROUP
             row_base = tl.load(base + cells, mask=rows < at.q_len, other=0.0)
             row_delta = tl.load(delta + cells, mask=rows < at.q_len, other=0.0)
             p = probabilities(x, row_base[:, None], scoring)
             # (ROWS, BLOCK_V), (KEYS, BLOCK_V)
-            grad_tile = load_row_tile(grad_source, at, row, ROWS, True)
-            v_tile = load_keys(v_source, of_keys, key, KEYS, True)
+            grad_tile = load_row_tile(
+                Source(grad_out, None, by_head, sizes.DIM_V, sizes.BLOCK_V), at, row, ROWS, True
+            )
+            v_tile = load_keys(
+                Source(mixed, None, geometry, sizes.DIM_V, sizes.BLOCK_V), of_keys, key, KEYS, True
+            )
             dp = dot(grad_tile, tl.trans(v_tile), tl.zeros([ROWS, KEYS], tl.float32))
             ds = (p * (dp - row_delta[:, None])).to(WIDE)
             if OVER == OVER_HEADS:
@@ -178,6 +183,7 @@ def bias_gradient(call: AttentionCall, incoming: Incoming, bias: Tensor) -> Tens
             heads if bias.shape[1] == 1 else 1,
         )
     sums = empty(call.q, shape, torch.float32)
+    arguments = shared(call, config.rows, config.keys)
     launch(
         bias_gradient_kernel,
         (shape[0] * shape[1] * q_tiles * k_tiles,),
@@ -190,6 +196,7 @@ def bias_gradient(call: AttentionCall, incoming: Incoming, bias: Tensor) -> Tens
         num_warps=config.warps,
         num_stages=config.stages,
         **incoming.row_numbers(),
-        **shared(call, config.rows, config.keys),
+        by_head=arguments["geometry"]._replace(GROUP=tl.constexpr(1)),
+        **arguments,
     )
     return summed_to(sums, bias)

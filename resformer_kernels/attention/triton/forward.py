@@ -39,10 +39,11 @@ from resformer_kernels.attention.triton.softmax import NO_BIAS, close_rows, scor
 from resformer_kernels.attention.triton.tiles import (
     Limits,
     Place,
+    narrowed,
     phase_span,
-    rows_and_spans,
     scheduled,
     seen_by_rows,
+    spans_of_rows,
     tile_start,
     work_of,
 )
@@ -79,46 +80,59 @@ def forward_kernel(
     )
     if tile * ROWS >= at.count:
         return
-    q_source = Source(q, None, sizes.DIM_K, sizes.BLOCK_K)
-    k_source = Source(k, k_descriptor, sizes.DIM_K, sizes.BLOCK_K)
-    mixed = Mixed(
-        Source(values.v, v_descriptor, sizes.DIM_V, sizes.BLOCK_V),
-        Source(values.v_first, first_descriptor, sizes.DIM_V, sizes.BLOCK_V),
-        values.own,
-        values.first,
-        values.MIXES,
-    )
     # (ROWS, BLOCK_K)
-    q_tile = load_row_tile(q_source, at, tile * ROWS, ROWS, True)
-    rows, spans = rows_and_spans(tile, at, work, sizes, scoring.BIAS)
-    seen = seen_by_rows(rows, at, scoring)
+    q_tile = load_row_tile(
+        Source(q, None, geometry, sizes.DIM_K, sizes.BLOCK_K), at, tile * ROWS, ROWS, True
+    )
+    rows, spans = spans_of_rows(tile, at, geometry, sizes)
+    spans = narrowed(spans, work, tile, at, scoring.BIAS)
+    seen = seen_by_rows(rows, at, scoring, geometry)
 
     # (ROWS, BLOCK_V)
     acc = tl.zeros([ROWS, sizes.BLOCK_V], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for phase in tl.static_range(2 if scoring.BIAS != NO_BIAS else 0 if at.HAS_LEFT else 1, 3):
+    for phase in tl.static_range(
+        2 if scoring.BIAS != NO_BIAS else 0 if geometry.HAS_LEFT else 1, 3
+    ):
         start, stop = phase_span(spans, phase)
         for step in tl.range(start, stop):
-            key = tile_start(spans, step, KEYS)
+            key = tile_start(step, work, tile, at, KEYS, scoring.BIAS)
             # Keys past the last one need no zeros: their scores are masked, whatever they are.
             # (KEYS, BLOCK_K)
-            k_tile = load_keys(k_source, at, key, KEYS, phase != 1, False)
+            k_tile = load_keys(
+                Source(k, k_descriptor, geometry, sizes.DIM_K, sizes.BLOCK_K),
+                at,
+                key,
+                KEYS,
+                phase != 1,
+                False,
+            )
             # (ROWS, KEYS)
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             keys = key + tl.arange(0, KEYS)
             x, _slope = scores(product, keys[None, :], seen, scoring, phase != 1)
             p, peak, total, acc = softmax_step(x, peak, total, acc, scoring)
             # (KEYS, BLOCK_V)
-            v_tile = load_values(mixed, at, key, KEYS, phase != 1)
+            v_tile = load_values(
+                Mixed(
+                    Source(values.v, v_descriptor, geometry, sizes.DIM_V, sizes.BLOCK_V),
+                    Source(values.v_first, first_descriptor, geometry, sizes.DIM_V, sizes.BLOCK_V),
+                    values,
+                ),
+                at,
+                key,
+                KEYS,
+                phase != 1,
+            )
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
 
-    heads = at.head * at.GROUP + rows % at.GROUP
+    heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE)
-    out_source = Source(out, None, sizes.DIM_V, sizes.BLOCK_V)
-    store_rows(acc * factor[:, None], out_source, at, rows)
+    out_tile = acc * factor[:, None]
+    store_rows(out_tile, Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, rows)
     if lse.pointer is not None:
-        tl.store(row_cells(lse, at, rows), logarithm, mask=rows < at.count)
+        tl.store(row_cells(lse, at, rows, geometry.GROUP), logarithm, mask=rows < at.count)
 
 
 def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,18 +205,19 @@ def mix_kernel(values, out, cu_k, k_len, heads, sequences, sizes, PACKED: tl.con
     count = k_len
     if PACKED:
         count = tl.load(cu_k + sequences)
-    at = Place(
-        batch, batch, head, 0, 0, 0, 0, count, 0, 0, 0, 0, 1, PACKED, False, False
-    )  # fmt: skip
-    mixed = Mixed(
-        Source(values.v, None, sizes.DIM_V, sizes.BLOCK_V),
-        Source(values.v_first, None, sizes.DIM_V, sizes.BLOCK_V),
-        values.own,
-        values.first,
+    at = Place(batch, batch, head, 0, 0, 0, 0, count, 0, 0, 0, 0)
+    # (KEYS, BLOCK_V)
+    tile = load_values(
+        Mixed(
+            Source(values.v, None, None, sizes.DIM_V, sizes.BLOCK_V),
+            Source(values.v_first, None, None, sizes.DIM_V, sizes.BLOCK_V),
+            values,
+        ),
+        at,
+        key,
+        KEYS,
         True,
     )
-    # (KEYS, BLOCK_V)
-    tile = load_values(mixed, at, key, KEYS, True)
     keys = key + tl.arange(0, KEYS)
     columns = tl.arange(0, sizes.BLOCK_V)
     inside = (keys < k_len)[:, None] & (columns < sizes.DIM_V)[None, :]

@@ -62,7 +62,8 @@ class Partial(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """One source of V' in a kernel: where its gradient goes, what it was mixed with."""
+    """One source of V' in a kernel: where its gradient goes, what it was mixed with. It holds
+    constants: make it in the call that takes it."""
 
     out: Any
     value: Any
@@ -72,7 +73,7 @@ class Gradient(NamedTuple):
 
 
 @triton.jit
-def _write_value_gradient(gradient, to, at, first_key, tile, k_total, heads, KEYS: tl.constexpr):
+def _write_value_gradient(gradient, to, at, first_key, tile, k_total, KEYS: tl.constexpr):
     """factor * dV' to one source of V', and the partial sums of dV' * value for the factor."""
     if to.out.view.pointer is not None:
         own = gradient
@@ -81,6 +82,7 @@ def _write_value_gradient(gradient, to, at, first_key, tile, k_total, heads, KEY
         store_keys(own, to.out, at, first_key, KEYS)
     if to.partial.KIND != NO_PARTIAL:
         WIDTH: tl.constexpr = to.value.WIDTH
+        heads = to.value.geometry.heads
         keys = first_key + tl.arange(0, KEYS)
         columns = tl.arange(0, to.value.BLOCK)
         inside = (keys < at.k_len)[:, None] & (columns < WIDTH)[None, :]
@@ -146,30 +148,35 @@ def keys_gradient_kernel(
     first_key = tile * KEYS
     if first_key >= at.k_len:
         return
-    q_source = Source(q, q_descriptor, sizes.DIM_K, sizes.BLOCK_K)
-    grad_source = Source(grad_out, grad_descriptor, DIM_V, BLOCK_V)
-    slot = row_slot(at, slots)
-    base_numbers = RowNumbers(base, base_descriptor, slot)
-    delta_numbers = RowNumbers(delta, delta_descriptor, slot)
+    slot = row_slot(at, slots, geometry)
     keys = first_key + tl.arange(0, KEYS)
     # By pointers: the compiler keeps the left operand of a product in shared memory only where it
     # is a plain load. A tile of registers here would spill.
     # (KEYS, BLOCK_K), (KEYS, BLOCK_V)
-    k_source = Source(k, None, sizes.DIM_K, sizes.BLOCK_K)
-    k_tile = load_keys(k_source, at, first_key, KEYS, True)
-    v_tile = load_keys(Source(mixed, None, DIM_V, BLOCK_V), at, first_key, KEYS, True)
+    k_tile = load_keys(
+        Source(k, None, geometry, sizes.DIM_K, sizes.BLOCK_K), at, first_key, KEYS, True
+    )
+    v_tile = load_keys(Source(mixed, None, geometry, DIM_V, BLOCK_V), at, first_key, KEYS, True)
     last_key = tl.minimum(first_key + KEYS, at.k_len) - 1
-    spans = row_tiles(first_key, last_key, at, ROWS)
+    spans = row_tiles(first_key, last_key, at, geometry, ROWS)
     spans = narrowed(spans, work, tile, at, scoring.BIAS)
     dk_tile = tl.zeros([KEYS, sizes.BLOCK_K], tl.float32)
     dv_tile = tl.zeros([KEYS, BLOCK_V], tl.float32)
-    for phase in tl.static_range(2 if scoring.BIAS != NO_BIAS else 0 if at.HAS_RIGHT else 1, 3):
+    for phase in tl.static_range(
+        2 if scoring.BIAS != NO_BIAS else 0 if geometry.HAS_RIGHT else 1, 3
+    ):
         start, stop = phase_span(spans, phase)
         for step in tl.range(start, stop):
-            first_row = tile_start(spans, step, ROWS)
+            first_row = tile_start(step, work, tile, at, ROWS, scoring.BIAS)
             rows = first_row + tl.arange(0, ROWS)
             # (ROWS, BLOCK_K)
-            q_tile = load_row_tile(q_source, at, first_row, ROWS, phase != 1)
+            q_tile = load_row_tile(
+                Source(q, q_descriptor, geometry, sizes.DIM_K, sizes.BLOCK_K),
+                at,
+                first_row,
+                ROWS,
+                phase != 1,
+            )
             # (KEYS, ROWS)
             if scoring.PRECISE:
                 # Summed in forward's order: a row with one key must find P = exp(s - LSE) = 1.
@@ -177,16 +184,26 @@ def keys_gradient_kernel(
                 product = tl.trans(product)
             else:
                 product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_base = load_row_numbers(base_numbers, at, first_row, ROWS, phase != 1)
-            seen = seen_by_columns(rows, at, scoring)
+            row_base = load_row_numbers(
+                RowNumbers(base, base_descriptor, slot), at, first_row, ROWS, phase != 1
+            )
+            seen = seen_by_columns(rows, at, scoring, geometry)
             x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
             p = probabilities(x, row_base[None, :], scoring)
             # (ROWS, BLOCK_V)
-            grad_tile = load_row_tile(grad_source, at, first_row, ROWS, phase != 1)
+            grad_tile = load_row_tile(
+                Source(grad_out, grad_descriptor, geometry, DIM_V, BLOCK_V),
+                at,
+                first_row,
+                ROWS,
+                phase != 1,
+            )
             dv_tile = dot(round_to(p, grad_tile.dtype), grad_tile, dv_tile)
             # (KEYS, ROWS)
             dp = dot(v_tile, tl.trans(grad_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_delta = load_row_numbers(delta_numbers, at, first_row, ROWS, phase != 1)
+            row_delta = load_row_numbers(
+                RowNumbers(delta, delta_descriptor, slot), at, first_row, ROWS, phase != 1
+            )
             ds = p * (dp - row_delta[None, :])
             if scoring.CAPPED:
                 ds = ds * slope
@@ -196,28 +213,49 @@ def keys_gradient_kernel(
     # registers throughout the loops, and spill.
     first_key += tl.minimum(spans.end, 0)
     if dk.pointer is not None:
-        dk_source = Source(dk, dk_descriptor, sizes.DIM_K, sizes.BLOCK_K)
-        store_keys(dk_tile * scale, dk_source, at, first_key, KEYS)
+        dk_tile = dk_tile * scale
+        store_keys(
+            dk_tile,
+            Source(dk, dk_descriptor, geometry, sizes.DIM_K, sizes.BLOCK_K),
+            at,
+            first_key,
+            KEYS,
+        )
     if grad_mixed.pointer is not None:
-        mixed_source = Source(grad_mixed, None, DIM_V, BLOCK_V)
-        dv_tile += widen(load_keys(mixed_source, at, first_key, KEYS, True))
-    own = Gradient(
-        Source(dv, dv_descriptor, DIM_V, BLOCK_V),
-        Source(values.v, None, DIM_V, BLOCK_V),
-        values.own,
-        own_partial,
-        values.MIXES,
-    )
-    first = Gradient(
-        Source(dv_first, first_descriptor, DIM_V, BLOCK_V),
-        Source(values.v_first, None, DIM_V, BLOCK_V),
-        values.first,
-        first_partial,
-        values.MIXES,
-    )
+        dv_tile += widen(
+            load_keys(Source(grad_mixed, None, geometry, DIM_V, BLOCK_V), at, first_key, KEYS, True)
+        )
     cell = at.sequence * work.tiles + tile
-    _write_value_gradient(dv_tile, own, at, first_key, cell, k_total, geometry.heads, KEYS)
-    _write_value_gradient(dv_tile, first, at, first_key, cell, k_total, geometry.heads, KEYS)
+    _write_value_gradient(
+        dv_tile,
+        Gradient(
+            Source(dv, dv_descriptor, geometry, DIM_V, BLOCK_V),
+            Source(values.v, None, geometry, DIM_V, BLOCK_V),
+            values.own,
+            own_partial,
+            values.MIXES,
+        ),
+        at,
+        first_key,
+        cell,
+        k_total,
+        KEYS,
+    )
+    _write_value_gradient(
+        dv_tile,
+        Gradient(
+            Source(dv_first, first_descriptor, geometry, DIM_V, BLOCK_V),
+            Source(values.v_first, None, geometry, DIM_V, BLOCK_V),
+            values.first,
+            first_partial,
+            values.MIXES,
+        ),
+        at,
+        first_key,
+        cell,
+        k_total,
+        KEYS,
+    )
 
 
 def keys_gradients(

@@ -15,23 +15,22 @@ ROW_SLOT: tl.constexpr = tl.constexpr(128)
 class Source(NamedTuple):
     """A tensor that is read or written by tiles, through its descriptor where there is one.
 
-    WIDTH columns in tiles of BLOCK columns.
+    WIDTH columns in tiles of BLOCK columns. It holds constants: make it in the call that takes it.
     """
 
     view: Any
     descriptor: Any
+    geometry: Any
     WIDTH: Any
     BLOCK: Any
 
 
 class Mixed(NamedTuple):
-    """V' of two sources that are mixed tile by tile, or of `v` alone."""
+    """The sources of V', or `v` alone, and `how` to mix them: the kernel's `Values`."""
 
     v: Any
     v_first: Any
-    own: Any
-    first: Any
-    MIXES: Any
+    how: Any
 
 
 class RowNumbers(NamedTuple):
@@ -50,16 +49,16 @@ def at_head(view, batch, time, head):
 
 
 @triton.jit
-def row_slot(at, slots):
+def row_slot(at, slots, geometry):
     """Where backward keeps its numbers of a KV head's rows, one after the other, in (heads, slots).
 
     At multiples of ROW_SLOT: descriptors want that, and any tile of rows divides it.
     """
-    if at.PACKED:
+    if geometry.PACKED:
         before = at.q_start
     else:
         before = at.sequence * at.q_len
-    first = (before * at.GROUP + at.sequence * ROW_SLOT) // ROW_SLOT * ROW_SLOT
+    first = (before * geometry.GROUP + at.sequence * ROW_SLOT) // ROW_SLOT * ROW_SLOT
     return at.head * slots + first
 
 
@@ -77,17 +76,17 @@ def load_row_numbers(numbers, at, first_row, ROWS: tl.constexpr, MASKED: tl.cons
 
 
 @triton.jit
-def row_cells(view, at, rows):
+def row_cells(view, at, rows, GROUP: tl.constexpr):
     """Pointers to one number a row, as the LSE has it."""
-    queries = (rows // at.GROUP).to(tl.int64) * view.time
-    members = (rows % at.GROUP).to(tl.int64) * view.head
-    return at_head(view, at.batch, at.q_start, at.head * at.GROUP) + (queries + members)
+    queries = (rows // GROUP).to(tl.int64) * view.time
+    members = (rows % GROUP).to(tl.int64) * view.head
+    return at_head(view, at.batch, at.q_start, at.head * GROUP) + (queries + members)
 
 
 @triton.jit
-def row_pointers(view, at, rows, columns):
+def row_pointers(source, at, rows, columns):
     """(ROWS, BLOCK) pointers to a tile of rows."""
-    return row_cells(view, at, rows)[:, None] + columns[None, :]
+    return row_cells(source.view, at, rows, source.geometry.GROUP)[:, None] + columns[None, :]
 
 
 @triton.jit
@@ -116,13 +115,13 @@ def load_row_tile(source, at, first_row, ROWS: tl.constexpr, MASKED: tl.constexp
     """(ROWS, BLOCK) of the rows from first_row on; zero past the last row where MASKED."""
     rows = first_row + tl.arange(0, ROWS)
     if source.descriptor is not None:
-        start = [at.batch, at.q_start + first_row // at.GROUP, at.head, 0, 0]
+        start = [at.batch, at.q_start + first_row // source.geometry.GROUP, at.head, 0, 0]
         tile = source.descriptor.load(start).reshape(ROWS, source.BLOCK)
-        if MASKED and at.PACKED:
+        if MASKED and source.geometry.PACKED:
             tile = tl.where((rows < at.count)[:, None], tile, tl.zeros_like(tile))
     else:
         columns = tl.arange(0, source.BLOCK)
-        pointers = row_pointers(source.view, at, rows, columns)
+        pointers = row_pointers(source, at, rows, columns)
         if MASKED:
             tile = load_rows(pointers, rows, at.count, columns, source)
         else:
@@ -136,7 +135,7 @@ def store_rows(tile, source, at, rows):
     columns = tl.arange(0, source.BLOCK)
     rounded = round_to(tile, source.view.pointer.dtype.element_ty)
     inside = (rows < at.count)[:, None] & (columns < source.WIDTH)[None, :]
-    tl.store(row_pointers(source.view, at, rows, columns), rounded, mask=inside)
+    tl.store(row_pointers(source, at, rows, columns), rounded, mask=inside)
 
 
 @triton.jit
@@ -159,7 +158,7 @@ def load_keys(
     if source.descriptor is not None:
         start = [at.batch, at.k_start + key, at.head, 0]
         tile = source.descriptor.load(start).reshape(KEYS, source.BLOCK)
-        if MASKED and ZERO_TAIL and at.PACKED:
+        if MASKED and ZERO_TAIL and source.geometry.PACKED:
             # The descriptor knows where the tensor ends, not where the sequence does.
             tile = tl.where((keys < at.k_len)[:, None], tile, tl.zeros_like(tile))
     else:
@@ -203,18 +202,18 @@ def load_factor(factor, source, at, key, KEYS: tl.constexpr):
 
 
 @triton.jit
-def load_values(values, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
+def load_values(mixed, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
     """(KEYS, BLOCK) of V', zero past the last key where MASKED, whatever lies there."""
-    if values.MIXES:
-        own_tile = load_keys(values.v, at, key, KEYS, MASKED, False)
-        first_tile = load_keys(values.v_first, at, key, KEYS, MASKED, False)
-        own = load_factor(values.own, values.v, at, key, KEYS)
-        first = load_factor(values.first, values.v, at, key, KEYS)
+    if mixed.how.MIXES:
+        own_tile = load_keys(mixed.v, at, key, KEYS, MASKED, False)
+        first_tile = load_keys(mixed.v_first, at, key, KEYS, MASKED, False)
+        own = load_factor(mixed.how.own, mixed.v, at, key, KEYS)
+        first = load_factor(mixed.how.first, mixed.v, at, key, KEYS)
         tile = mix(own, own_tile, first, first_tile, own_tile.dtype)
         if MASKED:
             # Masking the values is not enough: a coefficient may be infinite.
             inside = key + tl.arange(0, KEYS) < at.k_len
             tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
     else:
-        tile = load_keys(values.v, at, key, KEYS, MASKED)
+        tile = load_keys(mixed.v, at, key, KEYS, MASKED)
     return tile

@@ -52,6 +52,8 @@ class Scoring(NamedTuple):
     """float32: natural scores, and functions to an ulp."""
     INDEX: tl.constexpr
     """Integer type of offsets into the bias."""
+    HAS_LEFT: tl.constexpr
+    """Whether the window is bounded on the left, so that keys before it are masked."""
 
 
 class Geometry(NamedTuple):
@@ -168,7 +170,7 @@ def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
         # The maximum of scores is alpha times that of the products only where alpha > 0, and -inf
         # times an alpha that is 0 in float32 would be NaN.
         raw = alpha > 1e-30
-    flags = (capped, kind.value, raw, precise, index)
+    flags = (capped, kind.value, raw, precise, index, call.window_left >= 0)
     return Scoring(bias, alpha, call.softcap, *(tl.constexpr(flag) for flag in flags))
 
 

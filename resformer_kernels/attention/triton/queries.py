@@ -25,10 +25,11 @@ from resformer_kernels.attention.triton.rows import Incoming
 from resformer_kernels.attention.triton.softmax import NO_BIAS, probabilities, scores
 from resformer_kernels.attention.triton.tiles import (
     Limits,
+    narrowed,
     phase_span,
-    rows_and_spans,
     scheduled,
     seen_by_rows,
+    spans_of_rows,
     tile_start,
     work_of,
 )
@@ -68,39 +69,55 @@ def queries_gradient_kernel(
     first_row = tile * ROWS
     if first_row >= at.count:
         return
-    k_source = Source(k, k_descriptor, sizes.DIM_K, sizes.BLOCK_K)
-    v_source = Source(mixed, mixed_descriptor, sizes.DIM_V, sizes.BLOCK_V)
     # (ROWS, BLOCK_K), (ROWS, BLOCK_V)
-    q_source = Source(q, None, sizes.DIM_K, sizes.BLOCK_K)
-    q_tile = load_row_tile(q_source, at, first_row, ROWS, True)
-    grad_source = Source(grad_out, None, sizes.DIM_V, sizes.BLOCK_V)
-    grad_tile = load_row_tile(grad_source, at, first_row, ROWS, True)
-    slot = row_slot(at, slots)
+    q_tile = load_row_tile(
+        Source(q, None, geometry, sizes.DIM_K, sizes.BLOCK_K), at, first_row, ROWS, True
+    )
+    grad_tile = load_row_tile(
+        Source(grad_out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, first_row, ROWS, True
+    )
+    slot = row_slot(at, slots, geometry)
     row_base = load_row_numbers(RowNumbers(base, None, slot), at, first_row, ROWS, True)
     row_delta = load_row_numbers(RowNumbers(delta, None, slot), at, first_row, ROWS, True)
-    rows, spans = rows_and_spans(tile, at, work, sizes, scoring.BIAS)
-    seen = seen_by_rows(rows, at, scoring)
+    rows, spans = spans_of_rows(tile, at, geometry, sizes)
+    spans = narrowed(spans, work, tile, at, scoring.BIAS)
+    seen = seen_by_rows(rows, at, scoring, geometry)
     # (ROWS, BLOCK_K)
     dq_tile = tl.zeros([ROWS, sizes.BLOCK_K], tl.float32)
-    for phase in tl.static_range(2 if scoring.BIAS != NO_BIAS else 0 if at.HAS_LEFT else 1, 3):
+    for phase in tl.static_range(
+        2 if scoring.BIAS != NO_BIAS else 0 if geometry.HAS_LEFT else 1, 3
+    ):
         start, stop = phase_span(spans, phase)
         for step in tl.range(start, stop):
-            key = tile_start(spans, step, KEYS)
+            key = tile_start(step, work, tile, at, KEYS, scoring.BIAS)
             keys = key + tl.arange(0, KEYS)
             # (KEYS, BLOCK_K)
-            k_tile = load_keys(k_source, at, key, KEYS, phase != 1)
+            k_tile = load_keys(
+                Source(k, k_descriptor, geometry, sizes.DIM_K, sizes.BLOCK_K),
+                at,
+                key,
+                KEYS,
+                phase != 1,
+            )
             # (ROWS, KEYS)
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             x, slope = scores(product, keys[None, :], seen, scoring, phase != 1)
             p = probabilities(x, row_base[:, None], scoring)
             # (KEYS, BLOCK_V)
-            v_tile = load_keys(v_source, at, key, KEYS, phase != 1)
+            v_tile = load_keys(
+                Source(mixed, mixed_descriptor, geometry, sizes.DIM_V, sizes.BLOCK_V),
+                at,
+                key,
+                KEYS,
+                phase != 1,
+            )
             dp = dot(grad_tile, tl.trans(v_tile), tl.zeros([ROWS, KEYS], tl.float32))
             ds = p * (dp - row_delta[:, None])
             if scoring.CAPPED:
                 ds = ds * slope
             dq_tile = dot(round_to(ds, k_tile.dtype), k_tile, dq_tile)
-    store_rows(dq_tile * scale, Source(dq, None, sizes.DIM_K, sizes.BLOCK_K), at, rows)
+    dq_tile = dq_tile * scale
+    store_rows(dq_tile, Source(dq, None, geometry, sizes.DIM_K, sizes.BLOCK_K), at, rows)
 
 
 def queries_gradient(call: AttentionCall, incoming: Incoming) -> Tensor:

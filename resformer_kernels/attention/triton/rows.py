@@ -67,6 +67,7 @@ def rows_kernel(
 ):
     """delta = dO.O - dLSE of ROWS rows, the LSE in the unit of scores, and the sinks' summands."""
     ROWS: tl.constexpr = sizes.ROWS
+    GROUP: tl.constexpr = geometry.GROUP
     tile = tl.program_id(0) % tiles
     index = tl.program_id(0) // tiles
     limits = Limits(q_len, k_len, window_left, window_right)
@@ -74,26 +75,28 @@ def rows_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     there = rows < at.count
     # (ROWS, BLOCK_V)
-    grad_source = Source(grad_out, None, sizes.DIM_V, sizes.BLOCK_V)
-    gradient = load_row_tile(grad_source, at, tile * ROWS, ROWS, True)
-    out_source = Source(out, None, sizes.DIM_V, sizes.BLOCK_V)
-    result = load_row_tile(out_source, at, tile * ROWS, ROWS, True)
+    gradient = load_row_tile(
+        Source(grad_out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, tile * ROWS, ROWS, True
+    )
+    result = load_row_tile(
+        Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, tile * ROWS, ROWS, True
+    )
     d = tl.sum(widen(gradient) * widen(result), 1)
     if grad_lse.pointer is not None:
-        d -= widen(tl.load(row_cells(grad_lse, at, rows), mask=there, other=0.0))
-    logarithm = tl.load(row_cells(lse, at, rows), mask=there, other=0.0)
+        d -= widen(tl.load(row_cells(grad_lse, at, rows, GROUP), mask=there, other=0.0))
+    logarithm = tl.load(row_cells(lse, at, rows, GROUP), mask=there, other=0.0)
     empty = logarithm == float("-inf")
     scaled = logarithm
     if not scoring.PRECISE:
         scaled = logarithm * LOG2E
-    slot = row_slot(at, slots)
+    slot = row_slot(at, slots, geometry)
     tl.store(delta + slot + rows, d, mask=there)
     tl.store(base + slot + rows, tl.where(empty, 0.0, scaled), mask=there)
     if sink_rows.pointer is not None:
         # The sink is a score whose value is zero: dP = 0, so dS = -P delta.
-        sink = widen(tl.load(sinks + at.head * at.GROUP + rows % at.GROUP))
+        sink = widen(tl.load(sinks + at.head * GROUP + rows % GROUP))
         term = tl.where(empty, 0.0, -exp(sink - logarithm) * d)
-        tl.store(row_cells(sink_rows, at, rows), term, mask=there)
+        tl.store(row_cells(sink_rows, at, rows, GROUP), term, mask=there)
 
 
 def reduce_rows(given: BackwardCall, *, want_sinks: bool) -> tuple[Incoming, Tensor | None]:

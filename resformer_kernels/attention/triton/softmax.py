@@ -31,7 +31,6 @@ class Seen(NamedTuple):
     bias_start: Any
     bias_offsets: Any
     """Offset of key 0 in attn_bias, from `bias_start`."""
-    HAS_LEFT: Any
 
 
 @triton.jit
@@ -53,7 +52,7 @@ def scores(product, keys, seen, scoring, MASKED: tl.constexpr):
     elif not scoring.RAW:
         x = x * scoring.alpha
     inside = keys < seen.hi
-    if seen.HAS_LEFT:
+    if scoring.HAS_LEFT:
         inside = inside & (keys >= seen.lo)
     if scoring.BIAS != NO_BIAS:
         place = seen.bias_offsets + keys.to(scoring.INDEX) * scoring.bias.key

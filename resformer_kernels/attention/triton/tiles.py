@@ -2,6 +2,11 @@
 
 Rows are the queries of all heads that share a KV head: row r of KV head h is query r // GROUP of
 head h * GROUP + r % GROUP.
+
+Records that a kernel makes hold no constants: Triton turns those of a tuple into tensors where the
+tuple is assigned. Constants stay in the records that a kernel is given (`geometry`, `sizes`,
+`scoring`), or in a record that is made in the call that takes it. No field may be called `values`,
+which is an attribute of Triton's tuples.
 """
 
 from __future__ import annotations
@@ -48,23 +53,18 @@ class Place(NamedTuple):
     """Query i stands at key i + shift."""
     left: Any
     right: Any
-    GROUP: Any
-    PACKED: Any
-    HAS_LEFT: Any
-    HAS_RIGHT: Any
 
 
 class Spans(NamedTuple):
     """The tiles that a tile meets: [begin, end), of which [inner_begin, inner_end) need no mask.
 
-    Under a boolean mask these count entries of `listed`, which follow its length.
+    Under a boolean mask these count entries of the list of open tiles: see `open_list`.
     """
 
     begin: Any
     inner_begin: Any
     inner_end: Any
     end: Any
-    listed: Any
 
 
 @triton.jit
@@ -95,16 +95,12 @@ def place(geometry, limits, sequence, head):
         k_len - q_len,
         limits.left,
         limits.right,
-        geometry.GROUP,
-        geometry.PACKED,
-        geometry.HAS_LEFT,
-        geometry.HAS_RIGHT,
     )
 
 
 @triton.jit
 def one_head(at, head):
-    """The place of a single query head: its rows are its queries."""
+    """The place of a single query head, whose rows are its queries: GROUP is then 1."""
     return Place(
         at.batch,
         at.sequence,
@@ -118,10 +114,6 @@ def one_head(at, head):
         at.shift,
         at.left,
         at.right,
-        1,
-        at.PACKED,
-        at.HAS_LEFT,
-        at.HAS_RIGHT,
     )
 
 
@@ -145,73 +137,77 @@ def scheduled(work, geometry, limits, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def key_bounds(rows, at):
+def key_bounds(rows, at, geometry):
     """The keys [lo, hi) that each row may see by position."""
-    queries = rows // at.GROUP
+    queries = rows // geometry.GROUP
     lo = queries * 0
     hi = tl.where(rows < at.count, at.k_len, 0)
-    if at.HAS_RIGHT:
+    if geometry.HAS_RIGHT:
         hi = tl.minimum(hi, queries + (at.shift + at.right + 1))
-    if at.HAS_LEFT:
+    if geometry.HAS_LEFT:
         lo = queries + (at.shift - at.left)
     return lo, hi
 
 
 @triton.jit
-def key_tiles(first_row, last_row, at, KEYS: tl.constexpr):
+def key_tiles(first_row, last_row, at, geometry, KEYS: tl.constexpr):
     """The tiles of KEYS keys that rows [first_row, last_row] see; each sees all inner ones."""
-    first = first_row // at.GROUP + at.shift
-    last = last_row // at.GROUP + at.shift
+    first = first_row // geometry.GROUP + at.shift
+    last = last_row // geometry.GROUP + at.shift
     begin = first * 0
     inner_begin = begin
     inner_end = at.k_len // KEYS
     end = tl.cdiv(at.k_len, KEYS)
-    if at.HAS_RIGHT:
+    if geometry.HAS_RIGHT:
         inner_end = tl.minimum(at.k_len, tl.maximum(first + at.right + 1, 0)) // KEYS
         end = tl.cdiv(tl.minimum(at.k_len, tl.maximum(last + at.right + 1, 0)), KEYS)
-    if at.HAS_LEFT:
+    if geometry.HAS_LEFT:
         begin = tl.maximum(first - at.left, 0) // KEYS
         inner_begin = tl.cdiv(tl.maximum(last - at.left, 0), KEYS)
         inner_begin = tl.maximum(tl.minimum(inner_begin, end), begin)
     inner_end = tl.maximum(inner_end, inner_begin)
-    return Spans(begin, inner_begin, inner_end, end, None)
+    return Spans(begin, inner_begin, inner_end, end)
 
 
 @triton.jit
-def row_tiles(first_key, last_key, at, ROWS: tl.constexpr):
+def row_tiles(first_key, last_key, at, geometry, ROWS: tl.constexpr):
     """The tiles of ROWS rows that see keys [first_key, last_key]; rows of the inner ones all exist
     and see all of the keys."""
     begin = first_key * 0
     inner_begin = begin
-    inner_end = at.q_len * at.GROUP // ROWS
-    end = tl.cdiv(at.q_len * at.GROUP, ROWS)
-    if at.HAS_LEFT:
+    inner_end = at.q_len * geometry.GROUP // ROWS
+    end = tl.cdiv(at.q_len * geometry.GROUP, ROWS)
+    if geometry.HAS_LEFT:
         inner_end = tl.maximum(tl.minimum(at.q_len, first_key - at.shift + at.left + 1), 0)
-        inner_end = inner_end * at.GROUP // ROWS
+        inner_end = inner_end * geometry.GROUP // ROWS
         end = tl.maximum(tl.minimum(at.q_len, last_key - at.shift + at.left + 1), 0)
-        end = tl.cdiv(end * at.GROUP, ROWS)
-    if at.HAS_RIGHT:
-        begin = tl.maximum(first_key - at.shift - at.right, 0) * at.GROUP // ROWS
-        inner_begin = tl.cdiv(tl.maximum(last_key - at.shift - at.right, 0) * at.GROUP, ROWS)
+        end = tl.cdiv(end * geometry.GROUP, ROWS)
+    if geometry.HAS_RIGHT:
+        begin = tl.maximum(first_key - at.shift - at.right, 0) * geometry.GROUP // ROWS
+        inner_begin = tl.cdiv(tl.maximum(last_key - at.shift - at.right, 0) * geometry.GROUP, ROWS)
         inner_begin = tl.maximum(tl.minimum(inner_begin, end), begin)
     inner_end = tl.maximum(inner_end, inner_begin)
-    return Spans(begin, inner_begin, inner_end, end, None)
+    return Spans(begin, inner_begin, inner_end, end)
+
+
+@triton.jit
+def open_list(work, tile, at):
+    """Pointer to the list of a tile under a boolean mask: its length, then the open tiles."""
+    entry = tl.cast(at.index, tl.int64) * work.tiles + tile
+    return work.open_tiles + entry * work.list_size
 
 
 @triton.jit
 def narrowed(spans, work, tile, at, BIAS: tl.constexpr):
     """The tiles that a tile meets under a bias: none is free of masks, and a boolean mask lists the
     open ones."""
-    if BIAS == NO_BIAS:
-        found = spans
-    elif BIAS == BOOLEAN:
-        entry = tl.cast(at.index, tl.int64) * work.tiles + tile
-        listed = work.open_tiles + entry * work.list_size
-        begin = spans.begin
-        found = Spans(begin, spans.inner_begin, begin * 0, tl.load(listed), listed)
-    else:
-        found = Spans(spans.begin, spans.inner_begin, spans.begin, spans.end, None)
-    return found
+    begin, inner_begin, inner_end, end = spans
+    if BIAS == BOOLEAN:
+        inner_end = begin * 0
+        end = tl.load(open_list(work, tile, at))
+    elif BIAS != NO_BIAS:
+        inner_end = begin
+    return Spans(begin, inner_begin, inner_end, end)
 
 
 @triton.jit
@@ -230,53 +226,52 @@ def phase_span(spans, PHASE: tl.constexpr):
 
 
 @triton.jit
-def tile_start(spans, step, SIZE: tl.constexpr):
-    """The first row or key of the tile that a step of the loop over `spans` has."""
+def tile_start(step, work, tile, at, SIZE: tl.constexpr, BIAS: tl.constexpr):
+    """The first row or key of the tile that a step of the loop meets."""
     first = step * SIZE
-    if spans.listed is not None:
-        first = tl.load(spans.listed + 1 + step) * SIZE
+    if BIAS == BOOLEAN:
+        first = tl.load(open_list(work, tile, at) + 1 + step) * SIZE
     return first
 
 
 @triton.jit
-def bias_tile(scoring, at, rows):
+def bias_tile(rows, at, scoring, geometry):
     """(start, offsets of rows from it) in attn_bias, at key 0."""
     if scoring.BIAS == NO_BIAS:
         start = tl.cast(at.sequence, tl.int64)
         offsets = rows
     else:
         bias = scoring.bias
-        first_head = tl.cast(at.head * at.GROUP, tl.int64)
+        first_head = tl.cast(at.head * geometry.GROUP, tl.int64)
         start = tl.cast(at.sequence, tl.int64) * bias.batch + first_head * bias.head
-        queries = (rows // at.GROUP).to(scoring.INDEX) * bias.query
-        offsets = queries + (rows % at.GROUP).to(scoring.INDEX) * bias.head
+        queries = (rows // geometry.GROUP).to(scoring.INDEX) * bias.query
+        offsets = queries + (rows % geometry.GROUP).to(scoring.INDEX) * bias.head
     return start, offsets
 
 
 @triton.jit
-def seen_by_rows(rows, at, scoring):
+def seen_by_rows(rows, at, scoring, geometry):
     """What rows may see, for scores of shape (rows, keys)."""
-    lo, hi = key_bounds(rows, at)
-    start, offsets = bias_tile(scoring, at, rows)
-    return Seen(lo[:, None], hi[:, None], start, offsets[:, None], at.HAS_LEFT)
+    lo, hi = key_bounds(rows, at, geometry)
+    start, offsets = bias_tile(rows, at, scoring, geometry)
+    return Seen(lo[:, None], hi[:, None], start, offsets[:, None])
 
 
 @triton.jit
-def seen_by_columns(rows, at, scoring):
+def seen_by_columns(rows, at, scoring, geometry):
     """What rows may see, for scores of shape (keys, rows)."""
-    lo, hi = key_bounds(rows, at)
-    start, offsets = bias_tile(scoring, at, rows)
-    return Seen(lo[None, :], hi[None, :], start, offsets[None, :], at.HAS_LEFT)
+    lo, hi = key_bounds(rows, at, geometry)
+    start, offsets = bias_tile(rows, at, scoring, geometry)
+    return Seen(lo[None, :], hi[None, :], start, offsets[None, :])
 
 
 @triton.jit
-def rows_and_spans(tile, at, work, sizes, BIAS: tl.constexpr):
+def spans_of_rows(tile, at, geometry, sizes):
     """(rows of a tile, the tiles of keys that they meet)."""
     first = tile * sizes.ROWS
     rows = first + tl.arange(0, sizes.ROWS)
     last = tl.minimum(first + sizes.ROWS, at.count) - 1
-    spans = key_tiles(first, last, at, sizes.KEYS)
-    return rows, narrowed(spans, work, tile, at, BIAS)
+    return rows, key_tiles(first, last, at, geometry, sizes.KEYS)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
@@ -305,11 +300,11 @@ def open_tiles_kernel(
     listed = work.open_tiles + tl.cast(tl.program_id(0), tl.int64) * work.list_size
     if BY_ROWS:
         last = tl.minimum(outer * ROWS + ROWS, at.count) - 1
-        spans = key_tiles(outer * ROWS, last, at, KEYS)
+        spans = key_tiles(outer * ROWS, last, at, geometry, KEYS)
         empty = outer * ROWS >= at.count
     else:
         last = tl.minimum(outer * KEYS + KEYS, at.k_len) - 1
-        spans = row_tiles(outer * KEYS, last, at, ROWS)
+        spans = row_tiles(outer * KEYS, last, at, geometry, ROWS)
         empty = outer * KEYS >= at.k_len
     end = tl.where(empty, spans.begin, spans.end)
     found = spans.begin * 0
@@ -320,10 +315,10 @@ def open_tiles_kernel(
         else:
             rows = step * ROWS + tl.arange(0, ROWS)
             keys = outer * KEYS + tl.arange(0, KEYS)
-        lo, hi = key_bounds(rows, at)
+        lo, hi = key_bounds(rows, at, geometry)
         # (ROWS, KEYS)
         inside = (keys[None, :] < hi[:, None]) & (keys[None, :] >= lo[:, None])
-        start, offsets = bias_tile(scoring, at, rows)
+        start, offsets = bias_tile(rows, at, scoring, geometry)
         cell = offsets[:, None] + keys.to(scoring.INDEX)[None, :] * scoring.bias.key
         seen = tl.load(scoring.bias.pointer + start + cell, mask=inside, other=0)
         is_open = tl.max(tl.max((seen != 0).to(tl.int32), 1), 0)

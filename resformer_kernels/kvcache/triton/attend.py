@@ -191,11 +191,13 @@ def attend_kernel(
     at = place(geometry, Limits(q_len, k_len, window_left, window_right), sequence, head)
     rows = first_row + tl.arange(0, ROWS)
     # (ROWS, BLOCK)
-    q_source = Source(q, None, cache.k.WIDTH, cache.k.BLOCK)
-    q_tile = load_row_tile(q_source, at, first_row, ROWS, True)
-    lo, hi = key_bounds(rows, at)
-    seen = Seen(lo[:, None], hi[:, None], 0, 0, at.HAS_LEFT)
-    spans = key_tiles(first_row, tl.minimum(first_row + ROWS, at.count) - 1, at, KEYS)
+    q_tile = load_row_tile(
+        Source(q, None, geometry, cache.k.WIDTH, cache.k.BLOCK), at, first_row, ROWS, True
+    )
+    lo, hi = key_bounds(rows, at, geometry)
+    seen = Seen(lo[:, None], hi[:, None], 0, 0)
+    last_row = tl.minimum(first_row + ROWS, at.count) - 1
+    spans = key_tiles(first_row, last_row, at, geometry, KEYS)
     begin = spans.begin
     end = spans.end
     if span is not None:
@@ -247,7 +249,7 @@ def attend_kernel(
             cells = partials.sums + slots[:, None] * result.WIDTH + columns[None, :]
             tl.store(cells, acc, mask=inside[:, None] & (columns < result.WIDTH)[None, :])
     else:
-        store_result(result, at, rows, (peak, total, acc))
+        store_result(result, geometry, at, rows, (peak, total, acc))
 
 
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:

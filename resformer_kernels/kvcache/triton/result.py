@@ -42,15 +42,15 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def store_result(result, at, rows, softmax):
+def store_result(result, geometry, at, rows, softmax):
     """Close the softmax of rows and store their out and LSE; softmax: (peak, total, acc)."""
     peak, total, acc = softmax
-    heads = at.head * at.GROUP + rows % at.GROUP
+    heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, result.sinks, heads, result.PRECISE)
-    out = Source(result.out, None, result.WIDTH, result.BLOCK)
-    store_rows(acc * factor[:, None], out, at, rows)
+    tile = acc * factor[:, None]
+    store_rows(tile, Source(result.out, None, geometry, result.WIDTH, result.BLOCK), at, rows)
     if result.lse.pointer is not None:
-        tl.store(row_cells(result.lse, at, rows), logarithm, mask=rows < at.count)
+        tl.store(row_cells(result.lse, at, rows, geometry.GROUP), logarithm, mask=rows < at.count)
 
 
 @triton.jit(do_not_specialize=["q_len", "splits"])
@@ -85,7 +85,7 @@ def merge_kernel(
         sums = tl.load(cells, mask=mask, other=0.0)
         acc += tl.sum(weight[:, None] * sums, 0)[None, :]
         total += tl.sum((weight * part)[None, :], 1)
-    store_result(result, at, row + tl.arange(0, 1), (peak, total, acc))
+    store_result(result, geometry, at, row + tl.arange(0, 1), (peak, total, acc))
 
 
 def merge(p: Problem, partials: Partials, result: Result, splits: int, geometry: Geometry) -> None:
