@@ -155,7 +155,6 @@ static TileFn tile_of(int64_t rows, int64_t vecs) {
 // A panel is what one tile is wide: B's columns come in panels, the last one narrower.
 constexpr int64_t kPanel = kTileVecs * kLanes;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
