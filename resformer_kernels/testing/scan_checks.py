@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.scan import linear_scan
-from resformer_kernels.scan.op import state_dtype
+from resformer_kernels.scan.record import state_dtype
 from resformer_kernels.testing.budgets import Comparison
 from resformer_kernels.testing.poison import poisoned
 

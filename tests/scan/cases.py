@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels import linear_scan
-from resformer_kernels.scan.op import state_dtype
+from resformer_kernels.scan.record import state_dtype
 from resformer_kernels.testing import poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)

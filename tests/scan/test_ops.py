@@ -42,16 +42,16 @@ def test_opcheck(kernels: str) -> None:
     gates, x, state = (leaf.detach() for leaf in made())
     cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32)
     calls = [
-        (ops.linear_scan_forward, (gates, x, state, None, False)),
-        (ops.linear_scan_forward, (gates[0, 0], x.bfloat16(), None, None, True)),
-        (ops.linear_scan_forward, (gates[0], x[0], state, cu_seqlens, True)),
+        (ops.linear_scan_forward, (gates, x, state, False, None)),
+        (ops.linear_scan_forward, (gates[0, 0], x.bfloat16(), None, True, None)),
+        (ops.linear_scan_forward, (gates[0], x[0], state, True, cu_seqlens)),
         (
             ops.linear_scan_forward,
-            (gates.to(torch.complex64), x.to(torch.complex64), None, None, False),
+            (gates.to(torch.complex64), x.to(torch.complex64), None, False, None),
         ),
-        (ops.linear_scan_backward, (x, state, gates, x, state, None, False, 7)),
-        (ops.linear_scan_backward, (None, state, gates[0, 0], x, None, None, True, 3)),
-        (ops.linear_scan_backward, (x[0], None, gates[0], x[0], state, cu_seqlens, False, 4)),
+        (ops.linear_scan_backward, (x, state, gates, x, state, False, None, 7)),
+        (ops.linear_scan_backward, (None, state, gates[0, 0], x, None, True, None, 3)),
+        (ops.linear_scan_backward, (x[0], None, gates[0], x[0], state, False, cu_seqlens, 4)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
@@ -135,23 +135,23 @@ def test_the_op_itself_checks_its_arguments() -> None:
     )
     one = torch.tensor([0, 5], dtype=torch.int32)
     wrong: list[Callable[[], Any]] = [
-        lambda: forward(gates, x[0], None, None, False),
-        lambda: forward(gates, x, None, one, False),
-        lambda: forward(gates[:, :3], x, None, None, False),
-        lambda: forward(gates[0, 0, :2], x, None, None, False),
-        lambda: forward(gates[0], x, None, None, False),
-        lambda: forward(gates.half(), x, None, None, False),
-        lambda: forward(gates.double(), x.double(), None, None, False),
-        lambda: forward(gates, x.transpose(1, 2).contiguous().transpose(1, 2), None, None, False),
-        lambda: forward(gates, x, state[:1], None, False),
-        lambda: forward(gates, x, state.half(), None, False),
-        lambda: forward(gates[0], x[0], None, one + 1, False),
-        lambda: forward(gates[0], x[0], None, one.long(), False),
-        lambda: forward(gates[0], x[0], None, 2 * one, False),
-        lambda: backward(x[:, :2], None, gates, x, None, None, False, 1),
-        lambda: backward(x.half(), None, gates, x, None, None, False, 1),
-        lambda: backward(x, state[:1], gates, x, None, None, False, 1),
-        lambda: backward(x, None, gates, x, None, None, False, 4),
+        lambda: forward(gates, x[0], None, False, None),
+        lambda: forward(gates, x, None, False, one),
+        lambda: forward(gates[:, :3], x, None, False, None),
+        lambda: forward(gates[0, 0, :2], x, None, False, None),
+        lambda: forward(gates[0], x, None, False, None),
+        lambda: forward(gates.half(), x, None, False, None),
+        lambda: forward(gates.double(), x.double(), None, False, None),
+        lambda: forward(gates, x.transpose(1, 2).contiguous().transpose(1, 2), None, False, None),
+        lambda: forward(gates, x, state[:1], False, None),
+        lambda: forward(gates, x, state.half(), False, None),
+        lambda: forward(gates[0], x[0], None, False, one + 1),
+        lambda: forward(gates[0], x[0], None, False, one.long()),
+        lambda: forward(gates[0], x[0], None, False, 2 * one),
+        lambda: backward(x[:, :2], None, gates, x, None, False, None, 1),
+        lambda: backward(x.half(), None, gates, x, None, False, None, 1),
+        lambda: backward(x, state[:1], gates, x, None, False, None, 1),
+        lambda: backward(x, None, gates, x, None, False, None, 4),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):
