@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels._core import extension as _extension
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.mix import api, reference
 from resformer_kernels.mix import native as on_cpu
 from resformer_kernels.mix import op as ops
-from resformer_kernels.mix.autograd import run_op
 from resformer_kernels.mix.record import MixCall
 from tests.cuda_on_cpu import build
 from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, run, values_call
@@ -25,26 +25,26 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split("
 
 
 class CudaOnCpu:
-    """The backend, as far as `mix_values` goes."""
+    """The CUDA backend of `mix_values`."""
 
     NAME = "cuda"
 
     @staticmethod
-    def unsupported_reason(_call: MixCall) -> None:
+    def unsupported_reason(_call: MixCall, _hardware: Hardware) -> None:
         return None
 
     @staticmethod
     def run(call: MixCall) -> Tensor:
-        return run_op(call, NAMESPACE)
+        return ops.run(NAMESPACE, call)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    library = ops.define(NAMESPACE)
+    libraries = [op.define(NAMESPACE) for op in ops.OPS]
     folder = tmp_path_factory.mktemp("mix_cuda")
     torch.ops.load_library(str(build("mix/mix_cuda.cu", NAMESPACE, folder)))
     yield
-    del library
+    del libraries
 
 
 @pytest.fixture(autouse=True)

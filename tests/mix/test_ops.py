@@ -76,8 +76,8 @@ def test_opcheck(kernels: str) -> None:
     calls = [
         (ops.mix_values_forward, ([a, b], [head, none], [1.0, 0.5])),
         (ops.mix_values_backward, (a, [b, none], [head, none], [1.0, 0.5], [1, 0, 1, 0])),
-        (ops.mix_value_embedding_forward, (a, table, ids, gate, 1.0)),
-        (ops.mix_value_embedding_forward, (a, table, ids, None, 0.5)),
+        (ops.mix_value_embedding_forward, (a, table, ids, gate, 1.0, False)),
+        (ops.mix_value_embedding_forward, (a, table, ids, None, 0.5, True)),
         (ops.mix_value_embedding_backward, (a, table, ids, gate, 1.0, 3)),
         (ops.mix_value_embedding_backward, (a, table, ids, None, 0.5, 1)),
         (ops.mix_value_embedding_backward_sparse, (a, table, ids, gate, 1.0)),
@@ -168,7 +168,7 @@ def test_the_op_itself_checks_ids(bad: int) -> None:
     v, table, ids, gate = (x.detach() for x in embedding_of())
     ids[1, 2] = bad
     for call in (
-        lambda: torch.ops.resformer.mix_value_embedding_forward(v, table, ids, gate, 1.0),
+        lambda: torch.ops.resformer.mix_value_embedding_forward(v, table, ids, gate, 1.0, False),
         lambda: torch.ops.resformer.mix_value_embedding_backward(v, table, ids, gate, 1.0, 3),
         lambda: torch.ops.resformer.mix_value_embedding_backward_sparse(v, table, ids, gate, 1.0),
     ):
@@ -184,7 +184,7 @@ def test_an_unchecked_id_reads_and_writes_nothing(bad: int, kernels: str) -> Non
     v, table, ids, gate = (x.detach() for x in embedding_of())
     ids[1, 2] = bad
     ops = torch.ops.resformer_triton
-    out = ops.mix_value_embedding_forward(v, table, ids, gate, 1.0)
+    out = ops.mix_value_embedding_forward(v, table, ids, gate, 1.0, False)
     lost = torch.zeros(2, 6, dtype=torch.bool)
     lost[1, 2] = True
     assert out[lost].isnan().all()
@@ -213,10 +213,10 @@ def test_the_op_itself_checks_shapes() -> None:
         lambda: ops.mix_values_backward(v, [v], [gate], [1.0], [1]),
         lambda: ops.mix_values_backward(v, [none], [gate], [1.0], [1, 1]),
         lambda: ops.mix_values_backward(v, [v], [none], [1.0], [1, 1]),
-        lambda: ops.mix_value_embedding_forward(v, table[:, :1], ids, gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table.half(), ids, gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table, ids[:, :3], gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table, ids.short(), gate, 1.0),
+        lambda: ops.mix_value_embedding_forward(v, table[:, :1], ids, gate, 1.0, False),
+        lambda: ops.mix_value_embedding_forward(v, table.half(), ids, gate, 1.0, False),
+        lambda: ops.mix_value_embedding_forward(v, table, ids[:, :3], gate, 1.0, False),
+        lambda: ops.mix_value_embedding_forward(v, table, ids.short(), gate, 1.0, False),
         lambda: ops.mix_value_embedding_backward(v, table, ids, None, 1.0, 2),
     ]
     for call in wrong:
