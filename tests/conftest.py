@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before Triton is imported: its kernels then run in its interpreter, on the CPU. What compiles them
-# does so in a process of its own, without this.
+# Before Triton is imported: its kernels then run in its interpreter, on the CPU. Tests that compile
+# them start a process of their own, without this.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
@@ -18,23 +18,30 @@ from resformer_kernels._core import extension as _extension
 from resformer_kernels._triton.available import interpreted
 from tests.interpreter import quick
 
-# A first call loads the library, and CI machines stall: time per example says nothing here. CI
-# draws the same examples every time, so that a failure there can be repeated.
-settings.register_profile(
-    "house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
-)
-settings.load_profile("house")
+# A first call loads the library, and CI machines stall: time per example says nothing here.
+settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", settings.get_profile("house"), derandomize=False)
 
 
-def pytest_configure() -> None:
-    """Give each parallel worker one thread: two workers of two threads each only wait."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--explore",
+        action="store_true",
+        help="draw new random examples (by default every run draws the same ones)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how examples are drawn, and give each parallel worker one thread: two workers of two
+    threads each only wait."""
+    settings.load_profile("explore" if config.getoption("explore") else "house")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """What a test draws from torch's own generator depends on no test before it."""
+    """Seed torch's own generator, so that no test depends on the tests before it."""
     torch.manual_seed(0)
 
 
@@ -49,7 +56,7 @@ def _require_native() -> None:
 
 @pytest.fixture
 def native() -> str:
-    """The native backend's name; skips where it is not built, and fails where it has to be."""
+    """The native backend's name; skips where it is not built, or fails where it must be."""
     _require_native()
     return "native"
 
