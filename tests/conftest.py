@@ -12,14 +12,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from resformer_kernels._core import extension as _extension
 from resformer_kernels._triton.available import interpreted
+from tests.backends import available
 from tests.interpreter import quick
 
 # A first call loads the library, and CI machines stall: time per example says nothing here.
-settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+# Interpreted kernels are slow, and fixtures that choose a backend hold for every example.
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.register_profile("explore", settings.get_profile("house"), derandomize=False)
 
 
@@ -84,8 +92,5 @@ def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that runs on a CPU."""
-    name: str = request.param
-    if name == "native":
-        _require_native()
-    return name
+    """Each backend that runs on a CPU without an interpreter."""
+    return available(request)

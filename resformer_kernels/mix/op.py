@@ -15,17 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.gradient import (
-    distinct,
-    in_place_of,
-    mask_of,
-    refuse_forward_mode,
-    run_backward,
-    save,
-    saved,
-    wanted,
-    wants_gradient,
-)
+from resformer_kernels._core import gradient
 from resformer_kernels._core.op import Op, vmap_error
 from resformer_kernels._core.strides import unit_stride, with_unit_strides
 from resformer_kernels.mix.record import (
@@ -163,17 +153,17 @@ class MixValues(torch.autograd.Function):
         needs = ctx.needs_input_grad[2 + len(call.values) :]
         pairs = zip(call.values, needs, strict=True)
         values = tuple(x if need else absent_like(x) for x, need in pairs)
-        save(ctx, _flat(call._replace(values=values)))
+        gradient.save(ctx, _flat(call._replace(values=values)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        (call,) = saved(ctx, _call_of)
+        (call,) = gradient.saved(ctx, _call_of)
         needs = ctx.needs_input_grad[2:]
         if grad is None:
             return (None,) * (2 + len(needs))
         mask = tuple(int(need) for need in needs)
         back = MixBackwardCall(unit_stride(grad), call, mask)
-        gradients = run_backward(VALUES_BACKWARD, ctx.namespace, back)
+        gradients = gradient.run_backward(VALUES_BACKWARD, ctx.namespace, back)
         found = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (None, None, *found)
 
@@ -195,28 +185,28 @@ class MixValueEmbedding(torch.autograd.Function):
         del output
         ctx.namespace, call = inputs[0], EmbeddingCall(*inputs[1:])
         ctx.sparse_grad = call.sparse_grad
-        save(ctx, (None, call.table, call.token_ids, call.gate, call.gate_value))
+        gradient.save(ctx, (None, call.table, call.token_ids, call.gate, call.gate_value))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        (call,) = saved(ctx, EmbeddingBackwardCall)
+        (call,) = gradient.saved(ctx, EmbeddingBackwardCall)
         leaves = ("v", *_EMBEDDING_LEAVES)
-        needs = wanted(ctx, EmbeddingCall, leaves)
+        needs = gradient.wanted(ctx, EmbeddingCall, leaves)
         if grad is None:
-            return in_place_of(EmbeddingCall, leaves, (None,) * 3, needs)
+            return gradient.in_place_of(EmbeddingCall, leaves, (None,) * 3, needs)
         call = call._replace(grad=unit_stride(grad))
         d_table: Tensor | None = None
         d_gate: Tensor | None = None
-        dense = mask_of((needs[1] and not ctx.sparse_grad, needs[2]))
+        dense = gradient.mask_of((needs[1] and not ctx.sparse_grad, needs[2]))
         if dense:
             back = DenseBackwardCall(call, dense)
-            d_table, d_gate = run_backward(EMBEDDING_BACKWARD, ctx.namespace, back)
+            d_table, d_gate = gradient.run_backward(EMBEDDING_BACKWARD, ctx.namespace, back)
         if needs[1] and ctx.sparse_grad:
-            ids, rows = run_backward(EMBEDDING_SPARSE, ctx.namespace, call)
+            ids, rows = gradient.run_backward(EMBEDDING_SPARSE, ctx.namespace, call)
             d_table = torch.sparse_coo_tensor(
                 ids[None], rows, call.table.shape, is_coalesced=True, check_invariants=False
             )
-        return in_place_of(EmbeddingCall, leaves, (grad, d_table, d_gate), needs)
+        return gradient.in_place_of(EmbeddingCall, leaves, (grad, d_table, d_gate), needs)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
@@ -236,10 +226,9 @@ def run(namespace: str, call: MixCall | EmbeddingCall) -> Tensor:
         op, function, arguments = EMBEDDING_FORWARD, MixValueEmbedding, call
     leaves = [x for x in arguments if isinstance(x, Tensor)]
     if torch.compiler.is_compiling():
-        arguments = distinct(arguments)
+        arguments = gradient.distinct(arguments)
     else:
-        refuse_forward_mode(op.function, leaves)
-    out: Tensor = (
-        function.apply(namespace, *arguments) if wants_gradient(leaves) else op(namespace, call)
-    )
+        gradient.refuse_forward_mode(op.function, leaves)
+    wants = gradient.wants_gradient(leaves)
+    out: Tensor = function.apply(namespace, *arguments) if wants else op(namespace, call)
     return out

@@ -13,17 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.gradient import (
-    distinct,
-    in_place_of,
-    mask_of,
-    refuse_forward_mode,
-    run_backward,
-    save,
-    saved,
-    wanted,
-    wants_gradient,
-)
+from resformer_kernels._core import gradient
 from resformer_kernels._core.op import Op, vmap_error
 from resformer_kernels._core.strides import with_unit_strides
 from resformer_kernels.scan.record import SCAN, TENSORS, ScanCall, sequences_of, state_dtype
@@ -99,22 +89,22 @@ class LinearScan(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             # The backward reads its shape and dtype alone.
             states = states.new_empty(()).expand(states.shape)
-        save(ctx, (None, None, call.gates, states, *call[2:], 0))
+        gradient.save(ctx, (None, None, call.gates, states, *call[2:], 0))
 
     @staticmethod
     def backward(
         ctx: Any, grad_states: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        (call,) = saved(ctx, BackwardCall)
-        needs = wanted(ctx, ScanCall, LEAVES)
+        (call,) = gradient.saved(ctx, BackwardCall)
+        needs = gradient.wanted(ctx, ScanCall, LEAVES)
         call = call._replace(
-            grad_states=grad_states, grad_final=grad_final, grad_mask=mask_of(needs)
+            grad_states=grad_states, grad_final=grad_final, grad_mask=gradient.mask_of(needs)
         )
         call = with_unit_strides(call, ("grad_states", "grad_final"))
         gradients: tuple[Tensor | None, ...] = (None,) * len(LEAVES)
         if grad_states is not None or grad_final is not None:
-            gradients = run_backward(BACKWARD, ctx.namespace, call)
-        return in_place_of(ScanCall, LEAVES, gradients, needs)
+            gradients = gradient.run_backward(BACKWARD, ctx.namespace, call)
+        return gradient.in_place_of(ScanCall, LEAVES, gradients, needs)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
@@ -126,10 +116,10 @@ def run(namespace: str, call: ScanCall) -> tuple[Tensor, Tensor]:
     call = with_unit_strides(call, TENSORS)
     leaves = (call.gates, call.tokens, call.initial_state)
     if torch.compiler.is_compiling():
-        call = distinct(call)
+        call = gradient.distinct(call)
     else:
-        refuse_forward_mode(SCAN, leaves)
-    if wants_gradient(leaves):
+        gradient.refuse_forward_mode(SCAN, leaves)
+    if gradient.wants_gradient(leaves):
         states, final = LinearScan.apply(namespace, *call)
     else:
         states, final = FORWARD(namespace, call)

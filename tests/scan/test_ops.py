@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels import linear_scan
+from tests.machinery import (  # noqa: F401
+    check_compiles_whole,
+    same,
+    test_checkpointing,
+    test_forward_mode_says_no,
+    test_gradients_are_not_differentiable_again,
+    test_vmap_says_no,
+)
 
 pytestmark = [
     # Raised inside torch while it compiles and while it loads its forward-mode rules.
@@ -26,15 +32,15 @@ def made(length: int = 5, *, constant: bool = False) -> tuple[Tensor, Tensor, Te
     return gates, torch.randn(2, length, 3, requires_grad=True), torch.randn(2, 3).requires_grad_()
 
 
-def both(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    states, final = function(*inputs)
-    loss = states.square().sum() + final.square().sum()
-    return [states.detach(), final.detach(), *torch.autograd.grad(loss, inputs)]
+@pytest.fixture
+def make() -> Callable[..., Any]:
+    return made
 
 
-def same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.fixture
+def function(kernels: str) -> Callable[..., Any]:
+    """The scan on one backend."""
+    return functools.partial(linear_scan, backend=kernels)
 
 
 def test_opcheck(kernels: str) -> None:
@@ -58,13 +64,8 @@ def test_opcheck(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_compiles_whole_with_dynamic_length(constant: bool, kernels: str) -> None:
-    torch._dynamo.reset()
-    scan = functools.partial(linear_scan, backend=kernels)
-    compiled = torch.compile(scan, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (4, 6, 7):
-        inputs = made(length, constant=constant)
-        same(both(compiled, inputs), both(scan, inputs))
+def test_compiles_whole_with_dynamic_length(constant: bool, function: Any) -> None:
+    check_compiles_whole(function, functools.partial(made, constant=constant), (4, 6, 7))
 
 
 def test_compiles_where_one_output_is_used(kernels: str) -> None:
@@ -86,38 +87,6 @@ def test_autocast_leaves_it_alone(backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states, final = linear_scan(*made(), backend=backend)
     assert states.dtype is final.dtype is torch.float32
-
-
-def test_checkpointing(kernels: str) -> None:
-    scan = functools.partial(linear_scan, backend=kernels)
-
-    def checkpointed(*leaves: Tensor) -> Any:
-        return checkpoint(scan, *leaves, use_reentrant=False)
-
-    inputs = made()
-    same(both(checkpointed, inputs), both(scan, inputs))
-
-
-def test_gradients_are_not_differentiable_again(kernels: str) -> None:
-    inputs = made()
-    states, _ = linear_scan(*inputs, backend=kernels)
-    found = torch.autograd.grad(states.square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not support double backward"):
-        found[0].sum().backward()
-
-
-def test_vmap_says_no(kernels: str) -> None:
-    inputs = tuple(x.detach()[None] for x in made())
-    with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
-        torch.func.vmap(functools.partial(linear_scan, backend=kernels))(*inputs)
-
-
-def test_forward_mode_says_no(kernels: str) -> None:
-    first, *rest = (x.detach() for x in made())
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(first, torch.ones_like(first))
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            linear_scan(dual, *rest, backend=kernels)
 
 
 def test_conjugate_views_are_read_as_what_they_stand_for(kernels: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resformer_kernels._triton.available import interpreted
@@ -20,10 +20,7 @@ pytestmark = [
 ]
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-sweep = settings(
-    max_examples=6,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+sweep = settings(max_examples=6)
 
 
 @pytest.fixture

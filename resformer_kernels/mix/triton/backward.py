@@ -13,22 +13,8 @@ from resformer_kernels._triton import device as lib
 from resformer_kernels._triton.views import NOTHING, view_of
 from resformer_kernels.mix.op import MixBackwardCall
 from resformer_kernels.mix.record import absent_like
+from resformer_kernels.mix.triton import tiles
 from resformer_kernels.mix.triton.partition import Differs, Partition, differs_along, partition
-from resformer_kernels.mix.triton.tiles import (
-    Source,
-    coefficient_over,
-    layout_of,
-    load,
-    load_source,
-    mask_of,
-    offsets_of,
-    shape_of,
-    size_of,
-    source_of,
-    sum_type,
-    tile_at,
-    tiles_of,
-)
 
 _MOST_SOURCES = 4
 """Sources of one launch, each with code of its own."""
@@ -49,25 +35,9 @@ class Sums(NamedTuple):
 class Gradient(NamedTuple):
     """One source's gradients: dV where `d_value` is there, dc where `sums` has a pointer."""
 
-    source: Source
+    source: tiles.Source
     d_value: Tensor | None
     sums: Sums
-
-
-class Split(NamedTuple):
-    """How rows and columns are split: see `Partition`."""
-
-    sequences: int
-    rows: int
-    window: int
-    windows: int
-    row_tiles: int
-    column_tiles: int
-    OVER_ROWS: tl.constexpr
-    OVER_COLUMNS: tl.constexpr
-    ALL_SEQUENCES: tl.constexpr
-    ALL_WINDOWS: tl.constexpr
-    ALL_COLUMNS: tl.constexpr
 
 
 class Place(NamedTuple):
@@ -84,7 +54,7 @@ class Place(NamedTuple):
 class Wanted(NamedTuple):
     """The gradients that one source wants, as tensors to be written."""
 
-    source: Source
+    source: tiles.Source
     d_value: Tensor | None
     d_coefficient: Tensor | None
 
@@ -92,14 +62,15 @@ class Wanted(NamedTuple):
 @triton.jit
 def _visit(grad, gradient, layout, tile, SUM_TYPE: tl.constexpr):
     """Writes a tile of dV where it is wanted; returns that of grad * V, 0 outside the masks."""
-    g = load(grad, layout, tile)  # (ROWS, BLOCK)
+    g = tiles.load(grad, layout, tile)  # (ROWS, BLOCK)
     if gradient.d_value is not None:
-        product = coefficient_over(gradient.source, layout, tile) * g
+        product = tiles.coefficient_over(gradient.source, layout, tile) * g
         rounded = lib.round_to(product, gradient.d_value.dtype.element_ty)
-        tl.store(gradient.d_value + offsets_of(tile, layout), rounded, mask=mask_of(tile))
+        at = gradient.d_value + tiles.offsets_of(tile, layout)  # (ROWS, BLOCK)
+        tl.store(at, rounded, mask=tiles.mask_of(tile))
     product = g.to(SUM_TYPE)
     if gradient.sums.pointer is not None:
-        product = product * load_source(gradient.source, layout, tile).to(SUM_TYPE)
+        product = product * tiles.load_source(gradient.source, layout, tile).to(SUM_TYPE)
     return product
 
 
@@ -144,12 +115,13 @@ def backward_kernel(
     otherwise these are in the grid.
     """
     source, rest = tl.program_id(0) % SOURCES, tl.program_id(0) // SOURCES
-    tiles = split.column_tiles if split.ALL_COLUMNS else 1
-    windows = split.windows if split.ALL_WINDOWS else 1
-    sequences = split.sequences if split.ALL_SEQUENCES else 1
-    column_tile = rest % (split.column_tiles // tiles)
-    rest = rest // (split.column_tiles // tiles)
-    window, rest = rest % (split.windows // windows), rest // (split.windows // windows)
+    tiles_each = split.column_tiles if split.ALL_COLUMNS else 1
+    windows_each = split.windows if split.ALL_WINDOWS else 1
+    sequences_each = split.sequences if split.ALL_SEQUENCES else 1
+    column_tile = rest % (split.column_tiles // tiles_each)
+    rest = rest // (split.column_tiles // tiles_each)
+    window = rest % (split.windows // windows_each)
+    rest = rest // (split.windows // windows_each)
     row_tile, sequence = rest % split.row_tiles, (rest // split.row_tiles).to(tl.int64)
     within_sequence = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = within_sequence < split.rows
@@ -160,11 +132,14 @@ def backward_kernel(
                 total = tl.zeros((ROWS,), SUM_TYPE)
             else:
                 total = tl.zeros((ROWS, BLOCK), SUM_TYPE)
-            for step in range(sequences * windows * tiles):
-                within = (column_tile + step % tiles) * BLOCK + tl.arange(0, BLOCK)
-                columns = (window + step // tiles % windows) * split.window + within
-                rows = (sequence + step // tiles // windows) * split.rows + within_sequence
-                tile = tile_at(layout, rows, row_mask, columns, within < split.window)
+            for step in range(sequences_each * windows_each * tiles_each):
+                within = (column_tile + step % tiles_each) * BLOCK + tl.arange(0, BLOCK)
+                head = window + step // tiles_each % windows_each
+                columns = head * split.window + within
+                rows = (sequence + step // tiles_each // windows_each) * split.rows
+                tile = tiles.tile_at(
+                    layout, rows + within_sequence, row_mask, columns, within < split.window
+                )
                 product = _visit(grad, gradients[i], layout, tile, SUM_TYPE)
                 if split.OVER_COLUMNS:
                     total += tl.sum(product, 1)
@@ -210,7 +185,7 @@ def mix_values_backward(back: MixBackwardCall) -> list[Tensor]:
     masks = zip(back.grad_mask[:count], back.grad_mask[count:], strict=True)
     gradients = []
     for (value, c, number), (wants_value, wants_c) in zip(back.call.terms, masks, strict=True):
-        source = source_of(view_of(value) if wants_c else NOTHING, c, number)
+        source = tiles.source_of(view_of(value) if wants_c else NOTHING, c, number)
         d_value = lib.empty(grad, grad.shape) if wants_value else None
         d_coefficient = lib.empty(c, c.shape) if c is not None and wants_c else None
         gradients.append(Wanted(source, d_value, d_coefficient))
@@ -226,7 +201,7 @@ def mix_values_backward(back: MixBackwardCall) -> list[Tensor]:
 
 def run_backward(grad: Tensor, gradients: list[Wanted]) -> None:
     """Write the gradients that are wanted, coefficients that differ alike in one launch."""
-    shape = shape_of(grad)
+    shape = tiles.shape_of(grad)
     alike: dict[Differs | None, list[Wanted]] = {}
     for wanted in gradients:
         if wanted.d_coefficient is not None and grad.numel() == 0:
@@ -243,25 +218,24 @@ def run_backward(grad: Tensor, gradients: list[Wanted]) -> None:
 def _launch(grad: Tensor, parts: Partition, gradients: list[Wanted]) -> None:
     results = [wanted.d_coefficient for wanted in gradients]
     sums, partials = results, None
-    if results[0] is not None and parts.over_rows:
-        size = parts.sequences * parts.parts * parts.sum_width
+    if results[0] is not None and parts.parts:
+        size = parts.split.sequences * parts.parts * parts.sum_width
         partials = lib.empty(grad, (len(gradients), size), torch.float64)
         sums = list(partials.unbind())
     values = (view_of(grad), *(wanted.source.value for wanted in gradients))
-    flags = (parts.over_rows, parts.over_columns, *parts.loops)
     lib.launch(
         backward_kernel,
-        (parts.programs() * len(gradients),),
+        (parts.programs * len(gradients),),
         grad.device,
         grad=view_of(grad),
         gradients=tuple(
             Gradient(wanted.source, wanted.d_value, Sums(x, *parts.strides))
             for wanted, x in zip(gradients, sums, strict=True)
         ),
-        split=Split(*parts[1:7], *(tl.constexpr(flag) for flag in flags)),
-        layout=layout_of(shape_of(grad), values),
+        split=parts.split,
+        layout=tiles.layout_of(tiles.shape_of(grad), values),
         SOURCES=len(gradients),
-        SUM_TYPE=sum_type(grad.dtype),
+        SUM_TYPE=tiles.sum_type(grad.dtype),
         ROWS=parts.size.rows,
         BLOCK=parts.size.columns,
         num_warps=4,
@@ -271,15 +245,15 @@ def _launch(grad: Tensor, parts: Partition, gradients: list[Wanted]) -> None:
 
 
 def _add_parts(partials: Tensor, parts: Partition, outs: list[Tensor | None]) -> None:
-    size = size_of(parts.parts, parts.sum_width, widest=64, tallest=_SUMS)
-    width_tiles = tiles_of(parts.sum_width, size.columns)
+    size = tiles.size_of(parts.parts, parts.sum_width, widest=64, tallest=_SUMS)
+    width_tiles = tiles.tiles_of(parts.sum_width, size.columns)
     lib.launch(
         sum_kernel,
-        (len(outs) * parts.sequences * width_tiles,),
+        (len(outs) * parts.split.sequences * width_tiles,),
         partials.device,
         partials=partials,
         outs=tuple(outs),
-        groups=parts.sequences,
+        groups=parts.split.sequences,
         parts=parts.parts,
         width=parts.sum_width,
         width_tiles=width_tiles,

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
-from resformer_kernels.mix.op import (
-    WANTS_GATE,
-    WANTS_TABLE,
-    DenseBackwardCall,
-    EmbeddingBackwardCall,
-    MixBackwardCall,
-)
+from resformer_kernels.mix import op
 from resformer_kernels.mix.record import EmbeddingCall, MixCall
 from resformer_kernels.mix.triton.backward import mix_values_backward
 from resformer_kernels.mix.triton.forward import mix_value_embedding_forward, mix_values_forward
@@ -51,7 +45,7 @@ def _forward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _
 def _backward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _DIM) -> None:
     (grad,) = _values(dtype, 1, dim)
     mask = (1,) * count + (int(form != _NONE),) * count
-    mix_values_backward(MixBackwardCall(grad, _call(dtype, count, form, dim), mask))
+    mix_values_backward(op.MixBackwardCall(grad, _call(dtype, count, form, dim), mask))
 
 
 def _embedding(dtype: torch.dtype, table: torch.dtype, backward: bool) -> None:
@@ -59,9 +53,9 @@ def _embedding(dtype: torch.dtype, table: torch.dtype, backward: bool) -> None:
     rows = _meta(_VOCAB, _HEADS, _DIM, dtype=table)
     ids, gate = _meta(1, _TIME, dtype=torch.int64), _meta(1, _TIME, _HEADS, 1)
     if backward:
-        mask = WANTS_TABLE | WANTS_GATE
-        call = EmbeddingBackwardCall(v, rows, ids, gate, 1.0)
-        mix_value_embedding_backward(DenseBackwardCall(call, mask))
+        mask = op.WANTS_TABLE | op.WANTS_GATE
+        call = op.EmbeddingBackwardCall(v, rows, ids, gate, 1.0)
+        mix_value_embedding_backward(op.DenseBackwardCall(call, mask))
     else:
         mix_value_embedding_forward(EmbeddingCall(v, rows, ids, gate, 1.0, False))
 

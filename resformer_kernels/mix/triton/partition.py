@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels.mix.triton.tiles import Shape, Size, size_of, tiles_of
@@ -19,10 +20,10 @@ class Differs(NamedTuple):
     dim: bool
 
 
-class Partition(NamedTuple):
-    """The split of one source's gradient, or of several whose coefficients differ alike."""
+class Split(NamedTuple):
+    """How the kernel's rows and columns are split. Where ALL_* holds, a program loops over these;
+    otherwise they are in the grid."""
 
-    size: Size
     sequences: int
     """Sequences of the batch, or one of all rows; no tile spans two."""
     rows: int
@@ -33,26 +34,28 @@ class Partition(NamedTuple):
     row_tiles: int
     column_tiles: int
     """Tiles per window."""
-    over_rows: bool
+    OVER_ROWS: tl.constexpr
     """Whether a tile's rows share one (partial) sum."""
-    over_columns: bool
+    OVER_COLUMNS: tl.constexpr
     """Whether a tile's columns do."""
-    loops: tuple[bool, bool, bool]
-    """Whether a program loops over all sequences, windows, column tiles."""
+    ALL_SEQUENCES: tl.constexpr
+    ALL_WINDOWS: tl.constexpr
+    ALL_COLUMNS: tl.constexpr
+
+
+class Partition(NamedTuple):
+    """The split of one source's gradient, or of several whose coefficients differ alike."""
+
+    size: Size
+    split: Split
+    programs: int
+    """Programs per source."""
     parts: int
-    """Partial sums of an entry."""
+    """Partial sums of an entry; 0: sums are the entries themselves."""
     sum_width: int
     """Entries of the coefficient's gradient per row, or per sequence."""
     strides: tuple[int, int, int, int]
     """Strides of the (partial) sums: sequence, row (or row tile), window, column tile."""
-
-    def programs(self) -> int:
-        """Programs per source."""
-        counts = (self.sequences, self.windows, self.column_tiles)
-        programs = self.row_tiles
-        for count, looped in zip(counts, self.loops, strict=True):
-            programs *= 1 if looped else count
-        return programs
 
 
 def differs_along(coefficient: Tensor) -> Differs:
@@ -95,13 +98,15 @@ def partition(shape: Shape, differs: Differs | None) -> Partition:
         )
         parts *= row_tiles
     else:
-        parts = 1
+        parts = 0
         loops = (over_batch, by_head and not differs.head, not differs.dim)
         strides = (
             *(0, sum_width, dims if differs.head else 0),
             size.columns if differs.dim else 0,
         )
-    return Partition(
-        *(size, sequences, rows, window, windows, row_tiles, column_tiles),
-        *(over_rows, not differs.dim, loops, parts, sum_width, strides),
-    )
+    programs = row_tiles
+    for count, looped in zip((sequences, windows, column_tiles), loops, strict=True):
+        programs *= 1 if looped else count
+    flags = (tl.constexpr(flag) for flag in (over_rows, not differs.dim, *loops))
+    split = Split(sequences, rows, window, windows, row_tiles, column_tiles, *flags)
+    return Partition(size, split, programs, parts, sum_width, strides)

@@ -11,26 +11,10 @@ from torch import Tensor
 
 from resformer_kernels._triton import device as lib
 from resformer_kernels._triton.views import view_of
-from resformer_kernels.mix.op import (
-    WANTS_GATE,
-    WANTS_TABLE,
-    DenseBackwardCall,
-    EmbeddingBackwardCall,
-)
+from resformer_kernels.mix import op
 from resformer_kernels.mix.record import absent_like
+from resformer_kernels.mix.triton import tiles
 from resformer_kernels.mix.triton.backward import Wanted, run_backward
-from resformer_kernels.mix.triton.tiles import (
-    coefficient_over,
-    layout_of,
-    load,
-    shape_of,
-    size_of,
-    source_of,
-    sum_type,
-    table_source,
-    tile_at,
-    tiles_of,
-)
 
 
 class Sorted(NamedTuple):
@@ -68,32 +52,32 @@ def scatter_kernel(
         for first in range(start, end, ROWS):
             at = first + tl.arange(0, ROWS)
             position = tl.load(order.positions + at, mask=at < end, other=0)  # (ROWS,)
-            tile = tile_at(layout, position, at < end, columns, column_mask)
-            g = load(source.value, layout, tile)  # (ROWS, BLOCK)
-            weight = coefficient_over(source, layout, tile)
+            tile = tiles.tile_at(layout, position, at < end, columns, column_mask)
+            g = tiles.load(source.value, layout, tile)  # (ROWS, BLOCK)
+            weight = tiles.coefficient_over(source, layout, tile)
             total += tl.sum(g.to(SUM_TYPE) * weight, 0)
         rounded = lib.round_to(total.to(tl.float32), out.dtype.element_ty)
         target = tl.load(targets + start)
         tl.store(out + target * layout.width + columns, rounded, mask=column_mask)
 
 
-def mix_value_embedding_backward(back: DenseBackwardCall) -> tuple[Tensor, Tensor]:
+def mix_value_embedding_backward(back: op.DenseBackwardCall) -> tuple[Tensor, Tensor]:
     """The gradients of the table and the gate; those not in grad_mask have no elements."""
     grad, table, token_ids, gate, number = back.call
     d_table, d_gate = absent_like(table), absent_like(grad if gate is None else gate)
-    if back.grad_mask & WANTS_GATE:
+    if back.grad_mask & op.WANTS_GATE:
         assert gate is not None
         d_gate = lib.empty(gate, gate.shape)
-        rows = table_source(table, token_ids, gate, number)
+        rows = tiles.table_source(table, token_ids, gate, number)
         run_backward(grad, [Wanted(rows, None, d_gate)])
-    if back.grad_mask & WANTS_TABLE:
+    if back.grad_mask & op.WANTS_TABLE:
         d_table = table.new_zeros(table.shape)
         order = _sorted(token_ids)
         _scatter(back.call, order, order.ids, d_table)
     return d_table, d_gate
 
 
-def mix_value_embedding_backward_sparse(call: EmbeddingBackwardCall) -> tuple[Tensor, Tensor]:
+def mix_value_embedding_backward_sparse(call: op.EmbeddingBackwardCall) -> tuple[Tensor, Tensor]:
     """(ids that occur, their rows of the table's gradient). Their number depends on data, for which
     the host waits."""
     order = _sorted(call.token_ids)
@@ -107,23 +91,23 @@ def _sorted(token_ids: Tensor) -> Sorted:
     return Sorted(*torch.sort(token_ids.flatten().long(), stable=True))
 
 
-def _scatter(call: EmbeddingBackwardCall, order: Sorted, targets: Tensor, out: Tensor) -> None:
-    grad, shape = call.grad, shape_of(call.grad)
-    size = size_of(order.ids.shape[0], shape.width, widest=512, tallest=8)
-    column_tiles = tiles_of(shape.width, size.columns)
+def _scatter(call: op.EmbeddingBackwardCall, order: Sorted, targets: Tensor, out: Tensor) -> None:
+    grad, shape = call.grad, tiles.shape_of(call.grad)
+    size = tiles.size_of(order.ids.shape[0], shape.width, widest=512, tallest=8)
+    column_tiles = tiles.tiles_of(shape.width, size.columns)
     lib.launch(
         scatter_kernel,
         (order.ids.shape[0] * column_tiles,),
         grad.device,
-        source=source_of(view_of(grad), call.gate, call.gate_value),
+        source=tiles.source_of(view_of(grad), call.gate, call.gate_value),
         order=order,
         ends=torch.searchsorted(order.ids, order.ids, right=True),
         targets=targets,
         out=out,
         vocab=call.table.shape[0],
         column_tiles=column_tiles,
-        layout=layout_of(shape, (view_of(grad),)),
-        SUM_TYPE=sum_type(grad.dtype),
+        layout=tiles.layout_of(shape, (view_of(grad),)),
+        SUM_TYPE=tiles.sum_type(grad.dtype),
         ROWS=size.rows,
         BLOCK=size.columns,
         num_warps=4,

@@ -10,22 +10,8 @@ from torch import Tensor
 from resformer_kernels._triton import device as lib
 from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, BackwardCall
 from resformer_kernels.scan.triton import partition as split
+from resformer_kernels.scan.triton import steps
 from resformer_kernels.scan.triton.carry import entering_states
-from resformer_kernels.scan.triton.steps import (
-    conj_mul,
-    gate_of,
-    load,
-    place_of,
-    row_at,
-    row_number,
-    row_of,
-    select,
-    state_at,
-    state_of,
-    step_of,
-    store,
-    zeros,
-)
 
 
 @triton.jit
@@ -46,60 +32,55 @@ def backward_kernel(
     """a = dh + c, dx = a, dg = conj(h before) a, c = conj(g) a. The state before a step is that of
     the row visited next; `states` is there where a gradient of the gates is wanted. `sums`: dg
     summed over a chunk, in float64, where gates are constant."""
-    place = place_of(work)
-    if entering is not None:
-        c = state_of(entering, work, place, place.index, place.mask)
-    elif work.packing.kinds is not None:
-        c = zeros(place)
-    else:
-        c = state_of(d_final, work, place, place.track, place.mask)
+    place = steps.place_of(work)
+    c = steps.first_state(entering, d_final, work, place)
     gate = constant
     if constant is not None:
-        gate = load(work, place, constant, place.mask, 0.0)
+        gate = steps.load(work, place, constant, place.mask, 0.0)
     sum_re = tl.zeros((work.BLOCK,), tl.float64)
     sum_im = tl.zeros((work.BLOCK,), tl.float64)
     for start in range(place.begin, place.end, work.STEPS):
         loaded = ()
         for u in tl.static_range(work.STEPS):
-            step = step_of(work, place, start + u)
-            loaded += (row_of(grad, work, place, step, 0.0), row_of(gates, work, place, step, 1.0))
+            step = steps.step_of(work, place, start + u)
+            loaded += (steps.row_of(grad, work, place, step, 0.0),)
+            loaded += (steps.row_of(gates, work, place, step, 1.0),)
             if states.pointer is not None:
                 mask = place.mask & step.inside
-                at = row_at(states, place, row_number(work, start + u + 1))
-                before = load(work, place, at, mask & ~step.leaves, 0.0)
-                first = state_of(initial, work, place, step.owner, mask & step.leaves)
-                loaded += (select(step.leaves, first, before),)
+                at = steps.row_at(states, place, steps.row_number(work, start + u + 1))
+                before = steps.load(work, place, at, mask & ~step.leaves, 0.0)
+                first = steps.state_of(initial, work, place, step.owner, mask & step.leaves)
+                loaded += (steps.select(step.leaves, first, before),)
             else:
-                loaded += (zeros(place),)
+                loaded += (steps.zeros(place),)
         for u in tl.static_range(work.STEPS):
-            step = step_of(work, place, start + u)
+            step = steps.step_of(work, place, start + u)
             mask = place.mask & step.exists
             if work.packing.kinds is not None:
-                entered = state_of(d_final, work, place, step.owner, place.mask & step.enters)
-                c = select(step.enters, entered, c)
+                entered = steps.state_of(d_final, work, place, step.owner, place.mask & step.enters)
+                c = steps.select(step.enters, entered, c)
             x = loaded[3 * u]
             a = (c[0] + x[0], c[1] + x[1])
             if d_tokens.pointer is not None:
-                at = row_at(d_tokens, place, step.row)
-                store(work, place, at, mask, select(step.inside, a, zeros(place)))
+                at = steps.row_at(d_tokens, place, step.row)
+                steps.store(work, place, at, mask, steps.select(step.inside, a, steps.zeros(place)))
             if states.pointer is not None:
-                d = conj_mul(loaded[3 * u + 2], a, work.COMPLEX)
-                d = select(step.inside, d, zeros(place))
+                d = steps.conj_mul(loaded[3 * u + 2], a, work.COMPLEX)
+                d = steps.select(step.inside, d, steps.zeros(place))
                 if sums is not None:
                     sum_re += d[0].to(tl.float64)
                     sum_im += d[1].to(tl.float64)
                 else:
-                    store(work, place, row_at(d_gates, place, step.row), mask, d)
-            c = conj_mul(gate_of(gate, loaded[3 * u + 1], step), a, work.COMPLEX)
+                    steps.store(work, place, steps.row_at(d_gates, place, step.row), mask, d)
+            c = steps.conj_mul(steps.gate_of(gate, loaded[3 * u + 1], step), a, work.COMPLEX)
             if work.packing.kinds is not None and d_initial is not None:
-                store(
-                    work, place, state_at(d_initial, work, step.owner), place.mask & step.leaves, c
-                )
+                last = place.mask & step.leaves
+                steps.store(work, place, steps.state_at(d_initial, work, step.owner), last, c)
     if d_initial is not None and work.packing.kinds is None:
         last = place.mask & (place.end == work.time)
-        store(work, place, state_at(d_initial, work, place.track), last, c)
+        steps.store(work, place, steps.state_at(d_initial, work, place.track), last, c)
     if sums is not None:
-        at = state_at(sums, work, place.index)
+        at = steps.state_at(sums, work, place.index)
         if work.COMPLEX:
             tl.store(at + 2 * place.columns, sum_re, mask=place.mask)
             tl.store(at + 2 * place.columns + 1, sum_im, mask=place.mask)
@@ -121,15 +102,15 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
             d_initial.zero_() if call.grad_final is None else d_initial.copy_(call.grad_final)
     if states.numel() == 0 or call.sequences == 0:
         return d_tokens.zero_(), d_gates.zero_(), d_initial
-    parts, work = split.work_of(states, call.cu_seqlens, reverse=not call.reverse)
+    programs, work = split.partition(states, call.cu_seqlens, reverse=not call.reverse)
     by_step, constant = split.gates_of(gates)
     grad, d_final = split.view_of(call.grad_states), split.flat(call.grad_final)
     sums = None
     if wants_gates and constant is not None:
-        sums = split.new_states(gates, parts, torch.float64)
+        sums = split.new_states(gates, programs, work, torch.float64)
     lib.launch(
         backward_kernel,
-        (parts.programs,),
+        (programs,),
         states.device,
         grad=grad,
         gates=by_step,
@@ -138,7 +119,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         d_tokens=split.view_of(d_tokens) if call.grad_mask & WANTS_TOKENS else split.NO_VIEW,
         d_gates=split.view_of(d_gates) if wants_gates and sums is None else split.NO_VIEW,
         sums=sums,
-        entering=entering_states(gates, grad, d_final, parts, work, backward=True),
+        entering=entering_states(gates, grad, d_final, programs, work, backward=True),
         d_final=d_final,
         initial=split.flat(call.initial_state),
         d_initial=split.parts_of(d_initial) if call.grad_mask & WANTS_INITIAL else None,

@@ -10,23 +10,7 @@ from torch import Tensor
 
 from resformer_kernels._triton import device as lib
 from resformer_kernels.scan.triton import partition as split
-from resformer_kernels.scan.triton.steps import (
-    Place,
-    View,
-    Work,
-    conj_mul,
-    fma,
-    gate_of,
-    load,
-    load_steps,
-    place_of,
-    select,
-    state_at,
-    state_of,
-    step_of,
-    store,
-    zeros,
-)
+from resformer_kernels.scan.triton import steps
 
 
 @triton.jit
@@ -36,31 +20,31 @@ def summary_kernel(
     """What a chunk does to any state that enters it: state -> product * state + end. BACKWARD: of
     the recurrence c = conj(g) (x + c). `resets`: whether a sequence begins in the chunk, so that
     the entering state is lost."""
-    place = place_of(work)
-    h = zeros(place)
+    place = steps.place_of(work)
+    h = steps.zeros(place)
     product = (h[0] + 1.0, h[1])
     reset = 0
     gate = constant
     if constant is not None:
-        gate = load(work, place, constant, place.mask, 0.0)
+        gate = steps.load(work, place, constant, place.mask, 0.0)
     for start in range(place.begin, place.end, work.STEPS):
-        loaded = load_steps(tokens, gates, work, place, start)
+        loaded = steps.load_steps(tokens, gates, work, place, start)
         for u in tl.static_range(work.STEPS):
-            step = step_of(work, place, start + u)
+            step = steps.step_of(work, place, start + u)
             if work.packing.kinds is not None:
-                first = state_of(entered, work, place, step.owner, place.mask & step.enters)
-                h = select(step.enters, first, h)
+                first = steps.state_of(entered, work, place, step.owner, place.mask & step.enters)
+                h = steps.select(step.enters, first, h)
                 reset = tl.where(step.enters, 1, reset)
             x = loaded[2 * u]
-            g = gate_of(gate, loaded[2 * u + 1], step)
+            g = steps.gate_of(gate, loaded[2 * u + 1], step)
             if BACKWARD:
-                h = conj_mul(g, (h[0] + x[0], h[1] + x[1]), work.COMPLEX)
-                product = conj_mul(g, product, work.COMPLEX)
+                h = steps.conj_mul(g, (h[0] + x[0], h[1] + x[1]), work.COMPLEX)
+                product = steps.conj_mul(g, product, work.COMPLEX)
             else:
-                h = fma(g, h, x, work.COMPLEX)
-                product = fma(g, product, zeros(place), work.COMPLEX)
-    store(work, place, state_at(products, work, place.index), place.mask, product)
-    store(work, place, state_at(ends, work, place.index), place.mask, h)
+                h = steps.fma(g, h, x, work.COMPLEX)
+                product = steps.fma(g, product, steps.zeros(place), work.COMPLEX)
+    steps.store(work, place, steps.state_at(products, work, place.index), place.mask, product)
+    steps.store(work, place, steps.state_at(ends, work, place.index), place.mask, h)
     if work.packing.kinds is not None:
         tl.store(resets + place.index, reset)
 
@@ -70,23 +54,20 @@ def carry_kernel(products, ends, resets, entered, entering, work):
     """The state that enters each chunk of a track."""
     track = tl.program_id(0) // work.column_tiles
     columns = tl.program_id(0) % work.column_tiles * work.BLOCK + tl.arange(0, work.BLOCK)
-    place = Place(track, track * work.chunks, 0, work.chunks, columns, columns < work.width)
-    if work.packing.kinds is not None:
-        h = zeros(place)
-    else:
-        h = state_of(entered, work, place, track, place.mask)
+    place = steps.Place(track, track * work.chunks, 0, work.chunks, columns, columns < work.width)
+    h = steps.first_state(None, entered, work, place)
     for start in range(0, work.chunks, work.STEPS):
         loaded = ()
         for u in tl.static_range(work.STEPS):
             index, mask = place.index + start + u, place.mask & (start + u < work.chunks)
             loaded += (
-                state_of(products, work, place, index, mask),
-                state_of(ends, work, place, index, mask),
+                steps.state_of(products, work, place, index, mask),
+                steps.state_of(ends, work, place, index, mask),
             )
         for u in tl.static_range(work.STEPS):
             exists = start + u < work.chunks
             index = place.index + start + u
-            store(work, place, state_at(entering, work, index), place.mask & exists, h)
+            steps.store(work, place, steps.state_at(entering, work, index), place.mask & exists, h)
             end = loaded[2 * u + 1]
             # A product that overflowed does not affect a state of zero.
             lost = h[0] == 0.0
@@ -94,22 +75,24 @@ def carry_kernel(products, ends, resets, entered, entering, work):
                 lost = lost & (h[1] == 0.0)
             if work.packing.kinds is not None:
                 lost = lost | (tl.load(resets + index, mask=exists, other=0) != 0)
-            h = select(lost, end, fma(loaded[2 * u], h, end, work.COMPLEX))
+            h = steps.select(lost, end, steps.fma(loaded[2 * u], h, end, work.COMPLEX))
 
 
 def entering_states(
     gates: Tensor,
-    tokens: View,
+    tokens: steps.View,
     entered: Tensor | None,
-    parts: split.Partition,
-    work: Work,
+    programs: int,
+    work: steps.Work,
     *,
     backward: bool,
 ) -> Tensor | None:
     """The state that enters each chunk, given what enters the sequences; None for one chunk."""
-    if parts.chunks == 1:
+    if work.chunks == 1:
         return None
-    products, ends, entering = (split.new_states(gates, parts, torch.float32) for _ in range(3))
+    products, ends, entering = (
+        split.new_states(gates, programs, work, torch.float32) for _ in range(3)
+    )
     resets = None
     if work.packing.kinds is not None:
         resets = gates.new_empty(products.shape[:1], dtype=torch.int32)
@@ -117,7 +100,7 @@ def entering_states(
     summaries = {"products": products, "ends": ends, "resets": resets, "entered": entered}
     lib.launch(
         summary_kernel,
-        (parts.programs,),
+        (programs,),
         gates.device,
         gates=by_step,
         constant=constant,
@@ -129,7 +112,7 @@ def entering_states(
     )
     lib.launch(
         carry_kernel,
-        (parts.programs // parts.chunks,),
+        (programs // work.chunks,),
         gates.device,
         entering=entering,
         work=work,

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch, recorded_launches
-from resformer_kernels.scan.op import (
-    WANTS_GATES,
-    WANTS_INITIAL,
-    WANTS_TOKENS,
-    BackwardCall,
-)
+from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, BackwardCall
 from resformer_kernels.scan.record import ScanCall, state_dtype
 from resformer_kernels.scan.triton.backward import backward
 from resformer_kernels.scan.triton.forward import forward

@@ -8,8 +8,6 @@ split depends on shapes alone, and nothing is added atomically: the same bits ev
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -40,19 +38,8 @@ def check_constants() -> None:
 NO_VIEW = View(None, 0, 0)
 
 
-class Partition(NamedTuple):
-    """Sizes of the parts. `chunk` and `steps` count steps, `block` channels."""
-
-    programs: int
-    block: int
-    column_tiles: int
-    chunk: int
-    chunks: int
-    steps: int
-
-
-def partition(like: Tensor) -> Partition:
-    """The partition for tokens like these."""
+def partition(like: Tensor, cu_seqlens: Tensor | None, *, reverse: bool) -> tuple[int, Work]:
+    """(number of programs, their argument) for tokens like these."""
     tracks, time, width = like.shape if like.dim() == 3 else (1, *like.shape)
     most = CHANNELS // 2 if like.is_complex() else CHANNELS
     block = min(most, 1 << (max(1, width) - 1).bit_length())
@@ -67,26 +54,10 @@ def partition(like: Tensor) -> Partition:
     chunk = -(-max(1, time) // chunks)
     chunk = -(-chunk // steps) * steps
     chunks = max(1, -(-time // chunk))
-    return Partition(tracks * chunks * column_tiles, block, column_tiles, chunk, chunks, steps)
-
-
-def work_of(like: Tensor, cu_seqlens: Tensor | None, *, reverse: bool) -> tuple[Partition, Work]:
-    """The partition for tokens like these, and the kernels' argument that describes it."""
-    split = partition(like)
-    time, width = like.shape[-2:]
-    work = Work(
-        _packing(cu_seqlens, time),
-        time,
-        width,
-        split.chunk,
-        split.chunks,
-        split.column_tiles,
-        COMPLEX=tl.constexpr(like.is_complex()),
-        REVERSED=tl.constexpr(reverse),
-        STEPS=tl.constexpr(split.steps),
-        BLOCK=tl.constexpr(split.block),
-    )
-    return split, work
+    constants = (tl.constexpr(x) for x in (like.is_complex(), reverse, steps, block))
+    packing = _packing(cu_seqlens, time)
+    work = Work(packing, time, width, chunk, chunks, column_tiles, *constants)
+    return tracks * chunks * column_tiles, work
 
 
 def _packing(cu_seqlens: Tensor | None, total: int) -> Packing:
@@ -109,10 +80,10 @@ def parts_of(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def new_states(gates: Tensor, split: Partition, dtype: torch.dtype) -> Tensor:
+def new_states(gates: Tensor, programs: int, work: Work, dtype: torch.dtype) -> Tensor:
     """Scratch with a state for each chunk of each track."""
-    width = gates.shape[-1] * (2 if gates.is_complex() else 1)
-    return lib.empty(gates, (split.programs // split.column_tiles, width), dtype)
+    width = work.width * (2 if gates.is_complex() else 1)
+    return lib.empty(gates, (programs // work.column_tiles, width), dtype)
 
 
 def flat(x: Tensor | None) -> Tensor | None:

@@ -187,6 +187,18 @@ def state_of(rows, work, place, index, mask):
 
 
 @triton.jit
+def first_state(entering, initial, work, place):
+    """The state before a program's first step. Packed sequences replace it where they begin."""
+    if entering is not None:
+        value = state_of(entering, work, place, place.index, place.mask)
+    elif work.packing.kinds is not None:
+        value = zeros(place)
+    else:
+        value = state_of(initial, work, place, place.track, place.mask)
+    return value
+
+
+@triton.jit
 def load_steps(view, gates, work, place, start):
     """STEPS rows of `view` and of `gates`, each (0, 1) outside sequences."""
     loaded = ()
