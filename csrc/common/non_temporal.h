@@ -1,4 +1,4 @@
-// What kernels bound by memory share: non-temporal stores, which bypass the caches, and prefetch distance.
+// Shared by kernels bound by memory: non-temporal stores, which bypass the caches, and prefetch distance.
 #pragma once
 
 #include <cstdint>

@@ -4,8 +4,8 @@
     dv   = dOut                 dtable[id] = sum of gate * dOut over the positions that hold id
                                 dgate  = dOut * table[token_ids], summed likewise
 
-A value is saved only where its coefficient wants a gradient. Of an embedding, the table and the
-ids are saved; the selected rows are read again. A gradient that is not wanted has shape (0,).
+A value is saved only where its coefficient wants a gradient. An embedding saves the table and the
+ids; the selected rows are read again. A gradient that is not wanted has shape (0,).
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from resformer_kernels.mix.record import (
 )
 
 WANTS_TABLE, WANTS_GATE = 1, 2
-"""Bits of an embedding's `grad_mask`, in the order of its leaves."""
-_EMBEDDING_LEAVES = ("table", "gate")
+"""Bits of an embedding's `grad_mask`."""
 
 
 class MixBackwardCall(NamedTuple):
@@ -149,20 +148,18 @@ class MixValues(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output
-        ctx.namespace, call = inputs[0], _call_of(*inputs[1:])
-        needs = ctx.needs_input_grad[2 + len(call.values) :]
-        pairs = zip(call.values, needs, strict=True)
-        values = tuple(x if need else absent_like(x) for x, need in pairs)
-        gradient.save(ctx, _flat(call._replace(values=values)))
+        ctx.namespace, ctx.numbers, *tensors = inputs
+        count = len(ctx.numbers)
+        needs = ctx.needs_input_grad[2 + count :]
+        values = [x if need else None for x, need in zip(tensors[:count], needs, strict=True)]
+        ctx.save_for_backward(*values, *tensors[count:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        (call,) = gradient.saved(ctx, _call_of)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = (absent_like(grad) if x is None else x for x in ctx.saved_tensors)
         needs = ctx.needs_input_grad[2:]
-        if grad is None:
-            return (None,) * (2 + len(needs))
         mask = tuple(int(need) for need in needs)
-        back = MixBackwardCall(unit_stride(grad), call, mask)
+        back = MixBackwardCall(unit_stride(grad), _call_of(ctx.numbers, *tensors), mask)
         gradients = gradient.run_backward(VALUES_BACKWARD, ctx.namespace, back)
         found = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (None, None, *found)
@@ -177,24 +174,20 @@ class MixValueEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(namespace: str, *call: Any) -> Tensor:
-        out: Tensor = EMBEDDING_FORWARD(namespace, EmbeddingCall(*call))
+        out: Tensor = EMBEDDING_FORWARD(namespace, call)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output
-        ctx.namespace, call = inputs[0], EmbeddingCall(*inputs[1:])
-        ctx.sparse_grad = call.sparse_grad
-        gradient.save(ctx, (None, call.table, call.token_ids, call.gate, call.gate_value))
+        ctx.namespace, _v, table, token_ids, gate, ctx.gate_value, ctx.sparse_grad = inputs
+        ctx.save_for_backward(table, token_ids, gate)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        (call,) = gradient.saved(ctx, EmbeddingBackwardCall)
-        leaves = ("v", *_EMBEDDING_LEAVES)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call = EmbeddingBackwardCall(unit_stride(grad), *ctx.saved_tensors, ctx.gate_value)
+        leaves = ("v", "table", "gate")
         needs = gradient.wanted(ctx, EmbeddingCall, leaves)
-        if grad is None:
-            return gradient.in_place_of(EmbeddingCall, leaves, (None,) * 3, needs)
-        call = call._replace(grad=unit_stride(grad))
         d_table: Tensor | None = None
         d_gate: Tensor | None = None
         dense = gradient.mask_of((needs[1] and not ctx.sparse_grad, needs[2]))
@@ -219,7 +212,8 @@ def run(namespace: str, call: MixCall | EmbeddingCall) -> Tensor:
     function: Any
     arguments: Any
     if isinstance(call, MixCall):
-        call = call._replace(values=tuple(unit_stride(x) for x in call.values))
+        values = tuple(unit_stride(x) for x in call.values)
+        call = MixCall(values, call.coefficients, call.coefficient_values)
         op, function, arguments = VALUES_FORWARD, MixValues, _flat(call)
     else:
         call = with_unit_strides(call, COPIED)

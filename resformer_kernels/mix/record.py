@@ -86,7 +86,7 @@ def dtype_reason(call: MixCall | EmbeddingCall) -> str | None:
 
 
 def copy_notes(call: MixCall | EmbeddingCall) -> list[str]:
-    """What is copied before the kernel, for `explain`."""
+    """The arguments that are copied before the kernel, for `explain`."""
     if isinstance(call, MixCall):
         named = [(f"values[{i}]", value) for i, value in enumerate(call.values)]
     else:

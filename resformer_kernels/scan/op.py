@@ -79,26 +79,34 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(namespace: str, *call: Any) -> tuple[Tensor, Tensor]:
-        states, final = FORWARD(namespace, ScanCall(*call))
+        states, final = FORWARD(namespace, call)
         return states, final
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.namespace, call = inputs[0], ScanCall(*inputs[1:])
+        ctx.namespace, gates, _tokens, initial_state, ctx.reverse, cu_seqlens = inputs
         states, _ = output
         if not ctx.needs_input_grad[1]:
             # The backward reads its shape and dtype alone.
             states = states.new_empty(()).expand(states.shape)
-        gradient.save(ctx, (None, None, call.gates, states, *call[2:], 0))
+        ctx.save_for_backward(gates, states, initial_state, cu_seqlens)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx: Any, grad_states: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        (call,) = gradient.saved(ctx, BackwardCall)
+        gates, states, initial_state, cu_seqlens = ctx.saved_tensors
         needs = gradient.wanted(ctx, ScanCall, LEAVES)
-        call = call._replace(
-            grad_states=grad_states, grad_final=grad_final, grad_mask=gradient.mask_of(needs)
+        call = BackwardCall(
+            grad_states=grad_states,
+            grad_final=grad_final,
+            gates=gates,
+            states=states,
+            initial_state=initial_state,
+            reverse=ctx.reverse,
+            cu_seqlens=cu_seqlens,
+            grad_mask=gradient.mask_of(needs),
         )
         call = with_unit_strides(call, ("grad_states", "grad_final"))
         gradients: tuple[Tensor | None, ...] = (None,) * len(LEAVES)

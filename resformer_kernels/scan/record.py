@@ -43,7 +43,7 @@ class ScanCall(NamedTuple):
 TENSORS = ("gates", "tokens", "initial_state", "cu_seqlens")
 
 copy_notes = partial(strides.copy_notes, names=TENSORS)
-"""What is copied before the kernel, for `explain`."""
+"""Says which arguments are copied before the kernel, for `explain`."""
 
 
 def sequences_of(tokens: Tensor, cu_seqlens: Tensor | None) -> int:

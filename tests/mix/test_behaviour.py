@@ -1,4 +1,4 @@
-"""What holds on every backend, and what the native one promises about bits, NaN and strides."""
+"""Behaviour of every backend, and the native one's promises about bits, NaN and strides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved for backward, and that the rows of a table never exist as a tensor."""
+"""Memory: the tensors saved for backward; rows of a table are never materialised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds on every backend, and what the native one promises about bits, streams and strides."""
+"""Behaviour of every backend, and the native one's promises about bits, streams and strides."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_million_steps(constant: bool, reverse: bool, native: str) -> None:
         (found[2][0], exact.d_initial),
     ]
     for got, true in pairs:
-        # Of terms of size 1 a short sum may cancel: what they round to is left.
+        # A short sum of terms of size 1 may cancel: their rounding errors are left.
         size = max(float(true.norm()), true.numel() ** 0.5)
         assert float((got.detach().double() - true).norm()) <= 3e-7 * size
 

@@ -1,4 +1,4 @@
-"""How the gradient of a mix is split over programs. Plain arithmetic on shapes: the bits of a
+"""The split of a mix's gradient over programs. Plain arithmetic on shapes: the bits of a
 gradient do not depend on the GPU."""
 
 from __future__ import annotations

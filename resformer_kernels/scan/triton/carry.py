@@ -1,5 +1,4 @@
-"""The state that enters each chunk of a scan: what every chunk does to a state, then a pass over
-the chunks."""
+"""The state that enters each chunk of a scan: a summary of every chunk, then a pass over them."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from resformer_kernels.scan.triton import steps
 def summary_kernel(
     gates, constant, tokens, entered, products, ends, resets, work, BACKWARD: tl.constexpr
 ):
-    """What a chunk does to any state that enters it: state -> product * state + end. BACKWARD: of
-    the recurrence c = conj(g) (x + c). `resets`: whether a sequence begins in the chunk, so that
-    the entering state is lost."""
+    """Summarise a chunk as a map of the state that enters it: state -> product * state + end.
+    BACKWARD: for the recurrence c = conj(g) (x + c). `resets`: whether a sequence begins in the
+    chunk, so that the entering state is lost."""
     place = steps.place_of(work)
     h = steps.zeros(place)
     product = (h[0] + 1.0, h[1])

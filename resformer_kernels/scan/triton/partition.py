@@ -1,4 +1,4 @@
-"""How the work of a scan is split over programs, and its tensors as the kernels take them.
+"""The split of a scan over programs, and its tensors as the kernels take them.
 
 Where channels and tracks alone occupy a GPU, a program takes all steps of its channels. Otherwise
 time is split into chunks: one kernel finds what each chunk does to a state (a product and a sum),
