@@ -185,7 +185,8 @@ class MixValueEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call = EmbeddingBackwardCall(unit_stride(grad), *ctx.saved_tensors, ctx.gate_value)
+        table, token_ids, gate = ctx.saved_tensors
+        call = EmbeddingBackwardCall(unit_stride(grad), table, token_ids, gate, ctx.gate_value)
         leaves = ("v", "table", "gate")
         needs = gradient.wanted(ctx, EmbeddingCall, leaves)
         d_table: Tensor | None = None
@@ -197,7 +198,7 @@ class MixValueEmbedding(torch.autograd.Function):
         if needs[1] and ctx.sparse_grad:
             ids, rows = gradient.run_backward(EMBEDDING_SPARSE, ctx.namespace, call)
             d_table = torch.sparse_coo_tensor(
-                ids[None], rows, call.table.shape, is_coalesced=True, check_invariants=False
+                ids[None], rows, table.shape, is_coalesced=True, check_invariants=False
             )
         return gradient.in_place_of(EmbeddingCall, leaves, (grad, d_table, d_gate), needs)
 
@@ -208,16 +209,15 @@ class MixValueEmbedding(torch.autograd.Function):
 
 def run(namespace: str, call: MixCall | EmbeddingCall) -> Tensor:
     """The mixed value by the ops of `namespace`, contiguous, in the values' shape and dtype."""
-    op: Op
-    function: Any
-    arguments: Any
-    if isinstance(call, MixCall):
-        values = tuple(unit_stride(x) for x in call.values)
-        call = MixCall(values, call.coefficients, call.coefficient_values)
-        op, function, arguments = VALUES_FORWARD, MixValues, _flat(call)
-    else:
+    if isinstance(call, EmbeddingCall):
         call = with_unit_strides(call, COPIED)
-        op, function, arguments = EMBEDDING_FORWARD, MixValueEmbedding, call
+        return _run(namespace, EMBEDDING_FORWARD, MixValueEmbedding, call, call)
+    values = tuple(unit_stride(x) for x in call.values)
+    call = MixCall(values, call.coefficients, call.coefficient_values)
+    return _run(namespace, VALUES_FORWARD, MixValues, call, _flat(call))
+
+
+def _run(namespace: str, op: Op, function: Any, call: Any, arguments: Any) -> Tensor:
     leaves = [x for x in arguments if isinstance(x, Tensor)]
     if torch.compiler.is_compiling():
         arguments = gradient.distinct(arguments)

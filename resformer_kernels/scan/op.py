@@ -98,16 +98,8 @@ class LinearScan(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         gates, states, initial_state, cu_seqlens = ctx.saved_tensors
         needs = gradient.wanted(ctx, ScanCall, LEAVES)
-        call = BackwardCall(
-            grad_states=grad_states,
-            grad_final=grad_final,
-            gates=gates,
-            states=states,
-            initial_state=initial_state,
-            reverse=ctx.reverse,
-            cu_seqlens=cu_seqlens,
-            grad_mask=gradient.mask_of(needs),
-        )
+        operands = (gates, states, initial_state, ctx.reverse, cu_seqlens)
+        call = BackwardCall(grad_states, grad_final, *operands, gradient.mask_of(needs))
         call = with_unit_strides(call, ("grad_states", "grad_final"))
         gradients: tuple[Tensor | None, ...] = (None,) * len(LEAVES)
         if grad_states is not None or grad_final is not None:
