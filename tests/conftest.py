@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import os
 
-# Before Triton is imported: its kernels then run in its interpreter, on the CPU. What compiles them
-# does so in a process of its own, without this.
+# Before Triton is imported: its kernels then run in its interpreter, on the CPU. Tests that compile
+# them start a process of their own, without this.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from resformer_kernels._core import extension as _extension
 from resformer_kernels._triton.available import interpreted
+from tests.backends import available
 from tests.interpreter import quick
 
-# A first call loads the library, and CI machines stall: time per example says nothing here. CI
-# draws the same examples every time, so that a failure there can be repeated.
+# A first call loads the library, and CI machines stall: time per example says nothing here.
+# Interpreted kernels are slow, and fixtures that choose a backend hold for every example.
 settings.register_profile(
-    "house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+    "house",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.load_profile("house")
+settings.register_profile("explore", settings.get_profile("house"), derandomize=False)
 
 
-def pytest_configure() -> None:
-    """Give each parallel worker one thread: two workers of two threads each only wait."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--explore",
+        action="store_true",
+        help="draw new random examples (by default every run draws the same ones)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how examples are drawn, and give each parallel worker one thread: two workers of two
+    threads each only wait."""
+    settings.load_profile("explore" if config.getoption("explore") else "house")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """What a test draws from torch's own generator depends on no test before it."""
+    """Seed torch's own generator, so that no test depends on the tests before it."""
     torch.manual_seed(0)
 
 
@@ -49,7 +64,7 @@ def _require_native() -> None:
 
 @pytest.fixture
 def native() -> str:
-    """The native backend's name; skips where it is not built, and fails where it has to be."""
+    """The native backend's name; skips where it is not built, or fails where it must be."""
     _require_native()
     return "native"
 
@@ -77,8 +92,5 @@ def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that runs on a CPU."""
-    name: str = request.param
-    if name == "native":
-        _require_native()
-    return name
+    """Each backend that runs on a CPU without an interpreter."""
+    return available(request)

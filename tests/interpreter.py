@@ -10,10 +10,10 @@ from unittest import mock
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """A context within which the interpreter does not repeat what it has done.
+    """Within it the interpreter does not repeat work.
 
-    At every call of a device function it would replace triton.language's functions again, and at
-    every integer operation it would compute another in 64 bits to look for an overflow.
+    Otherwise it replaces triton.language's functions at every call of a device function, and
+    repeats every integer operation in 64 bits to look for an overflow.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -1,9 +1,9 @@
-// The choice among the builds of an op's kernels: one table of functions an instruction set.
+// Selects the build of an op's kernels: one table of functions per instruction set.
 #pragma once
 
 #include "common/cpu_features.h"
 
-// The portable build stands in for what was not built, which current_isa() never names.
+// The portable build stands in for builds that do not exist, which current_isa() never returns.
 #if defined(RESFORMER_HAVE_AVX2)
 #define RESFORMER_BUILD_AVX2 avx2
 #else

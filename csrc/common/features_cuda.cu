@@ -1,4 +1,4 @@
-// What this library was built for and what the driver can run: asked before a kernel is.
+// The architectures of this build and the version of the driver, read before any kernel is launched.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 
@@ -14,7 +14,7 @@ std::string cuda_architectures() { return RESFORMER_TEXT(RESFORMER_CUDA_ARCHS); 
 
 int64_t cuda_runtime_version() { return CUDART_VERSION; }
 
-// 0 without a driver.
+// Returns 0 without a driver.
 int64_t cuda_driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;

@@ -58,7 +58,7 @@ static inline void tile_step(const float* a, int64_t a_row, const float* b, Vec 
 
 template <class Dot, int rows, int vecs, bool accumulate>
 static void tile(const TileArgs& t) {
-  // Of scores by rows alone: forward and backward cut the keys into different tiles and must find the same
+  // For scores by rows alone: forward and backward split the keys into different tiles and must find the same
   // bits.
   constexpr int chains = chains_of(rows, accumulate ? vecs : kTileVecs);
   Vec acc[chains][rows][vecs];
@@ -155,7 +155,6 @@ static TileFn tile_of(int64_t rows, int64_t vecs) {
 // A panel is what one tile is wide: B's columns come in panels, the last one narrower.
 constexpr int64_t kPanel = kTileVecs * kLanes;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -175,8 +174,7 @@ static inline Columns row_major(const float* data, int64_t columns) {
   return {data, columns, kPanel, columns};
 }
 
-// What a block of kTileRows rows takes part in: [lo, hi) is a range of columns of B (scores) or of the summed
-// axis.
+// Range of a block of kTileRows rows: [lo, hi) are columns of B (scores) or indices of the summed axis.
 struct Span {
   int32_t lo, hi;
 };

@@ -1,4 +1,4 @@
-// What every op boundary on CUDA tensors needs: the stream, and errors of the runtime as exceptions.
+// Shared by op boundaries on CUDA tensors: the current stream, and runtime errors as exceptions.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -29,7 +29,7 @@ class Scratch {
   explicit Scratch(int64_t floats) { at_least(floats); }
   float* get() const { return data_.get(); }
 
-  // Grows where needed; what was in it is lost then.
+  // Grows where needed; the contents are lost then.
   float* at_least(int64_t floats) {
     if (floats <= floats_) return data_.get();
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
@@ -65,8 +65,8 @@ void parallel_workers(int64_t workers, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Each worker makes its scratch once with make(), then takes units off a common counter: units may differ in
-// cost by a lot (causal tiles), and which thread runs one never changes its bits.
+// Each worker makes its scratch once with make(), then takes units from a shared counter: units may differ
+// much in cost (causal tiles), and the thread that runs one never changes its bits.
 template <class Make, class Body>
 void parallel_units(int64_t units, const Make& make, const Body& body) {
   if (units <= 0) return;

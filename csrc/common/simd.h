@@ -43,6 +43,12 @@ static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 static inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
 static inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
+static inline Vec load_first(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+static inline void store_first(float* p, Vec x, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x);
+}
 // x in the lanes [lo, hi), `other` elsewhere.
 static inline Vec keep_lanes(Vec x, int32_t lo, int32_t hi, Vec other) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -151,6 +157,16 @@ static inline Vec zero() { return _mm256_setzero_ps(); }
 static inline Vec set1(float x) { return _mm256_set1_ps(x); }
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+static inline __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), lane);
+}
+static inline Vec load_first(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+static inline void store_first(float* p, Vec x, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), x);
+}
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -347,12 +363,20 @@ static inline Vec tanh(Vec x, Vec* slope) {
   return div(e, divisor);
 }
 
-// The first `count` elements, fewer than kLanes, and zeros: nothing past them is read.
+// The first `count` elements, fewer than kLanes, and zeros: nothing past them is read or written.
 template <class T>
 static inline Vec load_first(const T* p, int64_t count) {
   T padded[kLanes] = {};
   memcpy(padded, p, count * sizeof(T));
   return load(padded);
 }
+template <class T>
+static inline void store_first(T* p, Vec x, int64_t count) {
+  T padded[kLanes];
+  store(padded, x);
+  memcpy(p, padded, count * sizeof(T));
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace resformer::RESFORMER_ISA

@@ -1,4 +1,4 @@
-// Blocks that are all there at once and send one another numbers.
+// Cooperative launches: blocks that are all resident at once and exchange numbers.
 #pragma once
 
 #include "common/launch_cuda.h"
@@ -6,9 +6,9 @@
 namespace resformer {
 namespace {
 
-// A number and the step that it belongs to are one word, which is written and read as a whole: so whoever
-// finds the step has the number, and no fence and no meeting of blocks is needed. Relaxed and at the GPU's
-// scope: the words lie in the second-level cache, and no first-level one keeps an old copy.
+// A number and its step are one word, written and read as a whole: a reader that finds the step has the
+// number, so neither a fence nor a grid-wide barrier is needed. Relaxed and at device scope: words live in
+// the L2 cache, and no L1 cache holds a stale copy.
 __device__ __forceinline__ void post(uint64_t* word, uint32_t step, float value) {
   const uint64_t posted = static_cast<uint64_t>(step) << 32 | bits_from_float(value);
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(posted) : "memory");
@@ -25,17 +25,17 @@ __device__ __forceinline__ float value_of(uint64_t word) {
   return float_from_bits(static_cast<uint32_t>(word));
 }
 
-// Between two looks at what has not come. A GPU runs the other threads all the same.
+// Called between polls of a word that has not arrived. A GPU runs the other threads meanwhile.
 __device__ __forceinline__ void look_again() {}
 
-// The block's own memory, as many bytes as its launch asked for.
+// Dynamic shared memory of the block.
 __device__ __forceinline__ unsigned char* block_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
 
-// A float on its way from global to the block's memory. It is there for this thread after `copies_done`, and
-// for the block's others after the next barrier.
+// Asynchronous copy of a float from global to shared memory. This thread may read it after `copies_done`, the
+// block's others after the next barrier.
 __device__ __forceinline__ void copy_async(float* to, const float* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_async(float* to, const float* from) {
 
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// What the current device has.
+// Properties of the current device.
 struct DeviceLimits {
   int64_t multiprocessors, block_bytes;
 };
@@ -60,7 +60,7 @@ inline DeviceLimits device_limits() {
   return {multiprocessors, bytes};
 }
 
-// All blocks are resident from the first to the last, or nothing runs and an error is raised.
+// A cooperative launch: all blocks are resident at once, or nothing runs and an error is raised.
 template <class Argument>
 void launch_together(void (*kernel)(Argument), int64_t blocks, int64_t threads, int64_t bytes,
                      cudaStream_t stream, Argument argument, const char* what) {

@@ -1,6 +1,6 @@
-// out = sum_i c_i V_i over (batch, time, heads, dim): the plain data that the op boundary hands to a kernel.
+// out = sum_i c_i V_i over (batch, time, heads, dim): plain data that the op boundary passes to kernels.
 //
-// A source is a tensor of that shape, or rows of a table picked by (batch, time). Packed tensors have
+// A source is a tensor of that shape, or rows of a table selected by (batch, time). Packed tensors have
 // batch 1. dim is contiguous in every source.
 #pragma once
 
@@ -16,20 +16,20 @@ struct MixShape {
 
 struct MixSource {
   const void* data =
-      nullptr;  // null: only its coefficient is known (backward without a coefficient gradient)
+      nullptr;  // null: only the coefficient is given (backward without a coefficient gradient)
   DType dtype = DType::float32;
   int64_t stride[3] = {0, 0, 0};        // batch, time, head; of a table: row, unused, head
   const int64_t* table_rows = nullptr;  // (batch * time) rows of the table `data`; null: data is no table
   Coefficient coefficient{nullptr, DType::float32, 1.0f, {0, 0, 0, 0}};
 
-  // Where (b, t, h, 0) lies; row = b * time + t.
+  // Offset of (b, t, h, 0); row = b * time + t.
   RESFORMER_INLINE int64_t offset(int64_t b, int64_t t, int64_t row, int64_t h) const {
     const int64_t start = table_rows ? table_rows[row] * stride[0] : b * stride[0] + t * stride[1];
     return start + h * stride[2];
   }
 };
 
-// Longer rows cost less a row: (heads, dim) becomes one axis where every operand allows it.
+// Long rows cost less per element: (heads, dim) becomes one axis where every operand allows it.
 static RESFORMER_INLINE bool heads_join(const MixShape& shape, const MixSource& source) {
   const Coefficient& c = source.coefficient;
   const bool data = source.data == nullptr || source.stride[2] == shape.dim;
@@ -52,18 +52,18 @@ struct MixForward {
   const MixSource* sources;
   int64_t count;
   void* out;            // contiguous
-  bool stream = false;  // it is too large to stay in a cache
+  bool stream = false;  // with non-temporal stores
 };
 
-// The axes along which a coefficient differs.
+// Axes along which a coefficient differs.
 struct MixKept {
   bool batch = false, time = false, head = false, dim = false;
 };
 
-// How the sum over the axes that a coefficient broadcasts along is cut up. Each cut depends on shapes alone,
+// How the sum over the axes that a coefficient broadcasts along is split. The split depends on shapes alone,
 // so the bits do not depend on the number of threads.
 enum class MixReduction : int32_t {
-  none,   // each row (b, t) owns its entries: written as they are found
+  none,   // each row (b, t) owns its entries: written directly
   batch,  // a time owns its entries, summed over the batch
   time,   // blocks of rows own float64 partial sums, which are added in order
 };
@@ -74,13 +74,13 @@ static RESFORMER_INLINE MixReduction reduction_of(const MixKept& kept, const Mix
   return kept.time ? MixReduction::batch : MixReduction::time;
 }
 
-// Blocks of rows: at least `least` rows each and about `most` blocks. `batches` is 1 where a block may run
-// over the end of a sequence.
+// Blocks of rows: at least `least` rows each and about `most` blocks. `batches` is 1 where a block may span
+// several sequences.
 struct MixBlocks {
   int64_t batches = 1, rows = 0, block = 1, per_batch = 0;
 
-  static RESFORMER_INLINE MixBlocks cut(const MixShape& shape, bool within_batch, int64_t least,
-                                        int64_t most) {
+  static RESFORMER_INLINE MixBlocks split(const MixShape& shape, bool within_batch, int64_t least,
+                                          int64_t most) {
     MixBlocks b;
     b.batches = within_batch ? shape.batch : 1;
     b.rows = shape.rows() / b.batches;
@@ -105,7 +105,7 @@ struct MixSourceGradient {
   MixReduction reduction = MixReduction::none;
   bool keeps_head = false, keeps_dim = false;
   int64_t width = 0;        // heads kept * dims kept
-  int64_t accumulator = 0;  // where its float64 row sums start in a thread's scratch
+  int64_t accumulator = 0;  // offset of its float64 row sums in a thread's scratch
 
   RESFORMER_INLINE bool elementwise(const MixShape& shape) const {
     return reduction != MixReduction::time && width == shape.heads * shape.dim;
@@ -119,7 +119,7 @@ struct MixBackward {
   const MixSource* sources;
   const MixSourceGradient* gradients;
   int64_t count;
-  bool stream = false;  // the dV_i are too many to stay in a cache
+  bool stream = false;  // dV_i are written with non-temporal stores
 };
 
 // dTable[id] = sum of gate * grad over the positions that hold id.
@@ -137,7 +137,7 @@ struct MixScatter {
   void* out;  // (rows, heads, dim), contiguous
 };
 
-// A build of the kernels for one instruction set. Ranges are what parallel_for hands to one thread.
+// Kernels built for one instruction set. Ranges are those that parallel_for gives to one thread.
 struct MixKernels {
   void (*forward)(const MixForward&, int64_t row_begin, int64_t row_end);
   void (*backward)(const MixBackward&, int64_t row_begin, int64_t row_end, int64_t block,

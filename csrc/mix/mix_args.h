@@ -1,4 +1,4 @@
-// What the op boundaries in this folder share, whatever the device: checks, and tensors as plain data.
+// Shared by the op boundaries of this folder on every device: checks, and tensors as plain data.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@ namespace resformer::mix_host {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What stands for an absent tensor in a list: no value, coefficient or gradient has one dimension.
+// A tensor of shape (0,) stands for an absent one in a list: nothing else has one dimension.
 inline bool absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.numel() == 0; }
 
 inline std::optional<Tensor> present(const Tensor& tensor) {
@@ -25,7 +25,7 @@ inline std::optional<Tensor> present(const Tensor& tensor) {
 
 inline Tensor absent_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
-// A fresh contiguous tensor; NaN-filled under RESFORMER_POISON, but for integers.
+// A contiguous uninitialised tensor; NaN-filled under RESFORMER_POISON.
 inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes) {
   return output(like, sizes, like.scalar_type());
 }
@@ -68,7 +68,7 @@ inline MixSource rows_of(const Tensor& tensor) {
   return source;
 }
 
-// The arguments of mix_values_forward, checked.
+// Checked arguments of mix_values_forward.
 inline std::vector<MixSource> forward_sources(const std::vector<Tensor>& values,
                                               const std::vector<Tensor>& coefficients,
                                               const std::vector<double>& numbers) {
@@ -87,8 +87,8 @@ inline std::vector<MixSource> forward_sources(const std::vector<Tensor>& values,
   return sources;
 }
 
-// The arguments of mix_values_backward, checked. Of the values only those are there whose coefficient's
-// gradient is wanted.
+// Checked arguments of mix_values_backward. A value is present only where the gradient of its coefficient is
+// wanted.
 inline std::vector<MixSource> backward_sources(const Tensor& grad, const std::vector<Tensor>& values,
                                                const std::vector<Tensor>& coefficients,
                                                const std::vector<double>& numbers,

@@ -11,8 +11,8 @@ Tensor mix_values_forward(std::vector<Tensor> values, std::vector<Tensor> coeffi
   return run_forward(values[0], forward_sources(values, coefficients, coefficient_values));
 }
 
-// Returns every dV_i, then every dc_i; those not in grad_mask are absent. An entry of values may be absent
-// where its coefficient's gradient is not wanted.
+// Returns every dV_i, then every dc_i; those not in grad_mask are absent. A value may be absent where its
+// coefficient's gradient is not wanted.
 std::vector<Tensor> mix_values_backward(Tensor grad, std::vector<Tensor> values,
                                         std::vector<Tensor> coefficients,
                                         std::vector<double> coefficient_values,

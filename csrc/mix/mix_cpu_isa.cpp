@@ -1,48 +1,48 @@
-// The mixing kernels for one instruction set. They are bound by memory: each operand is read once, in order,
-// and nothing of V's size exists besides the operands and the result.
-#include "mix/stretches.h"
+// Mix kernels for one instruction set. They are bound by memory: each operand is read once, in order, and no
+// temporary has V's size.
+#include "mix/row_tiles.h"
 
 namespace resformer::RESFORMER_ISA {
 namespace {
 
 // out = [sum +] a x [+ b y]. `sum` and y may be null; out is T for the last sources, else float.
 template <bool STREAM, class X, class Y, class Out>
-void add_stretch(const float* sum, Span a, Operand<X> x, Span b, Operand<Y> y, int64_t n, Out* out) {
+void add_tile(const float* sum, Weights a, Operand<X> x, Weights b, Operand<Y> y, int64_t n, Out* out) {
   const Vec a_all = set1(a.weight), b_all = set1(b.weight);
   for_vectors<STREAM>(n, [&](int64_t d, auto get, auto put) __attribute__((always_inline)) {
-    x.ask(d);
+    x.prefetch(d);
     const Vec wa = a.weights ? get(a.weights + d) : a_all;
     Vec total = sum ? fma(wa, get(x.now + d), get(sum + d)) : mul(wa, get(x.now + d));
     if (y.now) {
-      y.ask(d);
+      y.prefetch(d);
       total = fma(b.weights ? get(b.weights + d) : b_all, get(y.now + d), total);
     }
     put(out + d, total);
   });
 }
 
-// `past`: past the caches where out's address allows it.
+// `streams`: with non-temporal stores where out's address allows them.
 template <class X, class Y, class Out>
-void add_sources(const float* sum, Span a, Operand<X> x, Span b, Operand<Y> y, int64_t n, Out* out,
-                 bool past) {
-  if (past && may_stream(out)) return add_stretch<true>(sum, a, x, b, y, n, out);
-  add_stretch<false>(sum, a, x, b, y, n, out);
+void add_sources(const float* sum, Weights a, Operand<X> x, Weights b, Operand<Y> y, int64_t n, Out* out,
+                 bool streams) {
+  if (streams && may_stream(out)) return add_tile<true>(sum, a, x, b, y, n, out);
+  add_tile<false>(sum, a, x, b, y, n, out);
 }
 
 template <class T, class Last>
-void mix_stretch(const MixForward& f, const Position& p, T* out) {
+void mix_tile(const MixForward& f, const Position& p, T* out) {
   const Operand<T> none{nullptr, nullptr};
-  float sum[kChunk], buffer_a[kChunk], buffer_b[kChunk];
+  float sum[kTile], buffer_a[kTile], buffer_b[kTile];
   const MixSource* s = f.sources;
   const int64_t pairs_from = f.count % 2;
   if (pairs_from == 1) {
-    const Span a = coefficients_of(s[0], p, buffer_a);
+    const Weights a = coefficients_of(s[0], p, buffer_a);
     const Operand<T> x = operand_at<T>(s[0], p);
-    if (f.count == 1) return add_sources(nullptr, a, x, Span{}, none, p.n, out, f.stream);
-    add_sources(nullptr, a, x, Span{}, none, p.n, sum, false);
+    if (f.count == 1) return add_sources(nullptr, a, x, Weights{}, none, p.n, out, f.stream);
+    add_sources(nullptr, a, x, Weights{}, none, p.n, sum, false);
   }
   for (int64_t i = pairs_from; i < f.count; i += 2) {
-    const Span a = coefficients_of(s[i], p, buffer_a), b = coefficients_of(s[i + 1], p, buffer_b);
+    const Weights a = coefficients_of(s[i], p, buffer_a), b = coefficients_of(s[i + 1], p, buffer_b);
     const float* so_far = i == 0 ? nullptr : sum;
     const Operand<T> x = operand_at<T>(s[i], p);
     if (i + 2 == f.count) {
@@ -57,13 +57,13 @@ template <class T, class Last>
 void forward_rows(const MixForward& f, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(f.out);
   for (int64_t row = begin; row < end; ++row) {
-    for_stretches<T>(f.shape, row, [&](const Position& p) {
-      mix_stretch<T, Last>(f, p, out + (row * f.shape.heads + p.h) * f.shape.dim + p.d);
+    for_tiles<T>(f.shape, row, [&](const Position& p) {
+      mix_tile<T, Last>(f, p, out + (row * f.shape.heads + p.h) * f.shape.dim + p.d);
     });
   }
 }
 
-// Every source has the result's dtype but the last, which may be a float32 table.
+// Sources have the result's dtype, except that the last may be a float32 table.
 template <class T>
 void forward_as(const MixForward& f, int64_t begin, int64_t end) {
   if (f.sources[f.count - 1].dtype == f.dtype) return forward_rows<T, T>(f, begin, end);
@@ -80,14 +80,14 @@ VecDouble load_double(const float* p) {
   return __builtin_convertvector(x, VecDouble);
 }
 
-// Products of float32 are exact in float64, and so is what a sum that cancels leaves of them.
+// Products of float32 are exact in float64, so a sum that cancels keeps its digits.
 double dot(const float* grad, Operand<float> operand, int64_t n) {
   const float* const x = operand.now;
   VecDouble lanes[2] = {};
   double sum = 0.0;
   int64_t d = 0;
   for (; d + 2 * kDoubles <= n; d += 2 * kDoubles) {
-    operand.ask(d);
+    operand.prefetch(d);
     lanes[0] += load_double(grad + d) * load_double(x + d);
     lanes[1] += load_double(grad + d + kDoubles) * load_double(x + d + kDoubles);
   }
@@ -101,7 +101,7 @@ template <class T, class X>
 double dot(const T* grad, Operand<X> x, int64_t n) {
   Vec lanes = zero();
   for_vectors(n, [&](int64_t d, auto get, auto) __attribute__((always_inline)) {
-    x.ask(d);
+    x.prefetch(d);
     lanes = fma(get(grad + d), get(x.now + d), lanes);
   });
   return reduce_add(lanes);
@@ -113,7 +113,7 @@ void add_products(const float* grad, const float* x, int64_t n, double* sums) {
 
 template <class T, class X>
 void add_products(const T* grad, const X* x, int64_t n, double* sums) {
-  float products[kChunk];
+  float products[kTile];
   for_vectors(n, [&](int64_t d, auto get, auto put) { put(products + d, mul(get(grad + d), get(x + d))); });
   for (int64_t d = 0; d < n; ++d) sums[d] += products[d];
 }
@@ -148,11 +148,11 @@ void source_gradient(const MixBackward& m, int64_t i, const Position& p, double*
   const MixSourceGradient& g = m.gradients[i];
   const Operand<T> grad = operand_at<T>(m.grad, p), none{nullptr, nullptr};
   if (g.value != nullptr) {
-    float buffer[kChunk];
-    const Span c = coefficients_of(m.sources[i], p, buffer);
+    float buffer[kTile];
+    const Weights c = coefficients_of(m.sources[i], p, buffer);
     T* out = static_cast<T*>(g.value) + (p.now.row * m.shape.heads + p.h) * m.shape.dim + p.d;
-    const Operand<T> x = i == 0 ? grad : at_hand(grad.now);
-    add_sources(nullptr, c, x, Span{}, none, p.n, out, m.stream);
+    const Operand<T> x = i == 0 ? grad : cached(grad.now);
+    add_sources(nullptr, c, x, Weights{}, none, p.n, out, m.stream);
   }
   if (g.coefficient == nullptr) return;
   coefficient_gradient(m.shape, g, p, grad.now, operand_at<X>(m.sources[i], p), sums);
@@ -192,7 +192,7 @@ void backward_rows(const MixBackward& m, int64_t begin, int64_t end, int64_t blo
   clear(true);
   for (int64_t row = begin; row < end; ++row) {
     clear(false);
-    for_stretches<T>(m.shape, row, [&](const Position& p) {
+    for_tiles<T>(m.shape, row, [&](const Position& p) {
       for (int64_t i = 0; i < m.count; ++i) {
         double* sums = sums_of<T>(m.gradients[i], block, accumulators);
         if (m.sources[i].dtype == m.dtype) {
@@ -212,8 +212,8 @@ void backward_rows(const MixBackward& m, int64_t begin, int64_t end, int64_t blo
 
 template <class T>
 void add_scaled(const MixScatter& s, const Position& p, double* sums) {
-  float buffer[kChunk], wide[kChunk];
-  const Span gate = coefficients_of(s.grad, p, buffer);
+  float buffer[kTile], wide[kTile];
+  const Weights gate = coefficients_of(s.grad, p, buffer);
   const T* grad = operand_at<T>(s.grad, p).now;
   const float* x;
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -229,22 +229,22 @@ void add_scaled(const MixScatter& s, const Position& p, double* sums) {
 template <class T, class E>
 void scatter_row(const MixScatter& s, int64_t segment, int64_t h, E* out) {
   const int64_t begin = s.starts[segment], end = s.starts[segment + 1];
-  for (int64_t d = 0; d < s.shape.dim; d += kChunk) {
-    const int64_t n = smaller(kChunk, s.shape.dim - d);
+  for (int64_t d = 0; d < s.shape.dim; d += kTile) {
+    const int64_t n = smaller(kTile, s.shape.dim - d);
     const auto position = [&](int64_t i) {
       const Place row = place_of(s.shape, s.order[i]);
       return Position{row, row, h, d, n};
     };
     if (end - begin == 1) {
-      float buffer[kChunk];
+      float buffer[kTile];
       const Position p = position(begin);
-      const Span gate = coefficients_of(s.grad, p, buffer);
+      const Weights gate = coefficients_of(s.grad, p, buffer);
       const Operand<T> none{nullptr, nullptr};
-      add_sources(nullptr, gate, operand_at<T>(s.grad, p), Span{}, none, n, out + d, false);
+      add_sources(nullptr, gate, operand_at<T>(s.grad, p), Weights{}, none, n, out + d, false);
       continue;
     }
-    double sums[kChunk];
-    float total[kChunk];
+    double sums[kTile];
+    float total[kTile];
     for (int64_t i = 0; i < n; ++i) sums[i] = 0.0;
     for (int64_t i = begin; i < end; ++i) add_scaled<T>(s, position(i), sums);
     for (int64_t i = 0; i < n; ++i) total[i] = static_cast<float>(sums[i]);

@@ -1,4 +1,4 @@
-// resformer::mix_values_* on CUDA tensors. What one lane does is in mix_lane.h.
+// resformer::mix_values_* on CUDA tensors. The arithmetic of a lane is in mix_lane.h.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -13,16 +13,16 @@ namespace {
 using mix_host::ScalarType;
 using mix_host::Tensor;
 
-constexpr int kAtOnce = 8;  // sources that fit into a kernel's arguments
+constexpr int kMaxSources = 8;  // that fit into the arguments of a kernel
 
 struct Operands {
-  MixOperand operand[kAtOnce];
+  MixOperand operand[kMaxSources];
 
   __device__ const MixOperand& operator[](int64_t i) const { return operand[i]; }
 };
 
 struct Parts {
-  MixPart part[kAtOnce];
+  MixPart part[kMaxSources];
 };
 
 template <class Sources>
@@ -47,7 +47,7 @@ __global__ void store_operands(const __grid_constant__ Operands operands, uint32
   if (threadIdx.x < count) to[threadIdx.x] = operands.operand[threadIdx.x];
 }
 
-// Neighbouring blocks serve the same rows of different sources, so that the cache holds the gradient.
+// Adjacent blocks serve the same rows of different sources, so that the gradient stays in the cache.
 template <class T, int V, bool BY_ELEMENT>
 __global__ void __launch_bounds__(kUnitThreads, BY_ELEMENT ? 2 : 3)
     backward_kernel(const __grid_constant__ Parts parts, uint32_t count) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kUnitThreads, BY_ELEMENT ? 2 : 3)
   const int64_t unit = thread >> p.units.lane_bits, lane = thread & (p.units.lanes() - 1);
   const bool works = unit < p.units.count();
   const MixUnit u = works ? p.units.at(unit, p.shape) : MixUnit{};
-  // Every lane of a warp goes as often around, since they all take part in the shuffles.
+  // Every lane of a warp runs every iteration: all of them take part in the shuffles.
   for (int64_t i = 0; i < p.units.groups_each; ++i) {
     const int64_t group = u.group_begin + i;
     const bool inside = works && group < u.group_end;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kUnitThreads, BY_ELEMENT ? 2 : 3)
   }
 }
 
-// A block has 2^entry_bits entries, neighbours in memory, and splits the parts of each among its lanes.
+// A block has 2^entry_bits entries, adjacent in memory, and splits the parts of each over its lanes.
 __global__ void __launch_bounds__(kUnitThreads) sum_kernel(const __grid_constant__ MixSum s, int entry_bits) {
   __shared__ double sums[kUnitThreads];
   const int lanes = kUnitThreads >> entry_bits, lane = threadIdx.x >> entry_bits;
@@ -113,7 +113,7 @@ void launch_forward(DType dtype, const Forward<Sources>& f, cudaStream_t stream)
   check_cuda(cudaGetLastError(), "mix_values forward");
 }
 
-// What decides the kernel beside the dtype; parts of one launch have it in common.
+// Selects the kernel beside the dtype; all parts of a launch share it.
 struct Kind {
   bool vectors = false, by_element = false;
 
@@ -150,14 +150,13 @@ void launch_sum(const MixSum& s, cudaStream_t stream) {
 
 int64_t vector_of(const Tensor& tensor) { return 16 / static_cast<int64_t>(tensor.element_size()); }
 
-// The sources of a mix in the GPU's memory. They go there as arguments of kernels, which a CUDA graph records
-// like any other launch.
+// Copies the sources of a mix to the GPU as arguments of kernels, which a CUDA graph can record.
 Tensor upload(const Tensor& like, const std::vector<MixOperand>& operands, cudaStream_t stream) {
   const int64_t bytes = static_cast<int64_t>(operands.size() * sizeof(MixOperand));
   Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   auto* to = static_cast<MixOperand*>(memory.mutable_data_ptr());
-  for (size_t i = 0; i < operands.size(); i += kAtOnce) {
-    const auto count = static_cast<uint32_t>(std::min<size_t>(kAtOnce, operands.size() - i));
+  for (size_t i = 0; i < operands.size(); i += kMaxSources) {
+    const auto count = static_cast<uint32_t>(std::min<size_t>(kMaxSources, operands.size() - i));
     Operands some;
     std::copy_n(operands.begin() + i, count, some.operand);
     store_operands<<<1, 32, 0, stream>>>(some, count, to + i);
@@ -178,7 +177,7 @@ Tensor mix_values_forward(std::vector<Tensor> values, std::vector<Tensor> coeffi
   std::vector<MixOperand> operands;
   for (const MixSource& source : sources) operands.push_back(operand_of(source));
   const Launch launch(out);
-  if (count <= kAtOnce) {
+  if (count <= kMaxSources) {
     Forward<Operands> f{plan, {}, count, out.mutable_data_ptr()};
     std::copy(operands.begin(), operands.end(), f.sources.operand);
     launch_forward(dtype, f, launch.stream());
@@ -191,7 +190,7 @@ Tensor mix_values_forward(std::vector<Tensor> values, std::vector<Tensor> coeffi
   return out;
 }
 
-// One source's gradients on their way.
+// One source's gradients and partial sums.
 struct Gradients {
   MixPart part;
   Kind kind;
@@ -218,7 +217,7 @@ Gradients prepare(const Tensor& grad, const MixSource& source, const Tensor* val
   return g;
 }
 
-// In launches of as many sources as fit, each kind apart.
+// Launches each kind separately, kMaxSources sources at a time.
 template <class T>
 void run_parts(const std::vector<Gradients>& all, cudaStream_t stream) {
   for (const Kind kind : {Kind{true, false}, Kind{true, true}, Kind{false, false}, Kind{false, true}}) {
@@ -227,7 +226,7 @@ void run_parts(const std::vector<Gradients>& all, cudaStream_t stream) {
     for (const Gradients& g : all) {
       const bool wanted = g.part.gradient.value != nullptr || g.part.gradient.coefficient != nullptr;
       if (g.kind == kind && wanted) parts.part[count++] = g.part;
-      if (count == kAtOnce || (count > 0 && &g == &all.back())) {
+      if (count == kMaxSources || (count > 0 && &g == &all.back())) {
         launch_backward<T>(kind, parts, count, stream);
         count = 0;
       }

@@ -1,4 +1,4 @@
-// resformer::mix_value_embedding_* on CPU tensors: v + gate * table[token_ids], its rows read where they lie.
+// resformer::mix_value_embedding_* on CPU tensors: v + gate * table[token_ids], rows read in place.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -49,7 +49,7 @@ void check_table(const Tensor& table, const Tensor& like) {
 }
 
 Tensor mix_value_embedding_forward(Tensor v, Tensor table, Tensor token_ids, std::optional<Tensor> gate,
-                                   double gate_value) {
+                                   double gate_value, [[maybe_unused]] bool sparse_grad) {
   shape_of(v, "v");
   check_rows(v, "v");
   check_table(table, v);
@@ -59,8 +59,7 @@ Tensor mix_value_embedding_forward(Tensor v, Tensor table, Tensor token_ids, std
   return run_forward(v, sources);
 }
 
-// Positions sorted by the row they picked (a counting sort, so ties keep their order), and the rows picked at
-// all.
+// Positions sorted by their id (a counting sort, so equal ids keep their order), and the ids that occur.
 struct Segments {
   std::vector<int64_t> order, starts, ids;
 
@@ -81,29 +80,29 @@ struct Segments {
   int64_t count() const { return static_cast<int64_t>(ids.size()); }
 };
 
-// Segments cut into tasks of about as many positions each. A token so frequent that it would keep one thread
-// busy alone is shared out by head.
+// Segments grouped into tasks of about equal numbers of positions. A token so frequent that it would occupy
+// one thread alone is split by head.
 struct Parts {
-  int64_t cuts, heads_each, head_parts, positions;
+  int64_t tasks, heads_each, head_parts, positions;
   const std::vector<int64_t>& starts;
 
   Parts(const Segments& segments, const MixShape& shape)
-      : cuts(std::clamp<int64_t>(shape.rows() / rows_per_thread(shape), 1, 64)),
+      : tasks(std::clamp<int64_t>(shape.rows() / rows_per_thread(shape), 1, 64)),
         heads_each(shape.heads),
         head_parts(1),
         positions(shape.rows()),
         starts(segments.starts) {
     int64_t longest = 0;
     for (int64_t i = 0; i < segments.count(); ++i) longest = std::max(longest, starts[i + 1] - starts[i]);
-    if (cuts > 1 && longest > positions / torch::stable::get_num_threads()) {
+    if (tasks > 1 && longest > positions / torch::stable::get_num_threads()) {
       heads_each = 1;
       head_parts = shape.heads;
     }
   }
 
-  int64_t count() const { return cuts * head_parts; }
-  int64_t segment(int64_t cut) const {
-    const int64_t position = positions * cut / cuts;
+  int64_t count() const { return tasks * head_parts; }
+  int64_t segment(int64_t task) const {
+    const int64_t position = positions * task / tasks;
     return std::lower_bound(starts.begin(), starts.end(), position) - starts.begin();
   }
 };
@@ -131,7 +130,7 @@ struct EmbeddingBackward {
     const Parts parts(segments, shape);
     torch::stable::parallel_for(0, parts.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t part = i % parts.cuts, head = i / parts.cuts;
+        const int64_t part = i % parts.tasks, head = i / parts.tasks;
         kernels.scatter(s, parts.segment(part), parts.segment(part + 1), head * parts.heads_each,
                         (head + 1) * parts.heads_each);
       }
@@ -142,8 +141,7 @@ struct EmbeddingBackward {
   Coefficient coefficient;
 };
 
-// dv is grad itself, which an op may not return: the caller has it. Bit 0 of grad_mask: the table, bit 1: the
-// gate.
+// dv is grad itself, which an op may not return. Bit 0 of grad_mask: the table, bit 1: the gate.
 std::tuple<Tensor, Tensor> mix_value_embedding_backward(Tensor grad, Tensor table, Tensor token_ids,
                                                         std::optional<Tensor> gate, double gate_value,
                                                         int64_t grad_mask) {
@@ -167,7 +165,7 @@ std::tuple<Tensor, Tensor> mix_value_embedding_backward(Tensor grad, Tensor tabl
   return {table_gradient, gate_gradient};
 }
 
-// The table's gradient as (ids, rows): the rows that some position picked, in ascending order.
+// The table's gradient as (ids, rows): the ids that occur, ascending, and their rows.
 std::tuple<Tensor, Tensor> mix_value_embedding_backward_sparse(Tensor grad, Tensor table, Tensor token_ids,
                                                                std::optional<Tensor> gate,
                                                                double gate_value) {

@@ -1,4 +1,4 @@
-// Gradients of the sources and coefficients of one mix, whichever op asked for them.
+// Gradients of the sources and coefficients of one mix, for both ops.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@ namespace resformer::mix_host {
 
 constexpr int64_t kBlocks = 256;
 
-// A coefficient's gradient on its way: where the kernel puts it, and how that becomes the tensor asked for.
+// A coefficient's gradient, and the partial sums that the kernel writes for it.
 struct CoefficientGradient {
   Tensor out;
   MixKept kept;
@@ -48,9 +48,9 @@ void sum_parts(const Partial* partials, int64_t groups, int64_t parts, int64_t w
   });
 }
 
-// Blocks of rows, each worth waking a thread for.
+// Blocks of rows, each large enough for a thread.
 inline MixBlocks blocks_of(const MixShape& shape, bool within_batch) {
-  return MixBlocks::cut(shape, within_batch, rows_per_thread(shape), kBlocks);
+  return MixBlocks::split(shape, within_batch, rows_per_thread(shape), kBlocks);
 }
 
 class BackwardRun {
@@ -83,7 +83,7 @@ class BackwardRun {
                         sources_.data(),
                         gradients.data(),
                         static_cast<int64_t>(sources_.size()),
-                        bytes >= kPastCaches};
+                        bytes >= kNonTemporalBytes};
     const MixKernels& kernels = current_mix_kernels();
     std::vector<double> accumulators(blocks.count() * accumulators_);
     torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {

@@ -1,10 +1,11 @@
-// What the op boundaries on CPU tensors share: scratch, the choice of a build, and the forward.
+// Shared by the op boundaries on CPU tensors: scratch, kernels for this CPU, and the forward.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/dispatch.h"
+#include "common/non_temporal.h"
 #include "mix/mix_args.h"
 
 namespace resformer {
@@ -13,8 +14,7 @@ RESFORMER_DISPATCH(MixKernels, mix_kernels)
 
 namespace mix_host {
 
-constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth waking another thread for
-constexpr int64_t kPastCaches = 16 << 20;      // bytes of results; more are written past the caches
+constexpr int64_t kElementsPerThread = 32768;  // fewer are not worth another thread
 
 inline int64_t bytes_of(const Tensor& t) { return t.numel() * t.element_size(); }
 
@@ -49,7 +49,7 @@ inline Tensor run_forward(const Tensor& like, const std::vector<MixSource>& sour
   }
   const MixForward f{dtype_of(like, "values"), shape,
                      sources.data(),           static_cast<int64_t>(sources.size()),
-                     out.mutable_data_ptr(),   bytes_of(out) >= kPastCaches};
+                     out.mutable_data_ptr(),   bytes_of(out) >= kNonTemporalBytes};
   const MixKernels& kernels = current_mix_kernels();
   torch::stable::parallel_for(0, shape.rows(), rows_per_thread(shape),
                               [&](int64_t begin, int64_t end) { kernels.forward(f, begin, end); });

@@ -1,4 +1,4 @@
-// What one lane of a GPU does with its elements of a unit; `mix_cuda.cu` has what lanes do together.
+// Arithmetic of one GPU lane on its elements of a unit; shuffles and reductions are in mix_cuda.cu.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct MixElement {
     return {row, b, row - b * shape.time, h, d};
   }
 
-  // To the row `step` further: the next one, or that of the same time in the next sequence.
+  // Moves `step` rows on: to the next row, or to the same time of the next sequence.
   RESFORMER_INLINE void advance(const MixShape& shape, int64_t step) {
     row += step;
     t += step;
@@ -26,7 +26,7 @@ struct MixElement {
   }
 };
 
-// Of a source that is no table.
+// Loads from a source that is not a table.
 template <class T, int V>
 static RESFORMER_INLINE void load_source(const MixSource& source, const MixElement& e, float* x) {
   const int64_t start = e.b * source.stride[0] + e.t * source.stride[1] + e.h * source.stride[2];
@@ -70,8 +70,8 @@ static RESFORMER_INLINE void forward_lane(const MixShape& shape, const MixUnits&
   }
 }
 
-// Products of float32 are exact in float64. Those of 16-bit numbers are exact in float32, which a vector's
-// sum of them does not leave.
+// Products of float32 are exact in float64, those of 16-bit numbers in float32; a vector of these is summed
+// in float32.
 template <class T, int V>
 static RESFORMER_INLINE double vector_product(const float* a, const float* b) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -96,8 +96,8 @@ static RESFORMER_INLINE void store_products(const MixPart& p, int64_t at, const 
   }
 }
 
-// Writes a lane's elements of dV and, with BY_ELEMENT (dc wanted and kept apart by element), of dc for one
-// group of rows. Returns its share of the sum over the group, where lanes have one sum together.
+// Writes a lane's elements of dV for one group of rows and, with BY_ELEMENT (dc differs by element), of dc.
+// Otherwise returns the lane's share of the group's sum.
 template <class T, int V, bool BY_ELEMENT>
 static RESFORMER_INLINE double backward_lane(const MixPart& p, const MixUnit& u, int64_t group,
                                              int64_t lane) {
@@ -135,7 +135,7 @@ static RESFORMER_INLINE double backward_lane(const MixPart& p, const MixUnit& u,
   return sum;
 }
 
-// Every `lanes`-th part of an entry.
+// Sums every `lanes`-th part of an entry.
 static RESFORMER_INLINE double sum_lane(const MixSum& s, int64_t entry, int64_t lane, int64_t lanes) {
   const double* first = s.partials + entry / s.width * s.parts * s.width + entry % s.width;
   double sum = 0.0;

@@ -1,21 +1,21 @@
-// How the mixing of V and its gradient are cut into units of work for a GPU.
+// Splits the mix and its gradient into units of work for a GPU.
 //
 // A unit is a few groups of rows, a range of heads and a range of elements of each row; 1 to 32 lanes share
-// its elements, a vector each. A group holds the rows whose products make one entry of a coefficient's
-// gradient (or one partial sum of it); a single row where nothing is summed over rows. The cut depends on
-// shapes alone, so the bits of a gradient do not depend on the GPU.
+// its elements, a vector each. A group holds the rows that one entry of a coefficient's gradient (or one
+// partial sum of it) adds up; one row where nothing is summed over rows. The split depends on shapes alone,
+// so the bits of a gradient do not depend on the GPU.
 //
-// Plain arithmetic: the CUDA kernels run it, and a test runs it on a CPU.
+// Plain arithmetic, run by the CUDA kernels and, in a test, on a CPU.
 #pragma once
 
 #include "mix/mix.h"
 
 namespace resformer {
 
-constexpr int kUnitThreads = 256;       // of a block
+constexpr int kUnitThreads = 256;       // per block
 constexpr int64_t kUnitLanes = 131072;  // enough to keep any GPU busy
-constexpr int64_t kUnitBlocks = 2048;   // partial sums of one entry
-constexpr int64_t kRowsOfUnit = 4;      // where rows are not summed: spreads the cost of finding the unit
+constexpr int64_t kUnitBlocks = 2048;   // most partial sums of one entry
+constexpr int64_t kRowsOfUnit = 4;      // where rows are not summed: amortises the unit's index arithmetic
 
 struct MixRows {
   int64_t begin, count, step;
@@ -30,7 +30,7 @@ struct MixUnits {
   MixBlocks blocks;  // the groups, with reduction `time`
   int64_t groups = 0, groups_each = 1;
   int64_t head_units = 1, heads_each = 1;
-  int64_t tiles = 1, tile = 0;  // of a row
+  int64_t tiles = 1, tile = 0;  // tiles per row, elements per tile
   int32_t lane_bits = 0;
 
   RESFORMER_INLINE int64_t lanes() const { return int64_t{1} << lane_bits; }
@@ -59,9 +59,9 @@ struct MixUnits {
   }
 };
 
-// `summed`: the gradient of a coefficient that keeps `kept` is wanted. `vector`: elements of a lane.
-static RESFORMER_INLINE MixUnits cut_units(const MixShape& shape, const MixKept& kept, bool summed,
-                                           int64_t vector) {
+// `summed`: the gradient of a coefficient that differs along `kept` is wanted. `vector`: elements per lane.
+static RESFORMER_INLINE MixUnits split_units(const MixShape& shape, const MixKept& kept, bool summed,
+                                             int64_t vector) {
   MixUnits u;
   const int64_t vectors = (shape.dim + vector - 1) / vector;
   while (u.lanes() < vectors && u.lane_bits < 5) ++u.lane_bits;
@@ -81,8 +81,8 @@ static RESFORMER_INLINE MixUnits cut_units(const MixShape& shape, const MixKept&
   if (u.reduction == MixReduction::batch) return u;
   const int64_t fair = kUnitLanes / (u.lanes() * u.head_units * u.tiles);
   const int64_t most = fair < 1 ? 1 : (fair < kUnitBlocks ? fair : kUnitBlocks);
-  // A block with a sum for every element of a row writes it in float64: against 8 rows that would show.
-  u.blocks = MixBlocks::cut(shape, kept.batch, kept.dim ? 32 : 8, most);
+  // A block with a sum for every element of a row writes float64: with 8 rows that traffic would show.
+  u.blocks = MixBlocks::split(shape, kept.batch, kept.dim ? 32 : 8, most);
   u.groups = u.blocks.count();
   return u;
 }
@@ -95,7 +95,7 @@ struct MixPart {
   MixUnits units;
   bool wide_coefficient = false;
 
-  // Of the sum over a group's rows; h and d count where they are kept.
+  // Index of the sum over a group's rows; h and d count where they are kept.
   RESFORMER_INLINE int64_t slot(int64_t group, int64_t h, int64_t d) const {
     const int64_t dims = gradient.keeps_dim ? shape.dim : 1;
     return group * gradient.width + (gradient.keeps_head ? h * dims : 0) + (gradient.keeps_dim ? d : 0);
@@ -110,7 +110,7 @@ struct MixPart {
   }
 };
 
-// The partial sums of blocks, (groups, parts, width), on their way to a coefficient's gradient.
+// Partial sums of a coefficient's gradient: (groups, parts, width).
 struct MixSum {
   const double* partials;
   int64_t groups, parts, width;
@@ -119,7 +119,7 @@ struct MixSum {
 
   RESFORMER_INLINE int64_t entries() const { return groups * width; }
 
-  // A block of threads has 2^this entries; the rest of its threads share out the parts of each.
+  // log2 of the entries per block of threads; its other threads share the parts of each entry.
   RESFORMER_INLINE int entry_bits() const {
     int bits = 0;
     while (bits < 5 && (int64_t{1} << bits) < entries()) ++bits;
@@ -136,7 +136,7 @@ static RESFORMER_INLINE bool multiple_of(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Every row of `source` starts at a multiple of 16 bytes and is a multiple of them long.
+// Whether every row of `source` starts at a multiple of 16 bytes and has a multiple of 16 bytes.
 static RESFORMER_INLINE bool reads_vectors(const MixShape& shape, const MixSource& source, int64_t vector) {
   if (shape.dim % vector != 0) return false;
   if (source.data == nullptr) return true;
@@ -145,7 +145,7 @@ static RESFORMER_INLINE bool reads_vectors(const MixShape& shape, const MixSourc
          (shape.heads == 1 || source.stride[2] % vector == 0);
 }
 
-// A row's coefficients differ by element and can be read as vectors too.
+// Whether a row's coefficients differ by element and can be read as vectors.
 static RESFORMER_INLINE bool reads_vectors(const Coefficient& c) {
   const int64_t vector = c.dtype == DType::float32 ? 4 : 8;
   bool fits = c.data != nullptr && c.stride[3] == 1 && multiple_of(c.data, 16);
@@ -174,11 +174,11 @@ static RESFORMER_INLINE MixForwardPlan plan_forward(MixShape shape, const MixSou
   if (heads_join(shape, sources, count)) shape = with_heads_joined(shape);
   bool vectors = true;
   for (int64_t i = 0; i < count; ++i) vectors = vectors && reads_vectors(shape, sources[i], vector);
-  return {shape, cut_units(shape, {}, false, vectors ? vector : 1), vectors};
+  return {shape, split_units(shape, {}, false, vectors ? vector : 1), vectors};
 }
 
-// One source's part of the gradient, but for where the results go. `summed`: that of its coefficient, which
-// differs along `kept`, is wanted.
+// One source's share of the gradient, without output pointers. `summed`: the gradient of its coefficient,
+// which differs along `kept`, is wanted.
 static RESFORMER_INLINE MixPart plan_backward(MixShape shape, const MixSource& grad, const MixSource& source,
                                               const MixKept& kept, bool summed, int64_t vector,
                                               bool* vectors) {
@@ -194,7 +194,7 @@ static RESFORMER_INLINE MixPart plan_backward(MixShape shape, const MixSource& g
   p.grad = grad;
   p.source = source;
   p.wide_coefficient = reads_vectors(source.coefficient);
-  p.units = cut_units(shape, kept, summed, *vectors ? vector : 1);
+  p.units = split_units(shape, kept, summed, *vectors ? vector : 1);
   p.gradient.reduction = p.units.reduction;
   return p;
 }

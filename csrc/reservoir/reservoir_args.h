@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/pages.h"
+#include "common/huge_pages.h"
 #include "common/tensor_args.h"
 #include "reservoir/reservoir_plan.h"
 

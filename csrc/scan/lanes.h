@@ -1,33 +1,12 @@
-// What a scan needs of a vector beside simd.h: products of complex numbers whose parts lie side by side, rows
-// that do not fill a vector, and sums in float64.
+// Vector operations of the scan beside those of simd.h: products of complex numbers whose parts are
+// interleaved, and sums in float64.
 #pragma once
 
-#include "common/past_caches.h"
+#include "common/non_temporal.h"
 
 namespace resformer::RESFORMER_ISA {
 
-template <class T>
-static inline Vec load_part(const T* p, int64_t n) {
-  T padded[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load(padded);
-}
-
-template <class T>
-static inline void store_part(T* p, Vec x, int64_t n) {
-  T padded[kLanes];
-  store(padded, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
-}
-
 #if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
-
-static inline Vec load_part(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
-static inline void store_part(float* p, Vec x, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
-}
 
 static inline void add_to(double* sums, Vec x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
@@ -48,13 +27,6 @@ static inline Vec conj_mul(Vec a, Vec b) {
 }
 
 #elif defined(RESFORMER_ISA_AVX2)
-
-static inline __m256i first_lanes(int64_t n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), lane);
-}
-static inline Vec load_part(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-static inline void store_part(float* p, Vec x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 
 static inline void add_to(double* sums, Vec x) {
   const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));

@@ -1,5 +1,5 @@
-// resformer::linear_scan_* on CPU tensors: checks, and what a walk over the sequences does at each place. The
-// arithmetic is in scan_cpu_isa.cpp.
+// resformer::linear_scan_* on CPU tensors: checks, and the steps of a walk over the sequences. The arithmetic
+// is in scan_cpu_isa.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/dispatch.h"
+#include "common/non_temporal.h"
 #include "common/tensor_args.h"
 #include "scan/scan_walk.h"
 
@@ -21,11 +22,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kStreamBytes = 16 << 20;  // results that are larger go past the caches
-
 bool is_complex(const Tensor& t) { return t.scalar_type() == ScalarType::ComplexFloat; }
 
-// Of the parts of its numbers.
+// Dtype of a real number, or of the parts of a complex one.
 DType part_dtype(const Tensor& t, const char* name) {
   return is_complex(t) ? DType::float32 : dtype_of(t, name);
 }
@@ -48,17 +47,17 @@ void check_shape(const Tensor& t, const char* name, const Tensor& tokens) {
   for (int64_t i = 0; i < tokens.dim(); ++i) check_size(t, name, i, tokens.size(i));
 }
 
-// What forward and backward have in common. `like` has tokens' shape and dtype.
+// Checks and plain data that forward and backward share. `like` has tokens' shape and dtype.
 struct Call {
   ScanSequences sequences;
   std::vector<ScanRun> runs;
-  int64_t rows = 1;  // of a sequence's tensor: its steps, or all packed ones
+  int64_t rows = 1;  // steps of a sequence, or all packed tokens
   int64_t channels = 0, parts = 1, width = 0;
   bool stream = false;
   std::vector<float> constant_gates;
 
-  Call(const Tensor& like, const Tensor& gates, const std::optional<Tensor>& initial,
-       const std::optional<Tensor>& cu_seqlens, bool reverse) {
+  Call(const Tensor& like, const Tensor& gates, const std::optional<Tensor>& initial_state, bool reverse,
+       const std::optional<Tensor>& cu_seqlens) {
     const bool packed = cu_seqlens.has_value();
     const int64_t rank = packed ? 2 : 3;
     check_operand(like, "tokens", like, rank);
@@ -82,9 +81,9 @@ struct Call {
       check_operand(gates, "gates", like, rank);
       check_shape(gates, "gates", like);
     }
-    if (initial) check_state(*initial, "initial_state", like);
+    if (initial_state) check_state(*initial_state, "initial_state", like);
     if (width > 0) runs = runs_of(sequences);
-    stream = like.numel() * parts * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
+    stream = like.numel() * parts * static_cast<int64_t>(sizeof(float)) >= kNonTemporalBytes;
   }
 
   static void dtype_of_parts(const Tensor& like) { part_dtype(like, "tokens"); }
@@ -110,7 +109,7 @@ struct Call {
     }
   }
 
-  // A tensor of tokens' shape.
+  // Rows of a tensor of tokens' shape.
   ScanRows rows_of(const Tensor& t) const {
     const int64_t rank = t.dim();
     return {t.data_ptr(), rank == 3 ? t.stride(0) * parts : 0, t.stride(rank - 2) * parts};
@@ -120,7 +119,7 @@ struct Call {
 
   const float* constant() const { return constant_gates.empty() ? nullptr : constant_gates.data(); }
 
-  // Packed rows after the last sequence: what is written there, in bytes of `size` an element.
+  // Zero-fills packed rows after the last sequence.
   void clear_rest(const Tensor& t) const {
     if (sequences.starts == nullptr) return;
     const int64_t used = sequences.starts[sequences.count];
@@ -154,15 +153,16 @@ struct Forward {
   }
 };
 
-std::tuple<Tensor, Tensor> linear_scan_forward(Tensor gates, Tensor tokens, std::optional<Tensor> initial,
-                                               std::optional<Tensor> cu_seqlens, bool reverse) {
-  const Call call(tokens, gates, initial, cu_seqlens, reverse);
+std::tuple<Tensor, Tensor> linear_scan_forward(Tensor gates, Tensor tokens,
+                                               std::optional<Tensor> initial_state, bool reverse,
+                                               std::optional<Tensor> cu_seqlens) {
+  const Call call(tokens, gates, initial_state, reverse, cu_seqlens);
   Tensor states = fresh(tokens, tokens, tokens.scalar_type());
   Tensor final_state = output(tokens, {call.sequences.count, call.channels}, state_type(tokens));
   const ScanForward scan{
       part_dtype(tokens, "tokens"), part_dtype(gates, "gates"), is_complex(tokens),   call.stream,
       call.rows_of(tokens),         call.gate_rows(gates),      call.rows_of(states), call.constant()};
-  const Forward forward{call, scan, current_scan_kernels(), initial,
+  const Forward forward{call, scan, current_scan_kernels(), initial_state,
                         static_cast<float*>(final_state.data_ptr())};
   ScanWalk<Forward>(call.sequences, call.runs, call.width, forward).run();
   call.clear_rest(states);
@@ -177,7 +177,7 @@ struct Backward {
   const std::optional<Tensor>& grad_final;
   const std::optional<Tensor>& initial;
   const Tensor* d_initial;
-  double* sums;  // one row of sum_width a slot; null: not wanted
+  double* sums;  // (slots, sum_width); null: not wanted
   int64_t sum_width;
 
   void enter(int64_t s, int64_t begin, int64_t end, float* carry) const {
@@ -207,7 +207,7 @@ struct Backward {
   }
 };
 
-// The slots' sums, added in their order.
+// Adds the slots' sums in order.
 void add_slots(const std::vector<double>& sums, int64_t slots, int64_t sum_width, int64_t width,
                const Tensor& to) {
   const DType dtype = part_dtype(to, "gates");
@@ -224,12 +224,12 @@ constexpr int64_t kWantsTokens = 1, kWantsGates = 2, kWantsInitial = 4;
 
 std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(std::optional<Tensor> grad_states,
                                                         std::optional<Tensor> grad_final, Tensor gates,
-                                                        Tensor states, std::optional<Tensor> initial,
-                                                        std::optional<Tensor> cu_seqlens, bool reverse,
+                                                        Tensor states, std::optional<Tensor> initial_state,
+                                                        bool reverse, std::optional<Tensor> cu_seqlens,
                                                         int64_t grad_mask) {
   const auto wants = [&](int64_t bit) { return (grad_mask & bit) != 0; };
   const auto absent = [&](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  const Call call(states, gates, initial, cu_seqlens, reverse);
+  const Call call(states, gates, initial_state, reverse, cu_seqlens);
   if (grad_states) {
     check_operand(*grad_states, "grad_states", states, states.dim());
     check_shape(*grad_states, "grad_states", states);
@@ -237,13 +237,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(std::optional<Tensor> gr
                     "grad_states must have the states' dtype");
   }
   if (grad_final) call.check_state(*grad_final, "grad_final", states);
-  STD_TORCH_CHECK(initial || !wants(kWantsInitial),
-                  "grad_mask asks for the gradient of an initial state that is not there");
+  STD_TORCH_CHECK(initial_state || !wants(kWantsInitial),
+                  "grad_mask asks for the gradient of an absent initial_state");
 
   Tensor d_tokens = wants(kWantsTokens) ? fresh(states, states, states.scalar_type()) : absent(states);
   Tensor d_gates = wants(kWantsGates) ? fresh(gates, gates, gates.scalar_type()) : absent(gates);
-  Tensor d_initial =
-      wants(kWantsInitial) ? fresh(*initial, *initial, initial->scalar_type()) : absent(states);
+  Tensor d_initial = wants(kWantsInitial)
+                         ? fresh(*initial_state, *initial_state, initial_state->scalar_type())
+                         : absent(states);
   const bool by_step = wants(kWantsGates) && gates.dim() != 1, summed = wants(kWantsGates) && !by_step;
   const ScanBackward scan{part_dtype(states, "states"),
                           part_dtype(gates, "gates"),
@@ -261,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(std::optional<Tensor> gr
                           scan,
                           current_scan_kernels(),
                           grad_final,
-                          initial,
+                          initial_state,
                           wants(kWantsInitial) ? &d_initial : nullptr,
                           summed ? sums.data() : nullptr,
                           sum_width};

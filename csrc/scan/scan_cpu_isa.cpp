@@ -1,23 +1,19 @@
-// The kernels of the scan for one instruction set. They are bound by memory: each operand is read once, in
-// order, and the state of the channels stays in the first-level cache.
+// Scan kernels for one instruction set. They are bound by memory: each operand is read once, in order, and
+// the state of the channels stays in the first-level cache.
 #include "scan/lanes.h"
 #include "scan/scan.h"
 
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-constexpr int64_t kAhead = 4096;  // bytes of an operand that are asked for before they are worked on
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 RESFORMER_INLINE Vec get(const T* p, int64_t n) {
-  return n == kLanes ? load(p) : load_part(p, n);
+  return n == kLanes ? load(p) : load_first(p, n);
 }
 
 template <bool STREAM, class T>
 RESFORMER_INLINE void put(T* p, Vec x, int64_t n) {
-  if (n != kLanes) return store_part(p, x, n);
+  if (n != kLanes) return store_first(p, x, n);
   if constexpr (STREAM) {
     stream(p, x);
   } else {
@@ -37,7 +33,7 @@ RESFORMER_INLINE Vec conj_mul_of(Vec a, Vec b) {
   return mul(a, b);
 }
 
-// The rows of one operand as a kernel walks along them.
+// Iterates over the rows of one operand.
 template <class T>
 struct Walk {
   T* at;
@@ -51,24 +47,23 @@ struct Walk {
 
   void next() { at += by; }
 
-  // Asks for what lies `rows` further.
-  void ahead(int64_t rows, int64_t c) const { __builtin_prefetch(at + rows * by + c, 0, 0); }
+  void prefetch(int64_t rows, int64_t c) const { __builtin_prefetch(at + rows * by + c, 0, 0); }
 };
 
 template <class T>
 int64_t rows_ahead(int64_t lanes) {
-  return smaller(64, 1 + kAhead / (lanes * static_cast<int64_t>(sizeof(T))));
+  return smaller(64, 1 + kPrefetchBytes / (lanes * static_cast<int64_t>(sizeof(T))));
 }
 
-// Whether every full vector of the rows starts where a streaming store may go.
+// Whether every full vector of the rows starts at a multiple of its size, as non-temporal stores need.
 template <class T>
 bool aligned(const Walk<T>& rows) {
   constexpr uintptr_t mask = kLanes * sizeof(T) - 1;
   return ((reinterpret_cast<uintptr_t>(rows.at) | static_cast<uintptr_t>(rows.by * sizeof(T))) & mask) == 0;
 }
 
-// next() walks on by a step, and at(c, n, carry) gives the new carry of the n lanes from c on. What does not
-// fill more than a vector stays in a register.
+// next() moves on by a step; at(i, c, n, carry) returns the new carry of the n lanes from c on. A carry of at
+// most one vector stays in a register.
 template <class Next, class At>
 RESFORMER_INLINE void for_steps(int64_t steps, int64_t lanes, float* carry, const Next& next, const At& at) {
   if (lanes <= kLanes) {
@@ -97,12 +92,12 @@ void forward_steps(const ScanForward& f, const ScanPiece& piece, int64_t begin, 
   };
   for_steps(piece.steps, lanes, carry, next,
             [&](int64_t, int64_t c, int64_t n, Vec before) __attribute__((always_inline)) {
-              x.ahead(ahead, c);
+              x.prefetch(ahead, c);
               Vec gate;
               if constexpr (CONSTANT) {
                 gate = load(constant + c);
               } else {
-                g.ahead(ahead, c);
+                g.prefetch(ahead, c);
                 gate = get(g.at + c, n);
               }
               const Vec state = fma_of<COMPLEX>(gate, before, get(x.at + c, n));
@@ -131,7 +126,7 @@ void backward_steps(const ScanBackward& b, const ScanPiece& piece, int64_t begin
   Walk<G> dg(b.d_gates, piece, begin);
   const float* constant = CONSTANT ? b.constant_gates + begin : nullptr;
   const bool wanted = dg.at != nullptr || s.sums != nullptr;
-  h.next();  // the step that the scan took before this one is visited after it
+  h.next();  // the state before a step is that of the row visited next
   const auto next = [&]() __attribute__((always_inline)) {
     grad.next();
     if constexpr (!CONSTANT) g.next();
@@ -142,12 +137,12 @@ void backward_steps(const ScanBackward& b, const ScanPiece& piece, int64_t begin
   for_steps(piece.steps, lanes, s.carry, next,
             [&](int64_t i, int64_t c, int64_t n, Vec a) __attribute__((always_inline)) {
               if (grad.at != nullptr) {
-                grad.ahead(ahead, c);
+                grad.prefetch(ahead, c);
                 a = add(a, get(grad.at + c, n));
               }
               if (dx.at != nullptr) put<STREAM>(dx.at + c, a, n);
               if (wanted) {
-                h.ahead(ahead, c);
+                h.prefetch(ahead, c);
                 const bool first = s.before != nullptr && i + 1 == piece.steps;
                 const Vec d = conj_mul_of<COMPLEX>(first ? load(s.before + c) : get(h.at + c, n), a);
                 if constexpr (CONSTANT) {
@@ -160,7 +155,7 @@ void backward_steps(const ScanBackward& b, const ScanPiece& piece, int64_t begin
               if constexpr (CONSTANT) {
                 gate = load(constant + c);
               } else {
-                g.ahead(ahead, c);
+                g.prefetch(ahead, c);
                 gate = get(g.at + c, n);
               }
               return conj_mul_of<COMPLEX>(gate, a);
@@ -176,7 +171,7 @@ void backward_as(const ScanBackward& b, const ScanPiece& piece, int64_t begin, i
   backward_steps<T, G, COMPLEX, CONSTANT, false>(b, piece, begin, end, s);
 }
 
-// run.template operator()<T, G, COMPLEX, CONSTANT>() for what a call has.
+// Calls run.template operator()<T, G, COMPLEX, CONSTANT>() with the types of `call`.
 template <class Call, class Run>
 void dispatch(const Call& call, const Run& run) {
   const bool constant = call.constant_gates != nullptr, wide = call.gates_dtype == DType::float32;

@@ -1,12 +1,12 @@
-// How a scan is shared out over threads: sequences, ranges of lanes and, where those are too few, stretches
-// of time. Whatever the cut, every lane goes through the same arithmetic in the same order: the bits depend
-// on nothing but the operands.
+// Splits a scan over threads: by sequence, by range of lanes and, where those are too few, by chunk of time.
+// Every lane sees the same arithmetic in the same order whatever the split: the bits depend on the operands
+// alone.
 //
-// Stretches of time are guessed first and proved then. All of them run at once, each but the first from a
-// state of zero, and note the state after every block of kScanBlock steps. Then, one after another, each is
-// run again from the state in which its left neighbour really ended, block by block, until the state after a
-// block has the bits that were noted: from there on everything is right. Gates below 1 in modulus forget
-// where they began, so that this takes few blocks; gates that forget nothing cost as much as one thread.
+// Chunks of time are guessed, then proved. All run at once, each but the first from a state of zero, and
+// record the state after every block of kScanBlock steps. Then, in order, each chunk is rerun from the final
+// state of its left neighbour, block by block, until the state after a block has the recorded bits:
+// everything after it is correct already. Gates of modulus below 1 forget the initial state, so this takes
+// few blocks; gates that forget nothing cost as much as one thread.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +19,12 @@
 namespace resformer::scan_host {
 
 constexpr int64_t kLeastLanes = 128, kMostLanes = 1024;  // of a range, in floats
-constexpr int64_t kLeastChunk = 16;                      // blocks of a stretch of time
+constexpr int64_t kLeastChunk = 16;                      // blocks of a chunk of time
 constexpr int64_t kLaneStep = 32;  // whole cache lines of 16-bit numbers; a multiple of kScanPad
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The sequences of a call: batch entries of one length, or stretches of packed rows.
+// Sequences of a call: batch entries of one length, or segments of packed rows.
 struct ScanSequences {
   int64_t count, length;
   const int32_t* starts;  // packed: count + 1 offsets, checked; else null
@@ -34,7 +34,7 @@ struct ScanSequences {
   int64_t steps(int64_t s) const { return starts ? starts[s + 1] - starts[s] : length; }
   int64_t blocks(int64_t s) const { return ceil_div(steps(s), kScanBlock); }
 
-  // One block in the order of the scan, or against it.
+  // One block in the order of the scan, or in the opposite one.
   ScanPiece piece(int64_t s, int64_t block, bool against) const {
     const int64_t begin = block * kScanBlock, end = std::min(begin + kScanBlock, steps(s));
     const int64_t step = against ? end - 1 : begin;
@@ -43,8 +43,8 @@ struct ScanSequences {
   }
 };
 
-// Neighbouring sequences that one thread takes together: a long one alone, or short ones of about a block.
-// `slot`: of its first block, counted over all runs; short sequences share one.
+// Adjacent sequences that one thread serves together: one long sequence, or short ones of about a block.
+// `slot`: index of its first block over all runs; short sequences share one.
 struct ScanRun {
   int64_t first, last, slot;
 
@@ -71,7 +71,7 @@ inline int64_t slots_of(const ScanSequences& sequences, const std::vector<ScanRu
   return last.slot + (last.alone() ? std::max<int64_t>(1, sequences.blocks(last.first)) : 1);
 }
 
-// Lanes of a range: as wide as fits, in as many ranges as keep all threads busy.
+// Lanes of a range: as many as allowed, in enough ranges to keep all threads busy.
 inline int64_t lanes_of_range(int64_t width, int64_t runs, int64_t threads) {
   const int64_t most = std::max<int64_t>(1, width / kLeastLanes);
   int64_t count = std::max<int64_t>(1, ceil_div(width, kMostLanes));
@@ -79,7 +79,7 @@ inline int64_t lanes_of_range(int64_t width, int64_t runs, int64_t threads) {
   return std::max(kLaneStep, ceil_div(ceil_div(width, count), kLaneStep) * kLaneStep);
 }
 
-// `Scan` has `against` (whether it goes against the order of the sequences), enter(s, begin, end, carry),
+// `Scan` has `against` (whether it runs opposite to the sequences' order), enter(s, begin, end, carry),
 // step(run, s, block, begin, end, carry) and leave(s, begin, end, carry) for lanes [begin, end).
 template <class Scan>
 class ScanWalk {
@@ -102,14 +102,14 @@ class ScanWalk {
 
  private:
   struct Chunk {
-    int64_t unit, begin, end;  // blocks, in the order in which they are visited
+    int64_t unit, begin, end;  // blocks in visiting order
   };
 
   const ScanRun& run_of(int64_t unit) const { return runs_[unit / ranges_]; }
   int64_t begin_of(int64_t unit) const { return unit % ranges_ * range_; }
   int64_t end_of(int64_t unit) const { return std::min(begin_of(unit) + range_, width_); }
 
-  // Block `visit` of those of sequence s, in the order in which they are visited.
+  // Block number `visit` of sequence s, in visiting order.
   void step(int64_t unit, int64_t s, int64_t visit, float* carry) const {
     const int64_t block = scan_.against ? sequences_.blocks(s) - 1 - visit : visit;
     scan_.step(run_of(unit), s, block, begin_of(unit), end_of(unit), carry);
@@ -128,7 +128,7 @@ class ScanWalk {
     }
   }
 
-  std::vector<Chunk> cut() const {
+  std::vector<Chunk> split_time() const {
     std::vector<Chunk> chunks;
     for (int64_t unit = 0; unit < units_; ++unit) {
       const ScanRun& run = run_of(unit);
@@ -145,21 +145,21 @@ class ScanWalk {
   }
 
   void run_in_chunks() {
-    const std::vector<Chunk> chunks = cut();
-    // The state after each block of each unit that was cut.
-    std::vector<std::vector<float>> noted(units_);
+    const std::vector<Chunk> chunks = split_time();
+    // The state after each block of each unit that has several chunks.
+    std::vector<std::vector<float>> recorded(units_);
     for (const Chunk& chunk : chunks)
-      if (chunk.begin > 0) noted[chunk.unit].resize(sequences_.blocks(run_of(chunk.unit).first) * range_);
+      if (chunk.begin > 0) recorded[chunk.unit].resize(sequences_.blocks(run_of(chunk.unit).first) * range_);
     parallel_units(
         static_cast<int64_t>(chunks.size()), [&] { return Scratch(range_ + kScanPad); },
-        [&](int64_t i, Scratch& carry) { guess(chunks[i], noted[chunks[i].unit], carry.get()); });
+        [&](int64_t i, Scratch& carry) { guess(chunks[i], recorded[chunks[i].unit], carry.get()); });
     parallel_units(
         units_, [&] { return Scratch(range_ + kScanPad); },
-        [&](int64_t unit, Scratch& carry) { prove(unit, chunks, noted[unit], carry.get()); });
+        [&](int64_t unit, Scratch& carry) { prove(unit, chunks, recorded[unit], carry.get()); });
   }
 
-  void guess(const Chunk& chunk, std::vector<float>& noted, float* carry) const {
-    if (noted.empty()) return whole(chunk.unit, carry);
+  void guess(const Chunk& chunk, std::vector<float>& recorded, float* carry) const {
+    if (recorded.empty()) return whole(chunk.unit, carry);
     const int64_t s = run_of(chunk.unit).first;
     if (chunk.begin == 0) {
       enter(chunk.unit, s, carry);
@@ -168,25 +168,26 @@ class ScanWalk {
     }
     for (int64_t visit = chunk.begin; visit < chunk.end; ++visit) {
       step(chunk.unit, s, visit, carry);
-      std::memcpy(noted.data() + visit * range_, carry, bytes());
+      std::memcpy(recorded.data() + visit * range_, carry, bytes());
     }
   }
 
-  void prove(int64_t unit, const std::vector<Chunk>& chunks, std::vector<float>& noted, float* carry) const {
-    if (noted.empty()) return;
+  void prove(int64_t unit, const std::vector<Chunk>& chunks, std::vector<float>& recorded,
+             float* carry) const {
+    if (recorded.empty()) return;
     const int64_t s = run_of(unit).first;
     std::fill_n(carry, range_ + kScanPad, 0.0f);
     for (const Chunk& chunk : chunks) {
       if (chunk.unit != unit || chunk.begin == 0) continue;
-      std::memcpy(carry, noted.data() + (chunk.begin - 1) * range_, bytes());
+      std::memcpy(carry, recorded.data() + (chunk.begin - 1) * range_, bytes());
       for (int64_t visit = chunk.begin; visit < chunk.end; ++visit) {
         step(unit, s, visit, carry);
-        float* after = noted.data() + visit * range_;
+        float* after = recorded.data() + visit * range_;
         if (std::memcmp(after, carry, bytes()) == 0) break;
         std::memcpy(after, carry, bytes());
       }
     }
-    std::memcpy(carry, noted.data() + (sequences_.blocks(s) - 1) * range_, bytes());
+    std::memcpy(carry, recorded.data() + (sequences_.blocks(s) - 1) * range_, bytes());
     scan_.leave(s, begin_of(unit), end_of(unit), carry);
   }
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from resformer_kernels._core.op import Op, vmap_error
 
@@ -33,13 +34,13 @@ def wants_gradient(leaves: Iterable[Tensor | None]) -> bool:
 
 
 def distinct(call: Record) -> Record:
-    """The record with a view in place of each tensor that it holds a second time: torch.compile
-    takes none twice in an autograd.Function."""
+    """The record, or tuple, with a view in place of each tensor that it holds a second time:
+    torch.compile takes none twice in an autograd.Function."""
     seen: list[Any] = []
     for value in call:
         repeated = isinstance(value, Tensor) and any(value is other for other in seen)
         seen.append(value.view_as(value) if repeated else value)
-    return type(call)(*seen)
+    return type(call)(*seen) if hasattr(call, "_fields") else type(call)(seen)
 
 
 def save(ctx: Any, call: Sequence[Any], *more: Tensor | None) -> None:
@@ -85,16 +86,18 @@ def run_backward(op: Op, namespace: str, call: Any) -> tuple[Tensor, ...]:
     """`op(namespace, call)`, a backward op; differentiating its results raises."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # create_graph=True: the gradients may be used, and only their own gradient is missing.
-        return tuple(_Once.apply(op, namespace, *op.flatten(call)))
+        leaves, form = tree_flatten(op.flatten(call))
+        return tuple(_Once.apply(op, namespace, form, *leaves))
     return tuple(op(namespace, call))
 
 
 class _Once(torch.autograd.Function):
-    """apply(op, namespace, *arguments of the op). Autograd looks for tensors in no record."""
+    """apply(op, namespace, form, *leaves of the op's arguments). Autograd looks for tensors in no
+    record and in no list."""
 
     @staticmethod
-    def forward(op: Op, namespace: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(op(namespace, op.read(arguments)))
+    def forward(op: Op, namespace: str, form: TreeSpec, *leaves: Any) -> tuple[Tensor, ...]:
+        return tuple(op(namespace, op.read(tree_unflatten(leaves, form))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

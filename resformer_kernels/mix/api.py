@@ -1,44 +1,19 @@
-"""The public mixing functions: their meaning, their checks, and the choice of a backend."""
+"""The public functions: weighted sums of values, and of values and rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels._core.select import explainable, serve
 from resformer_kernels.mix import native, reference, triton
-from resformer_kernels.mix.op import EMBEDDING, VALUES
-from resformer_kernels.mix.record import check_embedding, check_mix
+from resformer_kernels.mix.record import EMBEDDING, VALUES, check_embedding, check_mix
 
 BACKENDS = (native, triton, reference)
 
 
-def _prepare_values(values: Any, coefficients: Any, *, backend: str = "auto") -> Request:
-    return Request(VALUES, backend, BACKENDS, check_mix(values, coefficients))
-
-
-def _prepare_embedding(
-    v: Any,
-    table: Any,
-    token_ids: Any,
-    gate: Any,
-    *,
-    sparse_grad: Any = False,
-    backend: str = "auto",
-) -> Request:
-    call = check_embedding(v, table, token_ids, gate, sparse_grad)
-    return Request(EMBEDDING, backend, BACKENDS, call)
-
-
-def _serve(request: Request) -> Tensor:
-    chosen = select(request.op, request.backend, request.backends, request.call)
-    out: Tensor = chosen.run(request.call)
-    return out
-
-
-@explained_by(_prepare_values)
+@explainable
 def mix_values(
     values: Sequence[Tensor],
     coefficients: Sequence[float | Tensor],
@@ -73,10 +48,11 @@ def mix_values(
 
     Under autocast the values are cast to its dtype; the coefficients are not.
     """
-    return _serve(_prepare_values(values, coefficients, backend=backend))
+    out: Tensor = serve(VALUES, backend, BACKENDS, check_mix(values, coefficients))
+    return out
 
 
-@explained_by(_prepare_embedding)
+@explainable
 def mix_value_embedding(
     v: Tensor,
     table: Tensor,
@@ -86,7 +62,7 @@ def mix_value_embedding(
     sparse_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """v + gate * table[token_ids]: a value embedding, its rows read where they lie.
+    """v + gate * table[token_ids]: a value embedding whose rows are read in place.
 
     Each token adds a learned row of values of its own to those of the layer, as nanochat and
     modded-nanogpt do; it stands in for the first layer's values of arXiv 2410.17897. The gathered
@@ -117,6 +93,6 @@ def mix_value_embedding(
 
     Under autocast v is cast to its dtype; the table and the gate are not.
     """
-    return _serve(
-        _prepare_embedding(v, table, token_ids, gate, sparse_grad=sparse_grad, backend=backend)
-    )
+    call = check_embedding(v, table, token_ids, gate, sparse_grad)
+    out: Tensor = serve(EMBEDDING, backend, BACKENDS, call)
+    return out

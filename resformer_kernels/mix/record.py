@@ -1,4 +1,4 @@
-"""The normalised forms of the mixing calls, and every check that leads to them."""
+"""The records of the mixing calls, and the checks that lead to them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from resformer_kernels._core.checks import (
     readable,
 )
 from resformer_kernels._core.coefficients import check_coefficient
-from resformer_kernels._core.old import vmap_error
-from resformer_kernels.mix.op import EMBEDDING, VALUES
+from resformer_kernels._core.op import refuse_vmap
+from resformer_kernels._core.strides import copy_note, needs_copy
+
+VALUES, EMBEDDING = "mix_values", "mix_value_embedding"
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPIED = ("v", "table")
+"""Arguments of an embedding that are copied where their last axis is not contiguous."""
 
 _AXES = "(batch, time, kv_heads, head_dim) or (total_tokens, kv_heads, head_dim)"
 
@@ -26,12 +32,24 @@ class MixCall(NamedTuple):
     """out = sum of coefficient i times values[i].
 
     The values share one shape of rank 4, or 3 if packed. Coefficient i is a tensor of that rank,
-    with axes of size 1 where it broadcasts; where it is None, coefficient_values[i] is the number.
+    with axes of size 1 where it broadcasts; where it is absent, of shape (0,), the number
+    coefficient_values[i] serves.
     """
 
     values: tuple[Tensor, ...]
-    coefficients: tuple[Tensor | None, ...]
+    coefficients: tuple[Tensor, ...]
     coefficient_values: tuple[float, ...]
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the result's shape and dtype."""
+        return self.values[0]
+
+    @property
+    def terms(self) -> list[tuple[Tensor, Tensor | None, float]]:
+        """(value, coefficient or None, number) of each source."""
+        found = [present(c) for c in self.coefficients]
+        return list(zip(self.values, found, self.coefficient_values, strict=True))
 
 
 class EmbeddingCall(NamedTuple):
@@ -44,12 +62,36 @@ class EmbeddingCall(NamedTuple):
     gate_value: float
     sparse_grad: bool
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the result's shape and dtype."""
+        return self.v
 
-def _refuse_vmap(op: str, tensors: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in tensors):
-        raise RuntimeError(vmap_error(op))
+
+def absent_like(tensor: Tensor) -> Tensor:
+    """Stands for an absent tensor in a list: nothing else has one axis."""
+    return tensor.new_empty((0,))
+
+
+def present(tensor: Tensor) -> Tensor | None:
+    """None for an absent tensor."""
+    return None if tensor.dim() == 1 else tensor
+
+
+def dtype_reason(call: MixCall | EmbeddingCall) -> str | None:
+    """Why kernels cannot serve the call's dtype; None when they can."""
+    if call.like.dtype not in KERNEL_DTYPES:
+        return f"it serves float32, bfloat16 and float16, these are {call.like.dtype}"
+    return None
+
+
+def copy_notes(call: MixCall | EmbeddingCall) -> list[str]:
+    """The arguments that are copied before the kernel, for `explain`."""
+    if isinstance(call, MixCall):
+        named = [(f"values[{i}]", value) for i, value in enumerate(call.values)]
+    else:
+        named = [("v", call.v), ("table", call.table)]
+    return [copy_note(name, tensor) for name, tensor in named if needs_copy(tensor)]
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -80,7 +122,7 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
         )
     for i, value in enumerate(values):
         _check_value(f"values[{i}]", value)
-    _refuse_vmap(VALUES, (*values, *coefficients))
+    refuse_vmap(VALUES, (*values, *coefficients))
     first = values[0]
     for i, value in enumerate(values):
         if value.shape != first.shape:
@@ -102,7 +144,8 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
         check_coefficient(f"coefficients[{i}]", c, values[0], of="values[0]")
         for i, c in enumerate(coefficients)
     ]
-    return MixCall(values, tuple(c for c, _ in checked), tuple(x for _, x in checked))
+    tensors = tuple(absent_like(values[0]) if c is None else c for c, _ in checked)
+    return MixCall(values, tensors, tuple(x for _, x in checked))
 
 
 def check_embedding(
@@ -112,7 +155,7 @@ def check_embedding(
     _check_value("v", v)
     check_tensor("table", table, 3, "(vocab, kv_heads, head_dim)")
     check_flag("sparse_grad", sparse_grad)
-    _refuse_vmap(EMBEDDING, (v, table, token_ids, gate))
+    refuse_vmap(EMBEDDING, (v, table, token_ids, gate))
     v = v.to(autocast_dtype(v.device, v.dtype))
     if table.shape[1:] != v.shape[-2:]:
         raise ValueError(

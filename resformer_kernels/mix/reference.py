@@ -28,16 +28,14 @@ def unsupported_reason(_call: MixCall | EmbeddingCall, _hardware: Hardware) -> s
 
 def is_large(call: MixCall | EmbeddingCall) -> bool:
     """Whether it makes enough float32 copies of V to be worth a warning."""
-    value = call.values[0] if isinstance(call, MixCall) else call.v
-    return value.numel() >= _LARGE
+    return call.like.numel() >= _LARGE
 
 
 def run(call: MixCall | EmbeddingCall) -> Tensor:
     """The mixed value, contiguous, in the values' shape and dtype."""
-    value = call.values[0] if isinstance(call, MixCall) else call.v
-    with torch.autocast(value.device.type, enabled=False):
+    with torch.autocast(call.like.device.type, enabled=False):
         mixed = _mix(call) if isinstance(call, MixCall) else _embed(call)
-        return mixed.to(value.dtype).contiguous()
+        return mixed.to(call.like.dtype).contiguous()
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,9 +45,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _mix(call: MixCall) -> Tensor:
     compute = _compute_dtype(call.values[0].dtype)
     total: Tensor | None = None
-    for value, tensor, number in zip(
-        call.values, call.coefficients, call.coefficient_values, strict=True
-    ):
+    for value, tensor, number in call.terms:
         term = (number if tensor is None else tensor.to(compute)) * value.to(compute)
         total = term if total is None else total + term
     assert total is not None

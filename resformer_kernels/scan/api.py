@@ -1,33 +1,17 @@
-"""The public scan: its meaning, its checks, and the choice of a backend."""
+"""The public function: a linear recurrence over time."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels._core.select import explainable, serve
 from resformer_kernels.scan import native, reference, triton
-from resformer_kernels.scan.op import SCAN
-from resformer_kernels.scan.record import check_scan
+from resformer_kernels.scan.record import SCAN, check_call
 
 BACKENDS = (native, triton, reference)
 
 
-def _prepare(
-    gates: Any,
-    tokens: Any,
-    initial_state: Any = None,
-    *,
-    reverse: Any = False,
-    cu_seqlens: Any = None,
-    backend: str = "auto",
-) -> Request:
-    call = check_scan(gates, tokens, initial_state, reverse, cu_seqlens)
-    return Request(SCAN, backend, BACKENDS, call)
-
-
-@explained_by(_prepare)
+@explainable
 def linear_scan(
     gates: Tensor,
     tokens: Tensor,
@@ -75,9 +59,6 @@ def linear_scan(
     Autocast leaves it alone: a state that is carried over many steps should not be rounded because
     a matrix product may be.
     """
-    request = _prepare(
-        gates, tokens, initial_state, reverse=reverse, cu_seqlens=cu_seqlens, backend=backend
-    )
-    chosen = select(request.op, request.backend, request.backends, request.call)
-    states, final_state = chosen.run(request.call)
+    call = check_call(gates, tokens, initial_state, reverse, cu_seqlens)
+    states, final_state = serve(SCAN, backend, BACKENDS, call)
     return states, final_state

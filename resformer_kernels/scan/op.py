@@ -1,109 +1,126 @@
-"""Schemas and fakes of the scan; torch alone is needed.
+"""The ops of the scan and its gradient: the scan of the conjugate gates, against time.
 
-One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
-whose launcher is imported, and Triton with it, when an op is first called.
+    a_t  = dh_t + conj(g_{t+1}) * a_{t+1},   a after the last step being the final state's gradient
+    dx_t = a_t        dg_t = a_t * conj(h_{t-1})        dh_0 = conj(g_1) * a_1
 
-The gradient of an output that nobody used is None. Of the states the backward reads what they hold
-only where the gradient of the gates is wanted; else any tensor of their shape and dtype will do.
+Saved are the gates and, where their gradient is wanted, the states, which are the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.old import vmap_error
+from resformer_kernels._core import gradient
+from resformer_kernels._core.op import Op, vmap_error
+from resformer_kernels._core.strides import with_unit_strides
+from resformer_kernels.scan.record import SCAN, TENSORS, ScanCall, sequences_of, state_dtype
 
-SCAN = "linear_scan"
-
-NATIVE, TRITON = "resformer", "resformer_triton"
-
+LEAVES = ("tokens", "gates", "initial_state")
 WANTS_TOKENS, WANTS_GATES, WANTS_INITIAL = 1, 2, 4
-"""The bits of `grad_mask`."""
+"""Bits of `grad_mask`, in the order of LEAVES."""
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which tokens of `dtype` are accumulated, and their final state is returned."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+class BackwardCall(NamedTuple):
+    """The gradient of an output that nobody used is None. `states` are read where the gradient of
+    the gates is wanted; otherwise any tensor of their shape and dtype serves."""
+
+    grad_states: Tensor | None
+    grad_final: Tensor | None
+    gates: Tensor
+    states: Tensor
+    initial_state: Tensor | None
+    reverse: bool
+    cu_seqlens: Tensor | None
+    grad_mask: int
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences: the rows of a state."""
+        return sequences_of(self.states, self.cu_seqlens)
 
 
-def _forward_fake(
-    _gates: Tensor,
-    tokens: Tensor,
-    _initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    _reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = tokens.new_empty((sequences, tokens.shape[-1]), dtype=state_dtype(tokens.dtype))
-    return tokens.new_empty(tokens.shape), final
+def _forward_fake(call: ScanCall) -> tuple[Tensor, Tensor]:
+    tokens = call.tokens
+    shape = (call.sequences, tokens.shape[-1])
+    return tokens.new_empty(tokens.shape), tokens.new_empty(shape, dtype=state_dtype(tokens.dtype))
 
 
-def _backward_fake(
-    _grad_states: Tensor | None,
-    _grad_final: Tensor | None,
-    gates: Tensor,
-    states: Tensor,
-    initial_state: Tensor | None,
-    _cu_seqlens: Tensor | None,
-    _reverse: bool,
-    grad_mask: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    leaves = (states, gates, states if initial_state is None else initial_state)
-    found = [
-        leaf.new_empty(leaf.shape if grad_mask >> bit & 1 else (0,))
-        for bit, leaf in enumerate(leaves)
-    ]
-    return found[0], found[1], found[2]
+def _backward_fake(call: BackwardCall) -> tuple[Tensor, ...]:
+    initial = call.states if call.initial_state is None else call.initial_state
+    return tuple(
+        leaf.new_empty(leaf.shape if call.grad_mask >> bit & 1 else (0,))
+        for bit, leaf in enumerate((call.states, call.gates, initial))
+    )
 
 
-_OPS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
-    (
-        "forward",
-        "(Tensor gates, Tensor tokens, Tensor? initial_state, Tensor? cu_seqlens, bool reverse) "
-        "-> (Tensor states, Tensor final_state)",
-        _forward_fake,
-    ),
-    (
-        "backward",
-        "(Tensor? grad_states, Tensor? grad_final, Tensor gates, Tensor states, "
-        "Tensor? initial_state, Tensor? cu_seqlens, bool reverse, int grad_mask) "
-        "-> (Tensor dtokens, Tensor dgates, Tensor dinitial_state)",
-        _backward_fake,
-    ),
+FORWARD = Op(
+    f"{SCAN}_forward",
+    ScanCall,
+    "(Tensor states, Tensor final_state)",
+    function=SCAN,
+    fake=_forward_fake,
+    triton="resformer_kernels.scan.triton.forward:forward",
+)
+BACKWARD = Op(
+    f"{SCAN}_backward",
+    BackwardCall,
+    "(Tensor dtokens, Tensor dgates, Tensor dinitial_state)",
+    function=SCAN,
+    fake=_backward_fake,
+    triton="resformer_kernels.scan.triton.backward:backward",
 )
 
 
-def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
-    raise RuntimeError(vmap_error(SCAN))
+class LinearScan(torch.autograd.Function):
+    """apply(namespace, *call) -> (states, final state)."""
+
+    @staticmethod
+    def forward(namespace: str, *call: Any) -> tuple[Tensor, Tensor]:
+        states, final = FORWARD(namespace, call)
+        return states, final
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.namespace, gates, _tokens, initial_state, ctx.reverse, cu_seqlens = inputs
+        states, _ = output
+        if not ctx.needs_input_grad[1]:
+            # The backward reads its shape and dtype alone.
+            states = states.new_empty(()).expand(states.shape)
+        ctx.save_for_backward(gates, states, initial_state, cu_seqlens)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_states: Tensor | None, grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gates, states, initial_state, cu_seqlens = ctx.saved_tensors
+        needs = gradient.wanted(ctx, ScanCall, LEAVES)
+        operands = (gates, states, initial_state, ctx.reverse, cu_seqlens)
+        call = BackwardCall(grad_states, grad_final, *operands, gradient.mask_of(needs))
+        call = with_unit_strides(call, ("grad_states", "grad_final"))
+        gradients: tuple[Tensor | None, ...] = (None,) * len(LEAVES)
+        if grad_states is not None or grad_final is not None:
+            gradients = gradient.run_backward(BACKWARD, ctx.namespace, call)
+        return gradient.in_place_of(ScanCall, LEAVES, gradients, needs)
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(SCAN))
 
 
-def define(namespace: str) -> torch.library.Library:
-    """The ops in a namespace: schemas, fakes and what they say under vmap. They go when the library
-    does."""
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for part, signature, fake in _OPS:
-        name = f"{SCAN}_{part}"
-        library.define(name + signature)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        library.impl(name, _no_vmap, "FuncTorchBatched")
-    return library
-
-
-def _by_triton(part: str) -> Callable[..., Any]:
-    def launch(*arguments: Any) -> Any:
-        import resformer_kernels.scan.triton.launch as launchers
-
-        return getattr(launchers, part)(*arguments)
-
-    return launch
-
-
-_libraries = {namespace: define(namespace) for namespace in (NATIVE, TRITON)}
-for _part, *_ in _OPS:
-    # CPU tensors are for Triton's interpreter.
-    for _key in ("CUDA", "CPU"):
-        _libraries[TRITON].impl(f"{SCAN}_{_part}", _by_triton(_part), _key)
+def run(namespace: str, call: ScanCall) -> tuple[Tensor, Tensor]:
+    """(states, final state) by the ops of `namespace`, contiguous."""
+    call = with_unit_strides(call, TENSORS)
+    leaves = (call.gates, call.tokens, call.initial_state)
+    if torch.compiler.is_compiling():
+        call = gradient.distinct(call)
+    else:
+        gradient.refuse_forward_mode(SCAN, leaves)
+    if gradient.wants_gradient(leaves):
+        states, final = LinearScan.apply(namespace, *call)
+    else:
+        states, final = FORWARD(namespace, call)
+    return states, final

@@ -1,26 +1,28 @@
-"""The normalised form of a scan, and every check that leads to it."""
+"""The record of a scan, and the checks that lead to it."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import strides
 from resformer_kernels._core.checks import check_cu_seqlens, check_flag, check_tensor
-from resformer_kernels._core.old import vmap_error
-from resformer_kernels.scan.op import SCAN, state_dtype
+from resformer_kernels._core.op import refuse_vmap
 
-DTYPES = (
-    *(torch.float32, torch.bfloat16, torch.float16, torch.complex64),
-    *(torch.float64, torch.complex128),
-)
+SCAN = "linear_scan"
+
+_NARROW = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *_NARROW, torch.complex64)
+DTYPES = (*KERNEL_DTYPES, torch.float64, torch.complex128)
 _FIXED = "(batch, time, channels)"
 _PACKED = "(total_tokens, channels) with cu_seqlens"
 
 
 class ScanCall(NamedTuple):
-    """h_t = gates_t * h_{t-1} + tokens_t.
+    """h_t = gates_t * h_{t-1} + tokens_t; the fields are the op's arguments in order.
 
     tokens (B, T, N), or packed (total, N) with cu_seqlens (S + 1,); gates of their shape, or (N,);
     initial_state (B, N) or (S, N), or None: zeros.
@@ -29,22 +31,43 @@ class ScanCall(NamedTuple):
     gates: Tensor
     tokens: Tensor
     initial_state: Tensor | None
-    cu_seqlens: Tensor | None
     reverse: bool
+    cu_seqlens: Tensor | None
 
     @property
     def sequences(self) -> int:
-        """How many: the rows of a state."""
-        if self.cu_seqlens is None:
-            return self.tokens.shape[0]
-        return self.cu_seqlens.shape[0] - 1
+        """Number of sequences: the rows of a state."""
+        return sequences_of(self.tokens, self.cu_seqlens)
 
 
-def check_scan(
+TENSORS = ("gates", "tokens", "initial_state", "cu_seqlens")
+
+copy_notes = partial(strides.copy_notes, names=TENSORS)
+"""Says which arguments are copied before the kernel, for `explain`."""
+
+
+def sequences_of(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Number of sequences in tokens, or in packed ones."""
+    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tokens of `dtype` are accumulated and their final state is returned."""
+    return torch.float32 if dtype in _NARROW else dtype
+
+
+def dtype_reason(call: ScanCall) -> str | None:
+    """Why kernels cannot serve the call's dtype; None when they can."""
+    if call.tokens.dtype not in KERNEL_DTYPES:
+        return f"it serves float32, bfloat16, float16 and complex64, these are {call.tokens.dtype}"
+    return None
+
+
+def check_call(
     gates: Any, tokens: Any, initial_state: Any, reverse: Any, cu_seqlens: Any
 ) -> ScanCall:
-    """Check and normalise the arguments of `linear_scan`."""
-    _refuse_vmap((gates, tokens, initial_state, cu_seqlens))
+    """The arguments of `linear_scan`, checked and normalised."""
+    refuse_vmap(SCAN, (gates, tokens, initial_state, cu_seqlens))
     if cu_seqlens is None:
         check_tensor("tokens", tokens, 3, f"{_FIXED}, or {_PACKED}")
     else:
@@ -58,22 +81,15 @@ def check_scan(
     _check_gates(gates, tokens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, "tokens", tokens, "the {} tokens")
-    call = ScanCall(gates, tokens, initial_state, cu_seqlens, reverse)
+    call = ScanCall(gates, tokens, initial_state, reverse, cu_seqlens)
     if initial_state is not None:
-        _check_initial(call)
+        _check_initial(initial_state, call)
     return call
 
 
-def _refuse_vmap(tensors: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in tensors):
-        raise RuntimeError(vmap_error(SCAN))
-
-
 def _check_dtype_and_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
-    if tensor.dtype not in (tokens.dtype, state_dtype(tokens.dtype)):
-        wide = state_dtype(tokens.dtype)
+    wide = state_dtype(tokens.dtype)
+    if tensor.dtype not in (tokens.dtype, wide):
         other = "" if wide is tokens.dtype else f" or be {wide}"
         raise TypeError(f"{name} must have tokens' dtype {tokens.dtype}{other}, got {tensor.dtype}")
     if tensor.device != tokens.device:
@@ -82,22 +98,20 @@ def _check_dtype_and_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
 
 def _check_gates(gates: Any, tokens: Tensor) -> None:
     channels = tokens.shape[-1]
-    wanted = f"tokens' shape {tuple(tokens.shape)}, or ({channels},) for gates that no time changes"
+    expected = f"tokens' shape {tuple(tokens.shape)}, or ({channels},) for gates constant in time"
     if not isinstance(gates, Tensor) or gates.layout is not torch.strided:
-        check_tensor("gates", gates, tokens.dim(), f"of {wanted}")
+        check_tensor("gates", gates, tokens.dim(), f"of {expected}")
     if gates.shape != tokens.shape and (gates.dim() != 1 or gates.shape[0] != channels):
-        raise ValueError(f"gates must have {wanted}, got shape {tuple(gates.shape)}")
+        raise ValueError(f"gates must have {expected}, got shape {tuple(gates.shape)}")
     _check_dtype_and_device("gates", gates, tokens)
 
 
-def _check_initial(call: ScanCall) -> None:
-    tokens, initial_state = call.tokens, call.initial_state
+def _check_initial(initial_state: Any, call: ScanCall) -> None:
     check_tensor("initial_state", initial_state, 2, "(sequences, channels)")
-    assert initial_state is not None
-    shape = (call.sequences, tokens.shape[-1])
+    shape = (call.sequences, call.tokens.shape[-1])
     if tuple(initial_state.shape) != shape:
         raise ValueError(
             f"initial_state must have one row a sequence, {shape}, "
             f"got shape {tuple(initial_state.shape)}"
         )
-    _check_dtype_and_device("initial_state", initial_state, tokens)
+    _check_dtype_and_device("initial_state", initial_state, call.tokens)

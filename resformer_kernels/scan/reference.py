@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import Hardware
-from resformer_kernels.scan.op import state_dtype
-from resformer_kernels.scan.record import ScanCall
+from resformer_kernels.scan.record import ScanCall, state_dtype
 
 NAME = "reference"
 
@@ -28,7 +27,7 @@ def unsupported_reason(_call: ScanCall, _hardware: Hardware) -> str | None:
 
 
 def is_large(call: ScanCall) -> bool:
-    """Whether it takes enough steps, of a few kernels each, to be worth a warning."""
+    """Whether the Python loop has enough steps to be worth a warning."""
     return call.tokens.shape[-2] >= _LARGE
 
 
@@ -71,8 +70,8 @@ def _packed(
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     outside = (rows >= ends[-1])[:, None]
     owner = torch.searchsorted(ends, rows, right=True).clamp(max=call.sequences - 1)
-    # What lies after the last sequence becomes zeros before any arithmetic, for a gradient of zero
-    # times NaN is NaN.
+    # Tokens after the last sequence become zeros before any arithmetic: the gradient of 0 * NaN is
+    # NaN.
     x = tokens.masked_fill(outside, 0).unbind(0)
     g = [gates] * len(x) if gates.dim() == 1 else gates.masked_fill(outside, 0).unbind(0)
     enters = (rows == (ends[owner] - 1 if call.reverse else starts[owner])).unbind(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels.scan.op import state_dtype
+from resformer_kernels.scan.record import state_dtype
 from resformer_kernels.testing.problems import Problem
 
 _BATCH, _TIME, _CHANNELS = 2, 37, 50

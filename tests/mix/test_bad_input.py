@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from resformer_kernels import mix_value_embedding, mix_values
+from tests.tables import by_name
 
 V = torch.randn(2, 3, 2, 4)
 TABLE = torch.randn(5, 2, 4)
@@ -42,11 +43,7 @@ BAD_VALUES: list[tuple[str, Any, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("values", "coefficients", "error", "says"),
-    [row[1:] for row in BAD_VALUES],
-    ids=[row[0] for row in BAD_VALUES],
-)
+@by_name("values", "coefficients", "error", "says", table=BAD_VALUES)
 def test_values(values: Any, coefficients: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         mix_values(values, coefficients)
@@ -78,11 +75,7 @@ BAD_EMBEDDINGS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("changed", "error", "says"),
-    [row[1:] for row in BAD_EMBEDDINGS],
-    ids=[row[0] for row in BAD_EMBEDDINGS],
-)
+@by_name("changed", "error", "says", table=BAD_EMBEDDINGS)
 def test_embedding(changed: dict[str, Any], error: type[Exception], says: str) -> None:
     arguments = {"v": V, "table": TABLE, "token_ids": IDS, "gate": 0.5, **changed}
     with pytest.raises(error, match=says):

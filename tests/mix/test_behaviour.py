@@ -1,4 +1,4 @@
-"""What holds on every backend, and what the native one promises about bits, NaN and strides."""
+"""Behaviour of every backend, and the native one's promises about bits, NaN and strides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import explain, mix_value_embedding, mix_values, value_residual_attention
+from tests.machinery import threads
 from tests.mix.cases import DTYPES, Case, embedding_call, run, values_call
 
 FORMS = ("scalar", "head", "channel", "token", "token_head", "full", "position")
@@ -25,14 +26,10 @@ def all_bits(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     case = Case((3, 700), 3, 40, dtype, FORMS)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = all_bits(case)
-        torch.set_num_threads(4)
+    with threads(4):
         several = [all_bits(case) for _ in range(3)]
-    finally:
-        torch.set_num_threads(threads)
     for again in several:
         assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
 

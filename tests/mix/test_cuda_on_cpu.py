@@ -7,17 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels._core import extension as _extension
+from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.mix import api, reference
 from resformer_kernels.mix import native as on_cpu
 from resformer_kernels.mix import op as ops
-from resformer_kernels.mix.autograd import run_op
 from resformer_kernels.mix.record import MixCall
 from tests.cuda_on_cpu import build
+from tests.mix.calls import values_calls, wrong_values_calls
 from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, run, values_call
 
 NAMESPACE = "resformer_cuda_on_cpu"
@@ -25,26 +26,26 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split("
 
 
 class CudaOnCpu:
-    """The backend, as far as `mix_values` goes."""
+    """The CUDA backend of `mix_values`."""
 
     NAME = "cuda"
 
     @staticmethod
-    def unsupported_reason(_call: MixCall) -> None:
+    def unsupported_reason(_call: MixCall, _hardware: Hardware) -> None:
         return None
 
     @staticmethod
     def run(call: MixCall) -> Tensor:
-        return run_op(call, NAMESPACE)
+        return ops.run(NAMESPACE, call)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    library = ops.define(NAMESPACE)
+    libraries = [op.define(NAMESPACE) for op in ops.OPS]
     folder = tmp_path_factory.mktemp("mix_cuda")
     torch.ops.load_library(str(build("mix/mix_cuda.cu", NAMESPACE, folder)))
     yield
-    del library
+    del libraries
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +55,7 @@ def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @by_dtype
-@settings(
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_values_stay_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
     check_budget(values_call, data.draw(cases(dtype)), "cuda")
@@ -107,28 +105,11 @@ def test_the_bits_are_those_of_the_cpu(dtype: torch.dtype, dim: int) -> None:
 
 
 def test_opcheck() -> None:
-    functions = getattr(torch.ops, NAMESPACE)
-    a, b = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
-    head, none = torch.randn(1, 1, 2, 1), torch.empty(0)
-    torch.library.opcheck(functions.mix_values_forward.default, ([a, b], [head, none], [1.0, 0.5]))
-    torch.library.opcheck(
-        functions.mix_values_backward.default,
-        (a, [b, none], [head, none], [1.0, 0.5], [1, 0, 1, 0]),
-    )
+    for op, arguments in values_calls(getattr(torch.ops, NAMESPACE)):
+        torch.library.opcheck(op.default, arguments)
 
 
 def test_the_op_itself_checks_its_arguments() -> None:
-    functions = getattr(torch.ops, NAMESPACE)
-    v, gate, none = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 1), torch.empty(0)
-    wrong = [
-        lambda: functions.mix_values_forward([], [], []),
-        lambda: functions.mix_values_forward([v, v[:, :3]], [none, none], [1.0, 1.0]),
-        lambda: functions.mix_values_forward([v, v.bfloat16()], [none, none], [1.0, 1.0]),
-        lambda: functions.mix_values_forward([v[..., ::2]], [none], [1.0]),
-        lambda: functions.mix_values_forward([v], [gate[:, :3]], [1.0]),
-        lambda: functions.mix_values_backward(v, [v], [gate], [1.0], [1]),
-        lambda: functions.mix_values_backward(v, [v], [none], [1.0], [1, 1]),
-    ]
-    for call in wrong:
+    for op, arguments in wrong_values_calls(getattr(torch.ops, NAMESPACE)):
         with pytest.raises(RuntimeError):
-            call()
+            op(*arguments)

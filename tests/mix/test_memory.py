@@ -1,4 +1,4 @@
-"""What is saved for backward, and that the rows of a table never exist as a tensor."""
+"""Memory: the tensors saved for backward; rows of a table are never materialised."""
 
 from __future__ import annotations
 
@@ -10,19 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from resformer_kernels import mix_value_embedding, mix_values
-
-
-def saved_bytes(function: Any) -> int:
-    """Bytes of distinct storage that autograd keeps of function()."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        function()
-    return sum(kept.values())
+from tests.machinery import saved_bytes
 
 
 def largest_allocation(function: Any) -> int:
@@ -30,6 +18,12 @@ def largest_allocation(function: Any) -> int:
         function()
     sizes = [event.cpu_memory_usage for event in profiler.events() or []]
     return max(sizes)
+
+
+def embedding_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v, table = (torch.randn(*rows, 2, 64, requires_grad=True) for rows in ((4, 512), (32,)))
+    gate = torch.randn(4, 512, 2, 1, requires_grad=True)
+    return v, table, torch.randint(32, (4, 512)), gate
 
 
 def test_values_with_float_coefficients_save_nothing(kernels: str) -> None:
@@ -47,10 +41,7 @@ def test_only_values_with_a_learned_coefficient_are_saved(kernels: str) -> None:
 
 
 def test_an_embedding_saves_no_rows(kernels: str) -> None:
-    v = torch.randn(4, 512, 2, 64, requires_grad=True)
-    table = torch.randn(32, 2, 64, requires_grad=True)
-    gate = torch.randn(4, 512, 2, 1, requires_grad=True)
-    ids = torch.randint(32, (4, 512))
+    v, table, ids, gate = embedding_inputs()
     sources = [x.untyped_storage().nbytes() for x in (table, gate, ids)]
     call = functools.partial(mix_value_embedding, v, table, ids, gate, backend=kernels)
     assert saved_bytes(call) <= sum(sources)
@@ -58,10 +49,7 @@ def test_an_embedding_saves_no_rows(kernels: str) -> None:
 
 def test_an_embedding_never_makes_the_rows(kernels: str) -> None:
     # Rows of 2048 tokens are 64 times the table: whatever held them would stand out.
-    v = torch.randn(4, 512, 2, 64, requires_grad=True)
-    table = torch.randn(32, 2, 64, requires_grad=True)
-    gate = torch.randn(4, 512, 2, 1, requires_grad=True)
-    ids = torch.randint(32, (4, 512))
+    v, table, ids, gate = embedding_inputs()
     out = mix_value_embedding(v, table, ids, gate, backend=kernels)
     grad = torch.randn_like(out)
     rows = out.untyped_storage().nbytes()

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels import mix_value_embedding, mix_values
+from tests.machinery import (  # noqa: F401
+    check_compiles_whole,
+    test_checkpointing,
+    test_forward_mode_says_no,
+    test_gradients_are_not_differentiable_again,
+    test_vmap_says_no,
+)
+from tests.mix.calls import values_calls, wrong_values_calls
 
 pytestmark = [
     # Raised inside torch while it compiles and while it loads its forward-mode rules.
@@ -57,27 +63,14 @@ def function(made: Callable[..., Any], kernels: str) -> Callable[..., Tensor]:
     return functools.partial(mix if made is values_of else embed, backend=kernels)
 
 
-def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    leaves = [x for x in inputs if x.requires_grad]
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-
-
-def same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_opcheck(kernels: str) -> None:
     ops = torch.ops.resformer if kernels == "native" else torch.ops.resformer_triton
-    a, b = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
-    head, none = torch.randn(1, 1, 2, 1), torch.empty(0)
-    table, ids, gate = torch.randn(7, 2, 4), torch.randint(7, (2, 5)), torch.randn(2, 5, 1, 1)
+    a, gate = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 1, 1)
+    table, ids = torch.randn(7, 2, 4), torch.randint(7, (2, 5))
     calls = [
-        (ops.mix_values_forward, ([a, b], [head, none], [1.0, 0.5])),
-        (ops.mix_values_backward, (a, [b, none], [head, none], [1.0, 0.5], [1, 0, 1, 0])),
-        (ops.mix_value_embedding_forward, (a, table, ids, gate, 1.0)),
-        (ops.mix_value_embedding_forward, (a, table, ids, None, 0.5)),
+        *values_calls(ops),
+        (ops.mix_value_embedding_forward, (a, table, ids, gate, 1.0, False)),
+        (ops.mix_value_embedding_forward, (a, table, ids, None, 0.5, True)),
         (ops.mix_value_embedding_backward, (a, table, ids, gate, 1.0, 3)),
         (ops.mix_value_embedding_backward, (a, table, ids, None, 0.5, 1)),
         (ops.mix_value_embedding_backward_sparse, (a, table, ids, gate, 1.0)),
@@ -87,11 +80,7 @@ def test_opcheck(kernels: str) -> None:
 
 
 def test_compiles_whole_with_dynamic_length(function: Any, make: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (6, 9, 17):
-        inputs = make(rows)
-        same(gradients(compiled, inputs), gradients(function, inputs))
+    check_compiles_whole(function, make, (6, 9, 17))
 
 
 def test_a_float_coefficient_does_not_recompile(kernels: str) -> None:
@@ -118,38 +107,6 @@ def test_autocast_casts_values_alone(function: Any, make: Any) -> None:
     assert all(g.dtype is torch.float32 for g in found)
 
 
-def test_checkpointing(function: Any, make: Any) -> None:
-    inputs = make()
-
-    def checkpointed(*leaves: Tensor) -> Tensor:
-        out: Tensor = checkpoint(function, *leaves, use_reentrant=False)
-        return out
-
-    same(gradients(checkpointed, inputs), gradients(function, inputs))
-
-
-def test_gradients_are_not_differentiable_again(function: Any, make: Any) -> None:
-    inputs = make()
-    leaves = [x for x in inputs if x.requires_grad]
-    found = torch.autograd.grad(function(*inputs).square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not support double backward"):
-        found[-1].sum().backward()
-
-
-def test_vmap_says_no(function: Any, make: Any) -> None:
-    inputs = tuple(x.detach()[None] for x in make())
-    with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
-        torch.func.vmap(function)(*inputs)
-
-
-def test_forward_mode_says_no(function: Any, make: Any) -> None:
-    first, *rest = (x.detach() for x in make())
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(first, torch.ones_like(first))
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            function(dual, *rest)
-
-
 def test_sparse_gradient_says_no_to_a_whole_graph(native: str) -> None:
     torch._dynamo.reset()
     v, table, ids, gate = embedding_of()
@@ -168,7 +125,7 @@ def test_the_op_itself_checks_ids(bad: int) -> None:
     v, table, ids, gate = (x.detach() for x in embedding_of())
     ids[1, 2] = bad
     for call in (
-        lambda: torch.ops.resformer.mix_value_embedding_forward(v, table, ids, gate, 1.0),
+        lambda: torch.ops.resformer.mix_value_embedding_forward(v, table, ids, gate, 1.0, False),
         lambda: torch.ops.resformer.mix_value_embedding_backward(v, table, ids, gate, 1.0, 3),
         lambda: torch.ops.resformer.mix_value_embedding_backward_sparse(v, table, ids, gate, 1.0),
     ):
@@ -184,7 +141,7 @@ def test_an_unchecked_id_reads_and_writes_nothing(bad: int, kernels: str) -> Non
     v, table, ids, gate = (x.detach() for x in embedding_of())
     ids[1, 2] = bad
     ops = torch.ops.resformer_triton
-    out = ops.mix_value_embedding_forward(v, table, ids, gate, 1.0)
+    out = ops.mix_value_embedding_forward(v, table, ids, gate, 1.0, False)
     lost = torch.zeros(2, 6, dtype=torch.bool)
     lost[1, 2] = True
     assert out[lost].isnan().all()
@@ -198,27 +155,16 @@ def test_an_unchecked_id_reads_and_writes_nothing(bad: int, kernels: str) -> Non
 @pytest.mark.usefixtures("native")
 def test_the_op_itself_checks_shapes() -> None:
     v, table, ids, gate = (x.detach() for x in embedding_of())
-    ops, none = torch.ops.resformer, torch.empty(0)
-    wrong: list[Callable[[], Any]] = [
-        lambda: ops.mix_values_forward([], [], []),
-        lambda: ops.mix_values_forward([v], [], [1.0]),
-        lambda: ops.mix_values_forward([v, v[:, :3]], [none, none], [1.0, 1.0]),
-        lambda: ops.mix_values_forward([v, v.bfloat16()], [none, none], [1.0, 1.0]),
-        lambda: ops.mix_values_forward([v[..., ::2]], [none], [1.0]),
-        lambda: ops.mix_values_forward([v.double()], [none], [1.0]),
-        lambda: ops.mix_values_forward([v[0, 0]], [none], [1.0]),
-        lambda: ops.mix_values_forward([v], [gate[:, :3]], [1.0]),
-        lambda: ops.mix_values_forward([v], [gate[0]], [1.0]),
-        lambda: ops.mix_values_forward([v], [gate.half()], [1.0]),
-        lambda: ops.mix_values_backward(v, [v], [gate], [1.0], [1]),
-        lambda: ops.mix_values_backward(v, [none], [gate], [1.0], [1, 1]),
-        lambda: ops.mix_values_backward(v, [v], [none], [1.0], [1, 1]),
-        lambda: ops.mix_value_embedding_forward(v, table[:, :1], ids, gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table.half(), ids, gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table, ids[:, :3], gate, 1.0),
-        lambda: ops.mix_value_embedding_forward(v, table, ids.short(), gate, 1.0),
-        lambda: ops.mix_value_embedding_backward(v, table, ids, None, 1.0, 2),
+    ops = torch.ops.resformer
+    forward, backward = ops.mix_value_embedding_forward, ops.mix_value_embedding_backward
+    wrong = [
+        *wrong_values_calls(ops),
+        (forward, (v, table[:, :1], ids, gate, 1.0, False)),
+        (forward, (v, table.half(), ids, gate, 1.0, False)),
+        (forward, (v, table, ids[:, :3], gate, 1.0, False)),
+        (forward, (v, table, ids.short(), gate, 1.0, False)),
+        (backward, (v, table, ids, None, 1.0, 2)),
     ]
-    for call in wrong:
+    for op, arguments in wrong:
         with pytest.raises(RuntimeError):
-            call()
+            op(*arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resformer_kernels._triton.available import interpreted
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-sweep = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+sweep = settings(max_examples=15)
 
 
 @by_dtype

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels import linear_scan
-from resformer_kernels.scan.op import state_dtype
+from resformer_kernels.scan.record import state_dtype
 from resformer_kernels.testing import poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
@@ -31,7 +31,7 @@ class Case:
     lengths: tuple[int, ...] | None = None
     tail: int = 0
     constant: bool = False
-    """Gates that no time changes."""
+    """Gates constant in time."""
     kind: str = "decay"
     """Gates in (0, 1); of modulus 1; normal; 0 or 1 or 1.5."""
     wide_gates: bool = False
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Of tokens, without their channels."""
+        """Shape of tokens without channels."""
         if self.lengths is None:
             return (self.batch, self.length)
         return (sum(self.lengths) + self.tail,)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from resformer_kernels import linear_scan
+from tests.tables import by_name
 
 X = torch.randn(2, 3, 4)
 PACKED = torch.randn(5, 4)
@@ -56,9 +57,7 @@ FIXED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("changed", "error", "says"), [row[1:] for row in FIXED], ids=[row[0] for row in FIXED]
-)
+@by_name("changed", "error", "says", table=FIXED)
 def test_fixed(changed: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         linear_scan(**{"gates": X, "tokens": X, "initial_state": STATE, **changed})
@@ -77,9 +76,7 @@ SEQUENCES: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("cu_seqlens", "error", "says"), [row[1:] for row in SEQUENCES], ids=[r[0] for r in SEQUENCES]
-)
+@by_name("cu_seqlens", "error", "says", table=SEQUENCES)
 def test_packed(cu_seqlens: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         linear_scan(PACKED, PACKED, STATE, cu_seqlens=cu_seqlens)

@@ -1,34 +1,23 @@
-"""What holds on every backend, and what the native one promises about bits, streams and strides."""
+"""Behaviour of every backend, and the native one's promises about bits, streams and strides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from resformer_kernels import explain, linear_scan
+from tests.machinery import saved_bytes, threads
 from tests.scan.by_hand import scan_by_hand
 from tests.scan.cases import DTYPES, Case, inputs_of, run
 
 KINDS = ("decay", "unit", "switch")
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# Narrow and long: time itself is shared out over threads, as soon as a thread has 4096 steps.
+# Narrow and long: time itself is split over threads from 4096 steps per thread on.
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,13 +65,13 @@ def test_a_million_steps(constant: bool, reverse: bool, native: str) -> None:
         (found[2][0], exact.d_initial),
     ]
     for got, true in pairs:
-        # Of terms of size 1 a short sum may cancel: what they round to is left.
+        # A short sum of terms of size 1 may cancel: their rounding errors are left.
         size = max(float(true.norm()), true.numel() ** 0.5)
         assert float((got.detach().double() - true).norm()) <= 3e-7 * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_stream_is_one_call(dtype: torch.dtype, native: str, data: st.DataObject) -> None:
     length, reverse = data.draw(st.integers(1, 900)), data.draw(st.booleans())
@@ -106,7 +95,7 @@ def test_a_stream_is_one_call(dtype: torch.dtype, native: str, data: st.DataObje
     assert torch.equal(carried, whole[1])
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     gate=st.floats(-0.984375, 0.984375, width=32),
     start=st.floats(-10, 10, width=32),
@@ -195,22 +184,14 @@ def test_inputs_are_untouched_and_outputs_no_alias(backend: str) -> None:
 
 
 def test_states_are_saved_for_a_gradient_of_the_gates_alone(kernels: str) -> None:
-    def kept(gates: Tensor) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            linear_scan(gates, tokens, backend=kernels)
-        return sum(sizes.values())
-
     tokens = torch.randn(1, 4, 64, requires_grad=True)
     states = tokens.untyped_storage().nbytes()
-    fixed, learned = torch.rand(64), torch.rand(64, requires_grad=True)
-    assert kept(fixed) < states
-    assert states < kept(learned) <= states + 64 * 4
+    fixed, learned = (
+        saved_bytes(functools.partial(linear_scan, gates, tokens, backend=kernels))
+        for gates in (torch.rand(64), torch.rand(64, requires_grad=True))
+    )
+    assert fixed < states
+    assert states < learned <= states + 64 * 4
 
 
 @pytest.mark.slow

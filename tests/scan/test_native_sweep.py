@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scan.cases import DTYPES, Case, cases, check_budget
@@ -14,10 +14,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split("
 
 @by_dtype
 @pytest.mark.usefixtures("cpu_path")
-@settings(
-    max_examples=30,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_stays_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
     check_budget(data.draw(cases(dtype)), "native")

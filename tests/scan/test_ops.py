@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels import linear_scan
+from tests.machinery import (  # noqa: F401
+    check_compiles_whole,
+    same,
+    test_checkpointing,
+    test_forward_mode_says_no,
+    test_gradients_are_not_differentiable_again,
+    test_vmap_says_no,
+)
 
 pytestmark = [
     # Raised inside torch while it compiles and while it loads its forward-mode rules.
@@ -26,15 +32,15 @@ def made(length: int = 5, *, constant: bool = False) -> tuple[Tensor, Tensor, Te
     return gates, torch.randn(2, length, 3, requires_grad=True), torch.randn(2, 3).requires_grad_()
 
 
-def both(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    states, final = function(*inputs)
-    loss = states.square().sum() + final.square().sum()
-    return [states.detach(), final.detach(), *torch.autograd.grad(loss, inputs)]
+@pytest.fixture
+def make() -> Callable[..., Any]:
+    return made
 
 
-def same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.fixture
+def function(kernels: str) -> Callable[..., Any]:
+    """The scan on one backend."""
+    return functools.partial(linear_scan, backend=kernels)
 
 
 def test_opcheck(kernels: str) -> None:
@@ -42,29 +48,24 @@ def test_opcheck(kernels: str) -> None:
     gates, x, state = (leaf.detach() for leaf in made())
     cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32)
     calls = [
-        (ops.linear_scan_forward, (gates, x, state, None, False)),
-        (ops.linear_scan_forward, (gates[0, 0], x.bfloat16(), None, None, True)),
-        (ops.linear_scan_forward, (gates[0], x[0], state, cu_seqlens, True)),
+        (ops.linear_scan_forward, (gates, x, state, False, None)),
+        (ops.linear_scan_forward, (gates[0, 0], x.bfloat16(), None, True, None)),
+        (ops.linear_scan_forward, (gates[0], x[0], state, True, cu_seqlens)),
         (
             ops.linear_scan_forward,
-            (gates.to(torch.complex64), x.to(torch.complex64), None, None, False),
+            (gates.to(torch.complex64), x.to(torch.complex64), None, False, None),
         ),
-        (ops.linear_scan_backward, (x, state, gates, x, state, None, False, 7)),
-        (ops.linear_scan_backward, (None, state, gates[0, 0], x, None, None, True, 3)),
-        (ops.linear_scan_backward, (x[0], None, gates[0], x[0], state, cu_seqlens, False, 4)),
+        (ops.linear_scan_backward, (x, state, gates, x, state, False, None, 7)),
+        (ops.linear_scan_backward, (None, state, gates[0, 0], x, None, True, None, 3)),
+        (ops.linear_scan_backward, (x[0], None, gates[0], x[0], state, False, cu_seqlens, 4)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_compiles_whole_with_dynamic_length(constant: bool, kernels: str) -> None:
-    torch._dynamo.reset()
-    scan = functools.partial(linear_scan, backend=kernels)
-    compiled = torch.compile(scan, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (4, 6, 7):
-        inputs = made(length, constant=constant)
-        same(both(compiled, inputs), both(scan, inputs))
+def test_compiles_whole_with_dynamic_length(constant: bool, function: Any) -> None:
+    check_compiles_whole(function, functools.partial(made, constant=constant), (4, 6, 7))
 
 
 def test_compiles_where_one_output_is_used(kernels: str) -> None:
@@ -88,38 +89,6 @@ def test_autocast_leaves_it_alone(backend: str) -> None:
     assert states.dtype is final.dtype is torch.float32
 
 
-def test_checkpointing(kernels: str) -> None:
-    scan = functools.partial(linear_scan, backend=kernels)
-
-    def checkpointed(*leaves: Tensor) -> Any:
-        return checkpoint(scan, *leaves, use_reentrant=False)
-
-    inputs = made()
-    same(both(checkpointed, inputs), both(scan, inputs))
-
-
-def test_gradients_are_not_differentiable_again(kernels: str) -> None:
-    inputs = made()
-    states, _ = linear_scan(*inputs, backend=kernels)
-    found = torch.autograd.grad(states.square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not support double backward"):
-        found[0].sum().backward()
-
-
-def test_vmap_says_no(kernels: str) -> None:
-    inputs = tuple(x.detach()[None] for x in made())
-    with pytest.raises(RuntimeError, match=r"does not support torch.func.vmap"):
-        torch.func.vmap(functools.partial(linear_scan, backend=kernels))(*inputs)
-
-
-def test_forward_mode_says_no(kernels: str) -> None:
-    first, *rest = (x.detach() for x in made())
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(first, torch.ones_like(first))
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            linear_scan(dual, *rest, backend=kernels)
-
-
 def test_conjugate_views_are_read_as_what_they_stand_for(kernels: str) -> None:
     gates, x = (torch.randn(1, 4, 3, dtype=torch.complex64) for _ in range(2))
     got = linear_scan(gates.conj(), x, backend=kernels)
@@ -135,23 +104,23 @@ def test_the_op_itself_checks_its_arguments() -> None:
     )
     one = torch.tensor([0, 5], dtype=torch.int32)
     wrong: list[Callable[[], Any]] = [
-        lambda: forward(gates, x[0], None, None, False),
-        lambda: forward(gates, x, None, one, False),
-        lambda: forward(gates[:, :3], x, None, None, False),
-        lambda: forward(gates[0, 0, :2], x, None, None, False),
-        lambda: forward(gates[0], x, None, None, False),
-        lambda: forward(gates.half(), x, None, None, False),
-        lambda: forward(gates.double(), x.double(), None, None, False),
-        lambda: forward(gates, x.transpose(1, 2).contiguous().transpose(1, 2), None, None, False),
-        lambda: forward(gates, x, state[:1], None, False),
-        lambda: forward(gates, x, state.half(), None, False),
-        lambda: forward(gates[0], x[0], None, one + 1, False),
-        lambda: forward(gates[0], x[0], None, one.long(), False),
-        lambda: forward(gates[0], x[0], None, 2 * one, False),
-        lambda: backward(x[:, :2], None, gates, x, None, None, False, 1),
-        lambda: backward(x.half(), None, gates, x, None, None, False, 1),
-        lambda: backward(x, state[:1], gates, x, None, None, False, 1),
-        lambda: backward(x, None, gates, x, None, None, False, 4),
+        lambda: forward(gates, x[0], None, False, None),
+        lambda: forward(gates, x, None, False, one),
+        lambda: forward(gates[:, :3], x, None, False, None),
+        lambda: forward(gates[0, 0, :2], x, None, False, None),
+        lambda: forward(gates[0], x, None, False, None),
+        lambda: forward(gates.half(), x, None, False, None),
+        lambda: forward(gates.double(), x.double(), None, False, None),
+        lambda: forward(gates, x.transpose(1, 2).contiguous().transpose(1, 2), None, False, None),
+        lambda: forward(gates, x, state[:1], False, None),
+        lambda: forward(gates, x, state.half(), False, None),
+        lambda: forward(gates[0], x[0], None, False, one + 1),
+        lambda: forward(gates[0], x[0], None, False, one.long()),
+        lambda: forward(gates[0], x[0], None, False, 2 * one),
+        lambda: backward(x[:, :2], None, gates, x, None, False, None, 1),
+        lambda: backward(x.half(), None, gates, x, None, False, None, 1),
+        lambda: backward(x, state[:1], gates, x, None, False, None, 1),
+        lambda: backward(x, None, gates, x, None, False, None, 4),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):

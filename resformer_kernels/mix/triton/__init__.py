@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
 
 from resformer_kernels._core.hardware import Hardware
-from resformer_kernels.mix.autograd import copy_notes, run_op
-from resformer_kernels.mix.op import TRITON
-from resformer_kernels.mix.record import EmbeddingCall, MixCall
+from resformer_kernels._core.op import TRITON
+from resformer_kernels.mix import op
+from resformer_kernels.mix.record import EmbeddingCall, MixCall, copy_notes, dtype_reason
 
 NAME = "triton"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(call: MixCall | EmbeddingCall, hardware: Hardware) -> str | None:
     """Why the Triton kernels cannot serve this call; None when they can."""
-    value = call.values[0] if isinstance(call, MixCall) else call.v
-    reason = hardware.triton_reason(value.device)
-    if reason is not None:
-        return reason
-    if value.dtype not in _DTYPES:
-        return f"it serves float32, bfloat16 and float16, these are {value.dtype}"
-    return None
+    return hardware.triton_reason(call.like.device) or dtype_reason(call)
 
 
-def notes(call: MixCall | EmbeddingCall) -> list[str]:
-    """What this backend does to the arguments before the kernel."""
-    return copy_notes(call)
-
-
-def run(call: MixCall | EmbeddingCall) -> Tensor:
-    """The mixed value, contiguous, in the values' shape and dtype."""
-    return run_op(call, TRITON)
+notes = copy_notes
+run = partial(op.run, TRITON)

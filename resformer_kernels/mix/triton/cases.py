@@ -10,7 +10,11 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import recorded_launches
-from resformer_kernels.mix.triton import launch as triton_launch
+from resformer_kernels.mix import op
+from resformer_kernels.mix.record import EmbeddingCall, MixCall
+from resformer_kernels.mix.triton.backward import mix_values_backward
+from resformer_kernels.mix.triton.forward import mix_value_embedding_forward, mix_values_forward
+from resformer_kernels.mix.triton.scatter import mix_value_embedding_backward
 
 _TIME, _HEADS, _DIM, _VOCAB = 4096, 16, 64, 32768
 _NONE = (0,)
@@ -27,32 +31,34 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _values(dtype: torch.dtype, count: int, dim: int = _DIM) -> list[Tensor]:
-    return [_meta(1, _TIME, _HEADS, dim, dtype=dtype) for _ in range(count)]
+def _values(dtype: torch.dtype, count: int, dim: int) -> tuple[Tensor, ...]:
+    return tuple(_meta(1, _TIME, _HEADS, dim, dtype=dtype) for _ in range(count))
+
+
+def _call(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int) -> MixCall:
+    return MixCall(_values(dtype, count, dim), (_meta(*form),) * count, (0.5,) * count)
 
 
 def _forward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _DIM) -> None:
-    coefficients = [_meta(*form)] * count
-    triton_launch.mix_values_forward(_values(dtype, count, dim), coefficients, [1.0] * count)
+    mix_values_forward(_call(dtype, count, form, dim))
 
 
 def _backward(dtype: torch.dtype, count: int, form: tuple[int, ...], dim: int = _DIM) -> None:
-    grad, *values = _values(dtype, count + 1, dim)
-    learned = form != _NONE
-    triton_launch.mix_values_backward(
-        grad, values, [_meta(*form)] * count, [0.5] * count, [1] * count + [int(learned)] * count
-    )
+    (grad,) = _values(dtype, 1, dim)
+    mask = (1,) * count + (int(form != _NONE),) * count
+    mix_values_backward(op.MixBackwardCall(grad, _call(dtype, count, form, dim), mask))
 
 
 def _embedding(dtype: torch.dtype, table: torch.dtype, backward: bool) -> None:
-    (v,) = _values(dtype, 1)
-    ids = _meta(1, _TIME, dtype=torch.int64)
-    gate = _meta(1, _TIME, _HEADS, 1)
+    (v,) = _values(dtype, 1, _DIM)
     rows = _meta(_VOCAB, _HEADS, _DIM, dtype=table)
+    ids, gate = _meta(1, _TIME, dtype=torch.int64), _meta(1, _TIME, _HEADS, 1)
     if backward:
-        triton_launch.mix_value_embedding_backward(v, rows, ids, gate, 1.0, 3)
+        mask = op.WANTS_TABLE | op.WANTS_GATE
+        call = op.EmbeddingBackwardCall(v, rows, ids, gate, 1.0)
+        mix_value_embedding_backward(op.DenseBackwardCall(call, mask))
     else:
-        triton_launch.mix_value_embedding_forward(v, rows, ids, gate, 1.0)
+        mix_value_embedding_forward(EmbeddingCall(v, rows, ids, gate, 1.0, False))
 
 
 def _launches(bf16: torch.dtype, f32: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import recorded_launches
-from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, state_dtype
-from resformer_kernels.scan.triton import launch as triton_launch
+from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, BackwardCall
+from resformer_kernels.scan.record import ScanCall, state_dtype
+from resformer_kernels.scan.triton.backward import backward
+from resformer_kernels.scan.triton.forward import forward
 
 _BATCH, _TIME, _CHANNELS = 4, 16384, 1024
 _WANTED = WANTS_TOKENS | WANTS_GATES | WANTS_INITIAL
-# Of constant gates, packed, reversed.
+# (constant gates, packed, reversed) by the suffix of a case's name.
 _FORMS: dict[str, tuple[bool, bool, bool]] = {
     "": (False, False, False),
     " constant": (True, False, False),
@@ -32,10 +34,8 @@ def _launch(dtype: torch.dtype, constant: bool, packed: bool, reverse: bool) -> 
     gates = _meta(_CHANNELS, dtype=dtype) if constant else tokens
     cu_seqlens = _meta(_BATCH + 1, dtype=torch.int32) if packed else None
     state = _meta(_BATCH, _CHANNELS, dtype=state_dtype(dtype))
-    triton_launch.forward(gates, tokens, state, cu_seqlens, reverse)
-    triton_launch.backward(
-        tokens, state, gates, tokens, state, cu_seqlens, reverse, grad_mask=_WANTED
-    )
+    forward(ScanCall(gates, tokens, state, reverse, cu_seqlens))
+    backward(BackwardCall(tokens, state, gates, tokens, state, reverse, cu_seqlens, _WANTED))
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:

@@ -1,10 +1,26 @@
-// Stores that pass the caches by, of whole vectors at multiples of their size: what is read soon after must
-// not go this way.
+// Shared by kernels bound by memory: non-temporal stores, which bypass the caches, and prefetch distance.
 #pragma once
+
+#include <cstdint>
+
+namespace resformer {
+
+// Results of at least this size are written with non-temporal stores: they would not stay in a cache, and
+// an ordinary store reads its line first.
+constexpr int64_t kNonTemporalBytes = 16 << 20;
+
+constexpr int64_t kPrefetchBytes = 4096;  // distance at which an operand is prefetched
+
+}  // namespace resformer
+
+#if defined(RESFORMER_ISA)
 
 #include "common/simd.h"
 
 namespace resformer::RESFORMER_ISA {
+
+// stream(p, x): a non-temporal store of a whole vector at a multiple of its size. Not for data that is read
+// again soon.
 
 #if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
 
@@ -44,3 +60,5 @@ static inline bool may_stream(const T* p) {
 }
 
 }  // namespace resformer::RESFORMER_ISA
+
+#endif

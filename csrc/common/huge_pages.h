@@ -1,5 +1,5 @@
-// Large fresh memory in large pages: the first touch of each costs a trip into the system, which for an op
-// that writes little more than its output is a large part of the time.
+// Huge pages for large fresh memory: the first touch of each page costs a page fault, a large part of the
+// time of an op that writes little more than its output.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace resformer {
 
-// A request alone: where the system does not grant it, nothing changes.
+// Only a request: where the system does not grant it, nothing changes.
 static inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

@@ -1,34 +1,17 @@
-// How a kernel of the mixes walks along its operands: rows in order, each in stretches of whole vectors, and
-// what comes later asked for meanwhile.
+// Iteration of the mix kernels over their operands: rows in order, each in tiles of whole vectors, with rows
+// further on prefetched.
 #pragma once
 
-#include "common/past_caches.h"
+#include "common/non_temporal.h"
 #include "mix/mix.h"
 
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;   // elements of a row whose coefficients are widened at a time
-constexpr int64_t kAhead = 4096;  // bytes of an operand that are asked for before they are worked on
+constexpr int64_t kTile = 512;  // elements of a row that are processed at a time
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-Vec load_some(const T* p, int64_t n) {
-  T padded[kLanes] = {};
-  memcpy(padded, p, n * sizeof(T));
-  return load(padded);
-}
-
-template <class T>
-void store_some(T* p, Vec x, int64_t n) {
-  T padded[kLanes];
-  store(padded, x);
-  memcpy(p, padded, n * sizeof(T));
-}
-
-// body(d, load, store): once a vector, and once for what is left over. STREAM: whole vectors are stored past
-// the caches.
+// body(d, load, store) for each vector, and once for the tail. STREAM: whole vectors are written with
+// non-temporal stores.
 template <bool STREAM = false, class Body>
 RESFORMER_INLINE void for_vectors(int64_t n, const Body& body) {
   int64_t d = 0;
@@ -46,13 +29,13 @@ RESFORMER_INLINE void for_vectors(int64_t n, const Body& body) {
   if (d < n) {
     const int64_t rest = n - d;
     body(
-        d, [rest](const auto* p) { return load_some(p, rest); },
-        [rest](auto* p, Vec x) { store_some(p, x, rest); });
+        d, [rest](const auto* p) { return load_first(p, rest); },
+        [rest](auto* p, Vec x) { store_first(p, x, rest); });
   }
 }
 
-// A stretch of one source's row with its coefficients: `weights` where they differ along it, else `weight`.
-struct Span {
+// Coefficients over a tile: `weights` where they differ along it, else `weight`.
+struct Weights {
   const float* weights;
   float weight;
 };
@@ -62,7 +45,7 @@ void widen(const T* from, int64_t n, float* to) {
   for_vectors(n, [&](int64_t d, auto get, auto put) { put(to + d, get(from + d)); });
 }
 
-Span coefficients_of(const Coefficient& c, int64_t row, int64_t d, int64_t n, float* buffer) {
+Weights coefficients_of(const Coefficient& c, int64_t row, int64_t d, int64_t n, float* buffer) {
   if (c.data == nullptr) return {nullptr, c.value};
   const int64_t start = row + d * c.stride[3];
   if (c.stride[3] == 0) return {nullptr, c.load(start)};
@@ -85,7 +68,7 @@ struct Place {
 
 Place place_of(const MixShape& shape, int64_t row) { return {row, row / shape.time, row % shape.time}; }
 
-// A stretch of a row, and the row whose stretch is asked for meanwhile.
+// A tile of row `now`; the same tile of row `later` is prefetched.
 struct Position {
   Place now, later;
   int64_t h, d, n;
@@ -96,7 +79,7 @@ struct Operand {
   const T* now;
   const T* later;
 
-  RESFORMER_INLINE void ask(int64_t d) const { __builtin_prefetch(later + d, 0, 0); }
+  RESFORMER_INLINE void prefetch(int64_t d) const { __builtin_prefetch(later + d, 0, 0); }
 };
 
 template <class T>
@@ -106,25 +89,25 @@ Operand<T> operand_at(const MixSource& source, const Position& p) {
           data + source.offset(p.later.b, p.later.t, p.later.row, p.h)};
 }
 
-// What is in the first-level cache already.
+// An operand that is in the first-level cache already.
 template <class T>
-Operand<T> at_hand(const T* p) {
+Operand<T> cached(const T* p) {
   return {p, p};
 }
 
-Span coefficients_of(const MixSource& source, const Position& p, float* buffer) {
+Weights coefficients_of(const MixSource& source, const Position& p, float* buffer) {
   return coefficients_of(source.coefficient, source.coefficient.row(p.now.b, p.now.t, p.h), p.d, p.n, buffer);
 }
 
-// Of rows of T: body(position) for each stretch of each head.
+// body(position) for each tile of each head of a row of T.
 template <class T, class Body>
-void for_stretches(const MixShape& shape, int64_t row, const Body& body) {
+void for_tiles(const MixShape& shape, int64_t row, const Body& body) {
   const int64_t width = shape.heads * shape.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t ahead = kAhead / width < 1 ? 1 : kAhead / width;
+  const int64_t ahead = kPrefetchBytes / width < 1 ? 1 : kPrefetchBytes / width;
   const Place now = place_of(shape, row), later = place_of(shape, smaller(row + ahead, shape.rows() - 1));
   for (int64_t h = 0; h < shape.heads; ++h) {
-    for (int64_t d = 0; d < shape.dim; d += kChunk)
-      body(Position{now, later, h, d, smaller(kChunk, shape.dim - d)});
+    for (int64_t d = 0; d < shape.dim; d += kTile)
+      body(Position{now, later, h, d, smaller(kTile, shape.dim - d)});
   }
 }
 
