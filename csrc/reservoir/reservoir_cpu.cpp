@@ -29,9 +29,8 @@ Tensor info_tensor(const Tensor& like, const Report& report) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::optional<Tensor> rows,
                                            std::optional<Tensor> columns, std::optional<Tensor> input_weight,
                                            Tensor leak, std::optional<Tensor> bias,
-                                           std::optional<Tensor> initial_state,
-                                           std::optional<Tensor> cu_seqlens, int64_t activation, int64_t mode,
-                                           double tolerance) {
+                                           std::optional<Tensor> initial_state, int64_t activation,
+                                           int64_t mode, double tolerance, std::optional<Tensor> cu_seqlens) {
   const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = read_weight(weight, rows, columns);
   const ReservoirLayout& layout = w.layout;
@@ -81,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
 }
 
 std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std::optional<Tensor> rows,
-                                   std::optional<Tensor> columns, Tensor leak,
-                                   std::optional<Tensor> cu_seqlens, int64_t mode, double tolerance) {
+                                   std::optional<Tensor> columns, Tensor leak, int64_t mode, Tensor tolerance,
+                                   std::optional<Tensor> cu_seqlens) {
   const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = transposed(read_weight(weight, rows, columns));
   const ReservoirLayout& layout = w.layout;
@@ -91,6 +90,9 @@ std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std
   for (int64_t i = 0; same && i < grad.dim(); ++i) same = slope.size(i) == grad.size(i);
   STD_TORCH_CHECK(same && grad.size(grad.dim() - 1) == layout.units(), "grad and slope must be (..., ",
                   layout.units(), "), slope contiguous and float32");
+  STD_TORCH_CHECK(
+      tolerance.is_cpu() && tolerance.numel() == 1 && tolerance.scalar_type() == ScalarType::Double,
+      "tolerance must be one float64 on the CPU");
   Tensor result = states_like(grad, layout.units(), streams, cu_seqlens.has_value());
   streams.gain = static_cast<const float*>(slope.const_data_ptr());
   streams.reverse = true;
@@ -100,7 +102,8 @@ std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std
   prepared.step.relative = false;
   prepared.set_leak(leak);
   Sweeper sweeper(kernels, prepared.step, streams, chunks_of(streams.sequences, checked_mode(mode), w.pays()),
-                  static_cast<float>(tolerance), prepared.work_per_step(), prepared.weight_bytes());
+                  static_cast<float>(*static_cast<const double*>(tolerance.const_data_ptr())),
+                  prepared.work_per_step(), prepared.weight_bytes());
   const Report report = sweeper.run();
   return {result, info_tensor(grad, report)};
 }

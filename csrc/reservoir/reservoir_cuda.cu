@@ -109,9 +109,8 @@ std::vector<int64_t> sizes_with(const Tensor& t, int64_t last) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::optional<Tensor> rows,
                                            std::optional<Tensor> columns, std::optional<Tensor> input_weight,
                                            Tensor leak, std::optional<Tensor> bias,
-                                           std::optional<Tensor> initial_state,
-                                           std::optional<Tensor> cu_seqlens, int64_t activation, int64_t,
-                                           double) {
+                                           std::optional<Tensor> initial_state, int64_t activation,
+                                           int64_t mode, double tolerance, std::optional<Tensor> cu_seqlens) {
   STD_TORCH_CHECK(!rows && !columns, "CUDA kernels take dense and grouped weights alone");
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
   Recurrence r{};
@@ -146,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
 }
 
 std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std::optional<Tensor> rows,
-                                   std::optional<Tensor> columns, Tensor leak,
-                                   std::optional<Tensor> cu_seqlens, int64_t, double) {
+                                   std::optional<Tensor> columns, Tensor leak, int64_t mode, Tensor tolerance,
+                                   std::optional<Tensor> cu_seqlens) {
   STD_TORCH_CHECK(!rows && !columns, "CUDA kernels take dense and grouped weights alone");
   Recurrence r{};
   read_weight(weight, grad, true, &r);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import RingWeight, explain, reservoir_scan
-from resformer_kernels.reservoir import stretches
+from resformer_kernels.reservoir import segments
 from resformer_kernels.reservoir.reduction import sums_in_pieces
 from resformer_kernels.testing import poisoned
 
@@ -167,7 +167,7 @@ def test_sums_in_pieces_are_those_of_each_sequence(lengths: tuple[int, ...]) -> 
 def test_reductions(
     reduce: str, packed: bool, wanted: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stretches, "stretch_length", lambda *_: 8)
+    monkeypatch.setattr(segments, "segment_length", lambda *_: 8)
     weight = reservoir(10, 0.9)
     offsets: Tensor | None = None
     if packed:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resformer_kernels import RingWeight, explain, reservoir_scan
 from resformer_kernels._triton.available import interpreted
-from resformer_kernels.reservoir import stretches
+from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
 from tests.reservoir.together import together
 
@@ -107,7 +107,7 @@ def test_reductions(reduce: str, packed: bool) -> None:
         options["cu_seqlens"] = torch.tensor([0, 3, 3, 20], dtype=torch.int32)
         if reduce == "gram":
             options["targets"] = y.flatten(0, 1)
-    with mock.patch.object(stretches, "stretch_length", return_value=5):
+    with mock.patch.object(segments, "segment_length", return_value=5):
         got, last = reservoir_scan(u, weight, backend="triton", **options)
     expected, end = reservoir_scan(u, weight, backend="reference", **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -162,16 +162,17 @@ def test_gradients_in_chunks() -> None:
 def test_opcheck() -> None:
     ops = torch.ops.resformer_triton
     leak, none = torch.tensor(0.5), None
-    given = (draw(2, 3, 4), draw(4, 4), none, none, none, leak, none, none, none, 0, 0, 1e-6)
+    given = (draw(2, 3, 4), draw(4, 4), none, none, none, leak, none, none, 0, 0, 1e-6, none)
     torch.library.opcheck(ops.reservoir_scan_forward.default, given)
     states = ops.reservoir_scan_forward(*given)[0]
     torch.library.opcheck(
         ops.reservoir_scan_backward.default, (states, none, *given, states, 0b1011)
     )
-    torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, none, "mean"))
-    grad = draw(2, 3, 4)
+    torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, "mean", none))
+    grad, tolerance = draw(2, 3, 4), torch.tensor(1e-6, dtype=torch.float64)
     torch.library.opcheck(
-        ops.reservoir_scan_adjoint.default, (grad, grad, draw(4), none, none, leak, none, 1, 1e-6)
+        ops.reservoir_scan_adjoint.default,
+        (grad, grad, draw(4), none, none, leak, 1, tolerance, none),
     )
 
 

@@ -51,7 +51,7 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
 def together(programs: int) -> Iterator[list[int]]:
     """Within it, up to `programs` run at once; yields how many each launch had."""
     from resformer_kernels._triton import device as lib
-    from resformer_kernels.reservoir.triton import launch as triton_launch
+    from resformer_kernels.reservoir.triton import recurrence
 
     run = lib.launch
     launched: list[int] = []
@@ -76,7 +76,7 @@ def together(programs: int) -> Iterator[list[int]]:
         launched.append(grid[0])
 
     with (
-        mock.patch.object(triton_launch, "_programs", return_value=programs),
+        mock.patch.object(recurrence, "_programs", return_value=programs),
         mock.patch.object(lib, "launch", launch),
     ):
         yield launched
