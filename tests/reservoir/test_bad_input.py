@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import RingWeight, reservoir_scan
+from resformer_kernels.reservoir.record import AdjointCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -197,15 +198,21 @@ def test_the_ops_check_what_they_are_given() -> None:
             "leak": leak,
             "bias": None,
             "initial_state": None,
-            "cu_seqlens": None,
             "activation": 0,
             "mode": 1,
             "tolerance": 0.0,
+            "cu_seqlens": None,
             **changed,
         }
         return ops.reservoir_scan_forward(u, w, *given.values())
 
+    def adjoint(**changed: Any) -> Any:
+        none = torch.zeros((), dtype=torch.float64)
+        given = AdjointCall(U, U, W, None, None, leak, 1, none, None)
+        return ops.reservoir_scan_adjoint(*given._replace(**changed))
+
     forward()
+    adjoint()
     index = torch.arange(4)
     wrong = [
         lambda: forward(U[..., :3]),
@@ -228,11 +235,10 @@ def test_the_ops_check_what_they_are_given() -> None:
         lambda: forward(PACKED, cu_seqlens=offsets(0, 4, 2)),
         lambda: forward(activation=3),
         lambda: forward(mode=-1),
-        lambda: ops.reservoir_scan_adjoint(U, U[:1], W, None, None, leak, None, 1, 0.0),
-        lambda: ops.reservoir_scan_adjoint(U, U.mT, W, None, None, leak, None, 1, 0.0),
-        lambda: ops.reservoir_scan_adjoint(
-            U, U, ONES, None, torch.zeros(4, dtype=torch.int64), leak, None, 1, 0.0
-        ),
+        lambda: adjoint(slope=U[:1]),
+        lambda: adjoint(slope=U.mT),
+        lambda: adjoint(weight=ONES, columns=torch.zeros(4, dtype=torch.int64)),
+        lambda: adjoint(tolerance=torch.tensor(0.0)),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):

@@ -22,9 +22,8 @@ from resformer_kernels._core import extension as _extension
 from resformer_kernels._triton import available as _triton
 from resformer_kernels.reservoir import api, native, reference
 from resformer_kernels.reservoir import op as ops
-from resformer_kernels.reservoir.autograd import run_op
 from resformer_kernels.reservoir.cuda_plan import fits
-from resformer_kernels.reservoir.record import ReservoirCall
+from resformer_kernels.reservoir.record import AdjointCall, ReducedCall, ReservoirCall
 from tests.cuda_on_cpu import build
 from tests.reservoir.cases import Case, cases, check_budget
 
@@ -39,13 +38,13 @@ class CudaOnCpu:
     NAME = "cuda"
 
     @staticmethod
-    def unsupported_reason(_call: ReservoirCall) -> None:
+    def unsupported_reason(_call: ReducedCall, _hardware: object) -> None:
         return None
 
     @staticmethod
-    def run(call: ReservoirCall) -> Any:
+    def run(call: ReducedCall) -> Any:
         os.environ[BLOCK_BYTES] = str(LARGE)
-        return run_op(call, NAMESPACE)
+        return ops.run(NAMESPACE, call)
 
 
 class Tight(CudaOnCpu):
@@ -54,27 +53,27 @@ class Tight(CudaOnCpu):
     NAME = "tight"
 
     @staticmethod
-    def run(call: ReservoirCall) -> Any:
+    def run(call: ReducedCall) -> Any:
         # A backward has it too.
         os.environ[BLOCK_BYTES] = str(least_bytes(call))
-        return run_op(call, NAMESPACE)
+        return ops.run(NAMESPACE, call)
 
 
-def least_bytes(call: ReservoirCall) -> int:
+def least_bytes(call: ReducedCall) -> int:
     """The smallest memory of a block that will do, about."""
     needed = 256
-    while native._too_large(call, BLOCKS, needed) is not None:
+    while native.too_large(call.scan, BLOCKS, needed) is not None:
         needed += needed // 8
     return needed
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    library = ops.define(NAMESPACE)
+    libraries = [op.define(NAMESPACE) for op in ops.OPS]
     folder = tmp_path_factory.mktemp("reservoir_cuda")
     torch.ops.load_library(str(build("reservoir/reservoir_cuda.cu", NAMESPACE, folder)))
     yield
-    del library
+    del libraries
 
 
 @pytest.fixture(autouse=True)
@@ -164,14 +163,22 @@ def test_the_ops_check_what_they_are_given() -> None:
     u, w, leak = torch.randn(2, 5, 4), torch.randn(4, 4), torch.tensor(0.5)
 
     def forward(given: Tensor = u, weight: Tensor = w, **changed: Any) -> Any:
-        names = ("rows", "columns", "input_weight", "leak", "bias", "initial_state", "cu_seqlens")
-        arguments = {**dict.fromkeys(names), "leak": leak, **changed}
-        activation = arguments.pop("activation", 0)
-        return functions.reservoir_scan_forward(
-            given, weight, *(arguments[name] for name in names), activation, 1, 0.0
+        call = ReservoirCall(
+            *(given, weight, None, None, None, leak, None, None),
+            activation=0,
+            mode=1,
+            tolerance=0.0,
+            cu_seqlens=None,
         )
+        return functions.reservoir_scan_forward(*call._replace(**changed))
+
+    def adjoint(**changed: Any) -> Any:
+        none = torch.zeros((), dtype=torch.float64)
+        call = AdjointCall(u, u, w, None, None, leak, 1, none, None)
+        return functions.reservoir_scan_adjoint(*call._replace(**changed))
 
     forward()
+    adjoint()
     index = torch.arange(4)
     wrong = [
         lambda: forward(u[..., :3]),
@@ -188,8 +195,8 @@ def test_the_ops_check_what_they_are_given() -> None:
         lambda: forward(cu_seqlens=torch.tensor([0, 2])),
         lambda: forward(activation=3),
         lambda: forward(torch.randn(1, 1, 500), torch.randn(500, 500)),
-        lambda: functions.reservoir_scan_adjoint(u, u[:1], w, None, None, leak, None, 1, 0.0),
-        lambda: functions.reservoir_scan_adjoint(u, u, w[0], None, index, leak, None, 1, 0.0),
+        lambda: adjoint(slope=u[:1]),
+        lambda: adjoint(weight=w[0], columns=index),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):
@@ -217,7 +224,7 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
             )
         )
         try:
-            forward(u, weight, None, None, w_in, leak, None, None, None, 0, 1, 0.0)
+            forward(u, weight, None, None, w_in, leak, None, None, 0, 1, 0.0, None)
         except RuntimeError as error:
             assert "do not fit into 4 times" in str(error)  # noqa: PT017
             assert not answers[-1]
@@ -262,7 +269,7 @@ def test_what_a_gpu_is_told(
         found = explain(reservoir_scan, on_cuda(*inputs), on_cuda(*weight), **options)
     if reason is None:
         assert found.backend == "native"
-        assert found.notes == ["mode='auto' is sequential: its CUDA kernel cuts no time"]
+        assert found.notes == ["mode='auto' is sequential: its CUDA kernel does not split time"]
     else:
         assert found.backend == "reference"
         assert reason in found.reasons["native"]

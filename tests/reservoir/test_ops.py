@@ -51,34 +51,26 @@ def test_opcheck() -> None:
     u, w, w_in, a, b, h = (x.detach() for x in leaves())
     index = torch.randperm(8)
     rows = torch.tensor([0, 1, 1, 3, 4, 5, 5, 7, 8])
+    packed = (torch.tensor([0, 4, 7], dtype=torch.int32),)
     shared: list[tuple[Any, ...]] = [
-        (u, w, None, None, w_in, a, b, h, None, 0, 0, 1e-6),
-        (u, w.view(1, 8, 8), None, None, w_in, a, None, None, None, 1, 2, 1e-6),
-        (u, a, None, index, w_in, a, b, h, None, 0, 1, 1e-6),
-        (u, a, rows, index, w_in, a, b, h, None, 0, 1, 1e-6),
-        (
-            *(u[0].contiguous(), w, None, None, w_in, torch.tensor(0.5), b, h),
-            *(torch.tensor([0, 4, 7], dtype=torch.int32), 0, 1, 1e-6),
-        ),
+        (u, w, None, None, w_in, a, b, h, 0, 0, 1e-6, None),
+        (u, w.view(1, 8, 8), None, None, w_in, a, None, None, 1, 2, 1e-6, None),
+        (u, a, None, index, w_in, a, b, h, 0, 1, 1e-6, None),
+        (u, a, rows, index, w_in, a, b, h, 0, 1, 1e-6, None),
+        (u[0].contiguous(), w, None, None, w_in, torch.tensor(0.5), b, h, 0, 1, 1e-6, *packed),
     ]
     for given in shared:
         torch.library.opcheck(ops.reservoir_scan_forward.default, given)
         states = ops.reservoir_scan_forward(*given)[0]
-        torch.library.opcheck(
-            ops.reservoir_scan_backward.default, (states, h, *given, states, 0b111111)
-        )
-        torch.library.opcheck(
-            ops.reservoir_scan_backward.default, (None, h, *given, states, 0b000010)
-        )
-        for reduce, y in (
-            ("mean", None),
-            ("last", None),
-            ("gram", u if given[8] is None else u[0]),
-        ):
-            torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, y, reduce))
-    grad = torch.randn(2, 5, 8)
+        for grad_states, mask in ((states, 0b111111), (None, 0b000010)):
+            torch.library.opcheck(
+                ops.reservoir_scan_backward.default, (grad_states, h, *given, states, mask)
+            )
+        for reduce, y in (("mean", None), ("last", None), ("gram", given[0])):
+            torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, reduce, y))
+    grad, tolerance = torch.randn(2, 5, 8), torch.tensor(1e-6, dtype=torch.float64)
     torch.library.opcheck(
-        ops.reservoir_scan_adjoint.default, (grad, grad, w, None, None, a, None, 1, 1e-6)
+        ops.reservoir_scan_adjoint.default, (grad, grad, w, None, None, a, 1, tolerance, None)
     )
 
 
