@@ -86,13 +86,18 @@ def _packed(call: BackwardCall, sums: _Gradients) -> Tensor:
     return torch.where(has_steps[:, None], back, gradient)
 
 
+def host_may_read(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values waits for no device."""
+    return tensor.device.type == "cpu"
+
+
 def rows_in_use(cu_seqlens: Tensor, rows: int) -> tuple[int, Tensor | None]:
     """(how many of the packed rows a backward reads, which of these belong to a sequence).
 
-    None: all of them. On a GPU the host would wait to learn where the last sequence ends, so every
-    row is read and those after it are masked.
+    None: all of them. To learn where the last sequence ends, the host would have to wait for a GPU:
+    there every row is read, and those after the end are masked.
     """
-    if cu_seqlens.device.type == "cpu":
+    if host_may_read(cu_seqlens):
         return int(cu_seqlens[-1]), None
     return rows, torch.arange(rows, device=cu_seqlens.device) < cu_seqlens[-1]
 
