@@ -26,7 +26,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 
 
 class Watch(TorchDispatchMode):
-    """Records the largest result of any op, and the ops for which a host waits for a GPU."""
+    """Records the largest dense result of any op, and the ops for which a host waits for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,22 +46,22 @@ class Watch(TorchDispatchMode):
             self.waits.append(str(func))
         result = func(*args, **kwargs)
         for x in tree_leaves(result):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.layout is torch.strided:
                 self.largest = max(self.largest, x.numel())
         return result
 
 
 def call_of(made: Problem, reduce: str = "none") -> ReducedCall:
-    tensors, case = made.tensors, made.case
+    case = made.case
     return check_call(
-        *(tensors[name] for name in LEAVES),
-        case.activation,
-        case.mode,
-        None,
-        made.cu_seqlens,
-        reduce,
-        None,
-        False,
+        **made.tensors,
+        activation=case.activation,
+        mode=case.mode,
+        tolerance=None,
+        cu_seqlens=made.cu_seqlens,
+        reduce=reduce,
+        targets=None,
+        return_info=False,
     )
 
 
@@ -108,10 +108,8 @@ def test_a_sparse_gradient_is_computed_on_its_pattern() -> None:
     states, _ = reservoir_scan(inputs.double(), dense, leak=0.5, backend="reference")
     (expected,) = torch.autograd.grad(states, dense, grad.double())
 
-    scan = check_call(
-        *(inputs, weight, None, 0.5, None, None),
-        *("tanh", "sequential", None, None, "none", None, False),
-    ).scan
+    tensors = dict.fromkeys(LEAVES) | {"inputs": inputs, "weight": weight, "leak": 0.5}
+    scan = call_of(Problem(Case(), tensors, None, (grad, grad))).scan
     call = BackwardCall(grad, None, scan, FORWARD(NATIVE, scan)[0], 0b10)
     with Watch() as watch:
         found = gradients.backward(NATIVE, call)[1]
