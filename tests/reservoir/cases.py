@@ -290,3 +290,24 @@ def check_budget(case: Case, backend: str) -> None:
     for name, true in exact.items():
         error = distance(got[name], true)
         assert error <= budget(name), f"{name}: error {error:.3e} > {budget(name):.3e} of {case}"
+
+
+def check_not_finite(u: Tensor, weight: Tensor, backend: str, **options: Any) -> None:
+    """NaN and inf among the inputs spread as they do in the reference."""
+    expected, _ = reservoir_scan(u, weight, leak=0.5, backend="reference", **options)
+    got, _ = reservoir_scan(u, weight, leak=0.5, backend=backend, **options)
+    assert torch.equal(got.isfinite(), expected.isfinite())
+    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+
+
+def check_gradients(leaves: list[Tensor], leak: float, mode: str, backend: str) -> None:
+    """Gradients of inputs, weight and input weight are within 1e-5 of float64's."""
+    found = []
+    for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
+        x = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        states, last = reservoir_scan(
+            x[0], x[1], input_weight=x[2], leak=leak, mode=mode, backend=name
+        )
+        found.append(torch.autograd.grad(states.square().sum() + last.sum(), x))
+    for got, true in zip(*found, strict=True):
+        assert float((got.double() - true).norm()) <= 1e-5 * float(true.norm())

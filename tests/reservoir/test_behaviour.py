@@ -14,6 +14,7 @@ from resformer_kernels import RingWeight, explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.reservoir.reduction import sums_in_pieces
 from resformer_kernels.testing import poisoned
+from tests.reservoir.cases import check_gradients, check_not_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -97,19 +98,10 @@ def test_a_tolerance_of_zero_gives_the_same_bits(native: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
 def test_gradients_of_either_mode(mode: str, native: str) -> None:
-    u, weight, w_in = signal(800, batch=2), reservoir(48, 0.9), projection(48)
-    leaves = [x.clone().requires_grad_() for x in (u, weight, w_in)]
-    exact = [x.double().detach().requires_grad_() for x in leaves]
-    found = []
-    for x, backend in ((leaves, native), (exact, "reference")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            states, last = reservoir_scan(
-                x[0], x[1], input_weight=x[2], leak=0.5, mode=mode, backend=backend
-            )
-        found.append(torch.autograd.grad(states.square().sum() + last.sum(), x))
-    for got, true in zip(*found, strict=True):
-        assert float((got.double() - true).norm()) <= 1e-5 * float(true.norm())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        leaves = [signal(800, batch=2), reservoir(48, 0.9), projection(48)]
+        check_gradients(leaves, 0.5, mode, native)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
@@ -226,11 +218,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(
 ) -> None:
     u, weight = torch.randn(2, 200, 20), reservoir(20, 0.5)
     u[0, 120, 3] = bad
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation, "mode": mode}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend=native, **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, native, activation=activation, mode=mode)
 
 
 @pytest.mark.usefixtures("cpu_path")

@@ -25,37 +25,26 @@ from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.record import AdjointCall, ReducedCall, ReservoirCall
 from tests.cuda_on_cpu import build
-from tests.reservoir.cases import Case, cases, check_budget
+from tests.reservoir.cases import Case, cases, check_budget, check_not_finite
 
 NAMESPACE = "resformer_reservoir_cuda_on_cpu"
 BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"
 BLOCKS, LARGE = 4, 227 * 1024
 
 
+@dataclasses.dataclass(frozen=True)
 class CudaOnCpu:
-    """The backend, as far as dense and grouped weights go."""
+    """The backend for dense and grouped weights; `tight`: with no more memory than a call needs."""
 
-    NAME = "cuda"
+    NAME: str
+    tight: bool
 
-    @staticmethod
-    def unsupported_reason(_call: ReducedCall, _hardware: object) -> None:
+    def unsupported_reason(self, _call: ReducedCall, _hardware: object) -> None:
         return None
 
-    @staticmethod
-    def run(call: ReducedCall) -> Any:
-        os.environ[BLOCK_BYTES] = str(LARGE)
-        return ops.run(NAMESPACE, call)
-
-
-class Tight(CudaOnCpu):
-    """The same with no more memory than that."""
-
-    NAME = "tight"
-
-    @staticmethod
-    def run(call: ReducedCall) -> Any:
+    def run(self, call: ReducedCall) -> Any:
         # A backward has it too.
-        os.environ[BLOCK_BYTES] = str(least_bytes(call))
+        os.environ[BLOCK_BYTES] = str(least_bytes(call) if self.tight else LARGE)
         return ops.run(NAMESPACE, call)
 
 
@@ -79,7 +68,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del built
-    monkeypatch.setattr(api, "BACKENDS", (CudaOnCpu, Tight, reference))
+    backends = (CudaOnCpu("cuda", False), CudaOnCpu("tight", True), reference)
+    monkeypatch.setattr(api, "BACKENDS", backends)
     monkeypatch.setenv(BLOCK_BYTES, str(LARGE))
 
 
@@ -123,11 +113,7 @@ def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str) -> None:
     u, weight = torch.randn(2, 8, 12), torch.randn(12, 12) / 8
     u[0, 3, 3], u[1, 5, 0] = torch.nan, torch.inf
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend="cuda", **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, "cuda", activation=activation)
 
 
 def test_a_stream_has_the_same_bits_however_it_is_cut_and_shared_out() -> None:
@@ -237,6 +223,15 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 with the CUDA library and Triton, instead of this file's backends."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
+    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
+    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: None)
+
+
 @pytest.mark.parametrize(
     ("inputs", "weight", "options", "reason"),
     [
@@ -244,16 +239,12 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ((2, 9, 1024), (16, 64, 64), {}, None),
         ((2, 9, 1024), (1024,), {}, "takes dense and grouped weights"),
         ((2, 9, 1024), (1024, 1024), {"mode": "chunked"}, "goes step after step"),
-        (
-            (2, 9, 4096),
-            (4096, 4096),
-            {},
-            "4096 units in groups of 4096 with 2",
-        ),
+        ((2, 9, 4096), (4096, 4096), {}, "4096 units in groups of 4096 with 2"),
         ((900, 9, 1024), (1024, 1024), {}, "with 900 sequences do not fit into 132 times"),
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("gpu")
 def test_what_a_gpu_is_told(
     monkeypatch: pytest.MonkeyPatch,
     inputs: tuple[int, ...],
@@ -261,9 +252,6 @@ def test_what_a_gpu_is_told(
     options: dict[str, Any],
     reason: str | None,
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
     monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: "it is not installed")
     with FakeTensorMode():
         found = explain(reservoir_scan, on_cuda(*inputs), on_cuda(*weight), **options)
@@ -275,11 +263,8 @@ def test_what_a_gpu_is_told(
         assert reason in found.reasons["native"]
 
 
-def test_triton_is_preferred_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
-    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: None)
+@pytest.mark.usefixtures("gpu")
+def test_triton_is_preferred_on_a_gpu() -> None:
     with FakeTensorMode():
         u, weight = on_cuda(2, 9, 64), on_cuda(64, 64)
         assert explain(reservoir_scan, u, weight).backend == "triton"

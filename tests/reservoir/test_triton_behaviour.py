@@ -13,6 +13,7 @@ from resformer_kernels import RingWeight, explain, reservoir_scan
 from resformer_kernels._triton.available import interpreted
 from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
+from tests.reservoir.cases import check_gradients, check_not_finite
 from tests.reservoir.together import together
 
 pytest.importorskip("triton")
@@ -90,11 +91,7 @@ def test_a_row_is_the_same_among_any_others() -> None:
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str, mode: str) -> None:
     u, weight = draw(2, 40, 12), draw(12, 12) / 5
     u[0, 25, 3], u[1, 30, 0] = torch.nan, torch.inf
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend="triton", mode=mode, **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, "triton", activation=activation, mode=mode)
 
 
 @pytest.mark.parametrize("reduce", ["last", "mean", "gram"])
@@ -148,15 +145,7 @@ def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
 
 def test_gradients_in_chunks() -> None:
     leaves = [draw(1, 150, 1), draw(20, 20) / 7, draw(20, 1, seed=1)]
-    found = []
-    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
-        x = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-        states, last = reservoir_scan(
-            x[0], x[1], input_weight=x[2], leak=0.7, mode="chunked", backend=backend
-        )
-        found.append(torch.autograd.grad(states.square().sum() + last.sum(), x))
-    for got, true in zip(*found, strict=True):
-        assert float((got.double() - true).norm()) <= 1e-5 * float(true.norm())
+    check_gradients(leaves, 0.7, "chunked", "triton")
 
 
 def test_opcheck() -> None:
