@@ -1,4 +1,4 @@
-"""The public reservoir scan: its meaning, and the choice of a backend."""
+"""The public function: a reservoir over all of time."""
 
 from __future__ import annotations
 

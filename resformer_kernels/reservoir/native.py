@@ -66,7 +66,7 @@ def too_large(scan: ReservoirCall, multiprocessors: int, block_bytes: int) -> st
 
 
 def notes(call: ReducedCall) -> list[str]:
-    """What happens to the arguments before the kernel, and what is kept beside it."""
+    """Copies before the kernel, memory beside it, and the mode."""
     found = op.notes(call)
     if call.scan.inputs.device.type == "cuda" and call.scan.mode == AUTO:
         found.append("mode='auto' is sequential: its CUDA kernel does not split time")

@@ -177,7 +177,7 @@ def _read(info: Tensor) -> ReservoirInfo:
 
 
 def notes(call: ReducedCall) -> list[str]:
-    """What happens to the arguments before the kernel, and what is kept beside it."""
+    """Copies before the kernel, and memory beside it."""
     found = copy_notes(call.scan, ("inputs",))
     if _needs_states(call):
         found.append(f"every state is kept under reduce={call.reduce!r}: a gradient is wanted")

@@ -1,4 +1,4 @@
-"""Reductions, segment by segment of time: what is held of one does not grow with time."""
+"""Reductions segment by segment of time: memory does not grow with the number of steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller sees: modes that agree, streams, reductions, packed sequences, NaN, reasons."""
+"""Behaviour of a call: modes that agree, streams, reductions, packed sequences, NaN, reasons."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_not_forgotten_is_run_in_order(kind: str, native: str) -> None:
 
 @pytest.mark.parametrize(("radius", "seed"), [(1.25, 8), (1.1, 14)])
 def test_where_differences_grow_again_the_bits_are_the_same(radius: float, seed: int) -> None:
-    """These two forget, but not all the time: rounding grows to 1e-5 in float32 itself."""
+    """Both forget, but not all the time: rounding alone grows to 1e-5 in float32."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(256, 256, generator=generator) * radius / 16
     w_in = torch.rand(256, 1, generator=generator) * 2 - 1
@@ -140,7 +140,7 @@ def test_packed_is_each_sequence_by_itself(backend: str) -> None:
 
 @pytest.mark.parametrize("lengths", [(5, 0, 17, 1, 40), (300, 129, 0, 64), (0, 0), (7,) * 60])
 def test_sums_in_pieces_are_those_of_each_sequence(lengths: tuple[int, ...]) -> None:
-    """What a GPU takes: the same sums in a fixed order."""
+    """The sums of a GPU, in a fixed order."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     states = torch.randn(sum(lengths) + 3, 11, dtype=torch.float64)
     states[sum(lengths) :] = torch.nan
@@ -244,5 +244,5 @@ def test_a_ring_keeps_what_it_is_given() -> None:
     states, _ = reservoir_scan(
         torch.eye(5)[None], RingWeight(torch.ones(5)), activation="identity", backend="reference"
     )
-    # Each entry moves on by a unit a step.
+    # Each entry moves by one unit per step.
     assert torch.equal(states[0, -1], torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0]))

@@ -1,6 +1,5 @@
-"""The CUDA kernel of the sequential mode and its launch, run on a CPU by four blocks that send one
-another their states: in memory that holds all of W in a block, and in memory that hardly does in
-all four."""
+"""The CUDA kernel of the sequential mode and its launch, run on a CPU by four blocks that exchange
+states: with shared memory for all of W in one block, and with hardly enough in all four."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class CudaOnCpu:
 
 
 def least_bytes(call: ReducedCall) -> int:
-    """The smallest memory of a block that will do, about."""
+    """About the smallest shared memory per block that is enough."""
     needed = 256
     while native.too_large(call.scan, BLOCKS, needed) is not None:
         needed += needed // 8

@@ -1,4 +1,4 @@
-"""What a caller sees of the Triton kernel, in Triton's interpreter: bits, sweeps, NaN."""
+"""Behaviour of the Triton kernel, in Triton's interpreter: bits, sweeps, NaN."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_is_not_forgotten_is_run_in_order() -> None:
 
 
 def test_where_differences_grow_again_the_bits_are_the_same() -> None:
-    """The input drives at first, and falls silent: what was forgotten comes apart again."""
+    """The input drives at first and then falls silent: trajectories that met come apart again."""
     u = draw(1, 240, 1) * (torch.arange(240) % 20 < 12)[None, :, None] * 2
     options: dict[str, Any] = {"input_weight": draw(24, 1, seed=1)}
     expected, got, info = both_modes(u, draw(24, 24) * 1.6 / 24**0.5, **options)

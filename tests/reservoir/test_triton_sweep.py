@@ -25,7 +25,7 @@ sweep = settings(
 
 
 def short(case: Case, units: int = 40, steps: int = 6) -> Case:
-    """What an interpreter manages."""
+    """A case small enough for the interpreter."""
     lengths = case.lengths if case.lengths is None else tuple(n % (steps + 1) for n in case.lengths)
     return dataclasses.replace(
         case, units=min(case.units, units), steps=min(case.steps, steps), lengths=lengths

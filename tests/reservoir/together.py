@@ -1,7 +1,7 @@
-"""Programs of a Triton kernel that wait for one another, run at once by Triton's interpreter.
+"""Runs the programs of a Triton kernel concurrently in Triton's interpreter.
 
-The interpreter runs a grid's programs in turn, where those that meet would wait for ever. Here each
-has a process of its own, forked from this one, and the tensors lie in memory that all share.
+The interpreter runs a grid's programs in turn: programs that wait for one another would wait for
+ever. Here each has a process of its own, forked from this one, and tensors lie in shared memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _instead(function: Callable[[int, int, int], None], x: int, y: int, z: int, 
 
 
 def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[str, Any]) -> None:
-    """Program `place` of `count`: what Triton runs is a grid of one, which believes itself that."""
+    """Run program `place` of `count`, as a grid of one that is told otherwise."""
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
     with (
         mock.patch.object(builder, "set_grid_dim", partial(_instead, dimensions, count, 1, 1)),
         mock.patch.object(builder, "set_grid_idx", partial(_instead, index, place, 0, 0)),
-        # It would write what it has over what others wrote.
+        # Copying results back would overwrite those of other programs.
         mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
     ):
         run(grid=(1,), device=torch.device("cpu"), **arguments)

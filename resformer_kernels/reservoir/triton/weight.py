@@ -15,7 +15,7 @@ PAYING = 1024
 
 
 class Weight(NamedTuple):
-    """W: dense groups (G, n, n), one entry a row, or CSR. Indices are int32 and within bounds."""
+    """W: dense groups (G, n, n), one entry per row, or CSR. Indices are int32 and within bounds."""
 
     kind: int
     values: Tensor
@@ -34,7 +34,7 @@ class Weight(NamedTuple):
 
     @property
     def pays(self) -> bool:
-        """Whether chunks at once are faster than step after step."""
+        """Whether parallel chunks are faster than step after step."""
         return self.kind != ENTRIES.value and self.values.numel() >= PAYING
 
 
@@ -62,7 +62,7 @@ def transposed(w: Weight) -> Weight:
         return w._replace(values=w.values.mT)
     assert w.columns is not None
     if w.kind == ENTRIES.value:
-        # Unit j hears from the unit that read it.
+        # Unit j receives from the unit that read it.
         readers = torch.argsort(w.columns)
         return w._replace(values=w.values[readers], columns=readers.int())
     assert w.rows is not None
