@@ -247,13 +247,7 @@ class Prepared {
   }
 
   void set_leak(const Tensor& leak) {
-    const bool one = leak.dim() == 0;
-    STD_TORCH_CHECK(leak.is_cpu() && leak.scalar_type() == ScalarType::Float &&
-                        (one || (leak.dim() == 1 && leak.size(0) == w_.layout.units())),
-                    "leak must be a float32 CPU tensor () or (", w_.layout.units(), ",)");
-    const float* from = static_cast<const float*>(leak.const_data_ptr());
-    for_units([&](int64_t unit, int64_t at) {
-      const float a = one ? from[0] : from[unit * leak.stride(0)];
+    for_units(leak, "leak", [&](float a, int64_t at) {
       retain_[at] = 1.0f - a;
       amplitude_[at] = a;
     });
@@ -262,11 +256,8 @@ class Prepared {
   }
 
   void set_bias(const Tensor& bias) {
-    STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
-                        bias.size(0) == w_.layout.units(),
-                    "bias must be a float32 CPU tensor (", w_.layout.units(), ",)");
-    const float* from = static_cast<const float*>(bias.const_data_ptr());
-    for_units([&](int64_t unit, int64_t at) { bias_[at] = from[unit * bias.stride(0)]; });
+    STD_TORCH_CHECK(bias.dim() == 1, "bias must have 1 axis, got ", bias.dim());
+    for_units(bias, "bias", [&](float b, int64_t at) { bias_[at] = b; });
     step.bias = bias_.data();
   }
 
@@ -322,11 +313,19 @@ class Prepared {
     for (int64_t i = 0; i < w_.layout.size; ++i) step.independent = step.independent && columns_[i] == i;
   }
 
+  // body(value, padded place) for every unit of a vector, or of a scalar.
   template <class Body>
-  void for_units(const Body& body) {
+  void for_units(const Tensor& t, const char* name, const Body& body) {
     const ReservoirLayout& layout = w_.layout;
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      for (int64_t i = 0; i < layout.size; ++i) body(g * layout.size + i, g * layout.padded + i);
+    const int64_t units = layout.units();
+    const bool scalar = t.dim() == 0;
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float &&
+                        (scalar || (t.dim() == 1 && t.size(0) == units)),
+                    name, " must be a float32 CPU tensor () or (", units, ",)");
+    const float* from = static_cast<const float*>(t.const_data_ptr());
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t at = unit / layout.size * layout.padded + unit % layout.size;
+      body(from[scalar ? 0 : unit * t.stride(0)], at);
     }
   }
 

@@ -55,22 +55,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
   if (initial_state) check_states(*initial_state, "initial_state", count, layout.units());
   Sweeper sweeper(kernels, step, streams, chunks_of(streams.sequences, checked_mode(mode), w.pays()),
                   static_cast<float>(tolerance), prepared.work_per_step(), prepared.weight_bytes());
-  const auto start_of = [&](int64_t s, float* to) {
-    if (initial_state)
-      pad(layout, static_cast<const float*>(initial_state->const_data_ptr()) + s * layout.units(), to);
-  };
-  for (int64_t c = 0; c < sweeper.count(); ++c) {
-    if (sweeper.is_first(c)) start_of(sweeper.chunks()[c].sequence, sweeper.start(c));
+  for (int64_t c = 0; initial_state && c < sweeper.count(); ++c) {
+    if (!sweeper.is_first(c)) continue;
+    const int64_t at = sweeper.chunks()[c].sequence * layout.units();
+    pad(layout, static_cast<const float*>(initial_state->const_data_ptr()) + at, sweeper.start(c));
   }
   const Report report = sweeper.run();
 
   float* out = static_cast<float*>(final_state.mutable_data_ptr());
-  std::vector<float> state(layout.width());
-  for (int64_t s = 0; s < count; ++s) {
-    std::fill(state.begin(), state.end(), 0.0f);
-    start_of(s, state.data());
-    unpad(layout, state.data(), out + s * layout.units());
-  }
+  std::fill(out, out + count * layout.units(), 0.0f);
+  if (initial_state)
+    std::memcpy(out, initial_state->const_data_ptr(), count * layout.units() * sizeof(float));
   for (int64_t c = 0; c < sweeper.count(); ++c) {
     const int64_t s = sweeper.chunks()[c].sequence;
     if (c + 1 == sweeper.count() || sweeper.is_first(c + 1))

@@ -1,5 +1,7 @@
-"""Whether the CUDA kernel's blocks can hold W and the states. `csrc/reservoir/reservoir_blocks.h` has
-the same rule, and chooses the fastest split."""
+"""Whether the CUDA kernel's blocks can hold W and the states.
+
+`csrc/reservoir/reservoir_blocks.h` has the same rule, and chooses the fastest split.
+"""
 
 from __future__ import annotations
 

@@ -134,12 +134,10 @@ def _transposed_product(scan: ReservoirCall, e: Tensor) -> Tensor:
     weight = scan.weight.float()
     if scan.rows is not None:
         assert scan.columns is not None
-        units = torch.arange(scan.units + 1, device=e.device)
-        # The number of entries is known: counting them would have the host wait for a GPU.
-        row_of = torch.repeat_interleave(units[:-1], scan.rows.diff(), output_size=weight.shape[0])
-        terms = e.index_select(-1, row_of) * weight
+        terms = e.index_select(-1, scan.row_of()) * weight
         # Column by column: `index_add` would add in any order on a GPU.
         order = scan.columns.argsort(stable=True)
+        units = torch.arange(scan.units + 1, device=e.device)
         offsets = torch.searchsorted(scan.columns[order], units)
         return segment_sums(terms.T[order], offsets).T.contiguous()
     if scan.columns is not None:
@@ -167,15 +165,17 @@ class _Gradients:
     def __init__(self, namespace: str, call: BackwardCall) -> None:
         scan = call.scan
         self.namespace, self.scan = namespace, scan
+        self.wanted = [
+            name
+            for bit, name in enumerate(LEAVES)
+            if call.grad_mask >> bit & 1 and getattr(scan, name) is not None
+        ]
         self.found: dict[str, Tensor] = {}
-        for bit, name in enumerate(LEAVES[:-1]):
+        for name in self.wanted:
             leaf = getattr(scan, name)
-            if leaf is None or not call.grad_mask >> bit & 1:
-                continue
             shape = (scan.units,) if name == "leak" else leaf.shape
             dtype = leaf.dtype if name == "inputs" else torch.float64
             self.found[name] = leaf.new_zeros(shape, dtype=dtype)
-        self.wants_initial = bool(call.grad_mask >> LEAVES.index("initial_state") & 1)
 
     def add(
         self, inputs: Tensor, previous: Tensor, given: Tensor, steps: tuple[slice, ...]
@@ -241,9 +241,9 @@ class _Gradients:
         scan, found = self.scan, self.found
         if "leak" in found and scan.leak.dim() == 0:
             found["leak"] = found["leak"].sum()
-        if not self.wants_initial or scan.initial_state is None:
-            del found["initial_state"]
         return tuple(
-            found[name].to(getattr(scan, name).dtype) if name in found else scan.inputs.new_empty(0)
+            found[name].to(getattr(scan, name).dtype)
+            if name in self.wanted
+            else scan.inputs.new_empty((0,))
             for name in LEAVES
         )

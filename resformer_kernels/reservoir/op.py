@@ -51,10 +51,6 @@ def _forward_fake(call: ReservoirCall) -> tuple[Tensor, Tensor, Tensor]:
     return states, inputs.new_empty((call.sequences, call.units)), _info(inputs)
 
 
-def _adjoint_fake(call: AdjointCall) -> tuple[Tensor, Tensor]:
-    return call.grad.new_empty(call.grad.shape), _info(call.grad)
-
-
 def _backward_fake(call: BackwardCall) -> tuple[Tensor, ...]:
     leaves = [getattr(call.scan, name) for name in LEAVES]
     return tuple(
@@ -90,7 +86,7 @@ ADJOINT = Op(
     AdjointCall,
     "(Tensor adjoint, Tensor info)",
     function=NAME,
-    fake=_adjoint_fake,
+    fake=lambda call: (call.grad.new_empty(call.grad.shape), _info(call.grad)),
     triton=f"{_LAUNCHERS}:adjoint",
 )
 BACKWARD = Op(

@@ -111,6 +111,13 @@ class ReservoirCall(NamedTuple):
             return self.initial_state
         return self.inputs.new_zeros((self.sequences, self.units))
 
+    def row_of(self) -> Tensor:
+        """The row of each entry of a CSR weight."""
+        assert self.rows is not None
+        units = torch.arange(self.units, device=self.rows.device)
+        # The number of entries is known: counting them would have the host wait for a GPU.
+        return units.repeat_interleave(self.rows.diff(), output_size=self.weight.shape[0])
+
 
 class ReducedCall(NamedTuple):
     """The whole of a public call: the recurrence, and what becomes of its states."""

@@ -81,7 +81,7 @@ def _sequence(
 
 def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     dtype = call.inputs.dtype
-    recur = product(call.weight.to(dtype), call.rows, call.columns)
+    recur = _product(call)
     project = None if call.input_weight is None else call.input_weight.to(dtype)
     functions = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
     activate = functions[ACTIVATIONS[call.activation]]
@@ -97,15 +97,11 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     return step
 
 
-def product(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> Callable[[Tensor], Tensor]:
+def _product(call: ReservoirCall) -> Callable[[Tensor], Tensor]:
     """The function h (..., N) -> W h, for a weight in any of its forms."""
-    if rows is not None and columns is not None:
-        units = rows.shape[0] - 1
-        row_of = torch.repeat_interleave(
-            torch.arange(units, device=rows.device), rows.diff(), output_size=weight.shape[0]
-        )
+    weight, columns = call.weight.to(call.inputs.dtype), call.columns
+    if call.rows is not None and columns is not None:
+        row_of = call.row_of()
 
         def sparse(h: Tensor) -> Tensor:
             terms = h.index_select(-1, columns) * weight

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import RingWeight, reservoir_scan
-from resformer_kernels.reservoir.record import AdjointCall
+from tests.reservoir.cases import check_refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -159,59 +159,25 @@ def test_errors(wrong: dict[str, Any], error: type[Exception], says: str) -> Non
 
 @pytest.mark.usefixtures("native")
 def test_the_ops_check_what_they_are_given() -> None:
-    ops = torch.ops.resformer
-    leak = torch.tensor(0.5)
-
-    def forward(u: Any = U, w: Any = W, **changed: Any) -> Any:
-        given = {
-            "rows": None,
-            "columns": None,
-            "input_weight": None,
-            "leak": leak,
-            "bias": None,
-            "initial_state": None,
-            "activation": 0,
-            "mode": 1,
-            "tolerance": 0.0,
-            "cu_seqlens": None,
-            **changed,
-        }
-        return ops.reservoir_scan_forward(u, w, *given.values())
-
-    def adjoint(**changed: Any) -> Any:
-        none = torch.zeros((), dtype=torch.float64)
-        given = AdjointCall(U, U, W, None, None, leak, 1, none, None)
-        return ops.reservoir_scan_adjoint(*given._replace(**changed))
-
-    forward()
-    adjoint()
     index = torch.arange(4)
-    wrong = [
-        lambda: forward(U[..., :3]),
-        lambda: forward(U[0]),
-        lambda: forward(U.double()),
-        lambda: forward(U[:, :, ::2], torch.ones(2)),
-        lambda: forward(w=W[:3]),
-        lambda: forward(w=W.half()),
-        lambda: forward(w=ONES, columns=index + 1),
-        lambda: forward(w=ONES, columns=index[:3]),
-        lambda: forward(w=ONES, columns=index, rows=torch.tensor([0, 1, 2, 3, 5])),
-        lambda: forward(w=ONES, columns=index, rows=torch.tensor([0, 3, 2, 3, 4])),
-        lambda: forward(w=ONES, columns=index.int()),
-        lambda: forward(input_weight=torch.ones(3, 4)),
-        lambda: forward(leak=torch.ones(3)),
-        lambda: forward(leak=leak.double()),
-        lambda: forward(bias=torch.ones(5)),
-        lambda: forward(initial_state=torch.ones(1, 4)),
-        lambda: forward(PACKED, cu_seqlens=offsets(0, 10)),
-        lambda: forward(PACKED, cu_seqlens=offsets(0, 4, 2)),
-        lambda: forward(activation=3),
-        lambda: forward(mode=-1),
-        lambda: adjoint(slope=U[:1]),
-        lambda: adjoint(slope=U.mT),
-        lambda: adjoint(weight=ONES, columns=torch.zeros(4, dtype=torch.int64)),
-        lambda: adjoint(tolerance=torch.tensor(0.0)),
-    ]
-    for call in wrong:
-        with pytest.raises(RuntimeError):
-            call()
+    check_refusals(
+        "resformer",
+        [
+            {"inputs": U[:, :, ::2], "weight": torch.ones(2)},
+            {"weight": ONES, "columns": index + 1},
+            {"weight": ONES, "columns": index[:3]},
+            {"weight": ONES, "columns": index, "rows": torch.tensor([0, 1, 2, 3, 5])},
+            {"weight": ONES, "columns": index, "rows": torch.tensor([0, 3, 2, 3, 4])},
+            {"weight": ONES, "columns": index.int()},
+            {"leak": torch.tensor(0.5).double()},
+            {"inputs": PACKED, "cu_seqlens": offsets(0, 10)},
+            {"inputs": PACKED, "cu_seqlens": offsets(0, 4, 2)},
+            {"mode": -1},
+        ],
+        [
+            {"slope": U[:1]},
+            {"slope": U.mT},
+            {"weight": ONES, "columns": torch.zeros(4, dtype=torch.int64)},
+            {"tolerance": torch.tensor(0.0)},
+        ],
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +22,18 @@ from resformer_kernels._triton import available as _triton
 from resformer_kernels.reservoir import api, native, reference
 from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.cuda_plan import fits
-from resformer_kernels.reservoir.record import AdjointCall, ReducedCall, ReservoirCall
+from resformer_kernels.reservoir.record import ReducedCall
 from tests.cuda_on_cpu import build
-from tests.reservoir.cases import Case, cases, check_budget, check_not_finite
+from tests.reservoir.cases import (
+    Case,
+    cases,
+    check_budget,
+    check_not_finite,
+    check_refusals,
+    empty,
+    ops_of,
+    sweep,
+)
 
 NAMESPACE = "resformer_reservoir_cuda_on_cpu"
 BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"
@@ -77,11 +86,7 @@ by_memory = pytest.mark.parametrize("backend_name", ["cuda", "tight"])
 
 @by_memory
 @pytest.mark.parametrize("kind", ["dense", "groups"])
-@settings(
-    max_examples=15,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@sweep(15)
 @given(data=st.data())
 def test_stays_within_budget(kind: str, backend_name: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
@@ -99,11 +104,7 @@ def test_vectors_longer_than_a_warp(backend_name: str, batch: int) -> None:
     check_budget(case, backend_name)
 
 
-@pytest.mark.parametrize(
-    ("batch", "steps", "lengths"),
-    [(0, 5, None), (3, 0, None), (1, 1, None), (0, 0, ()), (0, 0, (0, 4, 0))],
-    ids=str,
-)
+@empty
 def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
     check_budget(Case(batch=batch, steps=steps, lengths=lengths), "cuda")
 
@@ -144,52 +145,22 @@ def test_what_it_tells() -> None:
 
 
 def test_the_ops_check_what_they_are_given() -> None:
-    functions = getattr(torch.ops, NAMESPACE)
-    u, w, leak = torch.randn(2, 5, 4), torch.randn(4, 4), torch.tensor(0.5)
-
-    def forward(given: Tensor = u, weight: Tensor = w, **changed: Any) -> Any:
-        call = ReservoirCall(
-            *(given, weight, None, None, None, leak, None, None),
-            activation=0,
-            mode=1,
-            tolerance=0.0,
-            cu_seqlens=None,
-        )
-        return functions.reservoir_scan_forward(*call._replace(**changed))
-
-    def adjoint(**changed: Any) -> Any:
-        none = torch.zeros((), dtype=torch.float64)
-        call = AdjointCall(u, u, w, None, None, leak, 1, none, None)
-        return functions.reservoir_scan_adjoint(*call._replace(**changed))
-
-    forward()
-    adjoint()
-    index = torch.arange(4)
-    wrong = [
-        lambda: forward(u[..., :3]),
-        lambda: forward(u[0]),
-        lambda: forward(u.double()),
-        lambda: forward(u.mT.contiguous().mT),
-        lambda: forward(weight=w[:3]),
-        lambda: forward(weight=w.half()),
-        lambda: forward(weight=w[0], columns=index),
-        lambda: forward(input_weight=torch.ones(3, 4)),
-        lambda: forward(leak=torch.ones(3)),
-        lambda: forward(bias=torch.ones(5)),
-        lambda: forward(initial_state=torch.ones(1, 4)),
-        lambda: forward(cu_seqlens=torch.tensor([0, 2])),
-        lambda: forward(activation=3),
-        lambda: forward(torch.randn(1, 1, 500), torch.randn(500, 500)),
-        lambda: adjoint(slope=u[:1]),
-        lambda: adjoint(weight=w[0], columns=index),
-    ]
-    for call in wrong:
-        with pytest.raises(RuntimeError):
-            call()
+    check_refusals(
+        NAMESPACE,
+        [
+            {"weight": torch.ones(4), "columns": torch.arange(4)},
+            {"cu_seqlens": torch.tensor([0, 2])},
+            {"inputs": torch.randn(1, 1, 500), "weight": torch.randn(500, 500)},
+        ],
+        [
+            {"slope": torch.randn(1, 5, 4)},
+            {"weight": torch.ones(4), "columns": torch.arange(4)},
+        ],
+    )
 
 
 def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = getattr(torch.ops, NAMESPACE).reservoir_scan_forward
+    forward, _ = ops_of(NAMESPACE)
     luck = random.Random(3)
     answers = []
     for _ in range(60):
@@ -200,7 +171,6 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
         weight = torch.zeros(groups, size, size, dtype=dtype)
         w_in = torch.zeros(groups * size, inputs) if inputs else None
         u = torch.zeros(sequences, 1, inputs or groups * size)
-        leak = torch.tensor(0.5)
         answers.append(
             fits(
                 *(groups, size, inputs, sequences, weight.element_size()),
@@ -209,7 +179,7 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
             )
         )
         try:
-            forward(u, weight, None, None, w_in, leak, None, None, 0, 1, 0.0, None)
+            forward(inputs=u, weight=weight, input_weight=w_in)
         except RuntimeError as error:
             assert "do not fit into 4 times" in str(error)  # noqa: PT017
             assert not answers[-1]
@@ -218,8 +188,8 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert {True, False} <= set(answers)
 
 
-def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="cuda")
+def on_cuda(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="cuda")
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from resformer_kernels import reservoir_scan
 from resformer_kernels._core.op import NATIVE
+from resformer_kernels._core.select import prepare
 from resformer_kernels.reservoir import gradients, segments
 from resformer_kernels.reservoir.op import FORWARD, LEAVES
-from resformer_kernels.reservoir.record import BackwardCall, ReducedCall, check_call
+from resformer_kernels.reservoir.record import BackwardCall, ReducedCall
 from tests.reservoir.cases import KINDS, Case, Problem, problem
 
 pytestmark = [
@@ -52,17 +53,9 @@ class Watch(TorchDispatchMode):
 
 
 def call_of(made: Problem, reduce: str = "none") -> ReducedCall:
-    case = made.case
-    return check_call(
-        **made.tensors,
-        activation=case.activation,
-        mode=case.mode,
-        tolerance=None,
-        cu_seqlens=made.cu_seqlens,
-        reduce=reduce,
-        targets=None,
-        return_info=False,
-    )
+    options = {"activation": made.case.activation, "cu_seqlens": made.cu_seqlens, "reduce": reduce}
+    found: ReducedCall = prepare(reservoir_scan, **made.tensors, **options).call
+    return found
 
 
 def backward_of(made: Problem) -> BackwardCall:

@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels import RingWeight, explain, reservoir_scan
-from resformer_kernels._triton.available import interpreted
+from resformer_kernels import explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
-from tests.reservoir.cases import check_gradients, check_not_finite
+from tests.reservoir.cases import (
+    check_compiles_whole,
+    check_gradients,
+    check_not_finite,
+    check_op,
+    empty,
+    in_interpreter,
+)
 from tests.reservoir.together import together
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
-    pytest.mark.usefixtures("interpreter"),
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
-]
+pytestmark = in_interpreter
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -123,11 +125,7 @@ def test_packed_steps_that_belong_to_nobody_are_not_read() -> None:
     assert info.chunks == 3
 
 
-@pytest.mark.parametrize(
-    ("batch", "steps", "lengths"),
-    [(0, 5, None), (3, 0, None), (0, 0, ()), (0, 0, (0, 4, 0))],
-    ids=str,
-)
+@empty
 def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
     offsets = None
     u = draw(batch, steps, 4)
@@ -149,33 +147,13 @@ def test_gradients_in_chunks() -> None:
 
 
 def test_opcheck() -> None:
-    ops = torch.ops.resformer_triton
     leak, none = torch.tensor(0.5), None
     given = (draw(2, 3, 4), draw(4, 4), none, none, none, leak, none, none, 0, 0, 1e-6, none)
-    torch.library.opcheck(ops.reservoir_scan_forward.default, given)
-    states = ops.reservoir_scan_forward(*given)[0]
-    torch.library.opcheck(
-        ops.reservoir_scan_backward.default, (states, none, *given, states, 0b1011)
-    )
-    torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, "mean", none))
-    grad, tolerance = draw(2, 3, 4), torch.tensor(1e-6, dtype=torch.float64)
-    torch.library.opcheck(
-        ops.reservoir_scan_adjoint.default,
-        (grad, grad, draw(4), none, none, leak, 1, tolerance, none),
-    )
+    check_op("resformer_triton", given, None)
 
 
 def test_compiles_whole() -> None:
-    torch._dynamo.reset()
-
-    def whole(u: Tensor, values: Tensor) -> Any:
-        return reservoir_scan(u, RingWeight(values), backend="triton", return_info=True)
-
-    u, values = draw(2, 4, 5), torch.rand(5)
-    got, _, info = torch.compile(whole, fullgraph=True, backend="aot_eager")(u, values)
-    expected, _, told = whole(u, values)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(tuple(info), tuple(told))
+    check_compiles_whole("triton")
 
 
 def test_explains_itself() -> None:

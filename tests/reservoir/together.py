@@ -9,26 +9,14 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _SECONDS = 200.0
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
-
-
-def _instead(function: Callable[[int, int, int], None], x: int, y: int, z: int, *_: int) -> None:
-    function(x, y, z)
 
 
 def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[str, Any]) -> None:
@@ -39,8 +27,8 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
     builder = interpreter.interpreter_builder
     dimensions, index = builder.set_grid_dim, builder.set_grid_idx
     with (
-        mock.patch.object(builder, "set_grid_dim", partial(_instead, dimensions, count, 1, 1)),
-        mock.patch.object(builder, "set_grid_idx", partial(_instead, index, place, 0, 0)),
+        mock.patch.object(builder, "set_grid_dim", side_effect=lambda *_: dimensions(count, 1, 1)),
+        mock.patch.object(builder, "set_grid_idx", side_effect=lambda *_: index(place, 0, 0)),
         # Copying results back would overwrite those of other programs.
         mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
     ):
@@ -57,8 +45,9 @@ def together(programs: int) -> Iterator[list[int]]:
     launched: list[int] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
-        for tensor in _tensors(arguments.values()):
-            tensor.share_memory_()
+        for value in tree_leaves(arguments):
+            if isinstance(value, Tensor):
+                value.share_memory_()
         given = {"kernel": kernel, **arguments}
         fork = multiprocessing.get_context("fork")
         workers = [

@@ -44,28 +44,13 @@ def _weight(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tenso
 
 
 def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
-    weight, rows, columns = _weight(kind, dtype)
-    vector, grad = _meta(_UNITS), _meta(1, _TIME, _UNITS)
+    weight = _weight(kind, dtype)
+    inputs, projection, grad = _meta(1, _TIME, 1), _meta(_UNITS, 1), _meta(1, _TIME, _UNITS)
+    vector, state, largest = _meta(_UNITS), _meta(1, _UNITS), _meta(dtype=torch.float64)
     recurrence.forward(
-        ReservoirCall(
-            inputs=_meta(1, _TIME, 1),
-            weight=weight,
-            rows=rows,
-            columns=columns,
-            input_weight=_meta(_UNITS, 1),
-            leak=vector,
-            bias=vector,
-            initial_state=_meta(1, _UNITS),
-            activation=TANH,
-            mode=mode,
-            tolerance=3e-6,
-            cu_seqlens=None,
-        )
+        ReservoirCall(inputs, *weight, projection, vector, vector, state, TANH, mode, 3e-6, None)
     )
-    tolerance = _meta(dtype=torch.float64)
-    recurrence.adjoint(
-        AdjointCall(grad, grad, weight, rows, columns, vector, mode, tolerance, None)
-    )
+    recurrence.adjoint(AdjointCall(grad, grad, *weight, vector, mode, largest, None))
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:

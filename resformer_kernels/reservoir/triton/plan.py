@@ -34,26 +34,16 @@ class Plan(NamedTuple):
     """int64: offset of that step's inputs, in elements."""
 
 
-class Lengths(NamedTuple):
-    """Sequences, in steps."""
-
-    start: Tensor
-    """int64: first row of each sequence, among the rows of the states."""
-    steps: Tensor
-    """int64."""
-    total: int
-    """Rows of the states; packed sequences may have fewer steps."""
-
-
-def _lengths_of(call: ReservoirCall) -> Lengths:
-    """All within the inputs, whatever `cu_seqlens` holds."""
+def _lengths_of(call: ReservoirCall) -> tuple[Tensor, Tensor]:
+    """(first row, steps) of each sequence, int64: all within the inputs, whatever `cu_seqlens`
+    holds."""
     inputs = call.inputs
     if call.cu_seqlens is None:
         batch, steps = inputs.shape[:2]
         start = torch.arange(batch, device=inputs.device) * steps
-        return Lengths(start, torch.full_like(start, steps), batch * steps)
+        return start, torch.full_like(start, steps)
     offsets = call.cu_seqlens.long().clamp(0, inputs.shape[0])
-    return Lengths(offsets[:-1], offsets.diff().clamp(min=0), inputs.shape[0])
+    return offsets[:-1], offsets.diff().clamp(min=0)
 
 
 def _may_split(call: ReservoirCall, weight: Weight, total: int, most: int) -> bool:
@@ -65,9 +55,9 @@ def _may_split(call: ReservoirCall, weight: Weight, total: int, most: int) -> bo
     return weight.pays and longest >= 2 * WORTHWHILE and (call.sequences < most or not even)
 
 
-def _chunk_length(lengths: Lengths, mode: int, most: int) -> Tensor:
+def _chunk_length(lengths: Tensor, mode: int, most: int) -> Tensor:
     """Steps of a chunk, int64 (): by lengths alone. At most `most` more chunks than sequences."""
-    total, longest = lengths.steps.sum(), lengths.steps.amax().clamp(min=1)
+    total, longest = lengths.sum(), lengths.amax().clamp(min=1)
     if mode == SEQUENTIAL:
         return longest
     fair = (total + most - 1) // most
@@ -84,29 +74,30 @@ def plan_chunks(
 
     `reverse`: back in time.
     """
-    inputs, lengths = call.inputs, _lengths_of(call)
+    inputs, rows = call.inputs, call.inputs.shape[:-1].numel()
+    start, lengths = _lengths_of(call)
     most = min(MOST_CHUNKS, max(LEAST_CHUNKS, BUSY // max(1, weight.work)))
-    chunked = _may_split(call, weight, lengths.total, most)
+    chunked = _may_split(call, weight, rows, most)
     length = _chunk_length(lengths, call.mode if chunked else SEQUENTIAL, most)
     chunks = call.sequences
     if chunked:
-        chunks += min(most, lengths.total // (SHORTEST if call.mode == CHUNKED else WORTHWHILE))
-    counts = (lengths.steps + length - 1) // length
+        chunks += min(most, rows // (SHORTEST if call.mode == CHUNKED else WORTHWHILE))
+    counts = (lengths + length - 1) // length
     ends = counts.cumsum(0)
     chunk = torch.arange(chunks, device=inputs.device)
     owner = torch.searchsorted(ends, chunk, right=True).clamp(max=ends.shape[0] - 1)
-    count, steps = counts[owner].clamp(min=1), lengths.steps[owner]
+    count, steps = counts[owner].clamp(min=1), lengths[owner]
     index = chunk - (ends[owner] - counts[owner])
     exists = chunk < ends[-1]
     # Equal ones, not a short one last.
     begin = steps * index // count
     taken = (steps * (index + 1) // count - begin) * exists
     at = (steps - 1 - begin if reverse else begin) * exists
-    sequence_at = owner if call.cu_seqlens is None else lengths.start[owner]
+    sequence_at = owner if call.cu_seqlens is None else start[owner]
     plan = Plan(
         steps=taken.int(),
         number=(index * exists).int(),
-        first=lengths.start[owner] + at,
+        first=start[owner] + at,
         input=sequence_at * inputs.stride(0) + at * inputs.stride(-2),
     )
     return plan, owner, ends[-1], chunked
