@@ -150,16 +150,19 @@ def _needs_states(call: ReducedCall) -> bool:
 def run(namespace: str, call: ReducedCall) -> tuple[Result, Tensor, ReservoirInfo]:
     """(states or their reduction, final state, info) of `call`, by the ops of `namespace`."""
     scan = with_unit_strides(call.scan, ("inputs",))
-    whole = {name: getattr(scan, name) for name in ("initial_state", "cu_seqlens")}
-    scan = scan._replace(**{name: x.contiguous() for name, x in whole.items() if x is not None})
+    for name in ("initial_state", "cu_seqlens"):
+        given = getattr(scan, name)
+        if given is not None and not given.is_contiguous():
+            scan = scan._replace(**{name: given.contiguous()})
     if torch.compiler.is_compiling():
         scan = distinct(scan)
-    else:
-        refuse_forward_mode(NAME, (*_leaves(scan), call.targets))
+    leaves = _leaves(scan)
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(NAME, (*leaves, call.targets))
     if call.reduce != "none" and not _needs_states(call):
         first, second, final_state, info = REDUCED(namespace, call._replace(scan=scan))
         return (first, second) if call.reduce == "gram" else first, final_state, _read(info)
-    if wants_gradient(_leaves(scan)):
+    if wants_gradient(leaves):
         states, final_state, info = ReservoirScan.apply(namespace, *scan)
     else:
         states, final_state, info = FORWARD(namespace, scan)

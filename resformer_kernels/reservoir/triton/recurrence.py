@@ -58,13 +58,19 @@ from resformer_kernels.reservoir.triton.weight import (
 
 # Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for
 # a remaining difference may grow for a while before it goes.
-ACCEPTED: tl.constexpr = tl.constexpr(0.5)
-MEETING: tl.constexpr = tl.constexpr(0.125)
+_ACCEPTED, _MEETING = 0.5, 0.125
 
 _MOST_PARTS = 8
 _MOST_ROWS, _MOST_UNITS, _LEAST_UNITS = 16, 32, 8
 _PROGRAMS = 132
 """Where no GPU is asked."""
+
+
+class Limits(NamedTuple):
+    """Differences within which trajectories meet, and a start is accepted."""
+
+    meeting: float | Tensor
+    accepted: float | Tensor
 
 
 @triton.jit
@@ -76,14 +82,14 @@ def reservoir_kernel(
     plan,
     sweeps,
     sizes,
-    tolerance,
+    limits,
     form,
 ):
-    """`tolerance` is a number; in the adjoint a pointer to one, in the gradient's units."""
+    """`limits` are numbers; in the adjoint pointers to them, in the gradient's units."""
     if form.ADJOINT:
-        limit = tl.load(tolerance)
+        meeting, accepted = tl.load(limits.meeting), tl.load(limits.accepted)
     else:
-        limit = tolerance
+        meeting, accepted = limits.meeting, limits.accepted
     programs = tl.num_programs(0)
     goal = tl.full((), 0, tl.int64)
     swept = 0
@@ -93,7 +99,7 @@ def reservoir_kernel(
         again = swept > 0
         # Nothing is below -1: where starts are not forgotten, chunks run to their ends.
         forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
-        near = tl.where(forgot == 0, -1.0, limit * MEETING)
+        near = tl.where(forgot == 0, -1.0, meeting)
         row_tiles = (count + form.ROWS - 1) // form.ROWS
         # The last step's comparison is looked at in one step more.
         stop = longest + tl.where(again, 1, 0)
@@ -143,7 +149,7 @@ def reservoir_kernel(
                 t = tl.where(count_alive(row_tiles, sweeps) == 0, stop, t)
         swept += 1
         if form.CHUNKED:
-            disagreements(states, plan, sweeps, sizes, limit * ACCEPTED, not form.ADJOINT)
+            disagreements(states, plan, sweeps, sizes, accepted, not form.ADJOINT)
             goal += programs
             meet(sweeps.counter, goal)
             if tl.program_id(0) == 0:
@@ -261,7 +267,7 @@ def _run(
         plan=plan,
         sweeps=sweeps,
         sizes=sizes,
-        tolerance=tolerance,
+        limits=Limits(tolerance * _MEETING, tolerance * _ACCEPTED),
         form=form,
         num_warps=8 if tile.rows * tile.units >= 256 else 4,
         num_stages=3,
