@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import RingWeight, reservoir_scan
-from tests.reservoir.cases import check_refusals
+from tests.reservoir.checks import check_refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 

@@ -13,7 +13,7 @@ from resformer_kernels import RingWeight, explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.reservoir.reduction import sums_in_pieces
 from resformer_kernels.testing import poisoned
-from tests.reservoir.cases import check_gradients, check_not_finite
+from tests.reservoir.checks import check_gradients, check_not_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -108,8 +108,8 @@ def test_a_stream_cut_anywhere_is_one_call(mode: str, native: str) -> None:
     expected, last = reservoir_scan(u, weight, **options)
     state: Any = None
     pieces = []
-    cuts = [0, 1, 2, 130, 131, 700, 1499, 1500]
-    for begin, end in itertools.pairwise(cuts):
+    bounds = [0, 1, 2, 130, 131, 700, 1499, 1500]
+    for begin, end in itertools.pairwise(bounds):
         states, state = reservoir_scan(u[:, begin:end], weight, initial_state=state, **options)
         pieces.append(states)
     got = torch.cat(pieces, dim=1)

@@ -24,16 +24,8 @@ from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.record import ReducedCall
 from tests.cuda_on_cpu import build
-from tests.reservoir.cases import (
-    Case,
-    cases,
-    check_budget,
-    check_not_finite,
-    check_refusals,
-    empty,
-    ops_of,
-    sweep,
-)
+from tests.reservoir.cases import Case, cases, check_budget, empty, sweep
+from tests.reservoir.checks import check_not_finite, check_refusals, ops_of
 
 NAMESPACE = "resformer_reservoir_cuda_on_cpu"
 BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"

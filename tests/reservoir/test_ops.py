@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels import reservoir_scan
-from tests.reservoir.cases import check_compiles_whole, check_op
+from tests.reservoir.checks import check_compiles_whole, check_op
 
 pytestmark = [
     pytest.mark.usefixtures("native"),

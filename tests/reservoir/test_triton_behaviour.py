@@ -12,14 +12,8 @@ from torch import Tensor
 from resformer_kernels import explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
-from tests.reservoir.cases import (
-    check_compiles_whole,
-    check_gradients,
-    check_not_finite,
-    check_op,
-    empty,
-    in_interpreter,
-)
+from tests.reservoir.cases import empty, in_interpreter
+from tests.reservoir.checks import check_compiles_whole, check_gradients, check_not_finite, check_op
 from tests.reservoir.together import together
 
 pytest.importorskip("triton")
