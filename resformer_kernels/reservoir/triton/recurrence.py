@@ -74,17 +74,7 @@ class Limits(NamedTuple):
 
 
 @triton.jit
-def reservoir_kernel(
-    inputs,
-    gains,
-    states,
-    w,
-    plan,
-    sweeps,
-    sizes,
-    limits,
-    form,
-):
+def reservoir_kernel(inputs, gains, states, w, plan, sweeps, sizes, limits, form):
     """`limits` are numbers; in the adjoint pointers to them, in the gradient's units."""
     if form.ADJOINT:
         meeting, accepted = tl.load(limits.meeting), tl.load(limits.accepted)
