@@ -1,10 +1,10 @@
 // h_t = (1 - a) h_{t-1} + a f(W h_{t-1} + W_in u_t + b), and its adjoint: the plain data that the op boundary
 // hands to a kernel.
 //
-// States of many stretches of time are stepped together, one row each. A row's arithmetic depends on nothing
-// but the row: every unit sums its inputs and then its neighbours in the order of k, in one chain of fused
-// multiply-adds, however many rows go along and however the units are shared among threads. So a stretch that
-// starts from the same bits has the same bits, and chunks of time can be compared.
+// The states of many segments of time are stepped together, one row each. A row's arithmetic depends on that
+// row alone: every unit sums its inputs and then its neighbours in the order of k, in one chain of fused
+// multiply-adds, for any number of rows and any split of the units over threads. A segment that starts from
+// the same bits therefore has the same bits, and chunks of time can be compared.
 #pragma once
 
 #include "common/scalar.h"
@@ -13,7 +13,7 @@ namespace resformer {
 
 enum class Activation : int32_t { tanh = 0, relu = 1, identity = 2 };
 
-// entries: W has one entry a row, that of a diagonal or of a permutation.
+// entries: W has one entry per row, as a diagonal or a permutation has.
 enum class WeightKind : int32_t { groups = 0, entries = 1, csr = 2 };
 
 constexpr int64_t kPadding = 16;    // units of a group are padded to a multiple of this
@@ -24,10 +24,10 @@ struct ReservoirMatrix {
   DType dtype;  // float32 or bfloat16
   const void* data;
   int64_t group_stride, unit_stride, k_stride;
-  int64_t k;  // how many are summed
+  int64_t k;  // length of the sum
 };
 
-// Units as kernels see them: those of each group padded to a multiple of kPadding.
+// Units as kernels see them: each group padded to a multiple of kPadding.
 struct ReservoirLayout {
   int64_t groups, size, padded;
 
@@ -35,21 +35,21 @@ struct ReservoirLayout {
   int64_t width() const { return groups * padded; }
 };
 
-// What the steps of every row have in common. Vectors are padded.
+// Everything that the steps of all rows share. Vectors are padded.
 struct ReservoirStep {
   ReservoirLayout layout;
   WeightKind kind;
   DType weight_dtype;
   Activation activation;
-  bool adjoint;               // h' = keep h + (drive + W (gain h)): the gains are read, f is the identity
-  int64_t inputs;             // of W_in; 0: `ReservoirRow::inputs` are the drive itself
+  bool adjoint;               // h' = retain h + (drive + W (gain h)): the gains are read, f is the identity
+  int64_t inputs;             // columns of W_in; 0: `ReservoirRow::inputs` are the drive itself
   const void* weight;         // packed
   const float* input_weight;  // packed
   const int64_t* rows;        // csr
   const int32_t* columns;     // csr by entry, entries by unit
-  const uint8_t* runs;        // entries: by kPadding units, whether their columns are neighbours too
+  const uint8_t* runs;        // entries: for each kPadding units, whether their columns are consecutive
   bool independent;           // no unit reads another and no trajectories are compared
-  const float* keep;          // 1 - a
+  const float* retain;        // 1 - a
   const float* amplitude;     // a; 1 in the adjoint
   const float* bias;          // null: none
   int64_t input_step, state_step;  // elements from one step to the next; negative back in time
@@ -57,25 +57,25 @@ struct ReservoirStep {
   bool relative;                   // to the larger of 1 and the state
 };
 
-// One stretch of time.
+// One segment of time.
 struct ReservoirRow {
   const float* inputs;  // of its first step
   const float* gain;    // adjoint: of its first step, at state_step from one to the next
-  float* states;        // of its first step; what is there is the stored trajectory if `compare`
+  float* states;        // of its first step; if `compare`, they hold the stored trajectory
   float* slot[2];       // width: the state; the first holds the start, and the steps alternate
-  float* sent[2];       // width: what W multiplies, gain * state; the same as slot but in the adjoint
+  float* sent[2];       // width: the factor of W, gain * state; slot itself but in the adjoint
   int64_t steps;
   bool compare;
   int64_t ran;   // result: steps taken
-  bool met;      // result: stopped because it met what is stored
-  float growth;  // result: by what factor the distance from what is stored grew again, at most
+  bool met;      // result: stopped where it met the stored trajectory
+  float growth;  // result: largest factor by which the distance from the stored trajectory grew again
 };
 
 static inline int64_t panels_of(const ReservoirLayout& layout, int64_t panel) {
   return layout.groups * ((layout.padded + panel - 1) / panel);
 }
 
-// Threads that step the same rows, each some of the panels of units, and wait for one another.
+// Threads that step the same rows, each some panels of units, and wait for one another.
 struct ReservoirTeam {
   int64_t parts;
   int64_t panels;
@@ -83,11 +83,11 @@ struct ReservoirTeam {
   alignas(64) int64_t generation;
 };
 
-// What one member of a team works with.
+// One member of a team, and its memory.
 struct ReservoirMember {
   ReservoirTeam* team;
   int64_t begin, end;  // its parts
-  float* scratch;      // rows * two panels; for csr also the states of rows, in whole kPadding of them
+  float* scratch;      // rows * two panels; for csr also the states of rows, rounded up to kPadding
   float* differ;       // shared by the team: (2, parts, rows, 2), largest difference and largest state
   float* nearest;      // rows: the least distance from what is stored so far
   int32_t* active;     // rows
@@ -95,7 +95,7 @@ struct ReservoirMember {
 
 // A build of the kernels for one instruction set.
 struct ReservoirKernels {
-  int64_t panel;  // units of one panel at most; a panel has units of one group alone
+  int64_t panel;  // most units of one panel, all of one group
   // Panel p as rows of k, at out + (padded units before it) * k; `widen`: to float32, else in its own dtype.
   void (*pack)(const ReservoirMatrix&, const ReservoirLayout&, int64_t p, bool widen, void* out);
   void (*run)(const ReservoirStep&, ReservoirRow* rows, int64_t count, ReservoirMember& member);

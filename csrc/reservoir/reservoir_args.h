@@ -1,4 +1,4 @@
-// The arguments of the reservoir's ops, checked, and as kernels read them: weights packed, vectors padded.
+// The arguments of the reservoir's ops: checked, then packed (weights) and padded (vectors) for the kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,10 +19,10 @@ namespace resformer::reservoir_host {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Entries of W: with fewer, a step is too short for many at once to help.
+// Entries of W: with fewer, a step is too short for chunks to pay.
 constexpr int64_t kPayingEntries = 1024;
 
-// W as it was given; of sparse ones the entries are kept widened, for they may have been transposed.
+// W as it was given. Entries of sparse weights are widened: they may be transposed.
 struct WeightArgs {
   WeightKind kind = WeightKind::groups;
   ReservoirLayout layout{1, 0, 0};
@@ -176,7 +176,7 @@ inline Streams read_streams(const Tensor& t, const char* name, const std::option
   return s;
 }
 
-// States of every step of `like`, which `streams` is told of; zeros after the last packed sequence.
+// States of every step of `like`, entered into `streams`; zeros after the last packed sequence.
 inline Tensor states_like(const Tensor& like, int64_t units, Streams& streams, bool packed) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = units;
@@ -211,7 +211,7 @@ inline void unpad(const ReservoirLayout& layout, const float* from, float* to) {
   }
 }
 
-// A step with everything that it points to. W is packed here.
+// A step, and the memory that it points to. W is packed here.
 class Prepared {
  public:
   Prepared(const ReservoirKernels& kernels, const WeightArgs& w, bool adjoint)
@@ -220,9 +220,9 @@ class Prepared {
         w_(w),
         weight_(1),
         input_weight_(1),
-        keep_(w.layout.width()),
-        amplitude_(keep_),
-        bias_(keep_) {
+        retain_(w.layout.width()),
+        amplitude_(retain_),
+        bias_(retain_) {
     step.layout = w.layout;
     step.kind = w.kind;
     step.adjoint = adjoint;
@@ -233,7 +233,7 @@ class Prepared {
       step.weight = pack(w.matrix, false, &weight_);
       return;
     }
-    // Beyond the last unit, entries of zero.
+    // Padding has entries of zero.
     entries_ = w.entries;
     columns_ = w.columns;
     if (w.kind == WeightKind::entries) {
@@ -247,26 +247,17 @@ class Prepared {
   }
 
   void set_leak(const Tensor& leak) {
-    const bool one = leak.dim() == 0;
-    STD_TORCH_CHECK(leak.is_cpu() && leak.scalar_type() == ScalarType::Float &&
-                        (one || (leak.dim() == 1 && leak.size(0) == w_.layout.units())),
-                    "leak must be a float32 CPU tensor () or (", w_.layout.units(), ",)");
-    const float* from = static_cast<const float*>(leak.const_data_ptr());
-    for_units([&](int64_t unit, int64_t at) {
-      const float a = one ? from[0] : from[unit * leak.stride(0)];
-      keep_[at] = 1.0f - a;
+    for_units(leak, "leak", [&](float a, int64_t at) {
+      retain_[at] = 1.0f - a;
       amplitude_[at] = a;
     });
-    step.keep = keep_.data();
+    step.retain = retain_.data();
     step.amplitude = amplitude_.data();
   }
 
   void set_bias(const Tensor& bias) {
-    STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
-                        bias.size(0) == w_.layout.units(),
-                    "bias must be a float32 CPU tensor (", w_.layout.units(), ",)");
-    const float* from = static_cast<const float*>(bias.const_data_ptr());
-    for_units([&](int64_t unit, int64_t at) { bias_[at] = from[unit * bias.stride(0)]; });
+    STD_TORCH_CHECK(bias.dim() == 1, "bias must have 1 axis, got ", bias.dim());
+    for_units(bias, "bias", [&](float b, int64_t at) { bias_[at] = b; });
     step.bias = bias_.data();
   }
 
@@ -274,7 +265,6 @@ class Prepared {
     const DType dtype = weight_dtype(t, "input_weight");
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == w_.layout.units() && t.size(1) == inputs,
                     "input_weight must be (", w_.layout.units(), ", ", inputs, ")");
-    // Without inputs the drive is zero: as one input would be, which every row reads, but weighs with 0.
     STD_TORCH_CHECK(inputs > 0, "input_weight must have at least one input");
     step.inputs = inputs;
     step.input_weight = static_cast<const float*>(
@@ -323,18 +313,26 @@ class Prepared {
     for (int64_t i = 0; i < w_.layout.size; ++i) step.independent = step.independent && columns_[i] == i;
   }
 
+  // body(value, padded place) for every unit of a vector, or of a scalar.
   template <class Body>
-  void for_units(const Body& body) {
+  void for_units(const Tensor& t, const char* name, const Body& body) {
     const ReservoirLayout& layout = w_.layout;
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      for (int64_t i = 0; i < layout.size; ++i) body(g * layout.size + i, g * layout.padded + i);
+    const int64_t units = layout.units();
+    const bool scalar = t.dim() == 0;
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float &&
+                        (scalar || (t.dim() == 1 && t.size(0) == units)),
+                    name, " must be a float32 CPU tensor () or (", units, ",)");
+    const float* from = static_cast<const float*>(t.const_data_ptr());
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t at = unit / layout.size * layout.padded + unit % layout.size;
+      body(from[scalar ? 0 : unit * t.stride(0)], at);
     }
   }
 
   const ReservoirKernels& kernels_;
   const WeightArgs& w_;
   Scratch weight_, input_weight_;
-  std::vector<float> keep_, amplitude_, bias_, entries_;
+  std::vector<float> retain_, amplitude_, bias_, entries_;
   std::vector<int32_t> columns_;
   std::vector<uint8_t> runs_;
 };

@@ -1,8 +1,8 @@
-// Which units and sequences a block of the CUDA kernel has, and where in its memory they are.
+// Units and sequences of a block of the CUDA kernel, and their place in its shared memory.
 //
-// A block has whole groups of units, and then hears of no other block; or a part of one group, whose other
-// parts `split - 1` blocks have. `members` blocks have all units. Sequences are shared out among teams of
-// them, which have nothing to do with one another.
+// A block has whole groups of units, and waits for no other block; or one part of a group, whose other parts
+// `split - 1` blocks have. A team of `members` blocks has all units. Each team takes some of the sequences,
+// independently of the other teams.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +13,13 @@
 namespace resformer {
 
 struct BlockPlan {
-  int64_t groups, size, inputs;   // of the recurrence; inputs of W_in, or 0
-  int64_t padded, padded_inputs;  // in whole vectors of kVector
-  int64_t whole;                  // groups of a block
-  int64_t split;                  // blocks that share a group; 1 where blocks have whole ones
-  int64_t each;                   // of a group's units, those of a block
+  int64_t groups, size, inputs;   // of the recurrence; columns of W_in, or 0
+  int64_t padded, padded_inputs;  // rounded up to vectors of kVector
+  int64_t whole;                  // groups per block
+  int64_t split;                  // blocks per group; 1 where blocks have whole groups
+  int64_t each;                   // units of one group per block
   int64_t members, teams;
-  int64_t sequences;  // of a team at most
+  int64_t sequences;  // most sequences per team
   bool narrow;        // bfloat16 W
 
   RESFORMER_INLINE int64_t own() const { return whole * each; }
@@ -29,16 +29,16 @@ struct BlockPlan {
 
 constexpr int64_t kVector = 4;  // elements that a lane reads at once
 
-// A sequence, as a block keeps it.
+// A sequence, as a block stores it.
 struct BlockSpan {
   int64_t row;    // of the states, its first step
   int64_t input;  // elements, of its first step
   int64_t steps;
 };
 
-// Where things begin in a block's memory, in bytes. Those up to `rows` are read in vectors.
+// Offsets in a block's shared memory, in bytes. Arrays up to `rows` are read in vectors.
 struct BlockMemory {
-  int64_t heard;       // float (2, sequences, heard): what W multiplies, of this step and of the next
+  int64_t heard;       // float (2, sequences, heard): factors of W, of this step and of the next
   int64_t inputs;      // float (2, sequences, padded_inputs)
   int64_t in_rows;     // float (own, padded_inputs): W_in
   int64_t rows;        // (own, padded): W
@@ -67,7 +67,7 @@ static RESFORMER_INLINE BlockMemory memory_of(const BlockPlan& p) {
   return m;
 }
 
-// A warp sums for `units` by `columns` sequences at once, which share what they read.
+// A warp sums for `units` by `columns` sequences at once, which share their loads.
 struct WarpTile {
   int64_t units, columns;
 };
@@ -80,8 +80,8 @@ namespace reservoir_blocks {
 
 inline int64_t whole_number(int64_t of, int64_t by) { return (of + by - 1) / by; }
 
-// Cycles of a step, from data sheets: a multiprocessor reads 128 bytes of its memory in one; a number takes
-// some 1500 from one to another; the second-level cache gives 2500 bytes.
+// Modelled cycles of a step, from data sheets: a multiprocessor reads 128 bytes of shared memory per cycle; a
+// number takes some 1500 cycles from one multiprocessor to another; the L2 cache gives 2500 bytes per cycle.
 inline int64_t cycles(const BlockPlan& p) {
   const WarpTile tile = tile_of(p);
   const int64_t tiles = p.whole * whole_number(p.each, tile.units) * whole_number(p.sequences, tile.columns);
@@ -91,7 +91,7 @@ inline int64_t cycles(const BlockPlan& p) {
   return p.split == 1 ? alone : alone + 1500 + p.blocks() * p.sequences * p.size * 8 / 2500;
 }
 
-// `plan` for parts of a group, or for whole groups, as far as there are blocks for all units.
+// Completes a plan whose `whole` and `split` are set; false where there are too few blocks for all units.
 inline bool complete(BlockPlan* p, int64_t sequences, int64_t multiprocessors) {
   p->members = p->split > 1 ? p->groups * p->split : whole_number(p->groups, p->whole);
   if (p->members > multiprocessors) return false;
@@ -102,7 +102,7 @@ inline bool complete(BlockPlan* p, int64_t sequences, int64_t multiprocessors) {
 
 }  // namespace reservoir_blocks
 
-// The fastest of the plans that fit; `blocks()` is 0 where none does, which `cuda_plan.py` knows too.
+// The fastest plan that fits; `blocks()` is 0 where none does. `cuda_plan.py` gives the same answer.
 inline BlockPlan plan_blocks(int64_t groups, int64_t size, int64_t inputs, int64_t sequences, bool narrow,
                              int64_t multiprocessors, int64_t block_bytes) {
   using namespace reservoir_blocks;

@@ -29,9 +29,8 @@ Tensor info_tensor(const Tensor& like, const Report& report) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::optional<Tensor> rows,
                                            std::optional<Tensor> columns, std::optional<Tensor> input_weight,
                                            Tensor leak, std::optional<Tensor> bias,
-                                           std::optional<Tensor> initial_state,
-                                           std::optional<Tensor> cu_seqlens, int64_t activation, int64_t mode,
-                                           double tolerance) {
+                                           std::optional<Tensor> initial_state, int64_t activation,
+                                           int64_t mode, double tolerance, std::optional<Tensor> cu_seqlens) {
   const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = read_weight(weight, rows, columns);
   const ReservoirLayout& layout = w.layout;
@@ -56,22 +55,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
   if (initial_state) check_states(*initial_state, "initial_state", count, layout.units());
   Sweeper sweeper(kernels, step, streams, chunks_of(streams.sequences, checked_mode(mode), w.pays()),
                   static_cast<float>(tolerance), prepared.work_per_step(), prepared.weight_bytes());
-  const auto start_of = [&](int64_t s, float* to) {
-    if (initial_state)
-      pad(layout, static_cast<const float*>(initial_state->const_data_ptr()) + s * layout.units(), to);
-  };
-  for (int64_t c = 0; c < sweeper.count(); ++c) {
-    if (sweeper.is_first(c)) start_of(sweeper.chunks()[c].sequence, sweeper.start(c));
+  for (int64_t c = 0; initial_state && c < sweeper.count(); ++c) {
+    if (!sweeper.is_first(c)) continue;
+    const int64_t at = sweeper.chunks()[c].sequence * layout.units();
+    pad(layout, static_cast<const float*>(initial_state->const_data_ptr()) + at, sweeper.start(c));
   }
   const Report report = sweeper.run();
 
   float* out = static_cast<float*>(final_state.mutable_data_ptr());
-  std::vector<float> state(layout.width());
-  for (int64_t s = 0; s < count; ++s) {
-    std::fill(state.begin(), state.end(), 0.0f);
-    start_of(s, state.data());
-    unpad(layout, state.data(), out + s * layout.units());
-  }
+  std::fill(out, out + count * layout.units(), 0.0f);
+  if (initial_state)
+    std::memcpy(out, initial_state->const_data_ptr(), count * layout.units() * sizeof(float));
   for (int64_t c = 0; c < sweeper.count(); ++c) {
     const int64_t s = sweeper.chunks()[c].sequence;
     if (c + 1 == sweeper.count() || sweeper.is_first(c + 1))
@@ -81,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
 }
 
 std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std::optional<Tensor> rows,
-                                   std::optional<Tensor> columns, Tensor leak,
-                                   std::optional<Tensor> cu_seqlens, int64_t mode, double tolerance) {
+                                   std::optional<Tensor> columns, Tensor leak, int64_t mode, Tensor tolerance,
+                                   std::optional<Tensor> cu_seqlens) {
   const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = transposed(read_weight(weight, rows, columns));
   const ReservoirLayout& layout = w.layout;
@@ -91,6 +85,9 @@ std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std
   for (int64_t i = 0; same && i < grad.dim(); ++i) same = slope.size(i) == grad.size(i);
   STD_TORCH_CHECK(same && grad.size(grad.dim() - 1) == layout.units(), "grad and slope must be (..., ",
                   layout.units(), "), slope contiguous and float32");
+  STD_TORCH_CHECK(
+      tolerance.is_cpu() && tolerance.numel() == 1 && tolerance.scalar_type() == ScalarType::Double,
+      "tolerance must be one float64 on the CPU");
   Tensor result = states_like(grad, layout.units(), streams, cu_seqlens.has_value());
   streams.gain = static_cast<const float*>(slope.const_data_ptr());
   streams.reverse = true;
@@ -100,7 +97,8 @@ std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std
   prepared.step.relative = false;
   prepared.set_leak(leak);
   Sweeper sweeper(kernels, prepared.step, streams, chunks_of(streams.sequences, checked_mode(mode), w.pays()),
-                  static_cast<float>(tolerance), prepared.work_per_step(), prepared.weight_bytes());
+                  static_cast<float>(*static_cast<const double*>(tolerance.const_data_ptr())),
+                  prepared.work_per_step(), prepared.weight_bytes());
   const Report report = sweeper.run();
   return {result, info_tensor(grad, report)};
 }

@@ -8,7 +8,7 @@
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;  // so few of a CSR weight are multiplied one by one
+constexpr int64_t kFewRows = 4;  // fewer rows than this are multiplied by a CSR weight one by one
 
 struct Panel {
   int64_t group, first, width;  // first: within the group
@@ -26,7 +26,7 @@ void pack_as(const ReservoirMatrix& m, const ReservoirLayout& layout, const Pane
   const In* from = static_cast<const In*>(m.data) + panel.group * m.group_stride;
   out += panel.position(layout) * m.k;
   const int64_t real = least(panel.width, layout.size - panel.first);
-  // A few k at a time: neighbours in memory whichever way the matrix lies.
+  // A few k at a time: accesses are near each other whichever way the matrix is stored.
   for (int64_t begin = 0; begin < m.k; begin += kLanes) {
     const int64_t end = least(m.k, begin + kLanes);
     for (int64_t j = 0; j < panel.width; ++j) {
@@ -132,7 +132,7 @@ class Stepper {
     return row.compare && (t % kCheckEvery == kCheckEvery - 1 || t + 1 == row.steps);
   }
 
-  // Steps one panel of every active row, or two; how many.
+  // Steps one panel, or two, of every active row; returns the number of panels.
   int64_t step_panels(int64_t t, int64_t n, int64_t p, int64_t end, float* differ) {
     const Panel panel = panel_at(s_.layout, p);
     int64_t taken = 1;
@@ -176,7 +176,7 @@ class Stepper {
 
   float* turned(int64_t n) const { return member_.scratch + count_ * 2 * kPanel + n * s_.layout.width(); }
 
-  // What every row sends, as vectors of one unit of kLanes rows.
+  // The factors of W, transposed: vectors of one unit over kLanes rows.
   void turn_rows(int64_t t, int64_t n) {
     const float* a[kLanes];
     for (int64_t from = 0; from < n; from += kLanes) {
@@ -218,7 +218,7 @@ class Stepper {
     }
   }
 
-  // z is what the inputs gave, if there are any.
+  // z holds the inputs' product, where there are inputs.
   void add_to(float* z, const float* sums, int64_t width) const {
     for (int64_t j = 0; j < width; j += kLanes) {
       const Vec sum = load(sums + j);
@@ -226,7 +226,7 @@ class Stepper {
     }
   }
 
-  // What sparse weights add to z, a vector of it.
+  // One vector of W h, for weights of one entry per row.
   Vec sparse_product(const ReservoirRow& row, int64_t t, int64_t q) const {
     const float* sent = row.sent[t & 1];
     const float* weight = static_cast<const float*>(s_.weight);
@@ -251,14 +251,14 @@ class Stepper {
       if (s_.kind == WeightKind::entries) sum = add(sum, sparse_product(row, t, position + j));
       if (s_.inputs == 0) sum = add(sum, load_some(drive + j, left));
       if (s_.bias) sum = add(sum, load(s_.bias + position + j));
-      const Vec kept = load(s_.keep + position + j), amplitude = load(s_.amplitude + position + j);
+      const Vec kept = load(s_.retain + position + j), amplitude = load(s_.amplitude + position + j);
       const Vec fresh = s_.adjoint ? sum : mul(amplitude, activate(s_.activation, sum));
       const Vec h = fma(kept, load(state + j), fresh);
       if (compare) {
         const Vec difference = sub(h, load_some(out + j, left));
         apart = max(apart, absolute(difference));
         largest = max(largest, absolute(h));
-        // A maximum forgets a NaN, a sum does not; and what is infinitely far has not met.
+        // A maximum drops a NaN, a sum does not; an infinite distance has not met.
         poison = fma(difference, zero(), poison);
       }
       store_some(out + j, h, left);

@@ -1,5 +1,6 @@
-// resformer::reservoir_scan_forward and _adjoint on CUDA tensors: sequential, dense and grouped weights that
-// fit on the chip. The arithmetic is in reservoir_cuda.h.
+// resformer::reservoir_scan_forward and _adjoint on CUDA tensors, for dense and grouped weights that fit on
+// the chip. Both are sequential: `mode` and `tolerance` change nothing. The arithmetic is in
+// reservoir_cuda.h.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -93,7 +94,7 @@ void run(Recurrence r, const Tensor& like) {
   r.plan = plan_blocks(groups, size, inputs, r.sequences, narrow, limits.multiprocessors, limits.block_bytes);
   STD_TORCH_CHECK(r.plan.blocks() > 0, "W and the states of ", r.sequences, " sequences do not fit into ",
                   limits.multiprocessors, " times ", limits.block_bytes, " bytes of shared memory");
-  // No step is number 0.
+  // Zero is no step's number.
   const int64_t words = r.plan.split > 1 ? 2 * r.sequences * groups * size : 0;
   Tensor memory = torch::stable::new_zeros(like, {words}, ScalarType::Long);
   r.words = static_cast<uint64_t*>(memory.mutable_data_ptr());
@@ -109,9 +110,8 @@ std::vector<int64_t> sizes_with(const Tensor& t, int64_t last) {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::optional<Tensor> rows,
                                            std::optional<Tensor> columns, std::optional<Tensor> input_weight,
                                            Tensor leak, std::optional<Tensor> bias,
-                                           std::optional<Tensor> initial_state,
-                                           std::optional<Tensor> cu_seqlens, int64_t activation, int64_t,
-                                           double) {
+                                           std::optional<Tensor> initial_state, int64_t activation,
+                                           int64_t mode, double tolerance, std::optional<Tensor> cu_seqlens) {
   STD_TORCH_CHECK(!rows && !columns, "CUDA kernels take dense and grouped weights alone");
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
   Recurrence r{};
@@ -146,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
 }
 
 std::tuple<Tensor, Tensor> adjoint(Tensor grad, Tensor slope, Tensor weight, std::optional<Tensor> rows,
-                                   std::optional<Tensor> columns, Tensor leak,
-                                   std::optional<Tensor> cu_seqlens, int64_t, double) {
+                                   std::optional<Tensor> columns, Tensor leak, int64_t mode, Tensor tolerance,
+                                   std::optional<Tensor> cu_seqlens) {
   STD_TORCH_CHECK(!rows && !columns, "CUDA kernels take dense and grouped weights alone");
   Recurrence r{};
   read_weight(weight, grad, true, &r);

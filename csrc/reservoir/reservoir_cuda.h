@@ -1,10 +1,10 @@
-// The recurrence on a GPU, step after step: what one block does.
+// The recurrence on a GPU, step after step: the work of one block.
 //
-// It keeps the rows of W of its units in its own memory for all of time, and the states that they read. In a
-// step it waits for what other blocks' units send, sums, and sends its own (`reservoir_blocks.h` has who has
-// what, `together_cuda.h` how numbers go from block to block). Words of two steps are enough: who has heard
-// every unit of step t knows that nobody waits for those of step t - 1 any more, for each unit's block had
-// heard them before it could send.
+// It keeps its units' rows of W in shared memory for all steps, and the states that they read. In a step it
+// waits for the states of other blocks' units, sums, and sends its own (`reservoir_blocks.h` has the split,
+// `together_cuda.h` the exchange of numbers between blocks). Words of two steps are enough: a block that has
+// received every unit of step t knows that no block still waits for step t - 1, for each had received all of
+// it before it could send.
 #pragma once
 
 #include "common/together_cuda.h"
@@ -14,7 +14,7 @@ namespace resformer {
 namespace {
 
 constexpr int kThreads = 256, kLanes = 32;
-constexpr int kAtOnce = 8;  // words that a thread asks for before it waits
+constexpr int kAtOnce = 8;  // words that a thread loads before it waits for any
 
 struct Recurrence {
   BlockPlan plan;
@@ -28,7 +28,7 @@ struct Recurrence {
   Activation activation;
   float *states, *final_state;
   double* info;
-  uint64_t* words;  // (2, sequences, units): what units send, of steps of either parity
+  uint64_t* words;  // (2, sequences, units): states sent, of even and odd steps
 
   RESFORMER_INLINE int64_t units() const { return plan.groups * plan.size; }
 
@@ -47,7 +47,7 @@ struct Recurrence {
     const int64_t row = begin(s);
     return {row, offsets == nullptr ? s * input_batch : row * input_step, steps(s)};
   }
-  // Where step t of the recurrence is in its sequence: the adjoint goes back in time.
+  // The place of the recurrence's step t in its sequence: the adjoint goes back in time.
   RESFORMER_INLINE int64_t place(const BlockSpan& span, int64_t t) const {
     return gains == nullptr ? t : span.steps - 1 - t;
   }
@@ -61,14 +61,14 @@ struct alignas(kVector * sizeof(E)) Vector {
   E at[kVector];
 };
 
-// What a block works on, and its memory.
+// The share of a block, and its shared memory.
 template <class E>
 struct Block {
   int64_t first_sequence, first;  // unit
   int sequences, own;             // units
-  int within;                     // the place of the first in its group
-  int each;                       // of a group's units, those of this block
-  int most, hears;                // sequences of a team; units that a block hears, with padding
+  int within;                     // place of the first unit in its group
+  int each;                       // units of one group in this block
+  int most, hears;                // sequences of a team; units whose states a block reads, padded
   int padded, padded_inputs;
   float *heard, *inputs, *in_rows;
   E* rows;
@@ -120,7 +120,7 @@ __device__ Block<E> block_of(const Recurrence& r) {
   return b;
 }
 
-// Once: rows of a matrix, in the order in which they lie.
+// Rows of a matrix, read once in the order in which they are stored.
 template <class From, class To>
 __device__ void copy_rows(const ReservoirMatrix& m, int64_t size, int64_t first, int count, int padded,
                           To* rows) {
@@ -171,7 +171,7 @@ __device__ void copy_starts(const Recurrence& r, const Block<E>& b) {
   }
 }
 
-// What no step writes: rows of no sequence, final states of sequences without steps, and the info.
+// Results that no step writes: rows of no sequence, final states of sequences without steps, the info.
 template <class E>
 __device__ void write_the_rest(const Recurrence& r, const Block<E>& b) {
   const int64_t units = r.units();
@@ -191,7 +191,7 @@ __device__ void write_the_rest(const Recurrence& r, const Block<E>& b) {
   for (int i = 0; i < 5; ++i) r.info[i] = found[i];
 }
 
-// What step t reads that no step writes, on its way.
+// Starts the asynchronous copies of step t's inputs, drive and gains.
 template <class E>
 __device__ __forceinline__ void fetch(const Recurrence& r, const Block<E>& b, uint32_t t) {
   const int inputs = static_cast<int>(r.plan.inputs);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void fetch(const Recurrence& r, const Block<E>& b, ui
   }
 }
 
-// Waits for what the other parts of the group sent in step t - 1.
+// Waits for the states that the other parts of the group sent in step t - 1.
 template <class E>
 __device__ __forceinline__ void hear(const Recurrence& r, const Block<E>& b, uint32_t t) {
   const int others = static_cast<int>(r.plan.size) - b.own, count = others * b.sequences;
@@ -229,7 +229,7 @@ __device__ __forceinline__ void hear(const Recurrence& r, const Block<E>& b, uin
       from[j] = sent ? words + s * r.units() + unit : nullptr;
       to[j] = b.heard_at(t, s) + unit;
     }
-    // All are asked for before any is waited for.
+    // All loads are issued before the first wait.
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) word[j] = from[j] == nullptr ? 0 : peek(from[j]);
 #pragma unroll
@@ -250,8 +250,8 @@ __device__ __forceinline__ float activate(Activation activation, float z) {
   return activation == Activation::relu && z < 0.0f ? 0.0f : z;
 }
 
-// The unit's next state in the block's sequence s, once W and W_in are summed. `place`: where the unit is
-// among those that the block hears.
+// The unit's next state in the block's sequence s, once W and W_in are summed. `place`: of the unit among
+// those whose states the block reads.
 template <class E>
 __device__ __forceinline__ void finish(const Recurrence& r, const Block<E>& b, uint32_t t, int s, int unit,
                                        int place, float z) {
@@ -272,7 +272,7 @@ __device__ __forceinline__ void finish(const Recurrence& r, const Block<E>& b, u
   if (last && r.final_state != nullptr) r.final_state[sequence * r.units() + at] = h;
 }
 
-// Lane l takes vectors l, l + 32, ... in order: so a sum has the same bits in every tile.
+// Lane l takes vectors l, l + 32, ... in order: a sum has the same bits in every tile.
 template <class E, int kUnits, int kColumns>
 __device__ __forceinline__ void add_products(const E* const (&rows)[kUnits],
                                              const float* const (&columns)[kColumns], int padded, int lane,
@@ -296,8 +296,8 @@ __device__ __forceinline__ void add_products(const E* const (&rows)[kUnits],
   }
 }
 
-// The lanes' sums added in pairs. Lane l returns number l * kCount / 32: while there are several, a lane
-// gives half of them away with every pair.
+// Adds the lanes' sums in pairs. Lane l returns sum number l * kCount / 32: while a lane holds several, each
+// exchange gives half of them away.
 template <int kCount>
 __device__ __forceinline__ float add_lanes(float (&sum)[kCount], int lane) {
   int left = kCount;
@@ -320,7 +320,7 @@ __device__ __forceinline__ float add_lanes(float (&sum)[kCount], int lane) {
   return sum[0];
 }
 
-// All of the block's units in step t, a tile a warp.
+// All of the block's units in step t, one tile per warp.
 template <class E, int kUnits, int kColumns>
 __device__ __forceinline__ void sum_units(const Recurrence& r, const Block<E>& b, uint32_t t) {
   constexpr int kCount = kUnits * kColumns;
@@ -334,7 +334,7 @@ __device__ __forceinline__ void sum_units(const Recurrence& r, const Block<E>& b
     const E* rows[kUnits];
     const float *in_rows[kUnits], *columns[kColumns], *in_columns[kColumns];
     bool any = false;
-    // Beyond the last unit and sequence, these again.
+    // Tiles past the last unit and sequence repeat these.
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const int row = group * b.each + min(unit + u, b.each - 1);
@@ -363,7 +363,7 @@ __device__ __forceinline__ void sum_units(const Recurrence& r, const Block<E>& b
 template <class E, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1) recurrence_kernel(const __grid_constant__ Recurrence r) {
   const Block<E> b = block_of<E>(r);
-  // Zeros where vectors are padded, and where nothing is heard at first.
+  // Zeros where vectors are padded, and for states of step 0 that are not given.
   uint32_t* memory = reinterpret_cast<uint32_t*>(block_memory());
   for (int64_t i = threadIdx.x; i < memory_of(r.plan).end / 4; i += blockDim.x) memory[i] = 0;
   __syncthreads();
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 1) recurrence_kernel(const __grid_co
   for (uint32_t t = 0; t < longest; ++t) {
     if (r.plan.split > 1 && t > 0) hear(r, b, t);
     copies_done();
-    // One barrier a step: what a step writes for the next one was last read in the step before.
+    // One barrier per step: the memory that a step writes was last read in the step before.
     __syncthreads();
     if (t + 1 < longest) fetch(r, b, t + 1);
     sum_units<E, kUnits, kColumns>(r, b, t);

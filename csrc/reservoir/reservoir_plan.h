@@ -1,4 +1,4 @@
-// Chunks of time, and the sweeps over them that end where every chunk starts from its neighbour's end.
+// Chunks of time, and sweeps over them until every chunk starts from its left neighbour's end.
 #pragma once
 
 #include <cmath>
@@ -15,16 +15,16 @@ enum class Mode : int64_t { automatic = 0, sequential = 1, chunked = 2 };
 
 constexpr int64_t kShortest = 16;     // steps of a chunk that was asked for
 constexpr int64_t kWorthwhile = 256;  // steps of a chunk that "auto" makes
-// Rows enough for a matrix product, and no more: each has to forget its own guess.
+// Enough rows for a matrix product, and no more: each has to forget its own guess.
 constexpr int64_t kChunks = 12;
-// Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for what is
-// left of a difference may grow for a while before it goes.
+// Shares of the tolerance: within which a start is accepted, and trajectories meet. Less than 1, for a
+// remaining difference may grow for a while before it goes.
 constexpr float kAccepted = 0.5f, kMeeting = 0.125f;
 // A reservoir that forgets brings trajectories nearer at nearly every comparison. Where they part again by
-// this factor, what is within the tolerance could leave it.
+// this factor, a difference within the tolerance could leave it.
 constexpr float kRegrown = 3.0f;
-constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size each thread keeps for itself
-constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that are worth another thread
+constexpr int64_t kCacheBytes = 3 << 18;  // weights up to this size fit in each thread's cache
+constexpr int64_t kWorkPerPart = 32768;   // multiply-adds of a step that pay for another thread
 
 struct Sequence {
   int64_t offset, length;  // steps
@@ -35,7 +35,7 @@ struct Chunk {
   int64_t sequence, begin, length;
 };
 
-// Which pieces: by lengths alone, so that results do not depend on the number of threads.
+// The split depends on lengths alone: results do not depend on the number of threads.
 inline std::vector<Chunk> chunks_of(const std::vector<Sequence>& sequences, Mode mode, bool pays) {
   int64_t total = 0, longest = 0;
   for (const Sequence& s : sequences) {
@@ -49,7 +49,7 @@ inline std::vector<Chunk> chunks_of(const std::vector<Sequence>& sequences, Mode
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const int64_t steps = sequences[i].length;
-    // Equal ones, not a short one last.
+    // Equal chunks, not a short one last.
     const int64_t count = steps == 0 ? 0 : (steps + length - 1) / length;
     for (int64_t c = 0; c < count; ++c) {
       const int64_t begin = steps * c / count;
@@ -63,9 +63,9 @@ inline std::vector<Chunk> chunks_of(const std::vector<Sequence>& sequences, Mode
 struct Streams {
   std::vector<Sequence> sequences;
   const float* inputs;
-  const float* gain;  // null but in the adjoint, shaped as states
+  const float* gain;  // adjoint, else null; shaped as states
   float* states;
-  std::vector<int64_t> inputs_at, states_at;  // by sequence: of its first step
+  std::vector<int64_t> inputs_at, states_at;  // first step of each sequence
   int64_t input_stride, state_stride;
   bool reverse;
 };
@@ -104,7 +104,7 @@ class Sweeper {
   const std::vector<Chunk>& chunks() const { return chunks_; }
   bool is_first(int64_t chunk) const { return chunks_[chunk].begin == 0; }
 
-  // Every first chunk's start is set; the others' is the guess zero.
+  // The caller sets the start of each sequence's first chunk; the others start from the guess zero.
   Report run() {
     Report report;
     report.chunks = count();
@@ -124,7 +124,7 @@ class Sweeper {
         before = apart;
       }
       if (!report.forgot) {
-        // In order then, once, and to the bits of the sequential mode.
+        // Chunks then run in order, once, to the bits of the sequential mode.
         todo = earliest_inexact();
         report.mismatch = 0.0;
       }
@@ -133,8 +133,8 @@ class Sweeper {
   }
 
  private:
-  // Those whose start is not their neighbour's end: by bits, or by more than the tolerance where a chunk has
-  // shown that it forgets.
+  // Chunks whose start is not their neighbour's end: by bits, or by more than the tolerance where the chunk
+  // has shown that it forgets.
   std::vector<int64_t> disagreeing(double* largest, double* accepted) {
     std::vector<int64_t> found;
     *accepted = 0.0;
@@ -159,7 +159,7 @@ class Sweeper {
     return found;
   }
 
-  // Of each sequence the first chunk that may differ from the sequential mode by a bit.
+  // The first chunk of each sequence that may differ from the sequential mode by a bit.
   std::vector<int64_t> earliest_inexact() const {
     std::vector<int64_t> found;
     for (int64_t c = 0; c < count(); ++c) {
@@ -228,8 +228,8 @@ class Sweeper {
     }
   }
 
-  // Rows are shared out where each thread has its own copy of the weights in cache and rows enough; else the
-  // units are, and threads wait for one another after every step.
+  // Threads split the rows where the weights fit in each one's cache and there are enough rows; else they
+  // split the units, and wait for one another after every step.
   void advance(std::vector<ReservoirRow>& rows) {
     const int64_t count = static_cast<int64_t>(rows.size()), threads = torch::stable::get_num_threads();
     const int64_t panels = panels_of(step_.layout, kernels_.panel);

@@ -7,9 +7,9 @@
 namespace resformer::RESFORMER_ISA {
 
 constexpr int64_t kPanel = kTileVecs * kLanes;
-// k at a time: so much of a panel stays in the first-level cache, and sums of sums round less than long ones.
+// Length of partial sums: that much of a panel stays in the first-level cache, and short sums round less.
 constexpr int64_t kBlock = 64;
-constexpr int kWideRows = 2;  // up to so many rows take two panels at once, for enough chains of additions
+constexpr int kWideRows = 2;  // up to this many rows take two panels at once, for enough independent chains
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -25,7 +25,7 @@ static inline float fma(float a, float b, float c) {
 }
 
 // c (+)= a b for `rows` rows and `panels` panels of `vecs` vectors; sums over k in order, in one chain each.
-// Nothing here depends on how many rows there are but which of these runs.
+// The number of rows chooses the instance, and changes nothing else.
 template <class E, int rows, int panels, int vecs>
 static void product_tile(const float* const* a, int64_t at, const E* b, int64_t panel_stride, int64_t k,
                          float* c, int64_t c_row, bool accumulate) {
@@ -121,8 +121,8 @@ static void multiply(const float* const* a, int64_t count, const E* packed, int6
   }
 }
 
-// Four units of a CSR weight at a time: each alone waits for its own additions. `term(i)` is entry i's
-// factor.
+// Sums of a CSR weight, four units at a time: one unit's additions wait for each other. `term(i, sum)` adds
+// entry i.
 template <class Sum, class Term, class Put>
 static inline void sum_sparse(const int64_t* rows, int64_t begin, int64_t end, Sum nothing, const Term& term,
                               const Put& put) {
@@ -148,7 +148,7 @@ static inline void sum_sparse(const int64_t* rows, int64_t begin, int64_t end, S
   }
 }
 
-// turned[(unit * kLanes) + i] = a[i][unit] for `count` rows, at most kLanes; further lanes repeat the last.
+// turned[unit * kLanes + i] = a[i][unit] for `count` rows, at most kLanes; further lanes repeat the last row.
 static inline void turn(const float* const* a, int64_t count, int64_t width, float* turned) {
   float block[kLanes * kLanes];
   for (int64_t at = 0; at < width; at += kLanes) {

@@ -6,13 +6,13 @@ order. A leaf is found by its field's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resformer_kernels._core.op import Op, vmap_error
 
@@ -84,25 +84,34 @@ def in_place_of(
 
 def run_backward(op: Op, namespace: str, call: Any) -> tuple[Tensor, ...]:
     """`op(namespace, call)`, a backward op; differentiating its results raises."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(op(namespace, call))
+    # Autograd looks for tensors in no record and in no list.
+    leaves, form = tree_flatten(op.flatten(call))
+    return once(op.function, lambda *x: op(namespace, op.read(tree_unflatten(x, form))), leaves)
+
+
+def once(
+    function: str, run: Callable[..., Sequence[Tensor]], leaves: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """`run(*leaves)`, the gradient of a public function; differentiating its results raises."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # create_graph=True: the gradients may be used, and only their own gradient is missing.
-        leaves, form = tree_flatten(op.flatten(call))
-        return tuple(_Once.apply(op, namespace, form, *leaves))
-    return tuple(op(namespace, call))
+        return tuple(_Once.apply(function, run, *leaves))
+    return tuple(run(*leaves))
 
 
 class _Once(torch.autograd.Function):
-    """apply(op, namespace, form, *leaves of the op's arguments). Autograd looks for tensors in no
-    record and in no list."""
+    """apply(function, run, *leaves) -> run(*leaves)."""
 
     @staticmethod
-    def forward(op: Op, namespace: str, form: TreeSpec, *leaves: Any) -> tuple[Tensor, ...]:
-        return tuple(op(namespace, op.read(tree_unflatten(leaves, form))))
+    def forward(_function: str, run: Callable[..., Any], *leaves: Any) -> tuple[Tensor, ...]:
+        return tuple(run(*leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         del output
-        ctx.function = inputs[0].function
+        ctx.function = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> NoReturn:
@@ -112,5 +121,5 @@ class _Once(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(_info: Any, _in_dims: Any, op: Op, *_arguments: Any) -> NoReturn:
-        raise RuntimeError(vmap_error(op.function))
+    def vmap(_info: Any, _in_dims: Any, function: str, *_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(function))

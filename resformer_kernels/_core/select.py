@@ -137,10 +137,6 @@ def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request:
 
     TypeError where `function` is not a public op of this package.
     """
-    own = getattr(function, "__resformer_prepare__", None)
-    if own is not None:
-        found: Request = own(*args, **kwargs)
-        return found
     if not getattr(function, "__resformer_explainable__", False):
         raise TypeError(
             "explain: function must be a public op of resformer_kernels, such as "
@@ -187,14 +183,3 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     describe = getattr(chosen, "notes", None)
     notes = describe(request.call) if describe is not None else []
     return Explanation(request.op, chosen.NAME if chosen else None, reasons, notes)
-
-
-def explained_by(prepared: Callable[..., Request]) -> Callable[[F], F]:
-    """Going: until every function is `explainable`."""
-
-    def mark(function: F) -> F:
-        function.__resformer_prepare__ = prepared  # type: ignore[attr-defined]
-        function.__resformer_explainable__ = True  # type: ignore[attr-defined]
-        return function
-
-    return mark

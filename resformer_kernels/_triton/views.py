@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from resformer_kernels._triton import device as lib
+from resformer_kernels._triton import device
 
 
 class View(NamedTuple):
@@ -56,11 +56,11 @@ def form_over_tile(coefficient: Coefficient, rows: bool, columns: bool) -> int:
     """Its form as `device.coefficient` has it, where it differs along a tile's rows or not,
     and along its columns or not."""
     if coefficient.pointer is None:
-        return int(lib.NUMBER.value)
+        return int(device.NUMBER.value)
     form = {
-        (False, False): lib.PER_TILE,
-        (True, False): lib.PER_ROW,
-        (False, True): lib.PER_COLUMN,
-        (True, True): lib.PER_ELEMENT,
+        (False, False): device.PER_TILE,
+        (True, False): device.PER_ROW,
+        (False, True): device.PER_COLUMN,
+        (True, True): device.PER_ELEMENT,
     }[rows, columns]
     return int(form.value)

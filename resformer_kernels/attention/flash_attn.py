@@ -15,15 +15,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.gradient import once, refuse_forward_mode, wants_gradient
 from resformer_kernels._core.hardware import MACHINE, Hardware
-from resformer_kernels._core.old import refuse_forward_mode, run_backward, wants_gradient
 from resformer_kernels._core.op import vmap_error
 from resformer_kernels.attention.record import FIXED, AttentionCall
 from resformer_kernels.mix import mix_values
 
 NAME = "flash_attn"
 
-_OP = "value_residual_attention"
 _MAX_HEAD_DIM = 256
 _MULTIPLE = 8
 """Elements in 16 bytes: what their loads ask of strides and offsets."""
@@ -93,7 +92,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, mixed value or None), as `AttentionCall` asks."""
     if not torch.compiler.is_compiling():
         leaves = (call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first)
-        refuse_forward_mode(_OP, leaves)
+        refuse_forward_mode(FIXED, leaves)
     source = _choose(call)
     package = MACHINE.package(source.module, load)
     after_q = _after(call.cu_seqlens_q, call.q)
@@ -304,7 +303,7 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (after,) = ctx.saved_tensors
-        return (*run_backward(_OP, _closed, grad, after), None)
+        return (*once(FIXED, _closed, (grad, after)), None)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:

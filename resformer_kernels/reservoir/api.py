@@ -1,4 +1,4 @@
-"""The public reservoir scan: its meaning, and the choice of a backend."""
+"""The public function: a reservoir over all of time."""
 
 from __future__ import annotations
 
@@ -6,54 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.select import Request, explained_by, select
+from resformer_kernels._core.select import explainable, serve
 from resformer_kernels.reservoir import native, reference, triton
-from resformer_kernels.reservoir.op import NAME
-from resformer_kernels.reservoir.record import RingWeight, check_call
+from resformer_kernels.reservoir.record import NAME, RingWeight, check_call
 
 BACKENDS = (native, triton, reference)
 ON_CUDA = (triton, native, reference)
-"""Triton's has chunks of time, which the CUDA kernel of C++ has not; and no GPU has timed the two
-side by side yet."""
+"""Triton's kernel splits time into chunks, which the CUDA C++ kernel does not; no GPU has timed the
+two side by side yet."""
 
 
-def _prepare(
-    inputs: Any,
-    weight: Any,
-    *,
-    input_weight: Any = None,
-    leak: Any = 1.0,
-    bias: Any = None,
-    initial_state: Any = None,
-    activation: Any = "tanh",
-    mode: Any = "auto",
-    tolerance: Any = None,
-    cu_seqlens: Any = None,
-    reduce: Any = "none",
-    targets: Any = None,
-    return_info: Any = False,
-    backend: str = "auto",
-) -> Request:
-    call = check_call(
-        inputs,
-        weight,
-        input_weight,
-        leak,
-        bias,
-        initial_state,
-        activation,
-        mode,
-        tolerance,
-        cu_seqlens,
-        reduce,
-        targets,
-        return_info,
-    )
-    on_cuda = call.inputs.device.type == "cuda"
-    return Request(NAME, backend, ON_CUDA if on_cuda else BACKENDS, call)
-
-
-@explained_by(_prepare)
+@explainable
 def reservoir_scan(
     inputs: Tensor,
     weight: Tensor | RingWeight,
@@ -120,22 +83,21 @@ def reservoir_scan(
             message names it. RuntimeError: the named backend cannot serve the call, the call is
             under vmap, or its gradient is differentiated.
     """
-    request = _prepare(
+    call = check_call(
         inputs,
         weight,
-        input_weight=input_weight,
-        leak=leak,
-        bias=bias,
-        initial_state=initial_state,
-        activation=activation,
-        mode=mode,
-        tolerance=tolerance,
-        cu_seqlens=cu_seqlens,
-        reduce=reduce,
-        targets=targets,
-        return_info=return_info,
-        backend=backend,
+        input_weight,
+        leak,
+        bias,
+        initial_state,
+        activation,
+        mode,
+        tolerance,
+        cu_seqlens,
+        reduce,
+        targets,
+        return_info,
     )
-    chosen = select(request.op, request.backend, request.backends, request.call)
-    states, final_state, info = chosen.run(request.call)
+    backends = ON_CUDA if call.scan.inputs.device.type == "cuda" else BACKENDS
+    states, final_state, info = serve(NAME, backend, backends, call)
     return (states, final_state, info) if return_info else (states, final_state)

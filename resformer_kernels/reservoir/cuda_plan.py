@@ -1,5 +1,7 @@
-"""Whether the CUDA kernel's blocks can hold W and the states: `csrc/reservoir/reservoir_blocks.h`,
-which also says which way to share them out is the fastest."""
+"""Whether the CUDA kernel's blocks can hold W and the states.
+
+`csrc/reservoir/reservoir_blocks.h` has the same rule, and chooses the fastest split.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ def fits(
     multiprocessors: int,
     block_bytes: int,
 ) -> bool:
-    """Whether `groups` of `size` units with `inputs` (0: the drive itself) can be shared out among
-    one block a multiprocessor, each with `block_bytes` of shared memory."""
+    """Whether `groups` of `size` units with `inputs` (0: the drive itself) fit into one block per
+    multiprocessor, each with `block_bytes` of shared memory."""
 
     def possible(whole: int, split: int) -> bool:
         each = _shares(size, split)
@@ -51,7 +53,7 @@ def _shares(of: int, by: int) -> int:
 
 
 def _bytes(whole: int, own: int, size: int, inputs: int, sequences: int, element_bytes: int) -> int:
-    """Of a block that has `own` units, of `whole` groups or a part of one."""
+    """Shared memory of a block with `own` units, of `whole` groups or a part of one."""
     padded, padded_inputs = _shares(size, _VECTOR) * _VECTOR, _shares(inputs, _VECTOR) * _VECTOR
     weights = own * (element_bytes * padded + 4 * padded_inputs + 8)
     of_a_sequence = 8 * (whole * padded + padded_inputs) + 20 * own + _SPAN_BYTES

@@ -1,172 +1,183 @@
-"""Schemas and fakes of the reservoir's ops; torch alone is needed.
+"""The reservoir's ops and their gradient; torch alone is needed.
 
-One schema, two namespaces: `resformer`, whose implementations C++ supplies, and `resformer_triton`,
-whose launcher is imported, and Triton with it, when an op is first called.
+`forward` and `adjoint` are kernels: the two recurrences. `backward` and `reduced` are made of those
+of their namespace in Python, segment by segment of time; being ops, they are opaque to
+torch.compile. A weight travels as its values, with `columns` for a permutation, and `rows` and
+`columns` for CSR.
 
-`forward` and `adjoint` are compiled: they are the two recurrences. `backward` and `reduced` are
-made of those of their namespace, in Python, over stretches of time; being ops, they are opaque to
-torch.compile.
-A weight travels as its values, with `columns` for a permutation, and `rows` and `columns` for CSR.
+Saved for backward: the arguments and the states. Everything else is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.old import vmap_error
-
-NAME = "reservoir_scan"
-NATIVE, TRITON = "resformer", "resformer_triton"
-VMAP_ERROR = vmap_error(NAME).replace("(B, T, H, D)", "(B, T, inputs)")
-
-_WEIGHT = "Tensor weight, Tensor? rows, Tensor? columns"
-_CALL = (
-    f"Tensor inputs, {_WEIGHT}, Tensor? input_weight, Tensor leak, Tensor? bias, "
-    "Tensor? initial_state, Tensor? cu_seqlens, int activation, int mode, float tolerance"
+from resformer_kernels._core.gradient import (
+    distinct,
+    in_place_of,
+    mask_of,
+    refuse_forward_mode,
+    run_backward,
+    save,
+    saved,
+    wanted,
+    wants_gradient,
 )
-INFO_SIZE = 5
+from resformer_kernels._core.op import Op, vmap_error
+from resformer_kernels._core.strides import copy_notes, with_unit_strides
+from resformer_kernels.reservoir.record import (
+    NAME,
+    AdjointCall,
+    BackwardCall,
+    ReducedCall,
+    ReservoirCall,
+    ReservoirInfo,
+)
+from resformer_kernels.reservoir.reduction import Result, reduce_states
 
-
-def _units(weight: Tensor, rows: Tensor | None) -> Any:
-    if rows is not None:
-        return rows.shape[0] - 1
-    return weight.shape[0] * weight.shape[1] if weight.dim() == 3 else weight.shape[0]
-
-
-def _sequences(inputs: Tensor, cu_seqlens: Tensor | None) -> Any:
-    return inputs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+LEAVES = ("inputs", "weight", "input_weight", "leak", "bias", "initial_state")
 
 
 def _info(like: Tensor) -> Tensor:
-    return like.new_empty((INFO_SIZE,), dtype=torch.float64)
+    return like.new_empty((len(ReservoirInfo._fields),), dtype=torch.float64)
 
 
-def _forward_fake(
-    inputs: Tensor, weight: Tensor, rows: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = rest[5]
-    units = _units(weight, rows)
-    states = inputs.new_empty((*inputs.shape[:-1], units))
-    return states, inputs.new_empty((_sequences(inputs, cu_seqlens), units)), _info(inputs)
+def _forward_fake(call: ReservoirCall) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = call.inputs
+    states = inputs.new_empty((*inputs.shape[:-1], call.units))
+    return states, inputs.new_empty((call.sequences, call.units)), _info(inputs)
 
 
-def _adjoint_fake(grad: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), _info(grad)
-
-
-def _backward_fake(
-    _grad_states: Tensor | None,
-    _grad_final: Tensor | None,
-    inputs: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    _columns: Tensor | None,
-    input_weight: Tensor | None,
-    leak: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    del rows
-    grad_mask = rest[-1]
-    leaves = (inputs, weight, input_weight, leak, bias, initial_state)
+def _backward_fake(call: BackwardCall) -> tuple[Tensor, ...]:
+    leaves = [getattr(call.scan, name) for name in LEAVES]
     return tuple(
-        inputs.new_empty((0,))
-        if leaf is None or not grad_mask >> bit & 1
+        call.states.new_empty((0,))
+        if leaf is None or not call.grad_mask >> bit & 1
         else leaf.new_empty(leaf.shape)
         for bit, leaf in enumerate(leaves)
     )
 
 
-def _reduced_fake(
-    inputs: Tensor, weight: Tensor, rows: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cu_seqlens, targets, reduce = rest[5], rest[-2], rest[-1]
-    units, sequences = _units(weight, rows), _sequences(inputs, cu_seqlens)
-    final = inputs.new_empty((sequences, units))
-    if reduce != "gram":
-        return inputs.new_empty((sequences, units)), inputs.new_empty((0,)), final, _info(inputs)
-    outputs = 0 if targets is None else targets.shape[-1]
+def _reduced_fake(call: ReducedCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, units = call.scan.inputs, call.scan.units
+    final = inputs.new_empty((call.scan.sequences, units))
+    if call.reduce != "gram":
+        return final.new_empty(final.shape), inputs.new_empty((0,)), final, _info(inputs)
+    outputs = 0 if call.targets is None else call.targets.shape[-1]
     gram = inputs.new_empty((units, units), dtype=torch.float64)
     return gram, gram.new_empty((units, outputs)), final, _info(inputs)
 
 
-FORWARD, ADJOINT = f"{NAME}_forward", f"{NAME}_adjoint"
-BACKWARD, REDUCED = f"{NAME}_backward", f"{NAME}_reduced"
+_LAUNCHERS = "resformer_kernels.reservoir.triton.recurrence"
 
-_OPS: tuple[tuple[str, str, Any], ...] = (
-    (FORWARD, f"({_CALL}) -> (Tensor states, Tensor final_state, Tensor info)", _forward_fake),
-    (
-        ADJOINT,
-        f"(Tensor grad, Tensor slope, {_WEIGHT}, Tensor leak, Tensor? cu_seqlens, int mode, "
-        "float tolerance) -> (Tensor adjoint, Tensor info)",
-        _adjoint_fake,
-    ),
-    (
-        BACKWARD,
-        f"(Tensor? grad_states, Tensor? grad_final, {_CALL}, Tensor states, int grad_mask) -> "
-        "(Tensor dinputs, Tensor dweight, Tensor dinput_weight, Tensor dleak, Tensor dbias, "
-        "Tensor dinitial_state)",
-        _backward_fake,
-    ),
-    (
-        REDUCED,
-        f"({_CALL}, Tensor? targets, str reduce) -> "
-        "(Tensor first, Tensor second, Tensor final_state, Tensor info)",
-        _reduced_fake,
-    ),
+FORWARD = Op(
+    f"{NAME}_forward",
+    ReservoirCall,
+    "(Tensor states, Tensor final_state, Tensor info)",
+    function=NAME,
+    fake=_forward_fake,
+    triton=f"{_LAUNCHERS}:forward",
 )
+ADJOINT = Op(
+    f"{NAME}_adjoint",
+    AdjointCall,
+    "(Tensor adjoint, Tensor info)",
+    function=NAME,
+    fake=lambda call: (call.grad.new_empty(call.grad.shape), _info(call.grad)),
+    triton=f"{_LAUNCHERS}:adjoint",
+)
+BACKWARD = Op(
+    f"{NAME}_backward",
+    BackwardCall,
+    f"({', '.join(f'Tensor d{name}' for name in LEAVES)})",
+    function=NAME,
+    fake=_backward_fake,
+    composed="resformer_kernels.reservoir.gradients:backward",
+)
+REDUCED = Op(
+    f"{NAME}_reduced",
+    ReducedCall,
+    "(Tensor first, Tensor second, Tensor final_state, Tensor info)",
+    function=NAME,
+    fake=_reduced_fake,
+    composed="resformer_kernels.reservoir.segments:reduced",
+)
+OPS = (FORWARD, ADJOINT, BACKWARD, REDUCED)
 
 
-def _no_vmap(*_args: Any, **_kwargs: Any) -> NoReturn:
-    raise RuntimeError(VMAP_ERROR)
+class ReservoirScan(torch.autograd.Function):
+    """apply(namespace, *ReservoirCall) -> (states, final_state, info)."""
+
+    @staticmethod
+    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, ReservoirCall(*arguments))
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.namespace, *call = inputs
+        states, _final_state, info = output
+        save(ctx, call, states)
+        ctx.mark_non_differentiable(info)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_states: Tensor | None, grad_final: Tensor | None, _info: Any
+    ) -> tuple[Tensor | None, ...]:
+        scan, states = saved(ctx, ReservoirCall)
+        needs = wanted(ctx, ReservoirCall, LEAVES)
+        call = BackwardCall(grad_states, grad_final, scan, states, mask_of(needs))
+        gradients = run_backward(BACKWARD, ctx.namespace, call)
+        return in_place_of(ReservoirCall, LEAVES, gradients, needs)
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(NAME))
 
 
-def _composed(namespace: str) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
-    """What is made of the recurrences of `namespace`."""
-
-    def backward(*arguments: Any) -> tuple[Tensor, ...]:
-        from resformer_kernels.reservoir import gradients
-
-        return gradients.backward(namespace, *arguments)
-
-    def reduced(*arguments: Any) -> tuple[Tensor, ...]:
-        from resformer_kernels.reservoir import stretches
-
-        return stretches.reduced(namespace, *arguments)
-
-    return {BACKWARD: backward, REDUCED: reduced}
+def _leaves(call: ReservoirCall) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(call, name) for name in LEAVES)
 
 
-def define(namespace: str) -> torch.library.Library:
-    """The ops in a namespace: schemas, fakes, what they say under vmap, and those that are made of
-    others. They go when the library does."""
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for name, signature, fake in _OPS:
-        library.define(name + signature)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        library.impl(name, _no_vmap, "FuncTorchBatched")
-    for name, composed in _composed(namespace).items():
-        for key in ("CPU", "CUDA"):
-            library.impl(name, composed, key)
-    return library
+def _needs_states(call: ReducedCall) -> bool:
+    """Whether every state is kept under a reduction: a gradient is computed from them."""
+    return call.reduce != "none" and wants_gradient((*_leaves(call.scan), call.targets))
 
 
-def _by_triton(part: str) -> Callable[..., Any]:
-    def launch(*arguments: Any) -> Any:
-        import resformer_kernels.reservoir.triton.launch as launchers
+def run(namespace: str, call: ReducedCall) -> tuple[Result, Tensor, ReservoirInfo]:
+    """(states or their reduction, final state, info) of `call`, by the ops of `namespace`."""
+    scan = with_unit_strides(call.scan, ("inputs",))
+    for name in ("initial_state", "cu_seqlens"):
+        given = getattr(scan, name)
+        if given is not None and not given.is_contiguous():
+            scan = scan._replace(**{name: given.contiguous()})
+    if torch.compiler.is_compiling():
+        scan = distinct(scan)
+    leaves = _leaves(scan)
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(NAME, (*leaves, call.targets))
+    if call.reduce != "none" and not _needs_states(call):
+        first, second, final_state, info = REDUCED(namespace, call._replace(scan=scan))
+        return (first, second) if call.reduce == "gram" else first, final_state, _read(info)
+    if wants_gradient(leaves):
+        states, final_state, info = ReservoirScan.apply(namespace, *scan)
+    else:
+        states, final_state, info = FORWARD(namespace, scan)
+    result = reduce_states(states, final_state, scan.cu_seqlens, call.targets, call.reduce)
+    return result, final_state, _read(info)
 
-        return getattr(launchers, part)(*arguments)
 
-    return launch
+def _read(info: Tensor) -> ReservoirInfo:
+    chunks, sweeps, mismatch, work, forgot = info.unbind()
+    return ReservoirInfo(chunks.long(), sweeps.long(), mismatch.clone(), work.clone(), forgot > 0)
 
 
-_libraries = {namespace: define(namespace) for namespace in (NATIVE, TRITON)}
-for _name, _part in ((FORWARD, "forward"), (ADJOINT, "adjoint")):
-    # CPU tensors are for Triton's interpreter.
-    for _key in ("CUDA", "CPU"):
-        _libraries[TRITON].impl(_name, _by_triton(_part), _key)
+def notes(call: ReducedCall) -> list[str]:
+    """Copies before the kernel, and memory beside it."""
+    found = copy_notes(call.scan, ("inputs",))
+    if _needs_states(call):
+        found.append(f"every state is kept under reduce={call.reduce!r}: a gradient is wanted")
+    return found

@@ -1,4 +1,4 @@
-"""The normalised form of a reservoir call, and every check that leads to it.
+"""The records of the reservoir's ops, and the checks of `reservoir_scan` that lead to them.
 
 Checks read metadata alone, except the few numbers in `cu_seqlens` and in the indices of a weight,
 where they lie in host memory.
@@ -21,10 +21,15 @@ from resformer_kernels._core.checks import (
     describe,
     readable,
 )
-from resformer_kernels.reservoir.op import VMAP_ERROR
+from resformer_kernels._core.op import refuse_vmap
 
+NAME = "reservoir_scan"
+
+# Ops take an activation and a mode as its place in these tuples: C++ reads no strings.
 ACTIVATIONS = ("tanh", "relu", "identity")
+TANH, RELU, IDENTITY = range(3)
 MODES = ("auto", "sequential", "chunked")
+AUTO, SEQUENTIAL, CHUNKED = range(3)
 REDUCTIONS = ("none", "last", "mean", "gram")
 TOLERANCE = 3e-6
 """What `tolerance=None` stands for."""
@@ -45,20 +50,26 @@ class ReservoirInfo(NamedTuple):
     """What a scan did, each a tensor of one element, so that a compiled graph can return it."""
 
     chunks: Tensor
-    """int64: pieces that time was cut into; as many as sequences where the scan was sequential."""
+    """int64: pieces that time was split into; the number of sequences where it was sequential."""
     sweeps: Tensor
     """int64: passes over the chunks, the first included."""
     mismatch: Tensor
     """float64: the largest difference left between a chunk's start and its neighbour's end."""
     work: Tensor
-    """float64: steps that were computed, as a multiple of those that there are."""
+    """float64: steps computed, as a multiple of the steps given."""
     forgot: Tensor
-    """bool: False where starts were not forgotten within a chunk, or differences grew again on the
-    way: chunks then ran one by one, and the states have the bits of the sequential mode."""
+    """bool: False where a chunk did not forget its start, or differences grew again on the way:
+    chunks then ran one by one, and the states have the bits of the sequential mode."""
+
+
+def info_of_no_steps(like: Tensor) -> Tensor:
+    """What ops return as info where nothing is computed: float64, in the order of the fields."""
+    # By kernels: a tensor made of a list would have the host wait for a GPU.
+    return torch.stack([like.new_full((), x, dtype=torch.float64) for x in (0, 0, 0, 1, 1)])
 
 
 class ReservoirCall(NamedTuple):
-    """What a backend receives: validated, one form per meaning.
+    """A validated call, its fields in the order of the op's arguments; one form per meaning.
 
     inputs (B, T, n_in), or packed (total, n_in) with cu_seqlens; n_in = N where input_weight is
     None. The weight is dense (N, N), groups (G, n, n), or entries (N,): with `columns` alone those
@@ -74,12 +85,10 @@ class ReservoirCall(NamedTuple):
     leak: Tensor
     bias: Tensor | None
     initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-    targets: Tensor | None
-    activation: str
-    mode: str
+    activation: int
+    mode: int
     tolerance: float
-    reduce: str
+    cu_seqlens: Tensor | None
 
     @property
     def units(self) -> int:
@@ -91,10 +100,59 @@ class ReservoirCall(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """How many initial and final states there are."""
+        """Number of initial and of final states."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.shape[0] - 1
         return self.inputs.shape[0]
+
+    def start(self) -> Tensor:
+        """The initial states, (sequences, N): zeros where none are given."""
+        if self.initial_state is not None:
+            return self.initial_state
+        return self.inputs.new_zeros((self.sequences, self.units))
+
+    def row_of(self) -> Tensor:
+        """The row of each entry of a CSR weight."""
+        assert self.rows is not None
+        units = torch.arange(self.units, device=self.rows.device)
+        # The number of entries is known: counting them would have the host wait for a GPU.
+        return units.repeat_interleave(self.rows.diff(), output_size=self.weight.shape[0])
+
+
+class ReducedCall(NamedTuple):
+    """The whole of a public call: the recurrence, and what becomes of its states."""
+
+    scan: ReservoirCall
+    reduce: str
+    targets: Tensor | None
+
+
+class BackwardCall(NamedTuple):
+    """`grad_mask`: bit i is set where leaf i of `op.LEAVES` wants a gradient."""
+
+    grad_states: Tensor | None
+    grad_final: Tensor | None
+    scan: ReservoirCall
+    states: Tensor
+    grad_mask: int
+
+
+class AdjointCall(NamedTuple):
+    """adjoint_t = grad_t + (1 - leak) adjoint_{t+1} + Wᵀ (slope_{t+1} adjoint_{t+1}).
+
+    grad and slope (B, T, N) or (total, N), slope contiguous. `tolerance` is one float64 on grad's
+    device, in grad's units.
+    """
+
+    grad: Tensor
+    slope: Tensor
+    weight: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    leak: Tensor
+    mode: int
+    tolerance: Tensor
+    cu_seqlens: Tensor | None
 
 
 def check_call(
@@ -111,12 +169,13 @@ def check_call(
     reduce: Any,
     targets: Any,
     return_info: Any,
-) -> ReservoirCall:
+) -> ReducedCall:
     """Check and normalise the arguments of `reservoir_scan`."""
     packed = cu_seqlens is not None
     axes = "(total_steps, inputs)" if packed else "(batch, time, inputs)"
     check_tensor("inputs", inputs, 2 if packed else 3, axes)
-    _refuse_vmap(inputs, weight, input_weight, leak, bias, initial_state, targets)
+    weights = weight if isinstance(weight, RingWeight) else (weight,)
+    refuse_vmap(NAME, (inputs, *weights, input_weight, leak, bias, initial_state, targets))
     if inputs.dtype not in DTYPES:
         raise TypeError(f"inputs must be float32, bfloat16, float16 or float64, got {inputs.dtype}")
     dtype = torch.float64 if inputs.dtype is torch.float64 else torch.float32
@@ -137,30 +196,21 @@ def check_call(
             raise ValueError(f"{name} must be one of {choices}, got {describe(value)}")
     check_flag("return_info", return_info)
     _check_targets(targets, reduce, inputs)
-    return ReservoirCall(
-        inputs,
-        values,
-        rows,
-        columns,
-        input_weight,
-        _check_leak(leak, inputs, units),
-        bias,
-        initial_state,
-        cu_seqlens,
-        targets,
-        activation,
-        mode,
-        _check_tolerance(tolerance),
-        reduce,
+    scan = ReservoirCall(
+        inputs=inputs,
+        weight=values,
+        rows=rows,
+        columns=columns,
+        input_weight=input_weight,
+        leak=_check_leak(leak, inputs, units),
+        bias=bias,
+        initial_state=initial_state,
+        activation=ACTIVATIONS.index(activation),
+        mode=MODES.index(mode),
+        tolerance=_check_tolerance(tolerance),
+        cu_seqlens=cu_seqlens,
     )
-
-
-def _refuse_vmap(*tensors: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    flat = [y for x in tensors for y in (x if isinstance(x, RingWeight) else (x,))]
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in flat):
-        raise RuntimeError(VMAP_ERROR)
+    return ReducedCall(scan, reduce, targets)
 
 
 def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:

@@ -1,4 +1,4 @@
-"""What `reduce` makes of states that are there, in differentiable PyTorch."""
+"""Reductions of states in memory, in differentiable PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 Result = Tensor | tuple[Tensor, Tensor]
 
 _PIECE = 64
-"""Steps that are summed one after another."""
+"""Steps summed one after another."""
 
 
 def reduce_states(
@@ -43,7 +43,7 @@ def sums_over_time(states: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
         return states.sum(1, dtype=dtype)
     if states.device.type != "cpu":
         return sums_in_pieces(states.to(dtype), cu_seqlens)
-    # The last segment holds what belongs to no sequence.
+    # The last segment holds the steps of no sequence.
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), _positions(states), right=True)
     sums = states.new_zeros((cu_seqlens.shape[0], states.shape[-1]), dtype=dtype)
     return sums.index_add(0, segment, states.to(dtype))[:-1]
@@ -52,18 +52,18 @@ def sums_over_time(states: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
 def sums_in_pieces(states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Each sequence's states (total, N) summed, in an order that is fixed on every device.
 
-    `index_add` adds in any order on a GPU. Here each piece of a sequence is summed in order, all of
-    them at once, then the pieces of a sequence.
+    `index_add` adds in any order on a GPU. Here the pieces of all sequences are summed in parallel,
+    each in order, then the pieces of each sequence.
     """
     places = torch.arange(0, states.shape[0] + 1, _PIECE, device=states.device, dtype=torch.int32)
-    cuts = torch.cat((cu_seqlens, places.clamp(max=cu_seqlens[-1]))).sort().values.long()
-    pieces = segment_sums(states, cuts)
-    return segment_sums(pieces, torch.searchsorted(cuts, cu_seqlens.long()))
+    bounds = torch.cat((cu_seqlens, places.clamp(max=cu_seqlens[-1]))).sort().values.long()
+    pieces = segment_sums(states, bounds)
+    return segment_sums(pieces, torch.searchsorted(bounds, cu_seqlens.long()))
 
 
 def segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
     """Rows (total, N) from offsets[i] to offsets[i + 1] summed in order, each i on its own."""
-    # Unsafe: else the offsets are read by the host.
+    # `unsafe`: the host would read the offsets to check them, and wait for a GPU.
     return torch.segment_reduce(rows, "sum", offsets=offsets, initial=0, unsafe=True)
 
 

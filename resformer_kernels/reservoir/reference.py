@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import Hardware
-from resformer_kernels.reservoir.record import ReservoirCall, ReservoirInfo
+from resformer_kernels.reservoir.record import (
+    ACTIVATIONS,
+    ReducedCall,
+    ReservoirCall,
+    ReservoirInfo,
+)
 from resformer_kernels.reservoir.reduction import Result, reduce_states
 
 NAME = "reference"
@@ -22,32 +27,31 @@ NAME = "reference"
 _LARGE = 1024
 
 
-def unsupported_reason(_call: ReservoirCall, _hardware: Hardware) -> str | None:
+def unsupported_reason(_call: ReducedCall, _hardware: Hardware) -> str | None:
     """None: the reference serves everything."""
     return None
 
 
-def is_large(call: ReservoirCall) -> bool:
+def is_large(call: ReducedCall) -> bool:
     """Whether it takes enough steps to be worth a warning."""
-    return call.inputs.shape[-2] >= _LARGE
+    return call.scan.inputs.shape[-2] >= _LARGE
 
 
-def run(call: ReservoirCall) -> tuple[Result, Tensor, ReservoirInfo]:
+def run(call: ReducedCall) -> tuple[Result, Tensor, ReservoirInfo]:
     """(states or their reduction, final state, info)."""
-    with torch.autocast(call.inputs.device.type, enabled=False):
-        states, final_state = _scan(call)
-        result = reduce_states(states, final_state, call.cu_seqlens, call.targets, call.reduce)
-    one = call.inputs.new_ones((), dtype=torch.float64)
-    info = ReservoirInfo(one.long() * call.sequences, one.long(), one * 0, one, one.bool())
+    scan = call.scan
+    with torch.autocast(scan.inputs.device.type, enabled=False):
+        states, final_state = _scan(scan)
+        result = reduce_states(states, final_state, scan.cu_seqlens, call.targets, call.reduce)
+    one = scan.inputs.new_ones((), dtype=torch.float64)
+    info = ReservoirInfo(one.long() * scan.sequences, one.long(), one * 0, one, one.bool())
     return result, final_state, info
 
 
 def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
     step = _step(call)
     inputs = call.inputs
-    start = call.initial_state
-    if start is None:
-        start = inputs.new_zeros((call.sequences, call.units))
+    start = call.start()
     if call.cu_seqlens is None:
         states, last = _sequence(step, inputs.transpose(0, 1), start)
         return states.transpose(0, 1).contiguous(), last
@@ -77,9 +81,10 @@ def _sequence(
 
 def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     dtype = call.inputs.dtype
-    recur = product(call.weight.to(dtype), call.rows, call.columns)
+    recur = _product(call)
     project = None if call.input_weight is None else call.input_weight.to(dtype)
-    activate = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}[call.activation]
+    functions = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
+    activate = functions[ACTIVATIONS[call.activation]]
     leak = call.leak
 
     def step(state: Tensor, inputs: Tensor) -> Tensor:
@@ -92,15 +97,11 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     return step
 
 
-def product(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> Callable[[Tensor], Tensor]:
+def _product(call: ReservoirCall) -> Callable[[Tensor], Tensor]:
     """The function h (..., N) -> W h, for a weight in any of its forms."""
-    if rows is not None and columns is not None:
-        units = rows.shape[0] - 1
-        row_of = torch.repeat_interleave(
-            torch.arange(units, device=rows.device), rows.diff(), output_size=weight.shape[0]
-        )
+    weight, columns = call.weight.to(call.inputs.dtype), call.columns
+    if call.rows is not None and columns is not None:
+        row_of = call.row_of()
 
         def sparse(h: Tensor) -> Tensor:
             terms = h.index_select(-1, columns) * weight

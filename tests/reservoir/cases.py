@@ -1,19 +1,45 @@
-"""Inputs of reservoirs of every form, and the error budget that every backend is held to."""
+"""Reservoirs of every form, and the checks that every backend is held to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from resformer_kernels import RingWeight, reservoir_scan
+from resformer_kernels._triton.available import interpreted
 from resformer_kernels.testing import LAYOUTS, laid_out, poisoned
 
 KINDS = ("dense", "groups", "diagonal", "ring", "permutation", "csr")
 LEAVES = ("inputs", "weight", "input_weight", "leak", "bias", "initial_state")
+
+
+def sweep(examples: int) -> settings:
+    """Settings of a test that draws `examples` cases. A failing one is not shrunk."""
+    return settings(
+        max_examples=examples,
+        phases=(Phase.explicit, Phase.reuse, Phase.generate),
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+empty = pytest.mark.parametrize(
+    ("batch", "steps", "lengths"),
+    [(0, 5, None), (3, 0, None), (1, 1, None), (0, 0, ()), (0, 0, (0, 4, 0))],
+    ids=str,
+)
+"""Calls without sequences, without steps, or with hardly any."""
+
+in_interpreter = [
+    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
+]
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,7 @@ def problem(case: Case) -> Problem:
         return torch.randn(shape, generator=generator)
 
     width = units if case.inputs is None else case.inputs
-    tail = 3  # steps that belong to no packed sequence
+    tail = 3  # packed steps of no sequence
     rows = (case.batch, case.steps) if case.lengths is None else (sum(case.lengths) + tail,)
     sequences = case.batch if case.lengths is None else len(case.lengths)
     leak: Any = 0.3 + 0.7 * torch.rand(units, generator=generator)
@@ -180,7 +206,7 @@ def run(made: Problem, tensors: dict[str, Any], backend: str) -> dict[str, Tenso
         **case.options,
     )
     leaves = {name: leaf for name, (_, leaf) in found.items() if leaf is not None}
-    # Of the reference, what no step reaches has no gradient at all.
+    # The reference gives no gradient where no step reaches an output.
     outputs = [
         (x, g.to(x.dtype))
         for x, g in zip((states, final), made.grads, strict=True)
@@ -206,7 +232,7 @@ def run(made: Problem, tensors: dict[str, Any], backend: str) -> dict[str, Tenso
 
 
 def terms(made: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
-    """Norms of what each gradient sums up, from float64."""
+    """Norm of the terms that each gradient sums, in float64."""
     tensors = {name: wide(x) for name, x in made.tensors.items()}
     projection, inputs = tensors["input_weight"], tensors["inputs"].nan_to_num()
     dense = dense_of(tensors["weight"])
@@ -214,7 +240,7 @@ def terms(made: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
     driven = {**tensors, "inputs": drive, "input_weight": None}
     e = run(made, driven, "reference")["dinputs"].flatten(0, -2).square()
     states = exact["states"].flatten(0, -2).square()
-    # Neighbours in time: near enough for a sum over all of it.
+    # Neighbours in time: near enough for a sum over all steps.
     past = states.roll(1, 0)
     squares = e.T @ past
     weight = made.tensors["weight"]
@@ -283,7 +309,7 @@ def check_budget(case: Case, backend: str) -> None:
     for name, true in exact.items():
         assert got[name].shape == true.shape, name
     late = [name for name, true in exact.items() if distance(got[name], true) > budget(name)]
-    # The reference's own error is luck: of a small tensor it is often near zero.
+    # The reference's error is a matter of luck: for a small tensor it is often near zero.
     for seed in range(8 if late else 0):
         for name, error in reference_errors(reordered(made, seed)).items():
             near[name] = max(near[name], error)

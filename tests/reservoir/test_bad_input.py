@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import RingWeight, reservoir_scan
+from tests.reservoir.checks import check_refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -24,160 +25,132 @@ def offsets(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("no inputs", {"inputs": None}, TypeError, "inputs must be a tensor"),
-    ("sparse inputs", {"inputs": U.to_sparse()}, TypeError, "inputs must be a dense tensor"),
-    ("inputs of rank 2", {"inputs": U[0]}, ValueError, r"inputs must be \(batch, time, inputs\)"),
-    ("integer inputs", {"inputs": U.long()}, TypeError, "inputs must be float32"),
-    ("inputs too wide", {"inputs": U[..., :3]}, ValueError, "inputs must have weight's 4 units"),
-    ("no weight", {"weight": None}, TypeError, "weight must be a tensor"),
-    (
-        "weight of rank 4",
-        {"weight": W[None, None]},
-        ValueError,
-        r"weight must be a tensor \(N, N\)",
-    ),
-    ("weight not square", {"weight": W[:3]}, ValueError, r"weight must be a tensor \(N, N\)"),
-    ("weight empty", {"weight": W[:0, :0]}, ValueError, r"weight must be a tensor \(N, N\)"),
-    ("COO weight", {"weight": W.to_sparse()}, TypeError, "sparse CSR"),
-    ("CSR not square", {"weight": CSR}, ValueError, "sparse CSR tensor of shape"),
-    ("weight in half", {"weight": W.half()}, TypeError, "weight must be float32 or bfloat16"),
-    ("weight elsewhere", {"weight": W.to("meta")}, ValueError, "weight must be on inputs' device"),
-    (
+def bad(name: str, error: type[Exception], says: str, **wrong: Any) -> Any:
+    return pytest.param(wrong, error, says, id=name)
+
+
+def bad_offsets(name: str, error: type[Exception], says: str, cu_seqlens: torch.Tensor) -> Any:
+    return bad(name, error, says, inputs=PACKED, cu_seqlens=cu_seqlens)
+
+
+def ring(source: torch.Tensor) -> RingWeight:
+    return RingWeight(ONES, source)
+
+
+BAD = [
+    bad("no inputs", TypeError, "inputs must be a tensor", inputs=None),
+    bad("sparse inputs", TypeError, "inputs must be a dense tensor", inputs=U.to_sparse()),
+    bad("inputs of rank 2", ValueError, r"inputs must be \(batch, time, inputs\)", inputs=U[0]),
+    bad("integer inputs", TypeError, "inputs must be float32", inputs=U.long()),
+    bad("inputs too wide", ValueError, "inputs must have weight's 4 units", inputs=U[..., :3]),
+    bad("no weight", TypeError, "weight must be a tensor", weight=None),
+    bad("weight of rank 4", ValueError, r"weight must be a tensor \(N, N\)", weight=W[None, None]),
+    bad("weight not square", ValueError, r"weight must be a tensor \(N, N\)", weight=W[:3]),
+    bad("weight empty", ValueError, r"weight must be a tensor \(N, N\)", weight=W[:0, :0]),
+    bad("COO weight", TypeError, "sparse CSR", weight=W.to_sparse()),
+    bad("CSR not square", ValueError, "sparse CSR tensor of shape", weight=CSR),
+    bad("weight in half", TypeError, "weight must be float32 or bfloat16", weight=W.half()),
+    bad("weight elsewhere", ValueError, "weight must be on inputs' device", weight=W.to("meta")),
+    bad(
         "narrow weight of a wide state",
-        {"inputs": U.double(), "weight": W.bfloat16()},
         TypeError,
         "weight must be float64",
+        inputs=U.double(),
+        weight=W.bfloat16(),
     ),
-    ("ring of rank 2", {"weight": RingWeight(W)}, ValueError, "weight.values must be"),
-    ("empty ring", {"weight": RingWeight(ONES[:0])}, ValueError, "at least one unit"),
-    (
+    bad("ring of rank 2", ValueError, "weight.values must be", weight=RingWeight(W)),
+    bad("empty ring", ValueError, "at least one unit", weight=RingWeight(ONES[:0])),
+    bad(
         "source no permutation",
-        {"weight": RingWeight(ONES, torch.tensor([0, 1, 1, 2]))},
         ValueError,
         "weight.source must be a permutation",
+        weight=ring(torch.tensor([0, 1, 1, 2])),
     ),
-    (
-        "source of floats",
-        {"weight": RingWeight(ONES, ONES)},
-        TypeError,
-        "weight.source must be int64",
-    ),
-    (
+    bad("source of floats", TypeError, "weight.source must be int64", weight=ring(ONES)),
+    bad(
         "source too short",
-        {"weight": RingWeight(ONES, torch.arange(3))},
         ValueError,
         r"weight.source must be \(4,\)",
+        weight=ring(torch.arange(3)),
     ),
-    (
+    bad(
         "source elsewhere",
-        {"weight": RingWeight(ONES, torch.arange(4, device="meta"))},
         ValueError,
         "weight.source must be on",
+        weight=ring(torch.arange(4, device="meta")),
     ),
-    ("input_weight of rank 1", {"input_weight": ONES}, ValueError, "input_weight must be"),
-    ("input_weight turned", {"input_weight": torch.ones(3, 4)}, ValueError, r"must be \(4, 4\)"),
-    ("input_weight in half", {"input_weight": W.half()}, TypeError, "input_weight must be float32"),
-    (
+    bad("input_weight of rank 1", ValueError, "input_weight must be", input_weight=ONES),
+    bad("input_weight turned", ValueError, r"must be \(4, 4\)", input_weight=torch.ones(3, 4)),
+    bad("input_weight in half", TypeError, "input_weight must be float32", input_weight=W.half()),
+    bad(
         "no input",
-        {"inputs": U[..., :0], "input_weight": torch.ones(4, 0)},
         ValueError,
         "at least one entry",
+        inputs=U[..., :0],
+        input_weight=torch.ones(4, 0),
     ),
-    ("leak above 1", {"leak": 1.5}, ValueError, r"leak must lie in \[0, 1\], got 1.5"),
-    ("leak NaN", {"leak": float("nan")}, ValueError, "leak must lie"),
-    ("leak a string", {"leak": "1"}, TypeError, "leak must be a number"),
-    ("leak of two", {"leak": torch.ones(2)}, ValueError, r"leak must be a number, \(\) or \(4,\)"),
-    ("leak in half", {"leak": ONES.half()}, TypeError, "leak must have the state's dtype"),
-    ("bias of rank 2", {"bias": W}, ValueError, "bias must be"),
-    ("bias of three", {"bias": ONES[:3]}, ValueError, r"bias must be \(4,\)"),
-    ("bias a number", {"bias": 0.5}, TypeError, "bias must be a tensor"),
-    ("bias elsewhere", {"bias": ONES.to("meta")}, ValueError, "bias must be on inputs' device"),
-    ("state of one", {"initial_state": torch.ones(1, 4)}, ValueError, "initial_state must be"),
-    (
+    bad("leak above 1", ValueError, r"leak must lie in \[0, 1\], got 1.5", leak=1.5),
+    bad("leak NaN", ValueError, "leak must lie", leak=float("nan")),
+    bad("leak a string", TypeError, "leak must be a number", leak="1"),
+    bad("leak of two", ValueError, r"leak must be a number, \(\) or \(4,\)", leak=torch.ones(2)),
+    bad("leak in half", TypeError, "leak must have the state's dtype", leak=ONES.half()),
+    bad("bias of rank 2", ValueError, "bias must be", bias=W),
+    bad("bias of three", ValueError, r"bias must be \(4,\)", bias=ONES[:3]),
+    bad("bias a number", TypeError, "bias must be a tensor", bias=0.5),
+    bad("bias elsewhere", ValueError, "bias must be on inputs' device", bias=ONES.to("meta")),
+    bad("state of one", ValueError, "initial_state must be", initial_state=torch.ones(1, 4)),
+    bad(
         "state in double",
-        {"initial_state": torch.ones(2, 4).double()},
         TypeError,
         "initial_state must have the state's dtype",
+        initial_state=torch.ones(2, 4).double(),
     ),
-    ("activation", {"activation": "gelu"}, ValueError, "activation must be one of"),
-    ("mode", {"mode": "parallel"}, ValueError, "mode must be one of"),
-    ("reduce", {"reduce": "sum"}, ValueError, "reduce must be one of"),
-    ("tolerance negative", {"tolerance": -1e-6}, ValueError, "tolerance must be 0 or"),
-    ("tolerance infinite", {"tolerance": float("inf")}, ValueError, "tolerance must be 0 or"),
-    ("tolerance a string", {"tolerance": "small"}, TypeError, "tolerance must be a number"),
-    ("info a number", {"return_info": 1}, TypeError, "return_info must be True or False"),
-    ("targets alone", {"targets": U}, ValueError, "targets are for reduce='gram'"),
-    (
+    bad("activation", ValueError, "activation must be one of", activation="gelu"),
+    bad("mode", ValueError, "mode must be one of", mode="parallel"),
+    bad("reduce", ValueError, "reduce must be one of", reduce="sum"),
+    bad("tolerance negative", ValueError, "tolerance must be 0 or", tolerance=-1e-6),
+    bad("tolerance infinite", ValueError, "tolerance must be 0 or", tolerance=float("inf")),
+    bad("tolerance a string", TypeError, "tolerance must be a number", tolerance="small"),
+    bad("info a number", TypeError, "return_info must be True or False", return_info=1),
+    bad("targets alone", ValueError, "targets are for reduce='gram'", targets=U),
+    bad(
         "targets of other steps",
-        {"targets": U[:, :4], "reduce": "gram"},
         ValueError,
         "targets must have inputs' steps",
+        targets=U[:, :4],
+        reduce="gram",
     ),
-    ("targets of rank 2", {"targets": U[0], "reduce": "gram"}, ValueError, "targets must be"),
-    ("integer targets", {"targets": U.long(), "reduce": "gram"}, TypeError, "targets must be"),
-    (
-        "targets elsewhere",
-        {"targets": U.to("meta"), "reduce": "gram"},
-        ValueError,
-        "targets must be on",
-    ),
-    ("a batch packed", {"cu_seqlens": OFFSETS}, ValueError, r"inputs must be \(total_steps"),
-    (
-        "offsets in int64",
-        {"inputs": PACKED, "cu_seqlens": OFFSETS.long()},
-        TypeError,
-        "cu_seqlens must be int32",
-    ),
-    (
-        "offsets of rank 2",
-        {"inputs": PACKED, "cu_seqlens": OFFSETS[None]},
-        ValueError,
-        "cu_seqlens must be",
-    ),
-    (
-        "no offsets",
-        {"inputs": PACKED, "cu_seqlens": OFFSETS[:0]},
-        ValueError,
-        "must have sequences",
-    ),
-    (
-        "offsets elsewhere",
-        {"inputs": PACKED, "cu_seqlens": OFFSETS.to("meta")},
-        ValueError,
-        "cu_seqlens must be on",
-    ),
-    (
-        "offsets start late",
-        {"inputs": PACKED, "cu_seqlens": offsets(1, 4)},
-        ValueError,
-        "must start at 0, got 1",
-    ),
-    (
+    bad("targets of rank 2", ValueError, "targets must be", targets=U[0], reduce="gram"),
+    bad("integer targets", TypeError, "targets must be", targets=U.long(), reduce="gram"),
+    bad("targets elsewhere", ValueError, "targets must be on", targets=U.to("meta"), reduce="gram"),
+    bad("a batch packed", ValueError, r"inputs must be \(total_steps", cu_seqlens=OFFSETS),
+    bad_offsets("offsets in int64", TypeError, "cu_seqlens must be int32", OFFSETS.long()),
+    bad_offsets("offsets of rank 2", ValueError, "cu_seqlens must be", OFFSETS[None]),
+    bad_offsets("no offsets", ValueError, "must have sequences", OFFSETS[:0]),
+    bad_offsets("offsets elsewhere", ValueError, "cu_seqlens must be on", OFFSETS.to("meta")),
+    bad_offsets("offsets start late", ValueError, "must start at 0, got 1", offsets(1, 4)),
+    bad_offsets(
         "offsets decrease",
-        {"inputs": PACKED, "cu_seqlens": offsets(0, 4, 3)},
         ValueError,
         "must not decrease, got 3 after 4 at index 2",
+        offsets(0, 4, 3),
     ),
-    (
-        "offsets too far",
-        {"inputs": PACKED, "cu_seqlens": offsets(0, 10)},
-        ValueError,
-        "must end within inputs' 9 steps, got 10",
+    bad_offsets(
+        "offsets too far", ValueError, "must end within inputs' 9 steps, got 10", offsets(0, 10)
     ),
-    ("backend", {"backend": "cuda"}, ValueError, "backend must be 'auto' or one of"),
-    (
+    bad("backend", ValueError, "backend must be 'auto' or one of", backend="cuda"),
+    bad(
         "native in double",
-        {"inputs": U.double(), "weight": W.double(), "backend": "native"},
         RuntimeError,
         "its state is float32",
+        inputs=U.double(),
+        weight=W.double(),
+        backend="native",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "says"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
-)
+@pytest.mark.parametrize(("wrong", "error", "says"), BAD)
 def test_errors(wrong: dict[str, Any], error: type[Exception], says: str) -> None:
     arguments: dict[str, Any] = {"inputs": U, "weight": W, **wrong}
     with pytest.raises(error, match=says):
@@ -186,54 +159,25 @@ def test_errors(wrong: dict[str, Any], error: type[Exception], says: str) -> Non
 
 @pytest.mark.usefixtures("native")
 def test_the_ops_check_what_they_are_given() -> None:
-    ops = torch.ops.resformer
-    leak = torch.tensor(0.5)
-
-    def forward(u: Any = U, w: Any = W, **changed: Any) -> Any:
-        given = {
-            "rows": None,
-            "columns": None,
-            "input_weight": None,
-            "leak": leak,
-            "bias": None,
-            "initial_state": None,
-            "cu_seqlens": None,
-            "activation": 0,
-            "mode": 1,
-            "tolerance": 0.0,
-            **changed,
-        }
-        return ops.reservoir_scan_forward(u, w, *given.values())
-
-    forward()
     index = torch.arange(4)
-    wrong = [
-        lambda: forward(U[..., :3]),
-        lambda: forward(U[0]),
-        lambda: forward(U.double()),
-        lambda: forward(U[:, :, ::2], torch.ones(2)),
-        lambda: forward(w=W[:3]),
-        lambda: forward(w=W.half()),
-        lambda: forward(w=ONES, columns=index + 1),
-        lambda: forward(w=ONES, columns=index[:3]),
-        lambda: forward(w=ONES, columns=index, rows=torch.tensor([0, 1, 2, 3, 5])),
-        lambda: forward(w=ONES, columns=index, rows=torch.tensor([0, 3, 2, 3, 4])),
-        lambda: forward(w=ONES, columns=index.int()),
-        lambda: forward(input_weight=torch.ones(3, 4)),
-        lambda: forward(leak=torch.ones(3)),
-        lambda: forward(leak=leak.double()),
-        lambda: forward(bias=torch.ones(5)),
-        lambda: forward(initial_state=torch.ones(1, 4)),
-        lambda: forward(PACKED, cu_seqlens=offsets(0, 10)),
-        lambda: forward(PACKED, cu_seqlens=offsets(0, 4, 2)),
-        lambda: forward(activation=3),
-        lambda: forward(mode=-1),
-        lambda: ops.reservoir_scan_adjoint(U, U[:1], W, None, None, leak, None, 1, 0.0),
-        lambda: ops.reservoir_scan_adjoint(U, U.mT, W, None, None, leak, None, 1, 0.0),
-        lambda: ops.reservoir_scan_adjoint(
-            U, U, ONES, None, torch.zeros(4, dtype=torch.int64), leak, None, 1, 0.0
-        ),
-    ]
-    for call in wrong:
-        with pytest.raises(RuntimeError):
-            call()
+    check_refusals(
+        "resformer",
+        [
+            {"inputs": U[:, :, ::2], "weight": torch.ones(2)},
+            {"weight": ONES, "columns": index + 1},
+            {"weight": ONES, "columns": index[:3]},
+            {"weight": ONES, "columns": index, "rows": torch.tensor([0, 1, 2, 3, 5])},
+            {"weight": ONES, "columns": index, "rows": torch.tensor([0, 3, 2, 3, 4])},
+            {"weight": ONES, "columns": index.int()},
+            {"leak": torch.tensor(0.5).double()},
+            {"inputs": PACKED, "cu_seqlens": offsets(0, 10)},
+            {"inputs": PACKED, "cu_seqlens": offsets(0, 4, 2)},
+            {"mode": -1},
+        ],
+        [
+            {"slope": U[:1]},
+            {"slope": U.mT},
+            {"weight": ONES, "columns": torch.zeros(4, dtype=torch.int64)},
+            {"tolerance": torch.tensor(0.0)},
+        ],
+    )

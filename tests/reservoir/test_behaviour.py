@@ -1,9 +1,8 @@
-"""What a caller sees: modes that agree, streams, reductions, packed sequences, NaN, reasons."""
+"""Behaviour of a call: modes that agree, streams, reductions, packed sequences, NaN, reasons."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import RingWeight, explain, reservoir_scan
-from resformer_kernels.reservoir import stretches
+from resformer_kernels.reservoir import segments
 from resformer_kernels.reservoir.reduction import sums_in_pieces
 from resformer_kernels.testing import poisoned
+from tests.reservoir.checks import check_gradients, check_not_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -72,7 +72,7 @@ def test_what_is_not_forgotten_is_run_in_order(kind: str, native: str) -> None:
 
 @pytest.mark.parametrize(("radius", "seed"), [(1.25, 8), (1.1, 14)])
 def test_where_differences_grow_again_the_bits_are_the_same(radius: float, seed: int) -> None:
-    """These two forget, but not all the time: rounding grows to 1e-5 in float32 itself."""
+    """Both forget, but not all the time: rounding alone grows to 1e-5 in float32."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(256, 256, generator=generator) * radius / 16
     w_in = torch.rand(256, 1, generator=generator) * 2 - 1
@@ -97,19 +97,8 @@ def test_a_tolerance_of_zero_gives_the_same_bits(native: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
 def test_gradients_of_either_mode(mode: str, native: str) -> None:
-    u, weight, w_in = signal(800, batch=2), reservoir(48, 0.9), projection(48)
-    leaves = [x.clone().requires_grad_() for x in (u, weight, w_in)]
-    exact = [x.double().detach().requires_grad_() for x in leaves]
-    found = []
-    for x, backend in ((leaves, native), (exact, "reference")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            states, last = reservoir_scan(
-                x[0], x[1], input_weight=x[2], leak=0.5, mode=mode, backend=backend
-            )
-        found.append(torch.autograd.grad(states.square().sum() + last.sum(), x))
-    for got, true in zip(*found, strict=True):
-        assert float((got.double() - true).norm()) <= 1e-5 * float(true.norm())
+    leaves = [signal(800, batch=2), reservoir(48, 0.9), projection(48)]
+    check_gradients(leaves, 0.5, mode, native)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
@@ -119,8 +108,8 @@ def test_a_stream_cut_anywhere_is_one_call(mode: str, native: str) -> None:
     expected, last = reservoir_scan(u, weight, **options)
     state: Any = None
     pieces = []
-    cuts = [0, 1, 2, 130, 131, 700, 1499, 1500]
-    for begin, end in itertools.pairwise(cuts):
+    bounds = [0, 1, 2, 130, 131, 700, 1499, 1500]
+    for begin, end in itertools.pairwise(bounds):
         states, state = reservoir_scan(u[:, begin:end], weight, initial_state=state, **options)
         pieces.append(states)
     got = torch.cat(pieces, dim=1)
@@ -148,7 +137,7 @@ def test_packed_is_each_sequence_by_itself(backend: str) -> None:
 
 @pytest.mark.parametrize("lengths", [(5, 0, 17, 1, 40), (300, 129, 0, 64), (0, 0), (7,) * 60])
 def test_sums_in_pieces_are_those_of_each_sequence(lengths: tuple[int, ...]) -> None:
-    """What a GPU takes: the same sums in a fixed order."""
+    """The sums of a GPU, in a fixed order."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     states = torch.randn(sum(lengths) + 3, 11, dtype=torch.float64)
     states[sum(lengths) :] = torch.nan
@@ -167,7 +156,7 @@ def test_sums_in_pieces_are_those_of_each_sequence(lengths: tuple[int, ...]) -> 
 def test_reductions(
     reduce: str, packed: bool, wanted: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stretches, "stretch_length", lambda *_: 8)
+    monkeypatch.setattr(segments, "segment_length", lambda *_: 8)
     weight = reservoir(10, 0.9)
     offsets: Tensor | None = None
     if packed:
@@ -226,11 +215,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(
 ) -> None:
     u, weight = torch.randn(2, 200, 20), reservoir(20, 0.5)
     u[0, 120, 3] = bad
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation, "mode": mode}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend=native, **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, native, activation=activation, mode=mode)
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -256,5 +241,5 @@ def test_a_ring_keeps_what_it_is_given() -> None:
     states, _ = reservoir_scan(
         torch.eye(5)[None], RingWeight(torch.ones(5)), activation="identity", backend="reference"
     )
-    # Each entry moves on by a unit a step.
+    # Each entry moves by one unit per step.
     assert torch.equal(states[0, -1], torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0]))

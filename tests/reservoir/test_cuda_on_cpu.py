@@ -1,6 +1,5 @@
-"""The CUDA kernel of the sequential mode and its launch, run on a CPU by four blocks that send one
-another their states: in memory that holds all of W in a block, and in memory that hardly does in
-all four."""
+"""The CUDA kernel of the sequential mode and its launch, run on a CPU by four blocks that exchange
+states: with shared memory for all of W in one block, and with hardly enough in all four."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,65 +21,55 @@ from resformer_kernels._core import extension as _extension
 from resformer_kernels._triton import available as _triton
 from resformer_kernels.reservoir import api, native, reference
 from resformer_kernels.reservoir import op as ops
-from resformer_kernels.reservoir.autograd import run_op
 from resformer_kernels.reservoir.cuda_plan import fits
-from resformer_kernels.reservoir.record import ReservoirCall
+from resformer_kernels.reservoir.record import ReducedCall
 from tests.cuda_on_cpu import build
-from tests.reservoir.cases import Case, cases, check_budget
+from tests.reservoir.cases import Case, cases, check_budget, empty, sweep
+from tests.reservoir.checks import check_not_finite, check_refusals, ops_of
 
 NAMESPACE = "resformer_reservoir_cuda_on_cpu"
 BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"
 BLOCKS, LARGE = 4, 227 * 1024
 
 
+@dataclasses.dataclass(frozen=True)
 class CudaOnCpu:
-    """The backend, as far as dense and grouped weights go."""
+    """The backend for dense and grouped weights; `tight`: with no more memory than a call needs."""
 
-    NAME = "cuda"
+    NAME: str
+    tight: bool
 
-    @staticmethod
-    def unsupported_reason(_call: ReservoirCall) -> None:
+    def unsupported_reason(self, _call: ReducedCall, _hardware: object) -> None:
         return None
 
-    @staticmethod
-    def run(call: ReservoirCall) -> Any:
-        os.environ[BLOCK_BYTES] = str(LARGE)
-        return run_op(call, NAMESPACE)
-
-
-class Tight(CudaOnCpu):
-    """The same with no more memory than that."""
-
-    NAME = "tight"
-
-    @staticmethod
-    def run(call: ReservoirCall) -> Any:
+    def run(self, call: ReducedCall) -> Any:
         # A backward has it too.
-        os.environ[BLOCK_BYTES] = str(least_bytes(call))
-        return run_op(call, NAMESPACE)
+        os.environ[BLOCK_BYTES] = str(least_bytes(call) if self.tight else LARGE)
+        return ops.run(NAMESPACE, call)
 
 
-def least_bytes(call: ReservoirCall) -> int:
-    """The smallest memory of a block that will do, about."""
+def least_bytes(call: ReducedCall) -> int:
+    """About the smallest shared memory per block that is enough."""
     needed = 256
-    while native._too_large(call, BLOCKS, needed) is not None:
+    while native.too_large(call.scan, BLOCKS, needed) is not None:
         needed += needed // 8
     return needed
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    library = ops.define(NAMESPACE)
+    libraries = [op.define(NAMESPACE) for op in ops.OPS]
     folder = tmp_path_factory.mktemp("reservoir_cuda")
     torch.ops.load_library(str(build("reservoir/reservoir_cuda.cu", NAMESPACE, folder)))
     yield
-    del library
+    del libraries
 
 
 @pytest.fixture(autouse=True)
 def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del built
-    monkeypatch.setattr(api, "BACKENDS", (CudaOnCpu, Tight, reference))
+    backends = (CudaOnCpu("cuda", False), CudaOnCpu("tight", True), reference)
+    monkeypatch.setattr(api, "BACKENDS", backends)
     monkeypatch.setenv(BLOCK_BYTES, str(LARGE))
 
 
@@ -89,11 +78,7 @@ by_memory = pytest.mark.parametrize("backend_name", ["cuda", "tight"])
 
 @by_memory
 @pytest.mark.parametrize("kind", ["dense", "groups"])
-@settings(
-    max_examples=15,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@sweep(15)
 @given(data=st.data())
 def test_stays_within_budget(kind: str, backend_name: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
@@ -111,11 +96,7 @@ def test_vectors_longer_than_a_warp(backend_name: str, batch: int) -> None:
     check_budget(case, backend_name)
 
 
-@pytest.mark.parametrize(
-    ("batch", "steps", "lengths"),
-    [(0, 5, None), (3, 0, None), (1, 1, None), (0, 0, ()), (0, 0, (0, 4, 0))],
-    ids=str,
-)
+@empty
 def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
     check_budget(Case(batch=batch, steps=steps, lengths=lengths), "cuda")
 
@@ -124,11 +105,7 @@ def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str) -> None:
     u, weight = torch.randn(2, 8, 12), torch.randn(12, 12) / 8
     u[0, 3, 3], u[1, 5, 0] = torch.nan, torch.inf
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend="cuda", **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, "cuda", activation=activation)
 
 
 def test_a_stream_has_the_same_bits_however_it_is_cut_and_shared_out() -> None:
@@ -160,44 +137,22 @@ def test_what_it_tells() -> None:
 
 
 def test_the_ops_check_what_they_are_given() -> None:
-    functions = getattr(torch.ops, NAMESPACE)
-    u, w, leak = torch.randn(2, 5, 4), torch.randn(4, 4), torch.tensor(0.5)
-
-    def forward(given: Tensor = u, weight: Tensor = w, **changed: Any) -> Any:
-        names = ("rows", "columns", "input_weight", "leak", "bias", "initial_state", "cu_seqlens")
-        arguments = {**dict.fromkeys(names), "leak": leak, **changed}
-        activation = arguments.pop("activation", 0)
-        return functions.reservoir_scan_forward(
-            given, weight, *(arguments[name] for name in names), activation, 1, 0.0
-        )
-
-    forward()
-    index = torch.arange(4)
-    wrong = [
-        lambda: forward(u[..., :3]),
-        lambda: forward(u[0]),
-        lambda: forward(u.double()),
-        lambda: forward(u.mT.contiguous().mT),
-        lambda: forward(weight=w[:3]),
-        lambda: forward(weight=w.half()),
-        lambda: forward(weight=w[0], columns=index),
-        lambda: forward(input_weight=torch.ones(3, 4)),
-        lambda: forward(leak=torch.ones(3)),
-        lambda: forward(bias=torch.ones(5)),
-        lambda: forward(initial_state=torch.ones(1, 4)),
-        lambda: forward(cu_seqlens=torch.tensor([0, 2])),
-        lambda: forward(activation=3),
-        lambda: forward(torch.randn(1, 1, 500), torch.randn(500, 500)),
-        lambda: functions.reservoir_scan_adjoint(u, u[:1], w, None, None, leak, None, 1, 0.0),
-        lambda: functions.reservoir_scan_adjoint(u, u, w[0], None, index, leak, None, 1, 0.0),
-    ]
-    for call in wrong:
-        with pytest.raises(RuntimeError):
-            call()
+    check_refusals(
+        NAMESPACE,
+        [
+            {"weight": torch.ones(4), "columns": torch.arange(4)},
+            {"cu_seqlens": torch.tensor([0, 2])},
+            {"inputs": torch.randn(1, 1, 500), "weight": torch.randn(500, 500)},
+        ],
+        [
+            {"slope": torch.randn(1, 5, 4)},
+            {"weight": torch.ones(4), "columns": torch.arange(4)},
+        ],
+    )
 
 
 def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = getattr(torch.ops, NAMESPACE).reservoir_scan_forward
+    forward, _ = ops_of(NAMESPACE)
     luck = random.Random(3)
     answers = []
     for _ in range(60):
@@ -208,7 +163,6 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
         weight = torch.zeros(groups, size, size, dtype=dtype)
         w_in = torch.zeros(groups * size, inputs) if inputs else None
         u = torch.zeros(sequences, 1, inputs or groups * size)
-        leak = torch.tensor(0.5)
         answers.append(
             fits(
                 *(groups, size, inputs, sequences, weight.element_size()),
@@ -217,7 +171,7 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
             )
         )
         try:
-            forward(u, weight, None, None, w_in, leak, None, None, None, 0, 1, 0.0)
+            forward(inputs=u, weight=weight, input_weight=w_in)
         except RuntimeError as error:
             assert "do not fit into 4 times" in str(error)  # noqa: PT017
             assert not answers[-1]
@@ -226,8 +180,17 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert {True, False} <= set(answers)
 
 
-def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="cuda")
+def on_cuda(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 with the CUDA library and Triton, instead of this file's backends."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
+    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
+    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: None)
 
 
 @pytest.mark.parametrize(
@@ -237,16 +200,12 @@ def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ((2, 9, 1024), (16, 64, 64), {}, None),
         ((2, 9, 1024), (1024,), {}, "takes dense and grouped weights"),
         ((2, 9, 1024), (1024, 1024), {"mode": "chunked"}, "goes step after step"),
-        (
-            (2, 9, 4096),
-            (4096, 4096),
-            {},
-            "4096 units in groups of 4096 with 2",
-        ),
+        ((2, 9, 4096), (4096, 4096), {}, "4096 units in groups of 4096 with 2"),
         ((900, 9, 1024), (1024, 1024), {}, "with 900 sequences do not fit into 132 times"),
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("gpu")
 def test_what_a_gpu_is_told(
     monkeypatch: pytest.MonkeyPatch,
     inputs: tuple[int, ...],
@@ -254,25 +213,19 @@ def test_what_a_gpu_is_told(
     options: dict[str, Any],
     reason: str | None,
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
     monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: "it is not installed")
     with FakeTensorMode():
         found = explain(reservoir_scan, on_cuda(*inputs), on_cuda(*weight), **options)
     if reason is None:
         assert found.backend == "native"
-        assert found.notes == ["mode='auto' is sequential: its CUDA kernel cuts no time"]
+        assert found.notes == ["mode='auto' is sequential: its CUDA kernel does not split time"]
     else:
         assert found.backend == "reference"
         assert reason in found.reasons["native"]
 
 
-def test_triton_is_preferred_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
-    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: None)
+@pytest.mark.usefixtures("gpu")
+def test_triton_is_preferred_on_a_gpu() -> None:
     with FakeTensorMode():
         u, weight = on_cuda(2, 9, 64), on_cuda(64, 64)
         assert explain(reservoir_scan, u, weight).backend == "triton"

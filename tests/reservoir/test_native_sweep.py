@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reservoir.cases import KINDS, Case, cases, check_budget
+from tests.reservoir.cases import KINDS, Case, cases, check_budget, empty, sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-sweep = settings(
-    max_examples=8,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("cpu_path")
-@sweep
+@sweep(8)
 @given(data=st.data())
 def test_stays_within_budget(kind: str, data: st.DataObject) -> None:
     check_budget(data.draw(cases(kind)), "native")
@@ -51,11 +46,7 @@ def test_threads_change_no_bits(threads: int) -> None:
         assert torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize(
-    ("batch", "steps", "lengths"),
-    [(0, 5, None), (3, 0, None), (1, 1, None), (0, 0, ()), (0, 0, (0, 4, 0))],
-    ids=str,
-)
+@empty
 @pytest.mark.parametrize("kind", ["dense", "ring"])
 def test_empty(
     kind: str, batch: int, steps: int, lengths: tuple[int, ...] | None, backend: str

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from resformer_kernels import RingWeight, reservoir_scan
+from resformer_kernels import reservoir_scan
+from tests.reservoir.checks import check_compiles_whole, check_op
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
@@ -47,39 +48,19 @@ def same(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def test_opcheck() -> None:
-    ops = torch.ops.resformer
     u, w, w_in, a, b, h = (x.detach() for x in leaves())
     index = torch.randperm(8)
     rows = torch.tensor([0, 1, 1, 3, 4, 5, 5, 7, 8])
+    packed = (torch.tensor([0, 4, 7], dtype=torch.int32),)
     shared: list[tuple[Any, ...]] = [
-        (u, w, None, None, w_in, a, b, h, None, 0, 0, 1e-6),
-        (u, w.view(1, 8, 8), None, None, w_in, a, None, None, None, 1, 2, 1e-6),
-        (u, a, None, index, w_in, a, b, h, None, 0, 1, 1e-6),
-        (u, a, rows, index, w_in, a, b, h, None, 0, 1, 1e-6),
-        (
-            *(u[0].contiguous(), w, None, None, w_in, torch.tensor(0.5), b, h),
-            *(torch.tensor([0, 4, 7], dtype=torch.int32), 0, 1, 1e-6),
-        ),
+        (u, w, None, None, w_in, a, b, h, 0, 0, 1e-6, None),
+        (u, w.view(1, 8, 8), None, None, w_in, a, None, None, 1, 2, 1e-6, None),
+        (u, a, None, index, w_in, a, b, h, 0, 1, 1e-6, None),
+        (u, a, rows, index, w_in, a, b, h, 0, 1, 1e-6, None),
+        (u[0].contiguous(), w, None, None, w_in, torch.tensor(0.5), b, h, 0, 1, 1e-6, *packed),
     ]
     for given in shared:
-        torch.library.opcheck(ops.reservoir_scan_forward.default, given)
-        states = ops.reservoir_scan_forward(*given)[0]
-        torch.library.opcheck(
-            ops.reservoir_scan_backward.default, (states, h, *given, states, 0b111111)
-        )
-        torch.library.opcheck(
-            ops.reservoir_scan_backward.default, (None, h, *given, states, 0b000010)
-        )
-        for reduce, y in (
-            ("mean", None),
-            ("last", None),
-            ("gram", u if given[8] is None else u[0]),
-        ):
-            torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, y, reduce))
-    grad = torch.randn(2, 5, 8)
-    torch.library.opcheck(
-        ops.reservoir_scan_adjoint.default, (grad, grad, w, None, None, a, None, 1, 1e-6)
-    )
+        check_op("resformer", given, given[0])
 
 
 def test_compiles_whole_with_dynamic_length() -> None:
@@ -92,19 +73,7 @@ def test_compiles_whole_with_dynamic_length() -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "gram"])
 def test_compiles_whole_with_info_and_reductions(reduce: str) -> None:
-    torch._dynamo.reset()
-
-    def whole(u: Tensor, values: Tensor) -> Any:
-        return reservoir_scan(
-            u, RingWeight(values), leak=0.5, reduce=reduce, return_info=True, backend="native"
-        )
-
-    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
-    u, values = torch.randn(2, 9, 5), torch.rand(5)
-    got, _, info = compiled(u, values)
-    expected, _, told = whole(u, values)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(tuple(info), tuple(told))
+    check_compiles_whole("native", leak=0.5, reduce=reduce)
 
 
 def test_a_float_leak_does_not_recompile() -> None:

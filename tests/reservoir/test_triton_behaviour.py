@@ -1,4 +1,4 @@
-"""What a caller sees of the Triton kernel, in Triton's interpreter: bits, sweeps, NaN."""
+"""Behaviour of the Triton kernel, in Triton's interpreter: bits, sweeps, NaN."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from resformer_kernels import RingWeight, explain, reservoir_scan
-from resformer_kernels._triton.available import interpreted
-from resformer_kernels.reservoir import stretches
+from resformer_kernels import explain, reservoir_scan
+from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
+from tests.reservoir.cases import empty, in_interpreter
+from tests.reservoir.checks import check_compiles_whole, check_gradients, check_not_finite, check_op
 from tests.reservoir.together import together
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
-    pytest.mark.usefixtures("interpreter"),
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
-]
+pytestmark = in_interpreter
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -68,7 +65,7 @@ def test_what_is_not_forgotten_is_run_in_order() -> None:
 
 
 def test_where_differences_grow_again_the_bits_are_the_same() -> None:
-    """The input drives at first, and falls silent: what was forgotten comes apart again."""
+    """The input drives at first and then falls silent: trajectories that met come apart again."""
     u = draw(1, 240, 1) * (torch.arange(240) % 20 < 12)[None, :, None] * 2
     options: dict[str, Any] = {"input_weight": draw(24, 1, seed=1)}
     expected, got, info = both_modes(u, draw(24, 24) * 1.6 / 24**0.5, **options)
@@ -90,11 +87,7 @@ def test_a_row_is_the_same_among_any_others() -> None:
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str, mode: str) -> None:
     u, weight = draw(2, 40, 12), draw(12, 12) / 5
     u[0, 25, 3], u[1, 30, 0] = torch.nan, torch.inf
-    options: dict[str, Any] = {"leak": 0.5, "activation": activation}
-    expected, _ = reservoir_scan(u, weight, backend="reference", **options)
-    got, _ = reservoir_scan(u, weight, backend="triton", mode=mode, **options)
-    assert torch.equal(got.isfinite(), expected.isfinite())
-    torch.testing.assert_close(got.nan_to_num(), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
+    check_not_finite(u, weight, "triton", activation=activation, mode=mode)
 
 
 @pytest.mark.parametrize("reduce", ["last", "mean", "gram"])
@@ -107,7 +100,7 @@ def test_reductions(reduce: str, packed: bool) -> None:
         options["cu_seqlens"] = torch.tensor([0, 3, 3, 20], dtype=torch.int32)
         if reduce == "gram":
             options["targets"] = y.flatten(0, 1)
-    with mock.patch.object(stretches, "stretch_length", return_value=5):
+    with mock.patch.object(segments, "segment_length", return_value=5):
         got, last = reservoir_scan(u, weight, backend="triton", **options)
     expected, end = reservoir_scan(u, weight, backend="reference", **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -126,11 +119,7 @@ def test_packed_steps_that_belong_to_nobody_are_not_read() -> None:
     assert info.chunks == 3
 
 
-@pytest.mark.parametrize(
-    ("batch", "steps", "lengths"),
-    [(0, 5, None), (3, 0, None), (0, 0, ()), (0, 0, (0, 4, 0))],
-    ids=str,
-)
+@empty
 def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
     offsets = None
     u = draw(batch, steps, 4)
@@ -148,44 +137,17 @@ def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
 
 def test_gradients_in_chunks() -> None:
     leaves = [draw(1, 150, 1), draw(20, 20) / 7, draw(20, 1, seed=1)]
-    found = []
-    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
-        x = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-        states, last = reservoir_scan(
-            x[0], x[1], input_weight=x[2], leak=0.7, mode="chunked", backend=backend
-        )
-        found.append(torch.autograd.grad(states.square().sum() + last.sum(), x))
-    for got, true in zip(*found, strict=True):
-        assert float((got.double() - true).norm()) <= 1e-5 * float(true.norm())
+    check_gradients(leaves, 0.7, "chunked", "triton")
 
 
 def test_opcheck() -> None:
-    ops = torch.ops.resformer_triton
     leak, none = torch.tensor(0.5), None
-    given = (draw(2, 3, 4), draw(4, 4), none, none, none, leak, none, none, none, 0, 0, 1e-6)
-    torch.library.opcheck(ops.reservoir_scan_forward.default, given)
-    states = ops.reservoir_scan_forward(*given)[0]
-    torch.library.opcheck(
-        ops.reservoir_scan_backward.default, (states, none, *given, states, 0b1011)
-    )
-    torch.library.opcheck(ops.reservoir_scan_reduced.default, (*given, none, "mean"))
-    grad = draw(2, 3, 4)
-    torch.library.opcheck(
-        ops.reservoir_scan_adjoint.default, (grad, grad, draw(4), none, none, leak, none, 1, 1e-6)
-    )
+    given = (draw(2, 3, 4), draw(4, 4), none, none, none, leak, none, none, 0, 0, 1e-6, none)
+    check_op("resformer_triton", given, None)
 
 
 def test_compiles_whole() -> None:
-    torch._dynamo.reset()
-
-    def whole(u: Tensor, values: Tensor) -> Any:
-        return reservoir_scan(u, RingWeight(values), backend="triton", return_info=True)
-
-    u, values = draw(2, 4, 5), torch.rand(5)
-    got, _, info = torch.compile(whole, fullgraph=True, backend="aot_eager")(u, values)
-    expected, _, told = whole(u, values)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(tuple(info), tuple(told))
+    check_compiles_whole("triton")
 
 
 def test_explains_itself() -> None:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from resformer_kernels._triton.available import interpreted
-from tests.reservoir.cases import KINDS, Case, cases, check_budget
+from tests.reservoir.cases import KINDS, Case, cases, check_budget, in_interpreter, sweep
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
-    pytest.mark.usefixtures("interpreter"),
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
-]
-sweep = settings(
-    max_examples=4,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+pytestmark = in_interpreter
 
 
 def short(case: Case, units: int = 40, steps: int = 6) -> Case:
-    """What an interpreter manages."""
+    """A case small enough for the interpreter."""
     lengths = case.lengths if case.lengths is None else tuple(n % (steps + 1) for n in case.lengths)
     return dataclasses.replace(
         case, units=min(case.units, units), steps=min(case.steps, steps), lengths=lengths
@@ -33,7 +23,7 @@ def short(case: Case, units: int = 40, steps: int = 6) -> Case:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@sweep
+@sweep(4)
 @given(data=st.data())
 def test_stays_within_budget(kind: str, data: st.DataObject) -> None:
     check_budget(short(data.draw(cases(kind))), "triton")

@@ -1,7 +1,7 @@
-"""Programs of a Triton kernel that wait for one another, run at once by Triton's interpreter.
+"""Runs the programs of a Triton kernel concurrently in Triton's interpreter.
 
-The interpreter runs a grid's programs in turn, where those that meet would wait for ever. Here each
-has a process of its own, forked from this one, and the tensors lie in memory that all share.
+The interpreter runs a grid's programs in turn: programs that wait for one another would wait for
+ever. Here each has a process of its own, forked from this one, and tensors lie in shared memory.
 """
 
 from __future__ import annotations
@@ -9,39 +9,27 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _SECONDS = 200.0
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
-
-
-def _instead(function: Callable[[int, int, int], None], x: int, y: int, z: int, *_: int) -> None:
-    function(x, y, z)
-
-
 def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[str, Any]) -> None:
-    """Program `place` of `count`: what Triton runs is a grid of one, which believes itself that."""
+    """Run program `place` of `count`, as a grid of one that is told otherwise."""
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
     builder = interpreter.interpreter_builder
     dimensions, index = builder.set_grid_dim, builder.set_grid_idx
     with (
-        mock.patch.object(builder, "set_grid_dim", partial(_instead, dimensions, count, 1, 1)),
-        mock.patch.object(builder, "set_grid_idx", partial(_instead, index, place, 0, 0)),
-        # It would write what it has over what others wrote.
+        mock.patch.object(builder, "set_grid_dim", side_effect=lambda *_: dimensions(count, 1, 1)),
+        mock.patch.object(builder, "set_grid_idx", side_effect=lambda *_: index(place, 0, 0)),
+        # Copying results back would overwrite those of other programs.
         mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
     ):
         run(grid=(1,), device=torch.device("cpu"), **arguments)
@@ -51,13 +39,14 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
 def together(programs: int) -> Iterator[list[int]]:
     """Within it, up to `programs` run at once; yields how many each launch had."""
     from resformer_kernels._triton.launch import launch as run_launch
-    from resformer_kernels.reservoir.triton import launch as triton_launch
+    from resformer_kernels.reservoir.triton import recurrence
 
     launched: list[int] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
-        for tensor in _tensors(arguments.values()):
-            tensor.share_memory_()
+        for value in tree_leaves(arguments):
+            if isinstance(value, Tensor):
+                value.share_memory_()
         given = {"kernel": kernel, **arguments}
         fork = multiprocessing.get_context("fork")
         workers = [
@@ -75,7 +64,7 @@ def together(programs: int) -> Iterator[list[int]]:
         launched.append(grid[0])
 
     with (
-        mock.patch.object(triton_launch, "_programs", return_value=programs),
-        mock.patch.object(triton_launch, "launch", launch),
+        mock.patch.object(recurrence, "_programs", return_value=programs),
+        mock.patch.object(recurrence, "launch", launch),
     ):
         yield launched

@@ -9,11 +9,17 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import recorded_launches
-from resformer_kernels.reservoir.triton import launch as triton_launch
-from resformer_kernels.reservoir.triton.plan import CHUNKED, SEQUENTIAL
+from resformer_kernels.reservoir.record import (
+    CHUNKED,
+    MODES,
+    SEQUENTIAL,
+    TANH,
+    AdjointCall,
+    ReservoirCall,
+)
+from resformer_kernels.reservoir.triton import recurrence
 
 _TIME, _UNITS, _ENTRIES = 16384, 1024, 102400
-_TANH = 0
 # Weight, its dtype, mode. Groups and packed sequences are the same kernel; a batch only has more
 # rows.
 _FORMS = (
@@ -23,7 +29,6 @@ _FORMS = (
     ("csr", torch.float32, CHUNKED),
     ("ring", torch.float32, SEQUENTIAL),
 )
-_MODES = {CHUNKED: "chunked", SEQUENTIAL: "sequential"}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,21 +46,21 @@ def _weight(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tenso
 
 def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
     weight = _weight(kind, dtype)
-    vector, state, tolerance = _meta(_UNITS), _meta(1, _UNITS), 3e-6
     inputs, projection, grad = _meta(1, _TIME, 1), _meta(_UNITS, 1), _meta(1, _TIME, _UNITS)
-    triton_launch.forward(
-        inputs, *weight, projection, vector, vector, state, None, _TANH, mode, tolerance
+    vector, state, largest = _meta(_UNITS), _meta(1, _UNITS), _meta(dtype=torch.float64)
+    recurrence.forward(
+        ReservoirCall(inputs, *weight, projection, vector, vector, state, TANH, mode, 3e-6, None)
     )
-    triton_launch.adjoint(grad, grad, *weight, vector, None, mode, tolerance)
+    recurrence.adjoint(AdjointCall(grad, grad, *weight, vector, mode, largest, None))
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Each form of the weight, and the adjoint of the first; CSR alone may spill."""
+    """Each form of the weight, and the adjoint of the first. Only CSR may spill."""
     for kind, dtype, mode in _FORMS:
         with recorded_launches() as launches:
             _launch(kind, dtype, mode)
         parts = ("forward", "adjoint") if (kind, dtype, mode) == _FORMS[0] else ("forward",)
         for launch, part in zip(launches, parts, strict=False):
-            name = f"{part} {kind} {_MODES[mode]} {str(dtype).removeprefix('torch.')}"
+            name = f"{part} {kind} {MODES[mode]} {str(dtype).removeprefix('torch.')}"
             main = kind != "csr"
             yield case_from_launch(name, launch, capability=capability, main=main)

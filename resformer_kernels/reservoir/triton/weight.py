@@ -1,4 +1,4 @@
-"""A weight as the Triton kernel reads it, and its transpose; nothing is read by the host."""
+"""A weight as the Triton kernel reads it, and its transpose; the host reads nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from resformer_kernels.reservoir.triton.plan import PAYING
-from resformer_kernels.reservoir.triton.steps import CSR, ENTRIES, GROUPS
+from resformer_kernels.reservoir.triton.steps import CSR, DEPTH, ENTRIES, GROUPS
+
+PAYING = 1024
+"""Entries of W: with fewer, a step is too short for many at once to help."""
 
 
 class Weight(NamedTuple):
-    """W: dense groups (G, n, n), one entry a row, or CSR. Indices are int32 and within bounds."""
+    """W: dense groups (G, n, n), one entry per row, or CSR. Indices are int32 and within bounds."""
 
     kind: int
     values: Tensor
@@ -31,7 +34,7 @@ class Weight(NamedTuple):
 
     @property
     def pays(self) -> bool:
-        """Whether chunks at once are faster than step after step."""
+        """Whether parallel chunks are faster than step after step."""
         return self.kind != ENTRIES.value and self.values.numel() >= PAYING
 
 
@@ -59,7 +62,7 @@ def transposed(w: Weight) -> Weight:
         return w._replace(values=w.values.mT)
     assert w.columns is not None
     if w.kind == ENTRIES.value:
-        # Unit j hears from the unit that read it.
+        # Unit j receives from the unit that read it.
         readers = torch.argsort(w.columns)
         return w._replace(values=w.values[readers], columns=readers.int())
     assert w.rows is not None
@@ -70,3 +73,20 @@ def transposed(w: Weight) -> Weight:
         w.columns[order], torch.arange(w.size + 1, device=order.device, dtype=torch.int32)
     )
     return w._replace(values=w.values[order], columns=row_of[order].int(), rows=ends.int())
+
+
+def packed_weight(weight: Weight, padded: int, depth: int) -> Tensor:
+    """Groups as (G, depth, padded): k by units, padded with zeros. Entries as they are."""
+    if weight.kind != GROUPS.value:
+        return weight.values.float().contiguous()
+    values = weight.values if weight.values.dim() == 3 else weight.values[None]
+    size = values.shape[-1]
+    return pad(values.mT, (0, padded - size, 0, depth - size)).contiguous()
+
+
+def packed_projection(projection: Tensor, groups: int, padded: int) -> Tensor:
+    """W_in as (inputs, groups * padded), both padded with zeros."""
+    size, inputs = projection.shape[0] // groups, projection.shape[1]
+    depth = -inputs % DEPTH.value
+    packed = pad(projection.float().view(groups, size, inputs), (0, depth, 0, padded - size))
+    return packed.view(groups * padded, inputs + depth).T.contiguous()
