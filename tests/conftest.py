@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels._triton.available import interpreted
 from tests.backends import available
 from tests.interpreter import quick
@@ -54,7 +54,7 @@ def _seed() -> None:
 
 
 def _require_native() -> None:
-    reason = _extension.unavailable_reason()
+    reason = extension.unavailable_reason()
     if reason is None:
         return
     if os.environ.get("RESFORMER_REQUIRE_NATIVE") == "1" or os.environ.get("CI") in ("1", "true"):
@@ -79,12 +79,12 @@ def interpreter() -> Iterator[str]:
         yield "triton"
 
 
-@pytest.fixture(params=_extension.CPU_PATHS)
+@pytest.fixture(params=extension.CPU_PATHS)
 def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each CPU path of the native library in turn, forced; skips those this machine lacks."""
     _require_native()
     path: str = request.param
-    if path not in _extension.available_cpu_paths():
+    if path not in extension.available_cpu_paths():
         pytest.skip(f"this machine or build has no {path} path")
     monkeypatch.setenv("RESFORMER_CPU", path)
     return path

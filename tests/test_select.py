@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import explain, value_residual_attention
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels._core import select as _select
 from resformer_kernels._core.select import select
 
@@ -100,18 +100,18 @@ def test_a_library_that_does_not_load_is_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     broken = tmp_path / "libresformer_cpu.so"
-    monkeypatch.setattr(_extension, "_reason", _extension._NOT_TRIED)
-    monkeypatch.setattr(_extension, "LIBRARY", broken)
+    monkeypatch.setattr(extension, "_reason", extension._NOT_TRIED)
+    monkeypatch.setattr(extension, "LIBRARY", broken)
     q = torch.randn(1, 3, 2, 4)
     assert "is not built" in explain(value_residual_attention, q, q, q).reasons["native"]
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(_extension, "_reason", _extension._NOT_TRIED)
+    monkeypatch.setattr(extension, "_reason", extension._NOT_TRIED)
     with pytest.raises(RuntimeError, match="does not load"):
         value_residual_attention(q, q, q, backend="native")
 
 
 def test_cpu_paths(cpu_path: str) -> None:
-    assert _extension.cpu_path() == cpu_path
+    assert extension.cpu_path() == cpu_path
 
 
 def test_unknown_cpu_path(native: str, monkeypatch: pytest.MonkeyPatch) -> None:

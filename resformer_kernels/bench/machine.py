@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import resformer_kernels
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 
 
 def processor() -> str:
@@ -34,8 +34,8 @@ def usable_cores() -> int:
 
 def native_path() -> str:
     """The CPU path of the native kernels, or why they have none."""
-    reason = _extension.unavailable_reason()
-    return _extension.cpu_path() if reason is None else f"none: {reason}"
+    reason = extension.unavailable_reason()
+    return extension.cpu_path() if reason is None else f"none: {reason}"
 
 
 def describe() -> dict[str, str | int]:

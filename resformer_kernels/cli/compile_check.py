@@ -20,8 +20,7 @@ from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.bench.tables import markdown, pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
 from resformer_kernels.cli.common import at_least, counter, output, refuse
-from resformer_kernels.cli.compile import check as triton_check
-from resformer_kernels.cli.compile import cuda as cuda_check
+from resformer_kernels.cli.compile import check, cuda
 from resformer_kernels.cli.compile.artifacts import Compiled
 
 
@@ -68,29 +67,29 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile and print. 0; 1 where a case fails; 2 where nothing can be compiled."""
-    reason = triton_check.unavailable_reason()
+    reason = check.unavailable_reason()
     if reason is not None:
         return refuse("compile-check", reason)
-    modules = triton_check.case_modules()
-    ops = [triton_check.op_of(module) for module in modules]
+    modules = check.case_modules()
+    ops = [check.op_of(module) for module in modules]
     unknown = sorted(set(args.op or ()) - set(ops))
     if unknown:
         return refuse("compile-check", f"no Triton kernels in {unknown}; there are some in {ops}")
     ops, capabilities = args.op or ops, args.arch or tuple(ARCHITECTURES)
 
-    def named(case: triton_check.Job | Compiled) -> bool:
+    def named(case: check.Job | Compiled) -> bool:
         return all(word in case.name for word in args.filter.split())
 
-    modules = [module for module in modules if triton_check.op_of(module) in ops]
-    jobs = filter(named, triton_check.jobs(modules, capabilities))
+    modules = [module for module in modules if check.op_of(module) in ops]
+    jobs = filter(named, check.jobs(modules, capabilities))
     wanted = [job for job in jobs if job.main or not args.main]
     if args.brief:
         wanted = brief(wanted)
-    built = list(filter(named, cuda_check.kernels(ops, capabilities)))
+    built = list(filter(named, cuda.kernels(ops, capabilities)))
     if not wanted and not built:
         return refuse("compile-check", "no case matches; --list prints the names")
     if args.list:
-        listed: list[triton_check.Job | Compiled] = [*wanted, *built]
+        listed: list[check.Job | Compiled] = [*wanted, *built]
         for case in listed:
             print(f"sm_{case.capability} {case.op}: {case.name}")
         return 0
@@ -104,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(case.ok for case in found) else 1
 
 
-def brief(wanted: Sequence[triton_check.Job]) -> list[triton_check.Job]:
+def brief(wanted: Sequence[check.Job]) -> list[check.Job]:
     """Main configurations, and the first one on each architecture of kernels without any."""
 
-    def kernel(job: triton_check.Job) -> tuple[str, int, str]:
+    def kernel(job: check.Job) -> tuple[str, int, str]:
         return job.op, job.capability, job.name.partition(",")[0]
 
     first = {kernel(job): job for job in reversed(wanted)}
@@ -119,15 +118,13 @@ def brief(wanted: Sequence[triton_check.Job]) -> list[triton_check.Job]:
     ]
 
 
-def _compile(
-    wanted: Sequence[triton_check.Job], cache: Path | None, workers: int
-) -> list[Compiled]:
+def _compile(wanted: Sequence[check.Job], cache: Path | None, workers: int) -> list[Compiled]:
     """Compile with a progress bar; results in the order of `wanted`."""
     order = {(job.op, job.capability, job.name): place for place, job in enumerate(wanted)}
     folder = tempfile.TemporaryDirectory() if cache is None else nullcontext(str(cache))
     with folder as kept, counter() as progress:
         Path(kept).mkdir(parents=True, exist_ok=True)
-        running = triton_check.check(wanted, Path(kept), min(workers, len(wanted)))
+        running = check.check(wanted, Path(kept), min(workers, len(wanted)))
         found = list(progress.track(running, len(wanted), description="compiling"))
     return sorted(found, key=lambda case: order[case.op, case.capability, case.name])
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import resformer_kernels
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.tables import pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
@@ -141,22 +141,22 @@ def _features() -> str:
 
 
 def _native() -> tuple[Section, bool]:
-    library = str(_extension.LIBRARY)
+    library = str(extension.LIBRARY)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment = {"CUDA library": _cuda_library(), "host module": _host(), **environment}
-    reason = _extension.unavailable_reason()
+    reason = extension.unavailable_reason()
     if reason is not None:
         return {"library": f"not in use: {reason}", **environment}, True
-    best = _extension.CPU_PATHS[torch.ops.resformer.cpu_isa_best()]
+    best = extension.CPU_PATHS[torch.ops.resformer.cpu_isa_best()]
     try:
-        path = _extension.cpu_path()
+        path = extension.cpu_path()
     except RuntimeError as error:
         message = str(error).splitlines()[0]
         return {"library": library, "CPU path": f"error: {message}", **environment}, False
     section = {
         "library": library,
         "CPU path": f"{path}: {_why(path, best)}",
-        "paths that run here": ", ".join(_extension.available_cpu_paths()),
+        "paths that run here": ", ".join(extension.available_cpu_paths()),
     }
     return {**section, **environment}, True
 
@@ -167,11 +167,11 @@ def _host() -> str:
 
 
 def _cuda_library() -> str:
-    reason = _extension.cuda_library_reason()
+    reason = extension.cuda_library_reason()
     if reason is not None:
         return f"not in use: {reason}"
     built = ", ".join(torch.ops.resformer.cuda_architectures().split())
-    return f"{_extension.CUDA_LIBRARY}, for compute capability {built}"
+    return f"{extension.CUDA_LIBRARY}, for compute capability {built}"
 
 
 def _why(path: str, best: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._triton import available
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, Subparsers, checkout
 from resformer_kernels.cli.common import NO_CHECKOUT, Teller, refuse
 from resformer_kernels.cli.device_check import add_run_arguments
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device is None and not torch.cuda.is_available():
         return refuse("tune", f"no CUDA device (torch {torch.__version__} sees none)")
     device = torch.device(args.device or "cuda")
-    reason = _triton.unavailable_reason(device)
+    reason = available.unavailable_reason(device)
     if reason is not None:
         return refuse("tune", reason)
     modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "device_report")

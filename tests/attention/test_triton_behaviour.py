@@ -18,7 +18,7 @@ from resformer_kernels._core.select import prepare
 from resformer_kernels._triton.arch import architecture
 from resformer_kernels.attention import triton
 from resformer_kernels.attention.record import AttentionCall
-from resformer_kernels.attention.triton import configs as triton_configs
+from resformer_kernels.attention.triton import configs
 from resformer_kernels.testing import AttentionCase, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 from tests.attention.variants import Variant
@@ -70,7 +70,7 @@ def test_where_values_are_mixed_changes_no_bits(
         pytest.skip("as bfloat16")
     found = []
     for placement in ("inline", "prologue"):
-        monkeypatch.setenv(triton_configs.VARIABLE, placement)
+        monkeypatch.setenv(configs.VARIABLE, placement)
         with assumed_capability(capability):
             found.append(all_bits(dataclasses.replace(case, dtype=dtype)))
     assert_same_bits(*found)
@@ -82,7 +82,7 @@ def test_both_placements_sum_the_same_tiles_of_keys() -> None:
             for head_dim in (16, 64, 128, 256):
                 for mask in ("full", "causal", "window", "transformed"):
                     inline, before = (
-                        triton_configs.choose(capability, direction, dtype, head_dim, mask)
+                        configs.choose(capability, direction, dtype, head_dim, mask)
                         for direction in ("forward_inline", "forward")
                     )
                     assert inline.keys == before.keys
@@ -148,7 +148,7 @@ def test_what_a_padding_mask_hides_may_be_anything_but_in_values(
     monkeypatch: pytest.MonkeyPatch, placement: str, where: str
 ) -> None:
     """A NaN at a key that is masked, not absent, is 0 * NaN in the reference: so it is here."""
-    monkeypatch.setenv(triton_configs.VARIABLE, placement)
+    monkeypatch.setenv(configs.VARIABLE, placement)
     inputs = attention_inputs(AttentionCase(lambda_v="token", dtype=torch.float32))
     inputs.tensors[where][0, 5] = torch.nan
     mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_what_a_padding_mask_hides_may_be_anything_but_in_values(
 
 @pytest.mark.usefixtures("interpreter")
 def test_a_wrong_placement_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(triton_configs.VARIABLE, "outside")
+    monkeypatch.setenv(configs.VARIABLE, "outside")
     inputs = attention_inputs(AttentionCase(q_len=2, k_len=2))
     told = "RESFORMER_MIX must be 'inline' or 'prologue', got 'outside'"
     with pytest.raises(RuntimeError, match=told):
@@ -170,14 +170,14 @@ def test_a_wrong_placement_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_rows_mix_inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(triton_configs.VARIABLE, raising=False)
+    monkeypatch.delenv(configs.VARIABLE, raising=False)
     for capability in ((8, 0), (9, 0), (10, 0)):
-        assert triton_configs.mixes_inline(capability, 128, 1)
-        assert not triton_configs.mixes_inline(capability, 128, 1 << 20)
-    monkeypatch.setenv(triton_configs.VARIABLE, "inline")
-    assert triton_configs.mixes_inline((9, 0), 128, 1 << 20)
-    monkeypatch.setenv(triton_configs.VARIABLE, "prologue")
-    assert not triton_configs.mixes_inline((9, 0), 128, 1)
+        assert configs.mixes_inline(capability, 128, 1)
+        assert not configs.mixes_inline(capability, 128, 1 << 20)
+    monkeypatch.setenv(configs.VARIABLE, "inline")
+    assert configs.mixes_inline((9, 0), 128, 1 << 20)
+    monkeypatch.setenv(configs.VARIABLE, "prologue")
+    assert not configs.mixes_inline((9, 0), 128, 1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_few_rows_mix_inline(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_each_architecture_has_a_table(capability: tuple[int, int], name: str) -> None:
     assert architecture(capability).name == name
-    assert name in triton_configs.table()
+    assert name in configs.table()
 
 
 @pytest.mark.parametrize(("head_dim", "row"), [(1, "64"), (64, "64"), (65, "128"), (256, "256")])
@@ -196,9 +196,9 @@ def test_a_row_serves_head_dimensions_up_to_its_own(
     head_dim: int, row: str, direction: str
 ) -> None:
     for dtype, precision in zip(DTYPES, ("float32", "half", "half"), strict=True):
-        by_mask = triton_configs.table()["sm90"][direction][precision][row]
+        by_mask = configs.table()["sm90"][direction][precision][row]
         for mask in ("full", "causal", "window", "transformed"):
-            got = triton_configs.choose((9, 0), direction, dtype, head_dim, mask)
+            got = configs.choose((9, 0), direction, dtype, head_dim, mask)
             assert list(got) == by_mask.get(mask, by_mask["full"])
 
 
@@ -211,7 +211,7 @@ def test_a_row_serves_head_dimensions_up_to_its_own(
 )  # fmt: skip
 def test_tiles_are_chosen_by_the_kind_of_mask(options: dict[str, Any], kind: str) -> None:
     case = AttentionCase(q_len=3, k_len=5, dtype=torch.bfloat16, head_dim=20, **options)
-    with mock.patch.object(triton_configs, "choose", wraps=triton_configs.choose) as choose:
+    with mock.patch.object(configs, "choose", wraps=configs.choose) as choose:
         all_bits(case)
     asked = {tuple(call.args) for call in choose.call_args_list if call.args[1] != "bias"}
     half, found = torch.bfloat16, {(direction, mask) for _, direction, _, _, mask in asked}

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-from resformer_kernels.attention.triton import configs as triton_configs
+from resformer_kernels.attention.triton import configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Variant:
     def in_force(self) -> Iterator[None]:
         from resformer_kernels._triton.launch import assumed_capability
 
-        config = triton_configs.Config(self.rows, self.keys, warps=4, stages=1)
+        config = configs.Config(self.rows, self.keys, warps=4, stages=1)
         with (
-            mock.patch.object(triton_configs, "choose", return_value=config),
-            mock.patch.dict(os.environ, {triton_configs.VARIABLE: self.mix}),
+            mock.patch.object(configs, "choose", return_value=config),
+            mock.patch.dict(os.environ, {configs.VARIABLE: self.mix}),
             assumed_capability(self.capability),
         ):
             yield

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import resformer_kernels
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels.cli import COMMANDS, INTERRUPTED, info, main, support
 
 needs_native = pytest.mark.skipif(
-    _extension.unavailable_reason() is not None, reason=str(_extension.unavailable_reason())
+    extension.unavailable_reason() is not None, reason=str(extension.unavailable_reason())
 )
 
 
@@ -46,7 +46,7 @@ def test_default_path_says_why(
     monkeypatch.delenv("RESFORMER_CPU", raising=False)
     main(["info", "--json"])
     path, _, why = read_json(capsys)["native"]["CPU path"].partition(": ")
-    assert path == _extension.cpu_path()
+    assert path == extension.cpu_path()
     assert "this processor" in why
 
 
@@ -73,7 +73,7 @@ def test_a_path_that_cannot_run_fails(
 def test_without_the_library_the_reason_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_extension, "_reason", "it was not built")
+    monkeypatch.setattr(extension, "_reason", "it was not built")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -111,7 +111,7 @@ def test_matrix_has_every_public_op_with_its_forms(capsys: pytest.CaptureFixture
 
 def test_matrix_does_not_depend_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere = list(support.answers())
-    monkeypatch.setattr(_extension, "_reason", "it was not built")
+    monkeypatch.setattr(extension, "_reason", "it was not built")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert list(support.answers()) == everywhere
 

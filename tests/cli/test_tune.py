@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._triton import available
 from resformer_kernels.cli import main
 
-TABLE = Path(_triton.__file__).parents[1] / "attention" / "triton" / "configs.json"
+TABLE = Path(available.__file__).parents[1] / "attention" / "triton" / "configs.json"
 needs_kernels = pytest.mark.skipif(
     not TABLE.exists() or importlib.util.find_spec("triton") is None,
     reason="attention has no Triton kernels here, or there is no Triton",
@@ -28,8 +28,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_triton_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_triton, "version_reason", lambda: "Triton is not installed")
-    monkeypatch.setattr(_triton, "interpreted", lambda: True)
+    monkeypatch.setattr(available, "version_reason", lambda: "Triton is not installed")
+    monkeypatch.setattr(available, "interpreted", lambda: True)
     assert main(["tune", "--device", "cpu"]) == 2
     assert "Triton is not installed" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels.cli import main, verify
 from resformer_kernels.mix import native as native_mix
 from resformer_kernels.testing.verification import Check, Verdict, checks
@@ -40,7 +40,7 @@ def test_a_line_for_each_backend_that_serves(
 def test_the_reference_stands_in_where_nothing_else_serves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_extension, "_reason", "it was not built")
+    monkeypatch.setattr(extension, "_reason", "it was not built")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["verify"]) == 0
     printed = capsys.readouterr().out

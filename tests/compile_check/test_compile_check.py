@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._triton import available
 from resformer_kernels.cli import compile_check, main
-from resformer_kernels.cli.compile import check as _triton_check
+from resformer_kernels.cli.compile import check
 from resformer_kernels.cli.compile.artifacts import Compiled
 
 pytestmark = pytest.mark.skipif(
-    _triton.version_reason() is not None, reason=str(_triton.version_reason())
+    available.version_reason() is not None, reason=str(available.version_reason())
 )
 
 ON_THE_TESTS_KERNELS = """
@@ -154,7 +154,7 @@ def test_usage_errors_exit_with_two(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["compile-check", "--op", "nope"]) == 2
     assert "no Triton kernels in ['nope']" in capsys.readouterr().err
-    monkeypatch.setattr(_triton_check, "case_modules", list)
+    monkeypatch.setattr(check, "case_modules", list)
     assert main(["compile-check"]) == 2
     assert "no case matches" in capsys.readouterr().err
 
@@ -183,8 +183,8 @@ def test_markdown_has_a_column_for_each_architecture() -> None:
 
 
 def test_brief_has_every_main_configuration_and_every_kernel() -> None:
-    def job(name: str, capability: int, *, main: bool = False) -> _triton_check.Job:
-        return _triton_check.Job("package.op.triton.cases", capability, 0, name, main)
+    def job(name: str, capability: int, *, main: bool = False) -> check.Job:
+        return check.Job("package.op.triton.cases", capability, 0, name, main)
 
     wanted = [
         job("forward, D64", 80),
@@ -203,7 +203,7 @@ def test_brief_has_every_main_configuration_and_every_kernel() -> None:
 @pytest.mark.parametrize(
     "arch", [("90",), ("80", "--brief"), ("100", "--brief")], ids=["sm_90", "sm_80", "sm_100"]
 )
-@pytest.mark.parametrize("op", [_triton_check.op_of(m) for m in _triton_check.case_modules()])
+@pytest.mark.parametrize("op", [check.op_of(m) for m in check.case_modules()])
 def test_the_packages_own_kernels(op: str, arch: tuple[str, ...]) -> None:
     arguments = ("--op", op, "--jobs", "1", "--arch", *arch)
     done = run(["-m", "resformer_kernels.cli", "compile-check"], *arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from build_support import cuda, native
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._triton import available
 from resformer_kernels.cli.compile import cuda as _cuda_check
 from tests.compile_check.test_compile_check import run
 
@@ -51,7 +51,7 @@ def test_without_a_library_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_the_built_library() -> None:
-    reason = native.skip_reason() or cuda.skip_reason() or _triton.version_reason()
+    reason = native.skip_reason() or cuda.skip_reason() or available.version_reason()
     if reason is not None:
         pytest.skip(f"no CUDA library, or none to read it with: {reason}")
     found = _cuda_check.kernels(["mix", "reservoir"], [80, 90, 100])

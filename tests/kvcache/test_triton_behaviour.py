@@ -15,7 +15,7 @@ from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._core.op import TRITON
 from resformer_kernels.kvcache import triton
 from resformer_kernels.kvcache.op import OP, op_arguments
-from resformer_kernels.kvcache.triton import plan as triton_plan
+from resformer_kernels.kvcache.triton import plan
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -52,8 +52,8 @@ def test_loads_ahead_change_no_bits(stored: torch.dtype | None, ahead: bool) -> 
     inputs = kvcache_inputs(dataclasses.replace(SPLIT, dtype=torch.bfloat16, quantised=stored))
     found = []
     for way in (ahead, not ahead):
-        tiles = triton_plan.Tiles(16, 32, warps=4, stages=1, ahead=way)
-        with mock.patch.object(triton_plan, "choose_tiles", return_value=tiles):
+        tiles = plan.Tiles(16, 32, warps=4, stages=1, ahead=way)
+        with mock.patch.object(plan, "choose_tiles", return_value=tiles):
             found.append(run_copied(inputs, "triton")[0])
     assert_same_bits(*found)
 
@@ -176,7 +176,7 @@ def test_what_is_copied_is_told() -> None:
 
 
 def test_splits_fill_the_gpu() -> None:
-    choose = triton_plan.choose_splits
+    choose = plan.choose_splits
     assert choose(tiles=0, blocks=100, processors=132) == 1
     # Enough tiles as it is, and too few keys to share.
     assert choose(tiles=106, blocks=1000, processors=132) == 1
@@ -187,7 +187,7 @@ def test_splits_fill_the_gpu() -> None:
     for tiles in (1, 3, 8, 32, 100):
         for blocks in (1, 7, 64, 1000):
             splits = choose(tiles, blocks, 132)
-            assert splits == 1 or splits * triton_plan.LEAST_BLOCKS <= blocks
+            assert splits == 1 or splits * plan.LEAST_BLOCKS <= blocks
 
 
 @pytest.mark.parametrize(("queries", "hints"), [(1, ("evict_first", "evict_last")), (90, ("", ""))])
@@ -207,16 +207,16 @@ def test_what_is_read_once_leaves_the_second_level_cache_first(
 
 
 def test_only_keys_in_reach_count() -> None:
-    assert triton_plan.keys_in_reach(8192, 1, -1) == 8192
-    assert triton_plan.keys_in_reach(8192, 4, 1000) == 1004
-    assert triton_plan.keys_in_reach(100, 4, 1000) == 100
+    assert plan.keys_in_reach(8192, 1, -1) == 8192
+    assert plan.keys_in_reach(8192, 4, 1000) == 1004
+    assert plan.keys_in_reach(100, 4, 1000) == 100
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("block", [16, 64, 128, 256])
 def test_tiles_follow_the_shape(stored: torch.dtype, block: int) -> None:
     for rows in (1, 16, 17, 40, 2048):
-        tiles = triton_plan.choose_tiles(rows, block, block, torch.bfloat16, stored)
+        tiles = plan.choose_tiles(rows, block, block, torch.bfloat16, stored)
         assert 16 <= tiles.rows <= 128
         assert tiles.keys >= 16
         # Hints are for the keys that are read once: those of few rows.

@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from resformer_kernels.kvcache.triton import plan as triton_plan
+from resformer_kernels.kvcache.triton import plan
 from resformer_kernels.testing.kvcache import KVCacheCase
 from tests.kvcache.cases import SWEEP, TABLE, check, kvcache_cases, name_of
 
@@ -31,7 +31,7 @@ sweep = settings(
     phases=(Phase.generate,),
 )
 TILES = st.builds(
-    triton_plan.Tiles,
+    plan.Tiles,
     rows=st.sampled_from((16, 32)),
     keys=st.sampled_from((16, 32, 64)),
     warps=st.just(4),
@@ -40,8 +40,8 @@ TILES = st.builds(
 )
 
 
-def check_with(tiles: triton_plan.Tiles, case: KVCacheCase) -> None:
-    with mock.patch.object(triton_plan, "choose_tiles", return_value=tiles):
+def check_with(tiles: plan.Tiles, case: KVCacheCase) -> None:
+    with mock.patch.object(plan, "choose_tiles", return_value=tiles):
         check(case, "triton")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.mix import api, reference
 from resformer_kernels.mix import native as on_cpu
@@ -93,7 +93,7 @@ def test_empty(rows: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dim", [40, 7])
 def test_the_bits_are_those_of_the_cpu(dtype: torch.dtype, dim: int) -> None:
-    if "avx2" not in _extension.available_cpu_paths():
+    if "avx2" not in extension.available_cpu_paths():
         pytest.skip("this machine's CPU path does not fuse multiply and add")
     case = Case((2, 23), 3, dim, dtype, ("full", "head", "float", "token", "full"))
     found = []

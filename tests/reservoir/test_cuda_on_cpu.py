@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resformer_kernels import explain, reservoir_scan
-from resformer_kernels._core import extension as _extension
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._core import extension
+from resformer_kernels._triton import available
 from resformer_kernels.reservoir import api, native, reference
 from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.cuda_plan import fits
@@ -188,9 +188,9 @@ def on_cuda(*shape: int) -> Tensor:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 with the CUDA library and Triton, instead of this file's backends."""
     monkeypatch.undo()
-    monkeypatch.setattr(_extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(_extension, "cuda_memory", lambda _device: (132, 227 * 1024))
-    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: None)
+    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda _device: None)
+    monkeypatch.setattr(extension, "cuda_memory", lambda _device: (132, 227 * 1024))
+    monkeypatch.setattr(available, "unavailable_reason", lambda _device: None)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_what_a_gpu_is_told(
     options: dict[str, Any],
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr(_triton, "unavailable_reason", lambda _device: "it is not installed")
+    monkeypatch.setattr(available, "unavailable_reason", lambda _device: "it is not installed")
     with FakeTensorMode():
         found = explain(reservoir_scan, on_cuda(*inputs), on_cuda(*weight), **options)
     if reason is None:

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import resformer_kernels
-from resformer_kernels._triton import available as _triton
+from resformer_kernels._triton import available
 from resformer_kernels._triton.cases import CompileCase
 from resformer_kernels.cli.compile.artifacts import Compiled, build
 
@@ -38,9 +38,9 @@ class Job:
 
 def unavailable_reason() -> str | None:
     """Why nothing can be compiled here; None where it can."""
-    if _triton.interpreted():
+    if available.interpreted():
         return "TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it"
-    return _triton.version_reason()
+    return available.version_reason()
 
 
 def case_modules() -> list[str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from resformer_kernels._core import extension as _extension
+from resformer_kernels._core import extension
 from resformer_kernels.cli.compile.artifacts import Compiled, printed_by
 
 _ARCHITECTURE = re.compile(r"^arch = sm_(\d+)", re.MULTILINE)
@@ -29,7 +29,7 @@ def kernels(
     """
     import triton
 
-    library = _extension.CUDA_LIBRARY if library is None else library
+    library = extension.CUDA_LIBRARY if library is None else library
     if not library.exists():
         return []
     usage = printed_by(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(library))
