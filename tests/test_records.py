@@ -11,7 +11,7 @@ import resformer_kernels
 from resformer_kernels._core.op import OPS, field_names
 
 CSRC = Path(resformer_kernels.__file__).resolve().parents[1] / "csrc"
-_REGISTERED = re.compile(r'm\.impl\("(\w+)", TORCH_BOX\(&(?:\w+::)*(\w+)\)\)')
+_REGISTERED = re.compile(r'm\.impl\("(\w+)",\s*TORCH_BOX\(&(?:\w+::)*(\w+)\)\)')
 _NAME = re.compile(r"(\w+)\W*$")
 
 
