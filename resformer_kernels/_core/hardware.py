@@ -26,7 +26,8 @@ class Hardware:
     and read after "cannot serve this call:"."""
 
     def __init__(self) -> None:
-        self._packages: dict[str, Any] = {}
+        self.packages: dict[str, Any] = {}
+        """What `package` has loaded."""
 
     @_constant
     def cpu_library_reason(self) -> str | None:
@@ -54,11 +55,16 @@ class Hardware:
         return available.unavailable_reason(device)
 
     @_constant
-    def package(self, name: str, load: Callable[[str], Any]) -> Any:
-        """`load(name)`, called once: what a backend needs of an optional package, or why not."""
-        if name not in self._packages:
-            self._packages[name] = load(name)
-        return self._packages[name]
+    def package(self, name: str, load: Callable[[str], Any]) -> str | tuple[str, ...]:
+        """Why an optional package cannot be used, or what its build `lacks`.
+
+        `load(name)` is called once: it gives the reason, or what a backend uses of the package,
+        which is then in `packages`: torch.compile takes no function from a constant.
+        """
+        if name not in self.packages:
+            self.packages[name] = load(name)
+        found = self.packages[name]
+        return found if isinstance(found, str) else tuple(found.lacks)
 
 
 MACHINE = Hardware()

@@ -94,7 +94,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         leaves = (call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first)
         refuse_forward_mode(FIXED, leaves)
     source = _choose(call)
-    package = MACHINE.package(source.module, load)
+    package = MACHINE.packages[source.module]
     after_q = _after(call.cu_seqlens_q, call.q)
     after_k = _after(call.cu_seqlens_k, call.k)
     q, k, value = _Guard.apply(call.q, after_q), _Guard.apply(call.k, after_k), _mix(call, after_k)
@@ -170,9 +170,9 @@ def _call_reason(call: AttentionCall) -> str | None:
 
 def _source_reason(source: _Source, call: AttentionCall, hardware: Hardware) -> str | None:
     """What this package does not serve."""
-    package = hardware.package(source.module, load)
-    if isinstance(package, str):
-        return package
+    lacks = hardware.package(source.module, load)
+    if isinstance(lacks, str):
+        return lacks
     if source.hopper and hardware.capability(call.q.device)[0] != 9:
         return "it is written for compute capability 9.0"
     leaves = (call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first)
@@ -187,7 +187,6 @@ def _source_reason(source: _Source, call: AttentionCall, hardware: Hardware) -> 
     late = call.max_seqlen_q > call.max_seqlen_k + 1
     if not source.hopper and local and not 0 <= right < call.max_seqlen_k and late:
         return "its windows that are open to the right need no more queries than keys"
-    lacks = package.lacks
     wanted = {
         "BACKWARD": trains,
         "LOCAL": local,

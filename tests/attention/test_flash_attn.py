@@ -36,7 +36,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Put a fake package in place, and let CPU tensors through."""
     monkeypatch.setattr(flash_attn, "_device_reason", lambda _device, _hardware: None)
     monkeypatch.setattr(MACHINE, "capability", lambda _device: (9, 0))
-    monkeypatch.setattr(MACHINE, "_packages", {})
+    monkeypatch.setattr(MACHINE, "packages", {})
 
     def put(module: str = "flash_attn", without: tuple[str, ...] = ()) -> Fake:
         fake = Fake(2 if module == "flash_attn" else 3)
@@ -356,7 +356,7 @@ def test_a_package_that_is_broken_or_strange_is_refused(
     def broken(_name: str) -> ModuleType:
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(MACHINE, "_packages", {})
+    monkeypatch.setattr(MACHINE, "packages", {})
     monkeypatch.setattr("importlib.import_module", broken)
     assert "flash_attn: it does not import: undefined symbol" in refusal()
 

@@ -55,7 +55,7 @@ def test_opcheck_backward(kernels: str, name: str, mask: int) -> None:
     )  # fmt: skip
     mask &= sum(1 << i for i, leaf in enumerate(leaves) if leaf is not None)
     op = namespace(kernels).value_residual_attention_backward.default
-    rest = (torch.ones_like(out), None, None, *arguments[:-2], out, lse, mask)
+    rest = (torch.ones_like(out), None, None, *arguments, out, lse, mask)
     torch.library.opcheck(op, rest)
     for bit, (leaf, got) in enumerate(zip(leaves, op(*rest), strict=True)):
         assert got.shape == (leaf.shape if leaf is not None and mask >> bit & 1 else (0,))

@@ -92,18 +92,20 @@ def test_both_placements_sum_the_same_tiles_of_keys() -> None:
 @by_dtype
 @pytest.mark.parametrize("case", [EVERYTHING, PACKED], ids=["every", "packed"])
 def test_descriptors_change_no_bits(dtype: torch.dtype, case: AttentionCase) -> None:
-    from resformer_kernels.attention.triton.problem import descriptor_of
+    from resformer_kernels._triton.launch import launch
+    from resformer_kernels.attention.triton import forward
 
     case = dataclasses.replace(case, dtype=dtype)
-    name = "resformer_kernels.attention.triton.launch.descriptor_of"
     found = []
     for capability in ((8, 0), (9, 0)):
         with (
             Variant(32, 32, capability).in_force(),
-            mock.patch(name, wraps=descriptor_of) as made,
+            mock.patch.object(forward, "launch", wraps=launch) as launched,
         ):
             found.append(all_bits(case))
-        assert made.called == (capability >= (9, 0))
+        given = [call.kwargs for call in launched.call_args_list if "k_descriptor" in call.kwargs]
+        assert given
+        assert all((x["k_descriptor"] is not None) == (capability >= (9, 0)) for x in given)
     assert_same_bits(*found)
 
 
