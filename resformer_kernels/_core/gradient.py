@@ -1,7 +1,7 @@
 """What an op's autograd.Function does around its ops, whichever op it is.
 
 `apply` takes (namespace, *call): the namespace of the ops, then the record's fields in the schema's
-order. A leaf is found by its field's name.
+order; or, where there are many, `Parts`. A leaf is found by its field's name.
 """
 
 from __future__ import annotations
@@ -43,21 +43,42 @@ def distinct(call: Record) -> Record:
     return type(call)(*seen) if hasattr(call, "_fields") else type(call)(seen)
 
 
-def save(ctx: Any, call: Sequence[Any], *more: Tensor | None) -> None:
-    """Save a record for backward, and further tensors after it."""
-    tensors = [x if isinstance(x, Tensor) else None for x in call]
-    ctx.others = tuple(None if isinstance(x, Tensor) else x for x in call)
-    ctx.save_for_backward(*tensors, *more)
-    ctx.set_materialize_grads(False)
+class Parts:
+    """A record in two: its tensors, which autograd follows, and the rest. An autograd.Function is
+    slower by every argument: its apply takes (namespace, rest, *tensors).
 
+    Args:
+        record: the type of the record.
+        tensors: the names of its fields that hold tensors, in order.
+    """
 
-def saved(ctx: Any, record: Any) -> tuple[Any, ...]:
-    """(the record, the further tensors) of `save`."""
-    # Non-reentrant checkpointing computes again at the first read, and refuses a second.
-    tensors = ctx.saved_tensors
-    count = len(ctx.others)
-    call = [t if t is not None else x for t, x in zip(tensors[:count], ctx.others, strict=True)]
-    return (record(*call), *tensors[count:])
+    def __init__(self, record: Any, tensors: Sequence[str]) -> None:
+        self.record, self.tensors = record, tuple(tensors)
+        self._tensors = [record._fields.index(name) for name in tensors]
+        self._rest = [i for i in range(len(record._fields)) if i not in self._tensors]
+        both = self._tensors + self._rest
+        self._order = [both.index(i) for i in range(len(both))]
+
+    def split(self, call: Any) -> tuple[Any, ...]:
+        """(rest, *tensors) of a record."""
+        return (tuple(call[i] for i in self._rest), *[call[i] for i in self._tensors])
+
+    def join(self, rest: Sequence[Any], tensors: Sequence[Any]) -> Any:
+        """The record: the inverse of `split`."""
+        both = (*tensors, *rest)
+        return self.record(*[both[i] for i in self._order])
+
+    def wanted(self, ctx: Any, leaves: Sequence[str]) -> tuple[bool, ...]:
+        """Which leaves want a gradient, in their order."""
+        needed = ctx.needs_input_grad[2:]
+        return tuple(needed[self.tensors.index(name)] for name in leaves)
+
+    def in_place(
+        self, leaves: Sequence[str], gradients: Sequence[Any], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """What a backward returns for apply(namespace, rest, *tensors)."""
+        found = _by_name(leaves, gradients, needs)
+        return (None, None, *[found.get(name) for name in self.tensors])
 
 
 def wanted(ctx: Any, record: Any, leaves: Sequence[str]) -> tuple[bool, ...]:
@@ -72,14 +93,18 @@ def mask_of(needs: Iterable[bool]) -> int:
 
 
 def in_place_of(
-    record: Any, leaves: Sequence[str], gradients: Sequence[Tensor | None], needs: Sequence[bool]
+    record: Any, leaves: Sequence[str], gradients: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """What a backward returns for apply(namespace, *call): each leaf's gradient in its place."""
-    found = {
-        name: gradient if needed else None
-        for name, gradient, needed in zip(leaves, gradients, needs, strict=True)
-    }
-    return (None, *(found.get(name) for name in record._fields))
+    found = _by_name(leaves, gradients, needs)
+    return (None, *[found.get(name) for name in record._fields])
+
+
+def _by_name(
+    leaves: Sequence[str], gradients: Sequence[Any], needs: Sequence[bool]
+) -> dict[str, Any]:
+    wanted = zip(leaves, gradients, needs, strict=True)
+    return {name: gradient for name, gradient, needed in wanted if needed}
 
 
 def run_backward(op: Op, namespace: str, call: Any) -> tuple[Tensor, ...]:

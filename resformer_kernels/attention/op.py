@@ -14,21 +14,20 @@ from torch import Tensor
 
 from resformer_kernels._core import strides
 from resformer_kernels._core.gradient import (
+    Parts,
     distinct,
-    in_place_of,
     mask_of,
     refuse_forward_mode,
     run_backward,
-    save,
-    saved,
-    wanted,
     wants_gradient,
 )
 from resformer_kernels._core.op import Op, vmap_error
 from resformer_kernels.attention.record import FIXED, LEAVES, AttentionCall
 
 _ROWS = ("q", "k", "v", "v_first")
-"""Arguments that are copied where their last axis is not contiguous."""
+_COEFFICIENTS = ("lambda_v", "lambda_first")
+_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+"""Rows and offsets are copied where their last axis is not contiguous."""
 
 
 class BackwardCall(NamedTuple):
@@ -89,31 +88,38 @@ BACKWARD = Op(
 )
 
 
+_PARTS = Parts(AttentionCall, (*_ROWS, *_COEFFICIENTS, *_OFFSETS, "sinks", "attn_bias"))
+
+
 class ValueResidualAttention(torch.autograd.Function):
-    """apply(namespace, *call) -> (out, lse, mixed); mixed is empty where not asked for."""
+    """apply(namespace, *parts of a call) -> (out, lse, mixed); mixed is empty if not asked for."""
 
     @staticmethod
-    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # One parameter: torch binds the signature at every call.
+        namespace, rest, *tensors = arguments
         # Backward needs the LSE whether the caller does or not.
-        call = AttentionCall(*arguments)._replace(return_lse=True)
+        call = _PARTS.join(rest, tensors)._replace(return_lse=True)
         result: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, call)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.namespace, *arguments = inputs
-        call = AttentionCall(*arguments)
+        ctx.namespace, ctx.rest, *tensors = inputs
         out, lse, mixed = output
-        save(ctx, call, out, lse)
-        unwanted = [] if call.return_lse else [lse]
-        ctx.mark_non_differentiable(*unwanted, *([] if call.return_mixed_value else [mixed]))
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        return_lse, return_mixed_value = ctx.rest[-2:]
+        unwanted = [] if return_lse else [lse]
+        ctx.mark_non_differentiable(*unwanted, *([] if return_mixed_value else [mixed]))
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mixed: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        call, out, lse = saved(ctx, AttentionCall)
-        needs = wanted(ctx, AttentionCall, LEAVES)
+        *tensors, out, lse = ctx.saved_tensors
+        call = _PARTS.join(ctx.rest, tensors)
+        needs = _PARTS.wanted(ctx, LEAVES)
         # torch.compile materialises the gradients of outputs that were marked not differentiable.
         given = BackwardCall(
             grad_out=torch.zeros_like(out) if grad_out is None else grad_out,
@@ -125,7 +131,7 @@ class ValueResidualAttention(torch.autograd.Function):
             grad_mask=mask_of(needs),
         )
         gradients = run_backward(BACKWARD, ctx.namespace, given)
-        return in_place_of(AttentionCall, LEAVES, gradients, needs)
+        return _PARTS.in_place(LEAVES, gradients, needs)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
@@ -134,13 +140,14 @@ class ValueResidualAttention(torch.autograd.Function):
 
 def run(namespace: str, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, mixed value or None) of `call`, by the ops of `namespace`."""
-    call = strides.with_unit_strides(call, (*_ROWS, "cu_seqlens_q", "cu_seqlens_k"))
+    call = strides.with_unit_strides(call, (*_ROWS, *_OFFSETS))
     if torch.compiler.is_compiling():
         call = distinct(call)
-    else:
-        refuse_forward_mode(FIXED, call.leaves)
-    if wants_gradient(call.leaves):
-        out, lse, mixed = ValueResidualAttention.apply(namespace, *call)
+    leaves = call.leaves
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(FIXED, leaves)
+    if wants_gradient(leaves):
+        out, lse, mixed = ValueResidualAttention.apply(namespace, *_PARTS.split(call))
     else:
         out, lse, mixed = FORWARD(namespace, call)
     return out, lse if call.return_lse else None, mixed if call.return_mixed_value else None

@@ -31,7 +31,10 @@ LEAVES = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_b
 """Arguments that have gradients, in the order of the backward op's results and of `grad_mask`."""
 
 _INT = (int, torch.SymInt)
-_AXES = {False: "(batch, time, {}, head_dim)", True: "(total_tokens, {}, head_dim)"}
+_FIXED_Q = "(batch, time, heads, head_dim)"
+_FIXED_K = "(batch, time, kv_heads, head_dim)"
+_PACKED_Q = "(total_tokens, heads, head_dim)"
+_PACKED_K = "(total_tokens, kv_heads, head_dim)"
 
 
 class AttentionCall(NamedTuple):
@@ -131,12 +134,12 @@ def check_call(
     `packing` is None, or (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k).
     """
     packed = packing is not None
-    axes_k = _AXES[packed].format("kv_heads")
-    check_tensor("q", q, 4 - packed, _AXES[packed].format("heads"))
-    check_tensor("k", k, 4 - packed, axes_k)
+    rank, axes_q, axes_k = (3, _PACKED_Q, _PACKED_K) if packed else (4, _FIXED_Q, _FIXED_K)
+    check_tensor("q", q, rank, axes_q)
+    check_tensor("k", k, rank, axes_k)
     for name, tensor in (("v", v), ("v_first", v_first)):
         if tensor is not None:
-            check_tensor(name, tensor, 4 - packed, f"{axes_k} or None")
+            check_tensor(name, tensor, rank, f"{axes_k} or None")
     refuse_vmap(FIXED, (q,))
     q, k, v, v_first = (
         x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)

@@ -141,7 +141,9 @@ class MixValues(torch.autograd.Function):
     """apply(namespace, coefficient_values, *values, *coefficients) -> out."""
 
     @staticmethod
-    def forward(namespace: str, *flat: Any) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
+        # One parameter: torch binds the signature at every call.
+        namespace, *flat = arguments
         out: Tensor = VALUES_FORWARD(namespace, _call_of(*flat))
         return out
 
@@ -173,7 +175,8 @@ class MixValueEmbedding(torch.autograd.Function):
     """apply(namespace, *call) -> out."""
 
     @staticmethod
-    def forward(namespace: str, *call: Any) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
+        namespace, *call = arguments
         out: Tensor = EMBEDDING_FORWARD(namespace, call)
         return out
 

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.gradient import (
+    Parts,
     distinct,
-    in_place_of,
     mask_of,
     refuse_forward_mode,
     run_backward,
-    save,
-    saved,
-    wanted,
     wants_gradient,
 )
 from resformer_kernels._core.op import Op, vmap_error
@@ -108,30 +105,36 @@ REDUCED = Op(
 OPS = (FORWARD, ADJOINT, BACKWARD, REDUCED)
 
 
+_PARTS = Parts(ReservoirCall, (*LEAVES, "rows", "columns", "cu_seqlens"))
+
+
 class ReservoirScan(torch.autograd.Function):
-    """apply(namespace, *ReservoirCall) -> (states, final_state, info)."""
+    """apply(namespace, *parts of a ReservoirCall) -> (states, final_state, info)."""
 
     @staticmethod
-    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, ReservoirCall(*arguments))
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # One parameter: torch binds the signature at every call.
+        namespace, rest, *tensors = arguments
+        found: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, _PARTS.join(rest, tensors))
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.namespace, *call = inputs
+        ctx.namespace, ctx.rest, *tensors = inputs
         states, _final_state, info = output
-        save(ctx, call, states)
+        ctx.save_for_backward(*tensors, states)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(info)
 
     @staticmethod
     def backward(
         ctx: Any, grad_states: Tensor | None, grad_final: Tensor | None, _info: Any
     ) -> tuple[Tensor | None, ...]:
-        scan, states = saved(ctx, ReservoirCall)
-        needs = wanted(ctx, ReservoirCall, LEAVES)
+        *tensors, states = ctx.saved_tensors
+        scan = _PARTS.join(ctx.rest, tensors)
+        needs = _PARTS.wanted(ctx, LEAVES)
         call = BackwardCall(grad_states, grad_final, scan, states, mask_of(needs))
-        gradients = run_backward(BACKWARD, ctx.namespace, call)
-        return in_place_of(ReservoirCall, LEAVES, gradients, needs)
+        return _PARTS.in_place(LEAVES, run_backward(BACKWARD, ctx.namespace, call), needs)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
@@ -163,7 +166,7 @@ def run(namespace: str, call: ReducedCall) -> tuple[Result, Tensor, ReservoirInf
         first, second, final_state, info = REDUCED(namespace, call._replace(scan=scan))
         return (first, second) if call.reduce == "gram" else first, final_state, _read(info)
     if wants_gradient(leaves):
-        states, final_state, info = ReservoirScan.apply(namespace, *scan)
+        states, final_state, info = ReservoirScan.apply(namespace, *_PARTS.split(scan))
     else:
         states, final_state, info = FORWARD(namespace, scan)
     result = reduce_states(states, final_state, scan.cu_seqlens, call.targets, call.reduce)

@@ -78,7 +78,9 @@ class LinearScan(torch.autograd.Function):
     """apply(namespace, *call) -> (states, final state)."""
 
     @staticmethod
-    def forward(namespace: str, *call: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        # One parameter: torch binds the signature at every call.
+        namespace, *call = arguments
         states, final = FORWARD(namespace, call)
         return states, final
 
