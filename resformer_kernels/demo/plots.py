@@ -106,7 +106,7 @@ def _speed_panel(axes: Any, found: Sequence[Result], gemm: dict[str, float]) -> 
             label="torch GEMM 2048³, the same dtype",
         )
     _rows(axes, [f"{_shape(r)}\n{r.dtype}" for r in found], fontsize=9)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.set_xlabel("GFLOP/s of attended pairs (longer is faster)")
 
 
