@@ -79,7 +79,7 @@ struct Block {
   __device__ float* inputs_at(uint32_t t, int s) const {
     return inputs + ((t & 1) * most + s) * padded_inputs;
   }
-  // Of `drive` and `gain`.
+  // Offset into `drive` and `gain`.
   __device__ int own_at(uint32_t t, int s) const { return ((t & 1) * most + s) * own; }
 };
 

@@ -15,7 +15,7 @@ from resformer_kernels.testing import AttentionCase, attention_inputs, compare_c
 from tests.attention.cases import TABLE
 
 THREADS = 4
-# By how their work is cut: splits of the keys, merged by LSE; waves of tiles; whole heads a thread.
+# One case for each way to split the work: keys merged by LSE, waves of tiles, whole heads a thread.
 SHAPES = {
     "decode": AttentionCase(batch=1, q_len=1, k_len=1500, heads=4, kv_heads=1, sinks=True),
     "few_tiles": AttentionCase(batch=1, q_len=70, k_len=900, heads=2, kv_heads=1, causal=True),

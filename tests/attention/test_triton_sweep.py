@@ -55,7 +55,7 @@ def test_random_cases_stay_within_budget(
     check(data.draw(cases), data.draw(VARIANTS))
 
 
-# Of the interpreter's minutes, the longest shapes would take half and add no tile of a new kind.
+# The longest shapes would take half of the interpreter's minutes and add no new kind of tile.
 LONG = ("several tiles", "few heads, long keys", "packed, long and short", "narrow window")
 
 
