@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REAL = (int, float, torch.SymInt, torch.SymFloat)
+_PYTHON = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def describe(value: object) -> str:
@@ -34,7 +37,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_real(name: str, value: object) -> None:
-    if not isinstance(value, _REAL) or isinstance(value, bool):
+    if not isinstance(value, _PYTHON) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
 
 
@@ -44,6 +47,45 @@ def check_count(name: str, count: object, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {describe(count)}")
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
+def real(name: str, value: Any) -> Any:
+    """`value` as a Python number. Python's and numpy's real numbers are taken, and arrays and
+    tensors of no axes that hold one; TypeError for anything else, bool included.
+    """
+    held = value if type(value) in (int, float) else _held(name, value)
+    if isinstance(held, _PYTHON):
+        return held
+    if not isinstance(held, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    return float(held)
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as a Python int. What `operator.index` takes is taken, and arrays and tensors of no
+    axes that hold such; TypeError for anything else, bool included, ValueError below `least`.
+    """
+    held = value if type(value) is int else _held(name, value)
+    if not isinstance(held, (int, torch.SymInt)):
+        try:
+            held = operator.index(held)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {describe(value)}") from None
+    if least is not None and held < least:
+        raise ValueError(f"{name} must be at least {least}, got {held}")
+    return held  # type: ignore[return-value]
+
+
+def _held(name: str, value: Any) -> Any:
+    """What an array or tensor of no axes holds, or the value itself; None for a bool or an axis."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} must be a number, and gets no gradient; got {describe(value)} that requires "
+            "one: detach it"
+        )
+    axes = getattr(value, "ndim", 0)
+    held = value.item() if axes == 0 and hasattr(value, "item") else value
+    return None if axes or isinstance(held, bool) else held
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
