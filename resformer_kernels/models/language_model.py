@@ -215,11 +215,12 @@ class LanguageModel(nn.Module):
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got shape {tuple(token_ids.shape)}")
+        rotary = self.rotary.on(token_ids.device)
         if cache is None:
-            return self._stream(token_ids, self.rotary(token_ids.shape[1]), None)
+            return self._stream(token_ids, rotary(token_ids.shape[1]), None)
         try:
-            rotary = self.rotary.after(cache.lengths, token_ids.shape[1])
-            return self._stream(token_ids, rotary, cache)
+            after = rotary.after(cache.lengths, token_ids.shape[1])
+            return self._stream(token_ids, after, cache)
         finally:
             cache.rollback()
 

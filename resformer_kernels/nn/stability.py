@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.checks import integer
+from resformer_kernels.nn.arguments import check_finite
 from resformer_kernels.nn.reservoir import Reservoir
 from resformer_kernels.nn.reservoir_weights import spectral_radius
 
@@ -78,27 +81,26 @@ def stability_report(
         seed: seeds the random state and noise.
 
     Raises:
-        ValueError: inputs is not (T, n_in), or has no steps.
+        ValueError: inputs is not (T, n_in), has no steps or is not finite.
 
     Warns:
         UserWarning: the activation is unbounded and the trajectories do not approach.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     like = reservoir.input_weight
+    options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
     if inputs is None:
-        inputs = 2 * torch.rand(1000, reservoir.input_dim, generator=generator) - 1
+        inputs = 2 * torch.rand(1000, reservoir.input_dim, **options) - 1
     if inputs.dim() != 2 or inputs.shape[1] != reservoir.input_dim or not len(inputs):
         raise ValueError(
             f"inputs must be (T, {reservoir.input_dim}) with at least one step, got "
             f"{tuple(inputs.shape)}"
         )
-    starts = torch.zeros(2, reservoir.units)
-    starts[1] = 2 * torch.rand(reservoir.units, generator=generator) - 1
-    stored = reservoir.state
-    starts = starts.to(like)
-    states, _ = reservoir(inputs.to(like).expand(2, -1, -1), starts)
-    reservoir.state = stored
-    contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR.get(like.dtype, 1e-5))
+    check_finite("inputs", inputs)
+    start = 2 * torch.rand(reservoir.units, **options) - 1
+    starts = torch.stack((torch.zeros_like(start), start)).to(like.device, reservoir.state_dtype)
+    states, _ = reservoir.run(inputs.to(like).expand(2, -1, -1), starts)
+    contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR[starts.dtype])
     bounded = reservoir.activation not in _UNBOUNDED
     steps = reservoir.step_matrices()
     eigenvalues = torch.cat([torch.linalg.eigvals(step) for step in steps])

@@ -202,7 +202,7 @@ def test_unbounded_activations_that_may_grow_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": 0}, "units must be an integer"),
+        ({"units": 0}, "units must be at least 1, got 0"),
         ({"groups": 4}, "units 30 must be a multiple of groups 4"),
         ({"groups": 3, "topology": "ring"}, "groups 1 unless"),
         ({"topology": "star"}, "topology must be one of"),

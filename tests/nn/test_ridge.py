@@ -101,7 +101,7 @@ def test_too_few_rows_raise_unless_regularised() -> None:
 
 def test_errors_name_the_argument() -> None:
     x, y = data(5)
-    with pytest.raises(ValueError, match="in_features must be an integer"):
+    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
         Ridge(0, 1)
     with pytest.raises(ValueError, match="ridge must be one or more finite"):
         Ridge(1, 1, ())
