@@ -70,8 +70,9 @@ class HoldsMatrix(AdaptsCheckpoint):
         if not found:
             return
         try:
-            if len(found) < len(_CSR):
-                raise ValueError(f"it holds {', '.join(found)} of {', '.join(_CSR)}")
+            tensors = [name for name, part in found.items() if isinstance(part, Tensor)]
+            if len(tensors) < len(_CSR):
+                raise ValueError(f"it holds tensors {', '.join(tensors)} of {', '.join(_CSR)}")
             matrix = csr_matrix(*found.values(), check=not found["_values"].is_meta)
             if matrix.shape[0] != self.units:
                 raise ValueError(f"its W has {matrix.shape[0]} units, this reservoir {self.units}")

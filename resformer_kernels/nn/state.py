@@ -45,6 +45,19 @@ class KeepsTensors(nn.Module):
         return sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
 
 
+def _copied(state: Tensor) -> Tensor:
+    """A copy that training can use even if it is made under inference_mode."""
+    with torch.inference_mode(False):
+        return state.detach().clone()
+
+
+# An op, since a compiled graph would run its copy in the mode that it is called in.
+_LIBRARY = torch.library.Library("resformer_nn", "DEF")
+_LIBRARY.define("kept(Tensor state) -> Tensor")
+_LIBRARY.impl("kept", _copied, "CompositeExplicitAutograd")
+torch.library.register_fake("resformer_nn::kept", torch.empty_like, lib=_LIBRARY)
+
+
 class KeepsState(KeepsTensors):
     """A module whose calls continue from the last one's final states, the rows of `_kept`.
 
@@ -60,9 +73,7 @@ class KeepsState(KeepsTensors):
         """A copy: a result belongs to the caller, and a part of it would keep all of its memory."""
         if self.keep_graph and state.requires_grad:
             return state.clone()
-        # Training can use what was made under inference_mode only if its copy was not.
-        with torch.inference_mode(False):
-            return state.detach().clone()
+        return torch.ops.resformer_nn.kept(state.detach())
 
     def reset(self, sequences: Tensor | None = None) -> None:
         """Reset all rows of the batch (None), or those selected by a bool mask (B,) or indices."""
