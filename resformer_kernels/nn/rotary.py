@@ -74,6 +74,7 @@ class RotaryEmbedding(AdaptsCheckpoint):
 
         Raises ValueError beyond `max_seqlen`.
         """
+        length, start = integer("length", length, 0), integer("start", start)
         if start < 0 or start + length > self.max_seqlen:
             raise ValueError(
                 f"positions {start} to {start + length} are not within max_seqlen {self.max_seqlen}"
@@ -86,10 +87,11 @@ class RotaryEmbedding(AdaptsCheckpoint):
 
         Raises ValueError beyond `max_seqlen`.
         """
-        cos, sin = self(length, max(lengths, default=0))
-        if len(set(lengths)) < 2:
+        given, length = [integer("lengths", n) for n in lengths], integer("length", length, 0)
+        cos, sin = self(length, max(given, default=0))
+        if len(set(given)) < 2:
             return cos, sin
-        starts = torch.tensor(lengths, device=self.cos.device)
+        starts = torch.tensor(given, device=self.cos.device)
         places = starts[:, None] + torch.arange(length, device=self.cos.device)
         return self.cos[places], self.sin[places]
 
