@@ -21,7 +21,7 @@ from resformer_kernels.nn.reservoir_weights import (
 from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.state import KeepsState
 from resformer_kernels.reservoir.api import reservoir_scan
-from resformer_kernels.reservoir.record import ACTIVATIONS
+from resformer_kernels.reservoir.record import ACTIVATIONS, UNBOUNDED
 
 
 class Reservoir(KeepsState, HoldsMatrix):
@@ -41,7 +41,8 @@ class Reservoir(KeepsState, HoldsMatrix):
         input_scaling: the magnitude of W_in's entries: one number, or one per input.
         rc_connectivity, input_connectivity: the fraction of nonzero entries of W and of W_in.
         bias_scaling: the magnitude of b's entries; 0: no bias.
-        activation: f, "tanh", "relu" or "identity".
+        activation: f, "tanh", "relu", "identity", "sigmoid", "softplus" or, over the units of each
+            group, "softmax".
         seed: seeds every draw. A seed gives the same reservoir, up to rounding, on every machine.
         groups: independent reservoirs of N / groups units side by side; each gets every input.
         topology: "random"; "ring", where each unit gets the previous one's state with weight sr; or
@@ -131,7 +132,7 @@ class Reservoir(KeepsState, HoldsMatrix):
             self.register_buffer("input_weight", inputs.to(dtype))
             self.register_buffer("bias", (bias * signs).to(dtype) if bias else None)
             self.register_buffer("leak", leak[0] if len(leaks) == 1 else leak)
-            if activation != "tanh":
+            if activation in UNBOUNDED:
                 self._warn_if_unstable()
         self.to(torch.get_default_device())
 
@@ -147,7 +148,8 @@ class Reservoir(KeepsState, HoldsMatrix):
             self._keep(state=state)
 
     def step_matrices(self) -> list[Tensor]:
-        """(1-a)I + aW, the step linearised at 0: float64, (n, n), one per group."""
+        """(1-a)I + aW, the step where f has slope 1, as tanh has at 0, and which no activation
+        exceeds: float64, (n, n), one per group."""
         grouped = self._values.dim() == 3
         blocks = self._values if grouped else self.dense_weight()[None]
         leaks = self.leak.double().expand(self.units).view(len(blocks), -1)

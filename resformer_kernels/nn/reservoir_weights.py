@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resformer_kernels.nn.arguments import check_finite
+
 TOPOLOGIES = ("random", "ring", "diagonal")
 _DENSE_EIGENVALUES = 400
 _KRYLOV = 300
@@ -18,8 +20,7 @@ def spectral_radius(matrix: Tensor) -> float:
     the time of all eigenvalues and agree to nine digits.
     """
     matrix = matrix.double()
-    if not matrix.isfinite().all():
-        raise ValueError("matrix must be finite")
+    check_finite("matrix", matrix)
     if matrix.shape[0] > _DENSE_EIGENVALUES:
         matrix = _hessenberg(matrix, _KRYLOV)
     return float(torch.linalg.eigvals(matrix).abs().max())

@@ -248,6 +248,8 @@ class Ridge(KeepsTensors):
         """
         weights, biases = self._solved()
         x, y = self._rows(x, y)
+        if not len(x):
+            raise ValueError("x must hold at least one row, got none")
         pairs = zip(weights.to(x.device), biases.to(x.device), strict=True)
         return torch.stack([(F.linear(x, w, b) - y).square().mean() for w, b in pairs])
 

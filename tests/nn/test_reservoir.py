@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_arnoldi_finds_the_spectral_radius_of_a_large_matrix(
     assert weights.spectral_radius(matrix) == pytest.approx(exact, 1e-6)
     # A Krylov space of one dimension: that of a multiple of the identity.
     assert weights.spectral_radius(3 * torch.eye(400)) == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="matrix must be finite"):
+    with pytest.raises(ValueError, match=r"matrix is not finite: nan at \(0, 0\)"):
         weights.spectral_radius(torch.full((2, 2), torch.nan))
 
 
@@ -193,7 +194,29 @@ def test_unbounded_activations_that_may_grow_are_warned_of() -> None:
     # A leak moves the eigenvalues towards 1; tanh is bounded for all eigenvalues.
     with pytest.warns(UserWarning, match="'identity' is unbounded"):
         make(activation="identity", sr=1.0, topology="ring", lr=0.5)
-    make(sr=1.5)
+    with pytest.warns(UserWarning, match="'softplus' is unbounded"):
+        make(activation="softplus", sr=1.5)
+    for bounded in ("tanh", "sigmoid", "softmax"):
+        make(sr=1.5, activation=bounded)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus", "softmax"])
+def test_activations_of_reservoirpy(activation: str, form: str) -> None:
+    reservoir = make(bias_scaling=0.2, activation=activation, **(FORMS[form] | {"sr": 0.5}))
+    groups = reservoir.groups
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "sigmoid": lambda z: 1 / (1 + (-z).exp()),
+        "softplus": lambda z: (1 + z.exp()).log(),
+        "softmax": lambda z: z.unflatten(1, (groups, -1)).softmax(-1).flatten(1),
+    }
+    u, state = drive(), torch.zeros(2, 30)
+    states, _ = reservoir(u)
+    assert reservoir.bias is not None
+    for t in range(u.shape[1]):
+        z = state @ reservoir.dense_weight().T + u[:, t] @ reservoir.input_weight.T + reservoir.bias
+        state = (1 - reservoir.leak) * state + reservoir.leak * functions[activation](z)
+        torch.testing.assert_close(states[:, t], state, atol=1e-5, rtol=1e-4)
 
 
 def test_it_is_the_op() -> None:

@@ -189,5 +189,7 @@ def test_a_fit_that_fails_keeps_the_data_before_it() -> None:
     assert torch.equal(readout.solve().weight, readout.fit(x, y).weight)
     with pytest.raises(RuntimeError, match="no data was seen yet"):
         Ridge(7, 2).solve()
+    with pytest.raises(ValueError, match="x must hold at least one row"):
+        readout.select(x[:0], y[:0])
     with pytest.raises(ValueError, match=r"index must lie in \[0, 0\], got 1"):
         readout.take(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,13 @@ def test_a_drive_that_is_not_finite_is_refused() -> None:
     drive[7] = torch.nan
     with pytest.raises(ValueError, match=r"inputs is not finite: nan at \(7, 0\)"):
         stability_report(Reservoir(20, 1), drive)
+    for name, place in (("_values", "dense_weight()"), ("input_weight", "input_weight")):
+        broken = Reservoir(20, 1)
+        broken.get_buffer(name)[3, 0] = torch.inf
+        with pytest.raises(
+            ValueError, match=re.escape(f"reservoir.{place} is not finite: inf at (3, 0)")
+        ):
+            stability_report(broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
