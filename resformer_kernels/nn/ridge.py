@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels._core.checks import describe, integer
-from resformer_kernels.nn.arguments import Numbers, check_finite, reals
-from resformer_kernels.nn.state import KeepsTensors
+from resformer_kernels._core.checks import check_flag, describe, integer
+from resformer_kernels.nn.arguments import Array, Numbers, check_finite, listed, reals
+from resformer_kernels.nn.readout import LinearReadout
+
+Strength = float | tuple[float, ...]
+"""Of all targets, or of each."""
 
 
 class _Sums(NamedTuple):
@@ -23,7 +27,7 @@ class _Sums(NamedTuple):
     y_mean: Tensor
 
 
-class Ridge(KeepsTensors):
+class Ridge(LinearReadout):
     """A linear readout y = W x + b, W = argmin Σ |y - W x - b|² + ridge |W|²; b is not penalised.
 
     Data comes in batches (`update`) or as pairs (XᵀX, XᵀY) such as `reservoir_scan(reduce="gram")`
@@ -39,41 +43,35 @@ class Ridge(KeepsTensors):
         out_features: m, the length of y.
         ridge: the strength, added to the diagonal of the sum XᵀX (not of its mean), as in
             ReservoirPy and scikit-learn; or several (a sequence, array or tensor), one of which
-            `select` picks.
+            `select` picks. Each is a number for all targets, or a sequence of m numbers, one for
+            each target.
         fit_intercept: fit b; else b is 0.
 
     Attributes:
         weight: W, (m, N), float64; bias: b, (m,), float64. Buffers, zero before `solve`.
-        strength: the strength that weight and bias were fitted with; None before `solve`.
+        strengths: all strengths, numbers or tuples of m numbers.
+        strength: that which weight and bias were fitted with; None before `solve`.
         count: number of rows seen.
 
     Raises:
         ValueError: a size below 1, no strength, or a strength that is negative or not finite.
     """
 
-    narrowest = torch.float64
-    weight: Tensor
-    bias: Tensor
-
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        ridge: Numbers = 1e-6,
+        ridge: Numbers | Sequence[Numbers] = 1e-6,
         *,
         fit_intercept: bool = True,
     ) -> None:
-        super().__init__()
-        self.in_features = integer("in_features", in_features, 1)
-        self.out_features = integer("out_features", out_features, 1)
-        self.strengths = tuple(reals("ridge", ridge))
-        if not self.strengths or min(self.strengths) < 0:
+        super().__init__(in_features, out_features, fit_intercept)
+        each = [reals("ridge", entry, (1, self.out_features)) for entry in listed("ridge", ridge)]
+        if not each or min(map(min, each)) < 0:
             raise ValueError(f"ridge must be one or more finite numbers of at least 0, got {ridge}")
-        self.fit_intercept = fit_intercept
-        size = self.out_features, self.in_features
-        self.register_buffer("weight", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("bias", torch.zeros(size[0], dtype=torch.float64))
-        self.strength: float | None = None
+        self.strengths: tuple[Strength, ...]
+        self.strengths = tuple(found[0] if len(found) == 1 else tuple(found) for found in each)
+        self.strength: Strength | None = None
         self.count = 0
 
     def reset(self) -> None:
@@ -97,20 +95,6 @@ class Ridge(KeepsTensors):
         x, y = x - means[0], y - means[1]
         self._merge(_Sums(x.T @ x, x.T @ y, *means), len(x))
         return self
-
-    def _rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Data as finite rows, float64 on the module's device."""
-        self._check("x", x, self.in_features)
-        self._check("y", y, self.out_features)
-        if x.shape[:-1] != y.shape[:-1]:
-            raise ValueError(
-                f"x and y must have the same leading axes, got {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
-            )
-        check_finite("x", x)
-        check_finite("y", y)
-        x, y = (t.to(self.weight.device, torch.float64) for t in (x, y))
-        return x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
 
     @torch.no_grad()
     def update_gram(
@@ -155,12 +139,6 @@ class Ridge(KeepsTensors):
         self._merge(_Sums(gram, cross, *means), rows)
         return self
 
-    def _check(self, name: str, value: object, size: int) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
-        if value.dim() < 1 or value.shape[-1] != size:
-            raise ValueError(f"{name} must be (..., {size}), got {describe(value)}")
-
     def _merge(self, new: _Sums, count: int) -> None:
         device = self.weight.device
         if "gram" in self._kept:
@@ -193,21 +171,33 @@ class Ridge(KeepsTensors):
         if "gram" not in self._kept:
             raise RuntimeError("no data was seen yet: call update(x, y) first")
         sums = _Sums(*(self._kept[name] for name in _Sums._fields))
-        weights = []
-        for strength in self.strengths:
-            matrix = sums.gram.clone()
-            matrix.diagonal().add_(strength)
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            if info.item() or not factor.isfinite().all():
-                raise RuntimeError(
-                    f"the Gram matrix of {self.count} rows is not positive definite at ridge "
-                    f"{strength}: take in more rows or raise ridge"
-                )
-            weights.append(torch.cholesky_solve(sums.cross, factor).T)
-        found = torch.stack(weights)
-        solved = {"weights": found, "biases": sums.y_mean - found @ sums.x_mean}
-        self._kept = self._kept | solved
+        every = [s for each in self.strengths for s in _numbers(each)]
+        solved = {strength: self._solution(sums, strength) for strength in dict.fromkeys(every)}
+        found = torch.stack(
+            [
+                solved[each]
+                if isinstance(each, float)
+                else torch.stack([solved[s][j] for j, s in enumerate(each)])
+                for each in self.strengths
+            ]
+        )
+        self._kept = self._kept | {
+            "weights": found,
+            "biases": sums.y_mean - found @ sums.x_mean,
+        }
         return self.take(0)
+
+    def _solution(self, sums: _Sums, strength: float) -> Tensor:
+        """W (m, N) of one strength for all targets."""
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(strength)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if info.item() or not factor.isfinite().all():
+            raise RuntimeError(
+                f"the Gram matrix of {self.count} rows is not positive definite at ridge "
+                f"{strength}: take in more rows or raise ridge"
+            )
+        return torch.cholesky_solve(sums.cross, factor).T
 
     def fit(self, x: Tensor, y: Tensor) -> Ridge:
         """Discard earlier data, then fit x (..., N) to y (..., m) alone.
@@ -222,15 +212,26 @@ class Ridge(KeepsTensors):
             self.count, self._kept = count, kept
             raise
 
-    def take(self, index: int) -> Ridge:
-        """Use the solution of `strengths[index]`. RuntimeError before `solve`."""
+    def take(self, index: int | Sequence[int] | Array) -> Ridge:
+        """Use the solution of `strengths[index]`, or for target j that of `strengths[index[j]]`.
+
+        RuntimeError before `solve`.
+        """
         weights, biases = self._solved()
-        if not 0 <= integer("index", index) < len(weights):
-            raise ValueError(f"index must lie in [0, {len(weights) - 1}], got {index}")
+        picks, targets = listed("index", index), range(self.out_features)
+        several = isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0
+        if several and len(picks) != len(targets):
+            raise ValueError(f"index must have {len(targets)} numbers, got {len(picks)}")
+        for pick in picks:
+            if not 0 <= integer("index", pick) < len(weights):
+                raise ValueError(f"index must lie in [0, {len(weights) - 1}], got {pick}")
+        rows = picks if several else picks * len(targets)
         # copy_ keeps the buffers' dtype and device after the module was moved or cast.
-        self.weight.copy_(weights[index])
-        self.bias.copy_(biases[index])
-        self.strength = self.strengths[index]
+        self.weight.copy_(weights[rows, targets])
+        self.bias.copy_(biases[rows, targets])
+        each = [_numbers(self.strengths[pick]) for pick in rows]
+        own = tuple(found[j % len(found)] for j, found in zip(targets, each, strict=True))
+        self.strength = own if several else self.strengths[picks[0]]
         return self
 
     def _solved(self) -> tuple[Tensor, Tensor]:
@@ -240,28 +241,32 @@ class Ridge(KeepsTensors):
         return self._kept["weights"], self._kept["biases"]
 
     @torch.no_grad()
-    def errors(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean squared error of every strength on x (..., N) and y (..., m): float64, (S,).
+    def errors(self, x: Tensor, y: Tensor, *, per_target: bool = False) -> Tensor:
+        """Mean squared error of every strength on x (..., N) and y (..., m): float64, (S,), with
+        `per_target` (S, m).
 
         Raises:
             TypeError, ValueError: as `update`. RuntimeError before `solve`.
         """
+        check_flag("per_target", per_target)
         weights, biases = self._solved()
         x, y = self._rows(x, y)
         if not len(x):
             raise ValueError("x must hold at least one row, got none")
         pairs = zip(weights.to(x.device), biases.to(x.device), strict=True)
-        return torch.stack([(F.linear(x, w, b) - y).square().mean() for w, b in pairs])
+        found = torch.stack([(F.linear(x, w, b) - y).square().mean(0) for w, b in pairs])
+        return found if per_target else found.mean(1)
 
-    def select(self, x: Tensor, y: Tensor) -> Ridge:
-        """Use the strength with the least mean squared error on held-out x (..., N), y (..., m)."""
-        return self.take(int(self.errors(x, y).nan_to_num(math.inf).argmin()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., m) for x (..., N), computed in the weights' dtype and returned in x's."""
-        self._check("x", x, self.in_features)
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+    def select(self, x: Tensor, y: Tensor, *, per_target: bool = False) -> Ridge:
+        """Use the strength with the least mean squared error on held-out x (..., N), y (..., m):
+        one strength for all targets, or with `per_target` each target's own."""
+        best = self.errors(x, y, per_target=per_target).nan_to_num(math.inf).argmin(0)
+        return self.take(best.tolist())
 
     def extra_repr(self) -> str:
         """The arguments that print shows."""
         return f"{self.in_features}, {self.out_features}, ridge={self.strengths}"
+
+
+def _numbers(strength: Strength) -> tuple[float, ...]:
+    return strength if isinstance(strength, tuple) else (strength,)

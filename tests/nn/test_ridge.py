@@ -193,3 +193,58 @@ def test_a_fit_that_fails_keeps_the_data_before_it() -> None:
         readout.select(x[:0], y[:0])
     with pytest.raises(ValueError, match=r"index must lie in \[0, 0\], got 1"):
         readout.take(1)
+
+
+def test_every_target_has_a_strength_of_its_own() -> None:
+    x, y = data()
+    each = (1e-3, 50.0)
+    readout = Ridge(7, 2, (0.5, each, (10.0, 1e-3))).fit(x, y)
+    assert readout.strengths == (0.5, each, (10.0, 1e-3))
+    assert readout.strength == 0.5
+    alone = [Ridge(7, 1, strength).fit(x, y[:, j : j + 1]) for j, strength in enumerate(each)]
+    assert readout.take(1).strength == each
+    for j, expected in enumerate(alone):
+        torch.testing.assert_close(readout.weight[j], expected.weight[0])
+        torch.testing.assert_close(readout.bias[j], expected.bias[0])
+    # Strengths of several targets in arrays; a row of one number is for all.
+    for given in (np.array([each]), torch.tensor([each], dtype=torch.float64), [list(each)]):
+        assert torch.equal(Ridge(7, 2, given).fit(x, y).weight, readout.weight)
+    assert Ridge(7, 2, [[0.5], each]).strengths == (0.5, each)
+    with pytest.raises(ValueError, match="ridge must have 1 or 2 numbers, got 3"):
+        Ridge(7, 2, ((1.0, 2.0, 3.0),))
+    with pytest.raises(ValueError, match="ridge must be one or more finite"):
+        Ridge(7, 2, ((1.0, -2.0),))
+    with pytest.raises(RuntimeError, match=r"not positive definite at ridge 0\.0"):
+        Ridge(7, 2, ((1.0, 0.0),), fit_intercept=False).fit(x * 0, y)
+
+
+def test_each_target_selects_its_strength() -> None:
+    x, y = data()
+    # Noise on the first target, none on the second.
+    noisy = torch.cat((y[:, :1] + 20 * data(200, 0.0)[0][:, :1].flip(0), y[:, 1:]), 1)
+    readout = Ridge(7, 2, (1e4, 10.0, 1e-6)).fit(x[:30], noisy[:30])
+    errors = readout.errors(x[100:], y[100:], per_target=True)
+    assert errors.shape == (3, 2)
+    torch.testing.assert_close(errors.mean(1), readout.errors(x[100:], y[100:]))
+    readout.select(x[100:], y[100:], per_target=True)
+    best = errors.argmin(0).tolist()
+    assert best[0] != best[1]
+    assert readout.strength == tuple(readout.strengths[i] for i in best)
+    found = (readout(x[100:]) - y[100:]).square().mean(0)
+    torch.testing.assert_close(found, errors.amin(0))
+    # By place, too, from strengths of every form.
+    mixed = Ridge(7, 2, (1e4, (10.0, 3.0), 1e-6)).fit(x, y)
+    for index in ([1, 0], (1, 0), np.array([1, 0]), torch.tensor([1, 0])):
+        mixed.take(index)
+        assert mixed.strength == (10.0, 1e4)
+    torch.testing.assert_close(mixed.weight[0], mixed.take(1).weight[0])
+    for wrong, error, message in (
+        ([0], ValueError, "index must have 2 numbers, got 1"),
+        ([0, 3], ValueError, r"index must lie in \[0, 2\], got 3"),
+        (-1, ValueError, r"index must lie in \[0, 2\], got -1"),
+        ([0, 0.5], TypeError, "index must be an int"),
+    ):
+        with pytest.raises(error, match=message):
+            mixed.take(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="per_target must be True or False"):
+        mixed.select(x, y, per_target=1)  # type: ignore[arg-type]
