@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels.nn.reservoir_weights import spectral_radius
 from resformer_kernels.nn.state import AdaptsCheckpoint
 from resformer_kernels.reservoir.record import RingWeight
 
@@ -23,16 +24,20 @@ class HoldsMatrix(AdaptsCheckpoint):
     units: int
     topology: str
     layout: str
+    leak: Tensor
     _values: Tensor
     _rows: Tensor
     _columns: Tensor
+    _source: Tensor | None
 
-    def _register_weight(self, drawn: Tensor) -> None:
+    def _register_weight(self, weight: Tensor | RingWeight, dtype: torch.dtype) -> None:
+        values, source = weight if isinstance(weight, RingWeight) else (weight, None)
         if self.layout == "csr":
-            rows, columns, drawn = csr_parts(drawn)
+            rows, columns, values = csr_parts(values)
             self.register_buffer("_rows", rows)
             self.register_buffer("_columns", columns)
-        self.register_buffer("_values", drawn.to(torch.get_default_dtype()))
+        self.register_buffer("_source", source)
+        self.register_buffer("_values", values.to(dtype))
 
     @property
     def weight(self) -> Tensor | RingWeight:
@@ -41,7 +46,7 @@ class HoldsMatrix(AdaptsCheckpoint):
 
     def _weight_of(self, values: Tensor) -> Tensor | RingWeight:
         if self.topology == "ring":
-            return RingWeight(values)
+            return RingWeight(values, self._source)
         if self.layout == "csr":
             return csr_matrix(self._rows, self._columns, values)
         return values
@@ -50,12 +55,31 @@ class HoldsMatrix(AdaptsCheckpoint):
         """W as a dense (N, N) tensor."""
         weight = self.weight
         if isinstance(weight, RingWeight):
-            return torch.diag(weight.values).roll(-1, 1)
+            return ring_matrix(weight).to_dense()
         if weight.layout is torch.sparse_csr:
             return weight.to_dense()
         if weight.dim() == 1:
             return torch.diag(weight)
         return torch.block_diag(*weight) if weight.dim() == 3 else weight
+
+    def step_matrices(self) -> list[Tensor]:
+        """(1-a)I + aW, the step where f has slope 1, as tanh has at 0, and which no activation
+        exceeds: float64, (n, n), one per group."""
+        grouped = self._values.dim() == 3
+        blocks = self._values if grouped else self.dense_weight()[None]
+        leaks = self.leak.double().expand(self.units).view(len(blocks), -1)
+        pairs = zip(blocks.double(), leaks, strict=True)
+        return [torch.diag(1 - a) + a[:, None] * block for block, a in pairs]
+
+    def _step_radius(self) -> float:
+        """The spectral radius of (1-a)I + aW; a CSR weight stays sparse."""
+        if self.layout != "csr":
+            return max(spectral_radius(step) for step in self.step_matrices())
+        units, leak = torch.arange(self.units), self.leak.double().expand(self.units)
+        rows = units.repeat_interleave(self._rows.diff())
+        places = torch.stack((torch.cat((units, rows)), torch.cat((units, self._columns))))
+        values = torch.cat((1 - leak, leak[rows] * self._values))
+        return spectral_radius(coo_matrix(places, values, self.units))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -92,11 +116,26 @@ def as_taken(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype is torch.float16 else weight
 
 
+def ring_matrix(weight: RingWeight) -> Tensor:
+    """The sparse COO matrix (N, N) with W[i, source[i]] = values[i]."""
+    values, source = weight
+    units = torch.arange(len(values), device=values.device)
+    places = torch.stack((units, units.roll(1) if source is None else source))
+    return coo_matrix(places, values, len(values))
+
+
+def coo_matrix(places: Tensor, values: Tensor, size: int) -> Tensor:
+    """The sparse COO tensor (size, size) with values (n,) added up at places (2, n)."""
+    shape = size, size
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
+
+
 def csr_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, values) of the nonzero entries of a dense (N, N)."""
-    nonzero = weight != 0
-    rows = torch.cat((torch.zeros(1, dtype=torch.int64), nonzero.sum(1).cumsum(0)))
-    return rows, nonzero.nonzero()[:, 1].contiguous(), weight[nonzero]
+    """(rows, columns, values) of the nonzero entries of (N, N), dense or sparse COO."""
+    entries = weight.to_sparse().coalesce()
+    rows, columns = entries.indices()
+    ends = torch.bincount(rows, minlength=len(weight)).cumsum(0)
+    return torch.cat((ends.new_zeros(1), ends)), columns.contiguous(), entries.values()
 
 
 def csr_matrix(rows: Tensor, columns: Tensor, values: Tensor, *, check: bool = False) -> Tensor:

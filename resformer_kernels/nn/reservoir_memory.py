@@ -120,6 +120,8 @@ class ReservoirMemory(KeepsState):
             raise TypeError(f"reservoir must be a Reservoir, got {describe(reservoir)}")
         if reservoir.stateful:
             raise ValueError("reservoir must not be stateful: ReservoirMemory holds the state")
+        if reservoir.feedback_dim:
+            raise ValueError("reservoir must have no feedback: ReservoirMemory has no teacher")
         check_flag("stateful", stateful)
         check_flag("keep_graph", keep_graph)
         self.reservoir, self.out_features = reservoir, integer("out_features", out_features, 1)

@@ -78,7 +78,9 @@ def stability_report(
 
     Args:
         reservoir: the reservoir; its stored state is unchanged.
-        inputs: the drive, (T, n_in); None: 1000 steps of uniform noise in [-1, 1].
+        inputs: the drive, (T, n_in), with feedback [u_t, y_{t-1}], (T, n_in + m): the reservoir
+            is measured under a teacher, not in closed loop. None: 1000 steps of uniform noise in
+            [-1, 1].
         seed: seeds the random state and noise.
 
     Raises:
@@ -90,12 +92,12 @@ def stability_report(
     generator = torch.Generator().manual_seed(integer("seed", seed))
     like = reservoir.input_weight
     options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    width = reservoir.input_dim + reservoir.feedback_dim
     if inputs is None:
-        inputs = 2 * torch.rand(1000, reservoir.input_dim, **options) - 1
-    if inputs.dim() != 2 or inputs.shape[1] != reservoir.input_dim or not len(inputs):
+        inputs = 2 * torch.rand(1000, width, **options) - 1
+    if inputs.dim() != 2 or inputs.shape[1] != width or not len(inputs):
         raise ValueError(
-            f"inputs must be (T, {reservoir.input_dim}) with at least one step, got "
-            f"{tuple(inputs.shape)}"
+            f"inputs must be (T, {width}) with at least one step, got {tuple(inputs.shape)}"
         )
     check_finite("inputs", inputs)
     check_finite("reservoir.input_weight", like)
