@@ -22,6 +22,7 @@ from resformer_kernels.integrations.transformers import (  # noqa: E402
     families,
     kernel,
 )
+from resformer_kernels.integrations.transformers import masks as mask_forms  # noqa: E402
 from resformer_kernels.integrations.transformers.config import build_value_mix  # noqa: E402
 
 # Tests import these from here, so that they are skipped where transformers is not installed.
@@ -31,6 +32,7 @@ __all__ = [
     "QUIET",
     "ResFormerCache",
     "build_value_mix",
+    "causal",
     "convert_to_resformer",
     "converted",
     "families",
@@ -38,9 +40,11 @@ __all__ = [
     "integration",
     "kernel",
     "left_padded",
+    "mask_forms",
     "stock",
     "tokens",
     "transformers",
+    "two_sided",
 ]
 
 transformers.logging.set_verbosity_error()
@@ -106,3 +110,17 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     """The prompt and 8 tokens, greedily."""
     found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
     return found
+
+
+def causal(window: int | None = None) -> Any:
+    """The mask function of causal order, or of a window that includes the query's own key."""
+    if window is None:
+        return transformers.masking_utils.causal_mask_function
+    return transformers.masking_utils.sliding_window_causal_mask_function(window)
+
+
+def two_sided(window: int | None = None) -> Any:
+    """The mask function of all keys, or of a window on both sides of the query's own key."""
+    if window is None:
+        return transformers.masking_utils.bidirectional_mask_function
+    return transformers.masking_utils.sliding_window_bidirectional_mask_function(window)

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resformer_kernels.integrations.transformers.cache import ResFormerCache
-from resformer_kernels.integrations.transformers.kernel import NAME, options_of
+from resformer_kernels.integrations.transformers.kernel import (
+    NAME,
+    is_causal_without_mask,
+    read_mask,
+    scoring,
+)
+from resformer_kernels.integrations.transformers.masks import KeyMask
 from resformer_kernels.nn import ValueMix
 from resformer_kernels.nn.value_mix import ValueSources
 
@@ -120,8 +126,7 @@ class DecoderAttention(ValueResidualAttention):
         v = self.mixed_values(own, earlier, hidden_states).transpose(1, 2)
         if self.attends_in_cache(past_key_values, attention_mask):
             new = v if self.projects_values else k[..., :0]
-            options = options_of(self, **self.options(), **kwargs)  # type: ignore[arg-type]
-            out = past_key_values.attend(self.layer_idx, q, k, new, attention_mask, **options)
+            out = self.attend_in_cache(past_key_values, q, k, new, attention_mask, **kwargs)
             return self.o_proj(out.flatten(2)), None, v.transpose(1, 2) if own is None else own
         if past_key_values is not None:
             k, v = self.append_to_cache(past_key_values, k, v)
@@ -130,11 +135,25 @@ class DecoderAttention(ValueResidualAttention):
         return self.o_proj(out), weights, returned
 
     def attends_in_cache(self, cache: Any, mask: Any) -> bool:
-        """Whether to attend in the cache: a `ResFormerCache`, with our kernel and no full mask."""
+        """Whether to attend in the cache: a `ResFormerCache`, with our kernel, without dropout and
+        without a mask that is neither keys nor a window."""
         return (
             isinstance(cache, ResFormerCache)
             and self.config._attn_implementation == NAME
-            and (mask is None or mask.dim() == 2)
+            and not self.options()["dropout"]
+            and (mask is None or isinstance(mask, KeyMask))
+        )
+
+    def attend_in_cache(
+        self, cache: ResFormerCache, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """Append keys and values to the cache and attend there, (B, T, Hq, D)."""
+        causal = is_causal_without_mask(self, kwargs.get("is_causal"), q.shape[2])
+        length = q.shape[2] if mask is None else mask.shape[3]
+        seen = read_mask(mask, q.shape[2], length, causal)
+        options = scoring(**self.options(), **kwargs)
+        return cache.attend(
+            self.layer_idx, q, k, v, seen.keys, causal=False, window=seen.window, **options
         )
 
     def append_to_cache(self, cache: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
