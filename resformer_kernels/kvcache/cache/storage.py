@@ -34,6 +34,16 @@ class Slots:
         if dtype in QUANTISED:
             self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
 
+    def __getstate__(self) -> tuple[Tensor, torch.dtype, Tensor | None]:
+        # torch cannot read a pickled float8 tensor back; its bytes it can.
+        codes = self.codes
+        stored = codes.view(torch.int8) if codes.dtype.itemsize == 1 else codes
+        return stored, codes.dtype, self.scales
+
+    def __setstate__(self, state: tuple[Tensor, torch.dtype, Tensor | None]) -> None:
+        stored, dtype, self.scales = state
+        self.codes = stored.view(dtype)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes, and scales of a quantised cache."""
         return (self.codes,) if self.scales is None else (self.codes, self.scales)
