@@ -28,6 +28,7 @@ from resformer_kernels.integrations.transformers.config import (
     ValueResidualFields,
     build_value_mix,
 )
+from resformer_kernels.integrations.transformers.loading import register_scalars
 from resformer_kernels.integrations.transformers.model import (
     DecoderModel,
     EncoderModel,
@@ -154,6 +155,7 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
     family.configs[kind] = config
     family.models[kind] = {}
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)  # type: ignore[attr-defined]
+    register_scalars(config.model_type)  # type: ignore[attr-defined]
     for suffix in ("Model", *parts.heads):
         stock = parts.stock(suffix)
         shared = parts.model if suffix == "Model" else ValueResidualPreTrained
