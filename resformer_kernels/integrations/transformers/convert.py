@@ -15,6 +15,7 @@ from resformer_kernels.integrations.transformers.families import (
     Family,
     restructure,
 )
+from resformer_kernels.integrations.transformers.in_place import all_or_nothing, change_class
 from resformer_kernels.integrations.transformers.model import (
     ValueResidualPreTrained,
     refuse_reentrant,
@@ -66,28 +67,21 @@ def convert_to_resformer(
     config = copy.deepcopy(stock_config)
     config.__class__ = family.configs[kind]
     config.value_residual = variant
-    config.value_residual_layers = None if layers is None else list(layers)
+    config.value_residual_layers = layers
     config.lambda_v, config.lambda_first = lambda_v, lambda_first
     config.resolve_value_residual()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             refuse_reentrant(module._gradient_checkpointing_func)
-    if variant == SVFORMER:
-        for i in config.value_residual_layers:
-            stock = getattr(model.base_model.layers[i], family.layer.attention_name)
-            family.attention.check_value_projection(stock)
-
-    for module in model.modules():
-        if getattr(module, "config", None) is stock_config:
-            module.config = config
-    model.__class__ = family.models[kind][type(model)]
-    restructure(model)
-    for part in {model, model.base_model}:
-        part._no_split_modules = set(part._no_split_modules) | set(type(part)._no_split_modules)
-        part._keep_in_fp32_modules_strict = {
-            *part._keep_in_fp32_modules_strict,
-            *ValueResidualPreTrained._keep_in_fp32_modules_strict,
-        }
+    with all_or_nothing(model):
+        for module in model.modules():
+            if getattr(module, "config", None) is stock_config:
+                module.config = config
+        change_class(model, "model", type(model), family.models[kind][type(model)])
+        restructure(model)
+        for part in {model, model.base_model}:
+            for name in ("_no_split_modules", "_keep_in_fp32_modules_strict"):
+                setattr(part, name, {*(getattr(part, name) or ()), *getattr(type(part), name)})
     return model
 
 
