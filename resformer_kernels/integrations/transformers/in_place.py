@@ -68,11 +68,11 @@ def change_class(module: nn.Module, name: str, stock: Any, new: Any) -> None:
 def _forwards(module: Any, name: str, stock: Any, new: Any) -> dict[str, Any]:
     """What of the instance calls the forward of class `stock`, calling that of `new` instead."""
     own = vars(module)
-    bound = new.forward.__get__(module)
-    outer = own.get("forward", bound)
-    if outer is bound or _is_bound(outer, stock.forward, module):
-        # accelerate leaves the class's own forward on a module whose hook it removes.
-        return {key: bound for key in ("forward",) if key in own}
+    if "forward" not in own:
+        return {}
+    outer, bound = own["forward"], new.forward.__get__(module)
+    if _is_bound(outer, stock.forward, module):
+        return {"forward": bound}  # As accelerate leaves a module whose hook it removes.
     hooked = isinstance(outer, functools.partial) and outer.func.__module__ == "accelerate.hooks"
     if not hooked or not _is_bound(own.get("_old_forward"), stock.forward, module):
         raise TypeError(
