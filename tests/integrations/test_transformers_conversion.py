@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.integrations.tiny import (
     converted,
     families,
     left_padded,
+    logits,
     stock,
     tokens,
     transformers,
@@ -243,12 +245,69 @@ def test_hidden_states_and_weights_are_recorded(family: str) -> None:
     assert torch.equal(as_tuple[0], found.logits)
 
 
+def stored(model: Any, _: Path) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def built_anew(model: Any, _: Path) -> Any:
+    """Of its config on the meta device, with its weights; buffers are not in a state_dict."""
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config)).eval()
+    made.load_state_dict(model.state_dict(), assign=True)
+    for module, source in zip(made.modules(), model.modules(), strict=True):
+        module._buffers.update(source._buffers)
+    return made
+
+
+def pretrained(shards: str = "1GB", **options: Any) -> Callable[[Any, Path], Any]:
+    def load(model: Any, folder: Path) -> Any:
+        model.save_pretrained(folder, max_shard_size=shards)
+        return type(model).from_pretrained(folder, **options)
+
+    return load
+
+
+COPIES: dict[str, Callable[[Any, Path], Any]] = {
+    "deep copy": lambda model, _: copy.deepcopy(model),
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)),
+    "torch.save": stored,
+    "a new model": built_anew,
+    "shards": pretrained(shards="20KB"),
+    "little memory": pretrained(low_cpu_mem_usage=True),
+    "device map": pretrained(device_map="auto"),
+}
+"""Ways to get a second model like a first."""
+
+
+@pytest.mark.parametrize("way", COPIES)
 @all_families
-def test_copies_and_pickles(family: str) -> None:
-    model = converted(family)
-    expected = model(tokens()).logits
-    assert torch.equal(copy.deepcopy(model)(tokens()).logits, expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens()).logits, expected)
+def test_copies_compute_the_same(family: str, way: str, tmp_path: Path) -> None:
+    for variant in ("sparse", "learnable", "learnable-plus", "dense", "svformer"):
+        model = converted(family, variant)
+        expected = logits(model)
+        twin = COPIES[way](model, tmp_path / variant)
+        assert type(twin) is type(model)
+        assert torch.equal(logits(twin), expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        if way != "a new model":  # which was given the first one's tensors
+            assert torch.equal(logits(model), expected)
+
+
+@all_families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_equals_one_converted_after_the_cast(family: str, dtype: torch.dtype) -> None:
+    for variant in ("sparse", "dense", "svformer"):
+        model = convert_to_resformer(stock(family), variant).to(dtype)
+        after = convert_to_resformer(stock(family).to(dtype), variant)
+        assert logits(model).dtype is dtype
+        # The same weights; Dense's coefficients are 1/n, rounded here and float32 there.
+        tolerance = 0.1 if dtype.itemsize == 2 and variant == "dense" else 0.0
+        torch.testing.assert_close(logits(model), logits(after), rtol=tolerance, atol=tolerance)
 
 
 def test_embeddings_instead_of_ids() -> None:
