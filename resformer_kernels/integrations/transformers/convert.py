@@ -37,9 +37,12 @@ def convert_to_resformer(
     lambda_first=0.0` the converted model's outputs equal the source's, to the bit; the variants'
     default coefficients change a trained model's output.
 
+    A model that accelerate has dispatched (`device_map`, offloading) keeps its hooks. Where this
+    raises, the model is as it was.
+
     Args:
         model: a model of transformers, with or without a head, such as `LlamaForCausalLM`.
-            Convert it before PEFT wraps it.
+            Convert it before it, or a layer of it, is wrapped (PEFT) or sharded (FSDP2).
         variant: "identity", "constant", "sparse" (fixed coefficients), "learnable" (a pair per
             layer), "learnable-plus" (a pair per KV head), "dense" (learned, over all earlier
             layers) or "svformer"; see `resformer_kernels.models.VARIANTS`.
@@ -56,8 +59,8 @@ def convert_to_resformer(
         optimiser.
 
     Raises:
-        TypeError: model's class cannot be converted, model is already converted, or "svformer"
-            cannot split its weights.
+        TypeError: model's class cannot be converted, model is already converted, a layer of it is
+            not the stock one or has a forward of its own, or "svformer" cannot split its weights.
         ValueError: variant, layers or a coefficient is out of range, or the model checkpoints its
             layers with use_reentrant=True.
     """
