@@ -9,9 +9,11 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from resformer_kernels._core import extension
@@ -67,6 +69,18 @@ def native() -> str:
     """The native backend's name; skips where it is not built, or fails where it must be."""
     _require_native()
     return "native"
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A gloo process group of this process alone."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

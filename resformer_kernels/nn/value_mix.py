@@ -11,12 +11,14 @@ as in Zhou et al., "Value Residual Learning", arXiv 2410.17897.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from resformer_kernels._core.checks import integer, real
 from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.nn.state import AdaptsCheckpoint
 
 
 class ValueSources(NamedTuple):
@@ -98,8 +100,8 @@ class FixedMix(ValueMix):
 
     def __init__(self, lambda_v: float, lambda_first: float) -> None:
         super().__init__()
-        self.lambda_v = float(lambda_v)
-        self.lambda_first = float(lambda_first)
+        self.lambda_v = float(real("lambda_v", lambda_v))
+        self.lambda_first = float(real("lambda_first", lambda_first))
 
     def extra_repr(self) -> str:
         """The constants."""
@@ -112,14 +114,16 @@ class FixedMix(ValueMix):
         )
 
 
-class LearnedMix(ValueMix):
+class LearnedMix(AdaptsCheckpoint, ValueMix):
     """V' = lambda_v · V + lambda_first · V₁ with learned coefficients, float32.
 
     Args:
-        num_kv_heads: None for one pair of scalars (the paper's Learnable); a number for one pair
-            per KV head, of shape (Hkv, 1) (this package's Learnable-Plus).
+        num_kv_heads: None for one pair of scalars, of shape (1,) (the paper's Learnable); a number
+            for one pair per KV head, of shape (Hkv, 1) (this package's Learnable-Plus).
         lambda_v: initial value.
         lambda_first: initial value.
+
+    State dicts in which the scalars have shape () load too.
     """
 
     def __init__(
@@ -130,8 +134,12 @@ class LearnedMix(ValueMix):
         lambda_first: float = 0.5,
     ) -> None:
         super().__init__()
-        shape = () if num_kv_heads is None else (num_kv_heads, 1)
-        self.initial = (float(lambda_v), float(lambda_first))
+        # FSDP2 shards the first axis, and refuses a parameter without one.
+        shape = (1,) if num_kv_heads is None else (integer("num_kv_heads", num_kv_heads, 1), 1)
+        self.initial = (
+            float(real("lambda_v", lambda_v)),
+            float(real("lambda_first", lambda_first)),
+        )
         self.lambda_v = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.lambda_first = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
@@ -141,15 +149,23 @@ class LearnedMix(ValueMix):
         nn.init.constant_(self.lambda_v, self.initial[0])
         nn.init.constant_(self.lambda_first, self.initial[1])
 
+    def adapt_checkpoint(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Give scalars of shape () the shape (1,)."""
+        del errors
+        for name in ("lambda_v", "lambda_first"):
+            given = state.get(prefix + name)
+            if isinstance(given, Tensor) and given.dim() == 0:
+                state[prefix + name] = given.detach().reshape(1)
+
     def extra_repr(self) -> str:
         """The coefficients' shape."""
         return f"shape={tuple(self.lambda_v.shape)}"
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """Leave the mix to the kernel, which also computes the coefficients' gradients."""
-        return MixedValues(
-            _own(sources, self), _first(sources, self), self.lambda_v, self.lambda_first
-        )
+        # Copies: FSDP2 frees a gathered parameter when the forward of its module returns.
+        both = self.lambda_v.clone(), self.lambda_first.clone()
+        return MixedValues(_own(sources, self), _first(sources, self), *both)
 
 
 class DenseMix(ValueMix):
@@ -163,8 +179,7 @@ class DenseMix(ValueMix):
 
     def __init__(self, num_sources: int) -> None:
         super().__init__()
-        if num_sources < 2:
-            raise ValueError(f"num_sources must be at least 2, got {num_sources}")
+        num_sources = integer("num_sources", num_sources, 2)
         self.lambda_layers = nn.Parameter(torch.empty(num_sources, dtype=torch.float32))
         self.reset_parameters()
 
@@ -207,10 +222,12 @@ class EmbeddingMix(ValueMix):
         gate_range: float = 3.0,
     ) -> None:
         super().__init__()
-        self.gate_range = gate_range
-        self.gate_channels = gate_channels
-        self.table = nn.Parameter(torch.empty(vocab_size, num_kv_heads, head_dim))
-        self.gate_proj = nn.Linear(gate_channels, num_kv_heads, bias=False)
+        sizes = (("vocab_size", vocab_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+        shape = [integer(name, size, 1) for name, size in sizes]
+        self.gate_range = float(real("gate_range", gate_range))
+        self.gate_channels = integer("gate_channels", gate_channels, 1)
+        self.table = nn.Parameter(torch.empty(shape))
+        self.gate_proj = nn.Linear(self.gate_channels, shape[1], bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,17 +119,6 @@ def test_checkpointed_layers_compile_whole(drop_in: str) -> None:
         expected = gradients(Stack(drop_in), batch(length))
         loss = compiled(batch(length)).square().sum()
         assert_same({"loss": loss.detach(), **backward(model, loss)}, expected)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers (pip install 'resformer-kernels[transformers]')"
@@ -31,6 +31,7 @@ __all__ = [
     "FAMILIES",
     "QUIET",
     "ResFormerCache",
+    "attention_layers",
     "build_value_mix",
     "causal",
     "convert_to_resformer",
@@ -40,7 +41,9 @@ __all__ = [
     "integration",
     "kernel",
     "left_padded",
+    "logits",
     "mask_forms",
+    "state",
     "stock",
     "tokens",
     "transformers",
@@ -93,10 +96,32 @@ def converted(family: str, variant: str = "learnable", **options: Any) -> Any:
     return model
 
 
+def attention_layers(model: Any) -> list[Any]:
+    """The attention module of every layer, stock or converted."""
+    return [getattr(layer, "self_attn", None) or layer.attn for layer in model.base_model.layers]
+
+
+def state(model: nn.Module) -> list[Any]:
+    """The class of every module and the identity of all that it holds, also in its dicts."""
+
+    def held(value: Any) -> Any:
+        inner = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else None
+        return id(value), inner
+
+    return [(type(m), [(k, held(v)) for k, v in vars(m).items()]) for m in model.modules()]
+
+
 def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
     """(batch, length) token ids that are neither padding nor special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 64, (batch, length), generator=generator)
+
+
+def logits(model: Any) -> Tensor:
+    """Those of `tokens()`, without gradients."""
+    with torch.no_grad():
+        found: Tensor = model(tokens()).logits
+    return found
 
 
 def left_padded(length: int = 11, padding: int = 4) -> dict[str, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resformer_kernels.nn import (
     DenseMix,
@@ -126,3 +129,41 @@ def test_other_missing_sources_are_named() -> None:
         DenseMix(1)
     with pytest.raises(NotImplementedError):
         ValueMix()(sources())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("prefix", ["", "layer.v_mix."])
+def test_scalars_without_axes_load(prefix: str, assign: bool) -> None:
+    mix = LearnedMix()
+    module: nn.Module = mix
+    for name in reversed(prefix.split(".")[:-1]):
+        module = nn.ModuleDict({name: module})
+    old = {
+        f"{prefix}lambda_v": nn.Parameter(torch.tensor(0.25)),
+        f"{prefix}lambda_first": torch.tensor(-2.0),
+    }
+    module.load_state_dict(old, assign=assign)
+    assert mix.lambda_v.tolist() == [0.25]
+    assert mix.lambda_first.tolist() == [-2.0]
+    assert all(p.shape == (1,) and p.requires_grad for p in mix.parameters())
+    assert old[f"{prefix}lambda_v"].shape == ()
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lambda_v.*\[2\].*\[1\]"):
+        module.load_state_dict(old | {f"{prefix}lambda_v": torch.ones(2)}, assign=assign)
+
+
+def test_numbers_of_numpy_and_tensors_are_taken() -> None:
+    two: Any = torch.tensor(2)
+    mix = LearnedMix(np.int64(3), lambda_v=np.float32(0.5), lambda_first=two)
+    assert mix.lambda_first.tolist() == [[2.0]] * 3
+    assert FixedMix(np.float64(1.5), two).lambda_first == 2.0
+    assert DenseMix(np.int64(4)).lambda_layers.shape == (4,)
+    embedding = EmbeddingMix(
+        np.int64(7), np.int64(3), np.int64(8), gate_channels=np.int64(4), gate_range=np.float32(2)
+    )
+    assert embedding(sources()).v is not None
+    with pytest.raises(TypeError, match="lambda_v must be a number, got 'a'"):
+        FixedMix("a", 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gate_channels must be at least 1, got 0"):
+        EmbeddingMix(7, 3, 8, gate_channels=0)
+    with pytest.raises(ValueError, match="num_kv_heads must be at least 1, got 0"):
+        LearnedMix(0)

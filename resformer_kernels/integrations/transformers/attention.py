@@ -8,12 +8,14 @@ results, plain tensors, so that checkpointing, sharding and compilers see every 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resformer_kernels.integrations.transformers.cache import ResFormerCache
+from resformer_kernels.integrations.transformers.in_place import hooks, offloads
 from resformer_kernels.integrations.transformers.kernel import (
     NAME,
     is_causal_without_mask,
@@ -43,10 +45,6 @@ class ValueResidualAttention:
     layer_idx: int
     head_dim: int
     attention_dropout: float
-
-    @staticmethod
-    def check_value_projection(stock: Any) -> None:
-        """Raise if the value projection of a stock attention layer cannot be removed."""
 
     def set_mix(self, v_mix: ValueMix, returns_cached_values: bool) -> None:
         """Set the mix; called once, on an attention layer with all weights of the stock one."""
@@ -202,14 +200,21 @@ class EncoderAttention(ValueResidualAttention):
     out_drop: nn.Module
     deterministic_flash_attn: bool
 
-    @staticmethod
-    def check_value_projection(stock: Any) -> None:
-        """Raise TypeError where `Wqkv` cannot be split by rows, as when quantised."""
-        if type(stock.Wqkv) is not nn.Linear:
-            raise TypeError(f"Wqkv must be a torch.nn.Linear, got {type(stock.Wqkv).__name__}")
-
     def drop_value_projection(self) -> None:
-        """Reduce `Wqkv` to the rows of queries and keys."""
+        """Reduce `Wqkv` to the rows of queries and keys.
+
+        TypeError where it has none to cut, as when quantised or pruned, or they are elsewhere.
+        """
+        if type(self.Wqkv) is not nn.Linear:
+            raise TypeError(f"Wqkv must be a torch.nn.Linear, got {type(self.Wqkv).__name__}")
+        tensors = dict(chain(self.Wqkv.named_parameters(), self.Wqkv.named_buffers()))
+        if not tensors.keys() <= {"weight", "bias"}:
+            raise TypeError(f"Wqkv must hold a weight and a bias alone, got {sorted(tensors)}")
+        if any(map(offloads, hooks(self.Wqkv))):
+            raise TypeError(
+                "Wqkv's weight is offloaded by a hook of accelerate, and cannot be split there: "
+                "convert the model before it is dispatched"
+            )
         self.Wqkv.out_features = rows = 2 * self.Wqkv.out_features // 3
         for name, parameter in list(self.Wqkv.named_parameters()):
             part = nn.Parameter(parameter.detach()[:rows].clone(), parameter.requires_grad)

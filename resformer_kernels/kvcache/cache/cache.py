@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class SharedValueCache:
     any order, with `append` or within `attend`. Layers count from 0. Then the next step may begin,
     and `crop`, `reorder`, `fork` and `free` may be called; `rollback` gives up an unfinished step.
     Sequences go by names, ints that `add`, `fork` and `reorder` return; `sequences` has those of
-    the batch in order. A call that raises leaves the cache as it was.
+    the batch in order. A call that raises leaves the cache as it was. `copy` and `pickle` make an
+    independent cache of the same contents, an unfinished step's included.
 
     Whether keys are rotated (RoPE) before they are appended is the caller's choice. The models of
     this package append rotated ones, which `reorder`, `fork` and `crop` keep right.
@@ -55,12 +57,6 @@ class SharedValueCache:
     Raises:
         TypeError, ValueError: an argument of the wrong type or range, or a mix of the two forms.
         RuntimeError: paged, and the host module is not built.
-
-    Attributes:
-        keys: (key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk).
-        values: (value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv).
-        key_scales, value_scales: float32, the same without the last axis; None where the cache is
-            not quantised.
     """
 
     def __init__(
@@ -96,11 +92,29 @@ class SharedValueCache:
         shape = (rows, length, num_kv_heads)
         self._keys = Slots((layout.num_key_slots, *shape, head_dim), dtype, self.device)
         self._values = Slots((layout.num_value_slots, *shape, value_dim), dtype, self.device)
-        self.keys, self.key_scales = self._keys.codes, self._keys.scales
-        self.values, self.value_scales = self._values.codes, self._values.scales
         slots = {"k": self._keys, "v": self._values}
         self._transactions = Transactions(layout, slots, self._place)
         self._batch = self._place.create(batch or 0)
+
+    @property
+    def keys(self) -> Tensor:
+        """(key_slots, B, T, Hkv, Dk) or (key_slots, pages, page_size, Hkv, Dk)."""
+        return self._keys.codes
+
+    @property
+    def values(self) -> Tensor:
+        """(value_slots, B, T, Hkv, Dv) or (value_slots, pages, page_size, Hkv, Dv)."""
+        return self._values.codes
+
+    @property
+    def key_scales(self) -> Tensor | None:
+        """float32, as `keys` without its last axis; None where the cache is not quantised."""
+        return self._keys.scales
+
+    @property
+    def value_scales(self) -> Tensor | None:
+        """float32, as `values` without its last axis; None where the cache is not quantised."""
+        return self._values.scales
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -134,6 +148,10 @@ class SharedValueCache:
             f"sequences of {self.dtype} on {self.device}, {self.nbytes} bytes, "
             f"{self.utilisation:.0%} used)"
         )
+
+    def __copy__(self) -> SharedValueCache:
+        # Two caches over the same tensors would each take for free what the other has written to.
+        return copy.deepcopy(self)
 
     def append(
         self,
@@ -198,6 +216,8 @@ class SharedValueCache:
             the layer's slots lack its tokens.
         """
         steps, chosen = self._transactions, self._names(sequences)
+        if isinstance(q, Tensor) and q.dim() == 4:
+            steps.check_rows("q", q, chosen)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
         lengths, table = steps.state(layer, new, chosen)
         keys, key_scales = self._keys.slot(steps.slot("k", layer))

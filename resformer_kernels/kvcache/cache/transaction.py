@@ -98,7 +98,8 @@ class Transactions:
                 f"{name} must be None: layer {layer} reads layer {owner}'s {_KINDS[name]}, got "
                 f"{describe(new)}"
             )
-        if (new.shape[0], *new.shape[2:]) != (len(chosen), heads, dim) or new.shape[1] < 1:
+        self.check_rows(name, new, chosen)
+        if new.shape[2:] != (heads, dim) or new.shape[1] < 1:
             raise ValueError(f"{name} must be {axes}, T >= 1, got shape {tuple(new.shape)}")
         if self.open is not None and (name, slot) in self.open.written:
             raise RuntimeError(
@@ -118,6 +119,16 @@ class Transactions:
         elif new.dtype != self._dtype:
             raise TypeError(f"{name} must have the cache's dtype {self._dtype}, got {new.dtype}")
         return new
+
+    def check_rows(self, name: str, x: Tensor, chosen: tuple[int, ...]) -> None:
+        """ValueError unless `x` has a row for each of the sequences that a call is about."""
+        rows, wanted = x.shape[0], len(chosen)
+        if rows != wanted:
+            raise ValueError(
+                f"{name} must have a row for each of {wanted} sequences of the cache, got shape "
+                f"{tuple(x.shape)}: name {rows} with sequences=, let add or free change their "
+                f"number, or make a cache of batch={rows}"
+            )
 
     def _check_sequences(self, step: Transaction, chosen: tuple[int, ...]) -> None:
         if step.sequences != chosen:
