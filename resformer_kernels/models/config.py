@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+
+from resformer_kernels._core.checks import integer, real
 
 VARIANTS = (
     "transformer",
@@ -40,9 +43,16 @@ def default_sparse_layers(num_layers: int) -> int:
     return min(num_layers - 1, max(1, round(3 * num_layers / 8)))
 
 
+_SIZES = (
+    *("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("mlp_hidden", "short_window", "sparse_layers", "gate_channels"),
+)
+_REALS = ("attention_scale", "norm_eps", "logit_softcap", "rope_base", "gate_range")
+
+
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """A small decoder. Raises ValueError where a field is out of range.
+    """A small decoder. Raises ValueError or TypeError where a field is out of range or no number.
 
     Attributes:
         variant: one of `VARIANTS`.
@@ -104,16 +114,14 @@ class LanguageModelConfig:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.mlp not in ("swiglu", "relu2"):
             raise ValueError(f"mlp must be 'swiglu' or 'relu2', got {self.mlp!r}")
+        optional = {field.name for field in fields(self) if field.default is None}
+        for read, names in ((partial(integer, least=1), _SIZES), (real, _REALS)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in optional:
+                    object.__setattr__(self, name, read(name, value))
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap must be 0 or more, got {self.logit_softcap}")
-        positive = ("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "gate_channels")
-        optional = ("num_kv_heads", "head_dim", "mlp_hidden", "short_window", "sparse_layers")
-        for name in (*positive, *optional):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(
                 f"window_pattern must be letters S and L, such as 'SSSL', got "

@@ -53,7 +53,8 @@ def reservoir_scan(
         leak: a, a number in [0, 1], or a tensor () or (N,) of the state's dtype.
         bias: b, (N,), of the state's dtype.
         initial_state: h_0, (B, N), packed (sequences, N), of the state's dtype; None: zeros.
-        activation: f, "tanh", "relu" or "identity".
+        activation: f, "tanh", "relu", "identity", "sigmoid", "softplus", or "softmax" over the N
+            units of a step (of each group on its own), which the reference alone serves.
         mode: "sequential" steps through time. "chunked" runs pieces of time at once from guessed
             states and again from corrected ones until they agree; see `tolerance`. "auto" takes
             whichever is expected to be faster, by shape. A backward runs in the same mode.

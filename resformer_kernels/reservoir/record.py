@@ -26,8 +26,10 @@ from resformer_kernels._core.op import refuse_vmap
 NAME = "reservoir_scan"
 
 # Ops take an activation and a mode as its place in these tuples: C++ reads no strings.
-ACTIVATIONS = ("tanh", "relu", "identity")
-TANH, RELU, IDENTITY = range(3)
+ACTIVATIONS = ("tanh", "relu", "identity", "sigmoid", "softplus", "softmax")
+TANH, RELU, IDENTITY, SIGMOID, SOFTPLUS, SOFTMAX = range(6)
+UNBOUNDED = ("relu", "identity", "softplus")
+"""Activations that bound the state for no weights."""
 MODES = ("auto", "sequential", "chunked")
 AUTO, SEQUENTIAL, CHUNKED = range(3)
 REDUCTIONS = ("none", "last", "mean", "gram")
@@ -117,6 +119,13 @@ class ReservoirCall(NamedTuple):
         units = torch.arange(self.units, device=self.rows.device)
         # The number of entries is known: counting them would have the host wait for a GPU.
         return units.repeat_interleave(self.rows.diff(), output_size=self.weight.shape[0])
+
+
+def couples_units(call: ReservoirCall) -> str | None:
+    """Why kernels that finish a step tile by tile of units cannot serve this call."""
+    if call.activation != SOFTMAX:
+        return None
+    return "softmax couples the units of a step, which its kernels finish some at a time"
 
 
 class ReducedCall(NamedTuple):

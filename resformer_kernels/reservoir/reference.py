@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir.record import (
@@ -83,8 +84,7 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     dtype = call.inputs.dtype
     recur = _product(call)
     project = None if call.input_weight is None else call.input_weight.to(dtype)
-    functions = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
-    activate = functions[ACTIVATIONS[call.activation]]
+    activate = _activation(call)
     leak = call.leak
 
     def step(state: Tensor, inputs: Tensor) -> Tensor:
@@ -95,6 +95,21 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
         return updated
 
     return step
+
+
+def _activation(call: ReservoirCall) -> Callable[[Tensor], Tensor]:
+    """f of z (..., N)."""
+    groups = call.weight.shape[0] if call.weight.dim() == 3 else 1
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "tanh": torch.tanh,
+        "relu": torch.relu,
+        "identity": lambda z: z,
+        "sigmoid": torch.sigmoid,
+        # Not F.softplus, which is the identity above 20.
+        "softplus": lambda z: -F.logsigmoid(-z),
+        "softmax": lambda z: z.unflatten(-1, (groups, -1)).softmax(-1).flatten(-2),
+    }
+    return functions[ACTIVATIONS[call.activation]]
 
 
 def _product(call: ReservoirCall) -> Callable[[Tensor], Tensor]:
