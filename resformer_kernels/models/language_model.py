@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resformer_kernels._core.checks import integer
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.kvcache.cache.layout import KVLayout
 from resformer_kernels.models.config import LanguageModelConfig
@@ -290,6 +291,7 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
     Raises:
         ValueError: even mlp_hidden = 1 exceeds the budget.
     """
+    parameters = integer("parameters", parameters, 1)
     slope = (3 if config.mlp == "swiglu" else 2) * config.dim * config.num_layers
     fixed = parameter_count(replace(config, mlp_hidden=1)) - slope
     hidden = round((parameters - fixed) / slope)
