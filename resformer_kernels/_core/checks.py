@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,14 +42,6 @@ def check_real(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {describe(value)}")
 
 
-def check_count(name: str, count: object, least: int) -> None:
-    """TypeError unless `count` is an int; ValueError unless it is `least` or more."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
-
-
 def real(name: str, value: Any) -> Any:
     """`value` as a Python number. Python's and numpy's real numbers are taken, and arrays and
     tensors of no axes that hold one; TypeError for anything else, bool included.
@@ -76,6 +69,19 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     return held  # type: ignore[return-value]
 
 
+def alone(value: Any) -> bool:
+    """Whether `value` is one thing, not several: it has no axis to walk along."""
+    return not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """A sequence, array or tensor of one axis as Python ints; TypeError for anything else."""
+    if alone(values):
+        raise TypeError(f"{name} must be a sequence of ints, got {describe(values)}")
+    items = values.tolist() if hasattr(values, "tolist") else values
+    return [x if type(x) is int else integer(f"{name}[{i}]", x) for i, x in enumerate(items)]
+
+
 def _held(name: str, value: Any) -> Any:
     """What an array or tensor of no axes holds, or the value itself; None for a bool or an axis."""
     if isinstance(value, Tensor) and value.requires_grad:
@@ -86,6 +92,14 @@ def _held(name: str, value: Any) -> Any:
     axes = getattr(value, "ndim", 0)
     held = value.item() if axes == 0 and hasattr(value, "item") else value
     return None if axes or isinstance(held, bool) else held
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """ValueError that says where, if `x` holds a NaN or an infinity."""
+    wrong = ~x.isfinite()
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name} is not finite: it holds {x[place].item()} at index {place}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    alone,
     autocast_dtype,
     check_device,
     check_tensor,
-    describe,
+    integer,
     readable,
 )
 from resformer_kernels.kvcache.record import ATTEND, QUANTISED, KVCacheCall
@@ -44,9 +45,12 @@ def check_tensors(
 def _autocast(x: Tensor, cache: Tensor) -> Tensor:
     """Under autocast queries and new tokens follow the cache, whose dtype is fixed."""
     wanted = autocast_dtype(x.device, x.dtype)
-    if wanted == x.dtype:
-        return x
-    return x.to(wanted if cache.dtype in QUANTISED else cache.dtype)
+    if cache.dtype in QUANTISED:
+        return x.to(wanted)
+    # What is 16-bit already follows too; float64 is left alone, as autocast leaves it.
+    casts = autocast_dtype(x.device, torch.float32) is not torch.float32
+    follows = casts and x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(cache.dtype) if follows and cache.dtype in DTYPES else x
 
 
 def _check_dtypes(
@@ -166,10 +170,10 @@ def _check_int32_rows(name: str, x: Any, rank: int, axes: str, q: Tensor) -> Non
 def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
     """cache_seqlens as an int32 tensor (B,)."""
     batch = q.shape[0]
-    if isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
-        if not -(2**31) <= cache_seqlens < 2**31:
-            raise ValueError(f"cache_seqlens must fit in 32 bits, got {cache_seqlens}")
-        number: Any = cache_seqlens
+    if alone(cache_seqlens):
+        number: Any = integer("cache_seqlens", cache_seqlens)
+        if not -(2**31) <= number < 2**31:
+            raise ValueError(f"cache_seqlens must fit in 32 bits, got {number}")
         return q.new_empty((batch,), dtype=torch.int32).fill_(number)
     axes = f"({batch},), int32, one length per sequence, or an int for all"
     _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q)
@@ -197,13 +201,12 @@ def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
 
 def check_splits(num_splits: Any) -> int:
     """num_splits, an int in its range."""
-    if not isinstance(num_splits, int) or isinstance(num_splits, bool):
-        raise TypeError(f"num_splits must be an int, got {describe(num_splits)}")
+    num_splits = integer("num_splits", num_splits)
     if not 0 <= num_splits <= MOST_SPLITS:
         raise ValueError(
             f"num_splits must be 0 (chosen by length) or 1 to {MOST_SPLITS}, got {num_splits}"
         )
-    return num_splits
+    return int(num_splits)
 
 
 def check_contents(call: KVCacheCall, given: Tensor | int) -> None:

