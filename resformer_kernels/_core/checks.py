@@ -32,6 +32,17 @@ def check_tensor(name: str, value: object, rank: int, axes: str) -> None:
         raise ValueError(f"{name} must be {axes}, got {describe(value)}")
 
 
+def check_ids(token_ids: object, axes: str) -> None:
+    """TypeError or ValueError unless token_ids is a tensor of two axes of integers."""
+    check_tensor("token_ids", token_ids, 2, axes)
+    assert isinstance(token_ids, Tensor)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        said = ""
+        if token_ids.is_floating_point() and not token_ids.numel():
+            said = ": torch.tensor of an empty list is one of floats, unless its dtype is given"
+        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}{said}")
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")

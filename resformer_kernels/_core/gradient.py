@@ -148,3 +148,11 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def vmap(_info: Any, _in_dims: Any, function: str, *_arguments: Any) -> NoReturn:
         raise RuntimeError(vmap_error(function))
+
+
+def seeing(x: Tensor, leaves: Sequence[Tensor | None]) -> Tensor:
+    """x, from which leaves that nothing has read have gradients of zeros, as from a kernel."""
+    for leaf in leaves:
+        if leaf is not None:
+            x = x + leaf.flatten()[:0].sum().to(x.dtype)
+    return x

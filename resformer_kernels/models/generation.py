@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_tensor, integer, integers, real
+from resformer_kernels._core.checks import check_ids, integer, integers, real
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.models.config import LanguageModelConfig
 
@@ -104,7 +104,8 @@ def generate(
 
     Args:
         model: a `LanguageModel`.
-        token_ids: (B, T) integers, T at least 1: the prompts, padded on the right with any value.
+        token_ids: (B, T) int64 or int32, the prompts, padded on the right with any value. T is at
+            least 1 where B is.
         max_new_tokens: number of tokens to generate, at least 1.
         lengths: tokens of each prompt, 1 to T; None: T each.
         temperature: 0 takes the likeliest token; else logits are divided by it and one is drawn.
@@ -139,6 +140,9 @@ def generate(
         cache = model.new_cache(token_ids.shape[0], room)
     before = cache.lengths
     _check_room(model, before, token_ids.shape, prompts, max_new_tokens)
+    if not prompts:
+        nothing = torch.zeros((0,), dtype=torch.int64, device=token_ids.device)
+        return Generation(nothing[:, None], nothing)
     try:
         last = _prefill(model, token_ids, prompts, cache, prefill_chunk or token_ids.shape[1])
         drawn = _continue(model, last, cache, max_new_tokens, sampling, generator, stop_token)
@@ -187,8 +191,9 @@ def _prefill(
     before = cache.lengths
     ends = torch.tensor(prompts, device=token_ids.device) - 1
     last: Tensor | None = None
-    for start in range(0, max(prompts, default=1), chunk):
-        piece = token_ids[:, start : min(start + chunk, max(prompts, default=1))]
+    longest = max(prompts)
+    for start in range(0, longest, chunk):
+        piece = token_ids[:, start : min(start + chunk, longest)]
         hidden = model.hidden(piece, cache)
         last = torch.zeros_like(hidden[:, 0]) if last is None else last
         here = (ends >= start) & (ends < start + piece.shape[1])
@@ -202,11 +207,9 @@ def _prefill(
 
 
 def _check_prompts(token_ids: Any, lengths: Any) -> list[int]:
-    check_tensor("token_ids", token_ids, 2, "(B, T)")
-    if token_ids.is_floating_point() or token_ids.dtype is torch.bool:
-        raise TypeError(f"token_ids must be integers, got {token_ids.dtype}")
+    check_ids(token_ids, "(B, T)")
     batch, longest = token_ids.shape
-    if longest < 1:
+    if batch and longest < 1:
         raise ValueError(f"token_ids must hold a token at least, got shape {(batch, longest)}")
     if lengths is None:
         return [longest] * batch

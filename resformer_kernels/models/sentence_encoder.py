@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from resformer_kernels._core.checks import integer, integers
+from resformer_kernels._core.checks import check_ids, integer, integers
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import Block
 from resformer_kernels.nn import RotaryEmbedding
@@ -49,10 +49,7 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """(sentences, out_features) of token_ids int64 (sentences, L), L at most max_seqlen."""
-        if token_ids.dim() != 2:
-            raise ValueError(
-                f"token_ids must be (sentences, L), got shape {tuple(token_ids.shape)}"
-            )
+        check_ids(token_ids, "(sentences, L)")
         cos, sin = self.rotary.on(token_ids.device)(token_ids.shape[1])
         x = self.embedding(token_ids)
         earlier: tuple[Tensor, ...] = ()
@@ -114,6 +111,8 @@ class MiniLM(nn.Module):
     @torch.no_grad()
     def forward(self, sentences: Sequence[str]) -> Tensor:
         """(sentences, out_features) float32; sentences are truncated at 128 tokens."""
+        if not len(sentences):
+            return torch.zeros((0, self.out_features), device=self.model.device)
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt"
         ).to(self.model.device)
