@@ -15,6 +15,7 @@ from torch import Tensor
 from resformer_kernels._core.checks import (
     DTYPES,
     check_cu_seqlens,
+    check_dense,
     check_flag,
     check_real,
     check_tensor,
@@ -215,10 +216,10 @@ def check_call(
 
 def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """(values, rows, columns, units)."""
-    forms = (
-        "weight must be a tensor (N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor "
-        "(N, N), or a RingWeight"
+    axes = (
+        "(N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor (N, N), or a RingWeight"
     )
+    forms = f"weight must be a tensor {axes}"
     if isinstance(weight, RingWeight):
         values, columns = _check_ring(weight, inputs)
         return values, None, columns, values.shape[0]
@@ -230,8 +231,7 @@ def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, T
         _check_matrix("weight", weight, inputs)
         rows, columns = weight.crow_indices().long(), weight.col_indices().long()
         return weight.values(), rows, columns, weight.shape[0]
-    if weight.layout is not torch.strided:
-        raise TypeError(f"{forms}, got layout {weight.layout}")
+    check_dense("weight", weight, axes)
     square = weight.dim() == 1 or (weight.dim() in (2, 3) and weight.shape[-1] == weight.shape[-2])
     if not square or weight.numel() < 1:
         raise ValueError(f"{forms}, got {describe(weight)}")
@@ -311,7 +311,8 @@ def _check_vector(
 
 def _check_leak(leak: Any, inputs: Tensor, units: int) -> Tensor:
     if isinstance(leak, Tensor):
-        if leak.layout is not torch.strided or tuple(leak.shape) not in ((), (units,)):
+        check_dense("leak", leak)
+        if tuple(leak.shape) not in ((), (units,)):
             raise ValueError(f"leak must be a number, () or ({units},), got {describe(leak)}")
         _check_vector("leak", leak, tuple(leak.shape), "one entry a unit", inputs)
         return leak
