@@ -17,6 +17,7 @@ from resformer_kernels._core.checks import (
     alone,
     autocast_dtype,
     check_cu_seqlens,
+    check_dense,
     check_flag,
     check_tensor,
     describe,
@@ -304,8 +305,7 @@ def check_bias(bias: Any, q: Tensor, target: tuple[int, int, int, int]) -> Tenso
         raise TypeError(
             f"attn_bias must be a tensor that broadcasts to {target}, got {describe(bias)}"
         )
-    if bias.layout is not torch.strided:
-        raise TypeError(f"attn_bias must be a dense tensor, got layout {bias.layout}")
+    check_dense("attn_bias", bias)
     if bias.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(
             f"attn_bias must be bool (True = attend), float32 or q's dtype {q.dtype}, "

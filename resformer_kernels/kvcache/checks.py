@@ -16,13 +16,67 @@ from resformer_kernels._core.checks import (
     alone,
     autocast_dtype,
     check_device,
+    check_flag,
     check_tensor,
     integer,
     readable,
 )
+from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
 from resformer_kernels.kvcache.record import ATTEND, QUANTISED, KVCacheCall
 
 MOST_SPLITS = 1024
+
+
+def check_call(
+    q: Tensor,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    *,
+    cache_seqlens: Any,
+    block_table: Any,
+    key_mask: Any = None,
+    causal: Any = False,
+    window: Any = (-1, -1),
+    scale: Any = None,
+    softcap: Any = 0.0,
+    sinks: Any = None,
+    k_scale: Any,
+    v_scale: Any,
+    num_splits: Any = 0,
+    return_lse: Any = False,
+) -> KVCacheCall:
+    """Check and normalise the arguments of the public function, whose q is a batch."""
+    q, k, v = check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    check_scales("k_scale", k_scale, k_cache)
+    check_scales("v_scale", v_scale, v_cache)
+    capacity = check_table(block_table, q, k_cache)
+    left, right = check_window(window, causal)
+    check_sinks(sinks, q)
+    check_flag("return_lse", return_lse)
+    call = KVCacheCall(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=k,
+        v=v,
+        cache_seqlens=check_lengths(cache_seqlens, q),
+        block_table=block_table,
+        key_mask=check_mask(key_mask, q, capacity),
+        window_left=left,
+        window_right=right,
+        scale=check_scale(scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        num_splits=check_splits(num_splits),
+        return_lse=return_lse,
+    )
+    check_contents(call, cache_seqlens)
+    refuse_gradients(call)
+    return call
 
 
 def check_tensors(
@@ -175,7 +229,8 @@ def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
         if not -(2**31) <= number < 2**31:
             raise ValueError(f"cache_seqlens must fit in 32 bits, got {number}")
         return q.new_empty((batch,), dtype=torch.int32).fill_(number)
-    axes = f"({batch},), int32, one length per sequence, or an int for all"
+    # A number in the text would be a constant of a compiled graph.
+    axes = "(batch,), int32, one length per sequence, or an int for all"
     _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q)
     lengths: Tensor = cache_seqlens
     return lengths
@@ -224,7 +279,7 @@ def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
         if length + new > capacity:
             raise ValueError(
                 f"the cache is full: sequence {b} has {length} tokens (cache_seqlens) and "
-                f"{new} are appended, its capacity is {capacity}"
+                f"{new} are appended, its capacity is {capacity}{_pages_of(call)}"
             )
         if call.key_mask is not None and length + new > call.key_mask.shape[1]:
             raise ValueError(
@@ -233,6 +288,12 @@ def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
             )
     if call.block_table is not None and readable(call.block_table):
         _check_pages(call.block_table.cpu(), call.cache_seqlens.cpu() + new, call.k_cache)
+
+
+def _pages_of(call: KVCacheCall) -> str:
+    if call.block_table is None:
+        return ""
+    return f", the {call.block_table.shape[1]} pages of its row of block_table"
 
 
 def _check_pages(table: Tensor, ends: Tensor, k_cache: Tensor) -> None:

@@ -96,10 +96,7 @@ def copy_notes(call: MixCall | EmbeddingCall) -> list[str]:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        check_tensor(name, value, 4, _AXES)
-    if value.dim() not in (3, 4):
-        raise ValueError(f"{name} must be {_AXES}, got {describe(value)}")
+    check_tensor(name, value, (3, 4), _AXES)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 

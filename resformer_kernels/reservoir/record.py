@@ -16,6 +16,7 @@ from resformer_kernels._core.checks import (
     DTYPES,
     alone,
     check_cu_seqlens,
+    check_dense,
     check_flag,
     check_tensor,
     describe,
@@ -228,10 +229,10 @@ def check_call(
 
 def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """(values, rows, columns, units)."""
-    forms = (
-        "weight must be a tensor (N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor "
-        "(N, N), or a RingWeight"
+    axes = (
+        "(N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor (N, N), or a RingWeight"
     )
+    forms = f"weight must be a tensor {axes}"
     if isinstance(weight, RingWeight):
         values, columns = _check_ring(weight, inputs)
         return values, None, columns, values.shape[0]
@@ -243,8 +244,7 @@ def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, T
         rows, columns = weight.crow_indices().long(), weight.col_indices().long()
         values = _check_matrix("weight", weight.values(), inputs)
         return values, rows, columns, weight.shape[0]
-    if weight.layout is not torch.strided:
-        raise TypeError(f"{forms}, got layout {weight.layout}")
+    check_dense("weight", weight, axes)
     square = weight.dim() == 1 or (weight.dim() in (2, 3) and weight.shape[-1] == weight.shape[-2])
     if not square or weight.numel() < 1:
         raise ValueError(f"{forms}, got {describe(weight)}")
@@ -337,7 +337,8 @@ def _check_leak(leak: Any, inputs: Tensor, units: int) -> Tensor:
     if not isinstance(leak, Tensor) and not alone(leak) and hasattr(leak, "__array__"):
         leak = torch.as_tensor(leak, dtype=inputs.dtype, device=inputs.device)
     if isinstance(leak, Tensor):
-        if leak.layout is not torch.strided or tuple(leak.shape) not in ((), (units,)):
+        check_dense("leak", leak)
+        if tuple(leak.shape) not in ((), (units,)):
             raise ValueError(f"leak must be a number, () or ({units},), got {describe(leak)}")
         wide: Tensor = _check_vector("leak", leak, tuple(leak.shape), "one entry a unit", inputs)
         return wide

@@ -116,9 +116,8 @@ def _check_dtype_and_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
 def _check_gates(gates: Any, tokens: Tensor) -> None:
     channels = tokens.shape[-1]
     expected = f"tokens' shape {tuple(tokens.shape)}, or ({channels},) for gates constant in time"
-    if not isinstance(gates, Tensor) or gates.layout is not torch.strided:
-        check_tensor("gates", gates, tokens.dim(), f"of {expected}")
-    if gates.shape != tokens.shape and (gates.dim() != 1 or gates.shape[0] != channels):
+    check_tensor("gates", gates, (1, tokens.dim()), f"of {expected}")
+    if tuple(gates.shape) not in (tuple(tokens.shape), (channels,)):
         raise ValueError(f"gates must have {expected}, got shape {tuple(gates.shape)}")
     _check_dtype_and_device("gates", gates, tokens)
 
