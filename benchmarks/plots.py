@@ -86,8 +86,13 @@ _LOOKS = {
     attention.X_TRANSFORMERS: Look("x-transformers", "yellow", "P"),
     common.FLASH_ATTN: Look("flash-attn", "ink", "<"),
     device.FA3: Look("FlashAttention 3", "ink", ">"),
-    decode.GQA: Look("SDPA, enable_gqa", "muted", "D", "--"),
-    decode.FOLDED: Look("SDPA, group folded", "orange", "s"),
+    **dict.fromkeys(
+        (decode.GQA, decode.GQA + decode.TIME_FIRST), Look("SDPA, enable_gqa", "muted", "D", "--")
+    ),
+    **dict.fromkeys(
+        (decode.FOLDED, decode.FOLDED + decode.TIME_FIRST),
+        Look("SDPA, group folded", "orange", "s"),
+    ),
     decode.OWN_VALUES: Look("ours, a V in each layer", "green", "^"),
     model.DYNAMIC: Look("sdpa, DynamicCache", "muted", "D", "--"),
     model.STATIC: Look("sdpa, StaticCache", "orange", "s"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ from resformer_kernels.testing.inputs import dtype_name
 
 GQA = "SDPA enable_gqa"
 FOLDED = "SDPA, group as length"
+TIME_FIRST = " (B,T,H,D)"
+"""Added to a peer's name where it reads caches in our layout, not in its own."""
 OWN_VALUES = "ours, V a layer"
+
+Caches = Callable[[], tuple[list[Tensor], list[Tensor]]]
+"""Keys and values of every layer."""
+Layout = Callable[[list[Tensor]], list[Tensor]]
 
 _MOST_BYTES_FOR_GQA = 2**29
 """Torch copies half-precision caches for every query head, at about 0.5 GB/s."""
@@ -25,12 +32,13 @@ _MOST_BYTES_FOR_GQA = 2**29
 
 @dataclass(frozen=True)
 class DecodeBenchmark:
-    """Attention of one new token a sequence in every layer, over full caches (B, T, Hkv, D).
+    """Attention of one new token a sequence in every layer, over full caches.
 
     The layers' caches together are larger than the processor's, as a model's are, so that each is
     read from memory. The peers are torch's two ways to decode a query group: `enable_gqa`, and the
-    group folded into the axis of queries. With `shared` every layer reads one V (SVFormer), and
-    the peer is this package's own attention over a V a layer.
+    group folded into the axis of queries; each over contiguous caches (B, Hkv, T, D), as a
+    `StaticCache` of transformers has them, and over ours, (B, T, Hkv, D). With `shared` every layer
+    reads one V (SVFormer), and the peer is this package's own attention over a V a layer.
     """
 
     batch: int
@@ -59,51 +67,62 @@ class DecodeBenchmark:
         return rows * (self.layers + (1 if self.shared else self.layers))
 
     def makers(self) -> Makers:
-        """Ours and the peers, all over the same caches, which the first of them allocates; ours is
+        """Ours and the peers, over the same numbers, which the first of them draws; ours is
         `Unavailable` on a GPU where no kernel serves it."""
         q = torch.randn(self.batch, 1, self.heads, self.head_dim, device=self.device).to(self.dtype)
-        lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
-        grouped = self.heads != self.kv_heads
-        folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
         caches = functools.cache(self._caches)
+
+        if self.shared:
+            return {
+                OURS: lambda: self._ours(q, *caches(), shared=True),
+                OWN_VALUES: lambda: self._ours(q, *caches(), shared=False),
+            }
+        makers: Makers = {OURS: lambda: self._ours(q, *caches(), shared=False)}
+        peers = {GQA: self._gqa, FOLDED: self._folded}
+        if self.heads == self.kv_heads:
+            # Without groups it is the same call as the other.
+            del peers[FOLDED]
+        for name, peer in peers.items():
+            makers[name] = partial(peer, q, caches, _contiguous)
+            makers[name + TIME_FIRST] = partial(peer, q, caches, _viewed)
+        return {**makers, FLASH_ATTN: partial(cuda_only, "flash_attn")}
+
+    def _ours(self, q: Tensor, k: list[Tensor], v: list[Tensor], *, shared: bool) -> Call:
+        lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
 
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)
 
-        def ours(*, shared: bool) -> Call:
-            keys, values = caches()
-            if self.device != "cpu":
-                arguments, options = (q, keys[0], values[0]), {"cache_seqlens": lengths}
-                require_kernel(attention_with_kvcache, arguments, options)
-            return _through(attend, keys, [values[0]] * self.layers if shared else values)
+        if self.device != "cpu":
+            require_kernel(attention_with_kvcache, (q, k[0], v[0]), {"cache_seqlens": lengths})
+        return _through(attend, k, [v[0]] * self.layers if shared else v)
 
-        def enable_gqa(k: Tensor, v: Tensor) -> object:
-            q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=grouped)
+    def _gqa(self, q: Tensor, caches: Caches, layout: Layout) -> Call:
+        grouped = self.heads != self.kv_heads
+        if grouped and self.dtype.itemsize < 4 and self.bytes > _MOST_BYTES_FOR_GQA:
+            raise Unavailable("takes seconds a call at this size")
+        attend = partial(F.scaled_dot_product_attention, q.transpose(1, 2), enable_gqa=grouped)
+        return _through(attend, *map(layout, caches()))
 
-        def gqa() -> Call:
-            if grouped and self.dtype.itemsize < 4 and self.bytes > _MOST_BYTES_FOR_GQA:
-                raise Unavailable("takes seconds a call at this size")
-            return _through(enable_gqa, *caches())
-
-        def fold(k: Tensor, v: Tensor) -> object:
-            return F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2))
-
-        if self.shared:
-            return {OURS: lambda: ours(shared=True), OWN_VALUES: lambda: ours(shared=False)}
-        makers: Makers = {OURS: lambda: ours(shared=False), GQA: gqa}
-        if grouped:
-            # Without groups it is the same call as the other.
-            makers[FOLDED] = lambda: _through(fold, *caches())
-        return {**makers, FLASH_ATTN: functools.partial(cuda_only, "flash_attn")}
+    def _folded(self, q: Tensor, caches: Caches, layout: Layout) -> Call:
+        folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
+        return _through(partial(F.scaled_dot_product_attention, folded), *map(layout, caches()))
 
     def _caches(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every layer."""
+        """Keys and values of every layer, (B, T, Hkv, D)."""
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)
         first = torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
         # Drawing gigabytes of normal numbers would take longer than the measurement.
         others = [first.clone() for _ in range(2 * self.layers - 1)]
         return [first, *others[: self.layers - 1]], others[self.layers - 1 :]
+
+
+def _viewed(caches: list[Tensor]) -> list[Tensor]:
+    return [cache.transpose(1, 2) for cache in caches]
+
+
+def _contiguous(caches: list[Tensor]) -> list[Tensor]:
+    return [cache.transpose(1, 2).contiguous() for cache in caches]
 
 
 def _through(attend: Callable[[Tensor, Tensor], object], k: list[Tensor], v: list[Tensor]) -> Call:

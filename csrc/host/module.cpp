@@ -41,15 +41,28 @@ PYBIND11_MODULE(_host, m) {
       .def("block_table", &block_table, py::arg("sequences"), py::arg("width"))
       .def_property_readonly("num_pages", &PageTable::num_pages)
       .def_property_readonly("page_size", &PageTable::page_size)
-      .def_property_readonly("free_pages", &PageTable::free_pages);
+      .def_property_readonly("free_pages", &PageTable::free_pages)
+      .def(py::pickle([](const PageTable& table) { return table.state(); },
+                      [](const PageTable::State& state) { return PageTable(state); }));
 
   py::class_<DecodeGroup>(m, "DecodeGroup")
       .def_readonly("sequences", &DecodeGroup::sequences)
-      .def_readonly("num_splits", &DecodeGroup::num_splits);
+      .def_readonly("num_splits", &DecodeGroup::num_splits)
+      .def(py::pickle([](const DecodeGroup& group) { return std::tuple(group.sequences, group.num_splits); },
+                      [](const std::tuple<std::vector<int64_t>, int64_t>& state) {
+                        return std::make_from_tuple<DecodeGroup>(state);
+                      }));
   py::class_<DecodePlan>(m, "DecodePlan")
       .def_readonly("groups", &DecodePlan::groups)
       .def_readonly("keys_per_split", &DecodePlan::keys_per_split)
-      .def_readonly("efficiency", &DecodePlan::efficiency);
+      .def_readonly("efficiency", &DecodePlan::efficiency)
+      .def(py::pickle(
+          [](const DecodePlan& plan) {
+            return std::tuple(plan.groups, plan.keys_per_split, plan.efficiency);
+          },
+          [](const std::tuple<std::vector<DecodeGroup>, int64_t, double>& state) {
+            return std::make_from_tuple<DecodePlan>(state);
+          }));
   m.def("plan_decode", &resformer::plan_decode, py::arg("lengths"), py::arg("heads"), py::arg("workers"),
         py::kw_only(), py::arg("tile") = 64, py::arg("overhead") = 64, py::arg("max_groups") = 1);
 }

@@ -27,6 +27,35 @@ PageTable::PageTable(int64_t num_pages, int64_t page_size) : page_size_(page_siz
   for (int64_t page = num_pages - 1; page >= 0; --page) free_.push_back(static_cast<int32_t>(page));
 }
 
+PageTable::PageTable(const State& state) : PageTable(std::get<0>(state), std::get<1>(state)) {
+  const auto require = [](bool holds) {
+    if (!holds) throw std::invalid_argument("state is not that of a page table");
+  };
+  next_ = std::get<4>(state);
+  for (const auto& [name, length, pages] : std::get<3>(state)) {
+    require(name >= 0 && name < next_ && length >= 0);
+    require(static_cast<int64_t>(pages.size()) == pages_for(length));
+    require(sequences_.emplace(name, Sequence{length, pages}).second);
+    for (int32_t page : pages) {
+      require(page >= 0 && page < num_pages());
+      ++holders_[page];
+    }
+  }
+  free_ = std::get<2>(state);
+  std::unordered_set<int32_t> unheld;
+  for (int32_t page : free_) {
+    require(page >= 0 && page < num_pages() && holders_[page] == 0 && unheld.insert(page).second);
+  }
+  require(std::count(holders_.begin(), holders_.end(), 0) == free_pages());
+}
+
+PageTable::State PageTable::state() const {
+  std::vector<std::tuple<SequenceId, int64_t, std::vector<int32_t>>> held;
+  for (const auto& [name, sequence] : sequences_) held.emplace_back(name, sequence.length, sequence.pages);
+  std::sort(held.begin(), held.end());
+  return {num_pages(), page_size_, free_, std::move(held), next_};
+}
+
 const PageTable::Sequence& PageTable::find(SequenceId sequence) const {
   const auto found = sequences_.find(sequence);
   if (found != sequences_.end()) return found->second;

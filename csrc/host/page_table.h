@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -16,7 +17,15 @@ using PageCopy = std::pair<int32_t, int32_t>;
 // does not exist or a length out of range, std::runtime_error where pages run out.
 class PageTable {
  public:
+  // num_pages, page_size, free pages, (name, length, pages) of each sequence, the next name.
+  using State = std::tuple<int64_t, int64_t, std::vector<int32_t>,
+                           std::vector<std::tuple<SequenceId, int64_t, std::vector<int32_t>>>, SequenceId>;
+
   PageTable(int64_t num_pages, int64_t page_size);
+
+  // A table equal to the one that `state` was taken from.
+  explicit PageTable(const State& state);
+  State state() const;
 
   // Adds empty sequences.
   std::vector<SequenceId> create(int64_t count);

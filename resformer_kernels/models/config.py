@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 
 from resformer_kernels._core.checks import integer, real
 
@@ -43,16 +42,10 @@ def default_sparse_layers(num_layers: int) -> int:
     return min(num_layers - 1, max(1, round(3 * num_layers / 8)))
 
 
-_SIZES = (
-    *("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-    *("mlp_hidden", "short_window", "sparse_layers", "gate_channels"),
-)
-_REALS = ("attention_scale", "norm_eps", "logit_softcap", "rope_base", "gate_range")
-
-
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """A small decoder. Raises ValueError or TypeError where a field is out of range or no number.
+    """A small decoder. Raises TypeError or ValueError where a field is of another type, or out of
+    range.
 
     Attributes:
         variant: one of `VARIANTS`.
@@ -114,12 +107,15 @@ class LanguageModelConfig:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.mlp not in ("swiglu", "relu2"):
             raise ValueError(f"mlp must be 'swiglu' or 'relu2', got {self.mlp!r}")
-        optional = {field.name for field in fields(self) if field.default is None}
-        for read, names in ((partial(integer, least=1), _SIZES), (real, _REALS)):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None or name not in optional:
-                    object.__setattr__(self, name, read(name, value))
+        for field in fields(self):
+            name, kind, value = field.name, str(field.type), getattr(self, field.name)
+            if value is None and "None" in kind:
+                continue
+            # Python's own numbers, which a config.json can hold.
+            if kind.startswith("int"):
+                object.__setattr__(self, name, integer(name, value, 1))
+            elif kind.startswith("float"):
+                object.__setattr__(self, name, real(name, value))
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap must be 0 or more, got {self.logit_softcap}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:

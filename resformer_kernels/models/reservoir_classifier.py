@@ -46,7 +46,8 @@ class ReservoirClassifier(nn.Module):
         dropout, input_dropout: dropout of the hidden layer and of its input.
 
     Raises:
-        ValueError: a size below 1, or features is None and the encoder has no out_features.
+        TypeError, ValueError: a size that is no integer or too small, or features is None and the
+            encoder has no out_features.
     """
 
     def __init__(

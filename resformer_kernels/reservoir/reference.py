@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resformer_kernels._core.gradient import seeing
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir.record import (
     ACTIVATIONS,
@@ -53,9 +54,11 @@ def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
     step = _step(call)
     inputs = call.inputs
     start = call.start()
+    leaves = (inputs, call.weight, call.input_weight, call.leak, call.bias)
     if call.cu_seqlens is None:
         states, last = _sequence(step, inputs.transpose(0, 1), start)
-        return states.transpose(0, 1).contiguous(), last
+        states = states.transpose(0, 1).contiguous()
+        return (states, last) if states.numel() else (seeing(states, leaves), seeing(last, leaves))
     offsets = call.cu_seqlens.tolist()
     pieces, ends = [], []
     for i in range(call.sequences):
@@ -64,7 +67,8 @@ def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
         pieces.append(states.flatten(0, 1))
         ends.append(last)
     pieces.append(inputs.new_zeros((inputs.shape[0] - offsets[-1], call.units)))
-    return torch.cat(pieces), torch.cat(ends) if ends else start.clone()
+    states, last = torch.cat(pieces), torch.cat(ends) if ends else start.clone()
+    return (states, last) if offsets[-1] else (seeing(states, leaves), seeing(last, leaves))
 
 
 def _sequence(

@@ -18,13 +18,22 @@ from benchmarks.workloads import reservoir as reservoir_workloads
 from benchmarks.workloads import scan as scan_workloads
 from benchmarks.workloads.attention import MATH, X_TRANSFORMERS, CPUAttention
 from benchmarks.workloads.common import FLASH_ATTN
-from benchmarks.workloads.decode import FOLDED, GQA, OWN_VALUES, DecodeBenchmark
+from benchmarks.workloads.decode import (
+    FOLDED,
+    GQA,
+    OWN_VALUES,
+    TIME_FIRST,
+    DecodeBenchmark,
+    _contiguous,
+    _viewed,
+)
 from benchmarks.workloads.device import FA3, FLEX
 from benchmarks.workloads.model import DYNAMIC, STATIC, ModelBenchmark
 from benchmarks.workloads.reservoir import CUDA, LOOP, RESERVOIRPY, RNN, ReservoirBenchmark
 from benchmarks.workloads.scan import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
 from resformer_kernels.bench.timing import OURS, Benchmark, Unavailable
 
+IN_BOTH_LAYOUTS = (GQA, GQA + TIME_FIRST, FOLDED, FOLDED + TIME_FIRST)
 ATTENTION = CPUAttention(
     *(1, 2, 2, 12, 8, torch.float32, "forward"), peers=(X_TRANSFORMERS, MATH, FLEX, FA3)
 )
@@ -55,11 +64,9 @@ def test_attention_peers_say_why_not() -> None:
 
 def test_decoding_takes_the_peers_that_differ() -> None:
     case = DecodeBenchmark(1, 4, 2, 8, 8, torch.bfloat16, layers=2)
-    assert set(case.makers()) == {OURS, GQA, FOLDED, FLASH_ATTN}
-    assert set(replace(case, heads=2).makers()) == {OURS, GQA, FLASH_ATTN}
+    assert set(case.makers()) == {OURS, *IN_BOTH_LAYOUTS, FLASH_ATTN}
+    assert set(replace(case, heads=2).makers()) == {OURS, GQA, GQA + TIME_FIRST, FLASH_ATTN}
     assert set(replace(case, shared=True).makers()) == {OURS, OWN_VALUES}
-    for name in (OURS, GQA, FOLDED):
-        case.makers()[name]()()
     absent(case, GQA, "takes seconds", length=2**24)
     replace(case, heads=2).makers()[GQA]()()
 
@@ -166,7 +173,7 @@ def test_the_memory_of_a_call_is_its_peak() -> None:
 
 DECODE = DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2)
 CASES = (
-    (DECODE, {OURS, GQA, FOLDED}),
+    (DECODE, {OURS, *IN_BOTH_LAYOUTS}),
     (replace(DECODE, shared=True), {OURS, OWN_VALUES}),
     (ReservoirBenchmark(8, 2, 20), {OURS, "torch loop", "nn.RNN"}),
     (ReservoirBenchmark(8, 2, 40, mode="chunked"), {OURS, "torch loop", "nn.RNN"}),
@@ -204,3 +211,10 @@ def test_a_mode_that_was_asked_for_is_in_the_name() -> None:
     assert ReservoirBenchmark(8, 1, 20).name == "reservoir_scan dense B1 T20 N8 float32"
     named = ReservoirBenchmark(8, 1, 20, mode="chunked").name
     assert named == "reservoir_scan dense B1 T20 N8 chunked float32"
+
+
+def test_decoding_peers_get_a_layout_of_their_own() -> None:
+    caches = [torch.randn(2, 5, 3, 4)]
+    for found, contiguous in ((_contiguous(caches), True), (_viewed(caches), False)):
+        assert torch.equal(found[0], caches[0].transpose(1, 2))
+        assert found[0].is_contiguous() is contiguous

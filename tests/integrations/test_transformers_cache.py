@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +22,7 @@ from tests.integrations.tiny import (
     left_padded,
     stock,
     tokens,
+    transformers,
 )
 
 pytestmark = [*QUIET]
@@ -128,10 +133,177 @@ def test_int8_stays_near(implementation: str) -> None:
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled])
+def test_a_prompt_is_copied_for_each_continuation(
+    way: Callable[[Any], Any],
+    dtype: torch.dtype | None,
+    variant: str,
+    storage: dict[str, Any],
+) -> None:
+    model = converted("Llama", variant)
+    model.set_attn_implementation("resformer")
+    ids = tokens()
+    prompt = ResFormerCache(model.config, 24, dtype=dtype, **storage)
+    assert way(prompt).length == 0
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=prompt)
+    expected = []
+    for _ in range(2):
+        cache = ResFormerCache(model.config, 24, dtype=dtype, **storage)
+        with torch.no_grad():
+            model(ids[:, :6], past_key_values=cache)
+        expected.append(generate(model, {"input_ids": ids}, past_key_values=cache))
+    for found in expected:
+        twin = way(prompt)
+        assert twin.nbytes == prompt.nbytes
+        assert torch.equal(generate(model, {"input_ids": ids}, past_key_values=twin), found)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        assert prompt.length == 6
+    assert torch.equal(generate(model, {"input_ids": ids}, past_key_values=prompt), expected[0])
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_a_reset_cache_takes_any_batch(
+    variant: str, dtype: torch.dtype | None, storage: dict[str, Any]
+) -> None:
+    model = converted("Llama", variant)
+    cache = ResFormerCache(model.config, 24, dtype=dtype, **storage)
+    for batch, beams in ((2, 1), (1, 1), (3, 1), (3, 1), (1, 3), (2, 1)):
+        inputs = {"input_ids": tokens(batch)}
+        fresh = ResFormerCache(model.config, 24, dtype=dtype, **storage)
+        expected = generate(model, inputs, past_key_values=fresh, num_beams=beams)
+        store = cache.store
+        found = generate(model, inputs, past_key_values=cache, num_beams=beams)
+        assert torch.equal(found, expected)
+        same = store is not None and len(store.sequences) == batch * beams
+        assert (cache.store is store) == same
+        assert (cache.batch_size, cache.nbytes) == (fresh.batch_size, fresh.nbytes)
+        with pytest.raises(
+            ValueError, match=r"holds 18 tokens .* After reset\(\) it takes another"
+        ):
+            generate(model, {"input_ids": tokens(batch + 9)}, past_key_values=cache)
+        assert cache.length == 18
+        cache.reset()
+    double = model.double()
+    with torch.no_grad():
+        expected = double(tokens(), use_cache=False).logits
+        cache = ResFormerCache(model.config, 24)
+        model.float()(tokens(), past_key_values=cache)
+        cache.reset()
+        found = model.double()(tokens(), past_key_values=cache).logits
+    torch.testing.assert_close(found, expected)
+
+
+@both_kinds
+@pytest.mark.parametrize("implementation", ["sdpa", "resformer"])
+def test_a_cache_made_in_inference_mode_is_used_outside_of_it(
+    variant: str, implementation: str, storage: dict[str, Any]
+) -> None:
+    model = converted("Llama", variant).requires_grad_(requires_grad=False)
+    model.set_attn_implementation(implementation)
+    ids = tokens()
+    expected = model(ids).logits[:, 6:]
+    cache = ResFormerCache(model.config, 24, **storage)
+    with torch.inference_mode():
+        model(ids[:, :6], past_key_values=cache)
+        twin = pickled(copy.deepcopy(cache))
+    for each in (cache, twin):
+        each.reorder_cache(torch.tensor([1, 0]))
+        each.reorder_cache(torch.tensor([1, 0]))
+        found = model(ids[:, 6:], past_key_values=each).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "resformer"])
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj", "q_proj"])
+def test_gradients_are_refused_not_wrong(trained: str, implementation: str) -> None:
+    model = converted("Llama").requires_grad_(requires_grad=False)
+    model.set_attn_implementation(implementation)
+    model.get_submodule(f"model.layers.3.self_attn.{trained}").requires_grad_()
+    cache = ResFormerCache(model.config, 24)
+    with pytest.raises(RuntimeError, match="gradient"):
+        sum(
+            model(tokens()[:, i : i + 1], past_key_values=cache).logits.sum() for i in range(3)
+        ).backward()
+
+
+@pytest.mark.parametrize("number", [np.int64, np.array, torch.tensor])
+def test_sizes_may_be_numbers_of_numpy(number: Callable[[int], Any]) -> None:
+    model = converted("Llama", "svformer")
+    cache = ResFormerCache(model.config, number(24))
+    assert (type(cache.max_seqlen), cache.max_seqlen) == (int, 24)
+    found = generate(model, left_padded(), past_key_values=cache)
+    assert torch.equal(found, generate(model, left_padded()))
+    cache = ResFormerCache(model.config, 24, page_size=number(4), num_pages=number(5))
+    assert [type(x) for x in (cache.page_size, cache.num_pages)] == [int, int]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "Qwen3Next": ({}, "linear_attention"),
+    "Bamba": ({}, "linear_attention"),
+    "Jamba": ({}, "linear_attention"),
+    "Zamba": ({}, "hybrid, linear_attention"),
+    "Zamba2": ({}, "hybrid, linear_attention"),
+    "FalconH1": ({}, "hybrid"),
+    "MiniMax": ({}, "linear_attention"),
+    "GraniteMoeHybrid": ({}, "linear_attention"),
+    "RecurrentGemma": ({}, "linear_attention|recurrent"),
+    "NemotronH": ({}, "moe"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "conv|linear"),
+    "Gemma3nText": ({}, "layers that reuse the keys and values of others"),
+    "Gemma3n": ({}, "layers that reuse"),
+    "Mllama": ({}, "cross-attention"),
+    "Bart": ({}, "cross-attention"),
+    "T5": ({}, "cross-attention"),
+    "GPT2": ({"add_cross_attention": True}, "cross-attention"),
+    "Bark": ({}, "no num_hidden_layers"),
+}
+"""Configs of models whose layers do not all cache keys and values: changes, and what is said."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_cache_other_things_are_refused(name: str) -> None:
+    changes, said = OTHERS[name]
+    config = getattr(transformers, f"{name}Config")(**changes)
+    with pytest.raises(ValueError, match=f"config, a {name}Config, has .*({said})"):
+        ResFormerCache(config, 24)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma3", "Llama4", "Qwen2VL", "GptOss", "GPT2"])
+def test_models_of_windows_chunks_and_several_media_are_served(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")()
+    layers = config.get_text_config().num_hidden_layers
+    assert len(ResFormerCache(config, 24).layers) == layers
+
+
+def test_a_multimodal_model_may_use_it() -> None:
+    text = stock("Llama").config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=2)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    found = generate(model, left_padded(), past_key_values=ResFormerCache(model.config, 24))
+    assert torch.equal(found, generate(model, left_padded()))
+
+
 def test_what_the_cache_refuses() -> None:
     model = converted("Llama", "svformer")
     with pytest.raises(ValueError, match="num_pages needs a page_size"):
         ResFormerCache(model.config, 24, num_pages=3)
+    with pytest.raises(TypeError, match="config must be a config of transformers, got SV"):
+        ResFormerCache(model, 24)
+    with pytest.raises(TypeError, match="max_seqlen must be an int, got 2"):
+        ResFormerCache(model.config, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="page_size must be at least 1"):
+        ResFormerCache(model.config, 24, page_size=0)
     cache = ResFormerCache(model.config, 12)
     cache.crop(-1)
     cache.reorder_cache(torch.tensor([0]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from tests.integrations.tiny import (
     DECODERS,
     FAMILIES,
     QUIET,
+    attention_layers,
     build_value_mix,
     convert_to_resformer,
     converted,
     families,
     left_padded,
+    logits,
     stock,
     tokens,
     transformers,
@@ -33,11 +37,6 @@ pytestmark = [*QUIET]
 
 all_families = pytest.mark.parametrize("family", FAMILIES)
 WITH_COEFFICIENTS = ("identity", "constant", "sparse", "learnable", "learnable-plus")
-
-
-def attention_layers(model: Any) -> list[Any]:
-    """The attention module of every layer, stock or converted."""
-    return [getattr(layer, "self_attn", None) or layer.attn for layer in model.base_model.layers]
 
 
 def mixed_by_hooks(model: Any, mix: Callable[[list[Tensor], int], Tensor]) -> Any:
@@ -195,6 +194,32 @@ def test_a_stock_checkpoint_loads_and_its_coefficients_are_initialised(
             assert module.v_mix.lambda_layers.tolist() == pytest.approx([1 / (i + 1)] * (i + 1))
 
 
+@pytest.mark.parametrize("number", [np.float32, np.int64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_tensors_are_saved(
+    number: Callable[[int], Any], tmp_path: Path
+) -> None:
+    for layers in (np.array([3, 1]), torch.tensor([3, 1]), (np.int8(3), np.uint64(1))):
+        options = {"layers": layers, "lambda_v": number(2), "lambda_first": number(1)}
+        model = convert_to_resformer(stock("Llama"), "constant", **options)
+        built = type(model.config)(
+            num_hidden_layers=4,
+            value_residual="constant",
+            value_residual_layers=layers,
+            lambda_v=number(2),
+            lambda_first=number(1),
+        )
+        model.save_pretrained(tmp_path)
+        loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+        for config in (model.config, built, loaded):
+            assert (config.value_residual_layers, config.lambda_v) == ([1, 3], 2.0)
+            found = (*config.value_residual_layers, config.lambda_v, config.lambda_first)
+            assert [type(x) for x in found] == [int, int, float, float]
+        expected = convert_to_resformer(
+            stock("Llama"), "constant", layers=[1, 3], lambda_v=2.0, lambda_first=1.0
+        )
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
 def test_coefficients_stay_float32_beside_16_bits(tmp_path: Path) -> None:
     converted("Llama").save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -220,12 +245,69 @@ def test_hidden_states_and_weights_are_recorded(family: str) -> None:
     assert torch.equal(as_tuple[0], found.logits)
 
 
+def stored(model: Any, _: Path) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def built_anew(model: Any, _: Path) -> Any:
+    """Of its config on the meta device, with its weights; buffers are not in a state_dict."""
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config)).eval()
+    made.load_state_dict(model.state_dict(), assign=True)
+    for module, source in zip(made.modules(), model.modules(), strict=True):
+        module._buffers.update(source._buffers)
+    return made
+
+
+def pretrained(shards: str = "1GB", **options: Any) -> Callable[[Any, Path], Any]:
+    def load(model: Any, folder: Path) -> Any:
+        model.save_pretrained(folder, max_shard_size=shards)
+        return type(model).from_pretrained(folder, **options)
+
+    return load
+
+
+COPIES: dict[str, Callable[[Any, Path], Any]] = {
+    "deep copy": lambda model, _: copy.deepcopy(model),
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)),
+    "torch.save": stored,
+    "a new model": built_anew,
+    "shards": pretrained(shards="20KB"),
+    "little memory": pretrained(low_cpu_mem_usage=True),
+    "device map": pretrained(device_map="auto"),
+}
+"""Ways to get a second model like a first."""
+
+
+@pytest.mark.parametrize("way", COPIES)
 @all_families
-def test_copies_and_pickles(family: str) -> None:
-    model = converted(family)
-    expected = model(tokens()).logits
-    assert torch.equal(copy.deepcopy(model)(tokens()).logits, expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens()).logits, expected)
+def test_copies_compute_the_same(family: str, way: str, tmp_path: Path) -> None:
+    for variant in ("sparse", "learnable", "learnable-plus", "dense", "svformer"):
+        model = converted(family, variant)
+        expected = logits(model)
+        twin = COPIES[way](model, tmp_path / variant)
+        assert type(twin) is type(model)
+        assert torch.equal(logits(twin), expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        if way != "a new model":  # which was given the first one's tensors
+            assert torch.equal(logits(model), expected)
+
+
+@all_families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_equals_one_converted_after_the_cast(family: str, dtype: torch.dtype) -> None:
+    for variant in ("sparse", "dense", "svformer"):
+        model = convert_to_resformer(stock(family), variant).to(dtype)
+        after = convert_to_resformer(stock(family).to(dtype), variant)
+        assert logits(model).dtype is dtype
+        # The same weights; Dense's coefficients are 1/n, rounded here and float32 there.
+        tolerance = 0.1 if dtype.itemsize == 2 and variant == "dense" else 0.0
+        torch.testing.assert_close(logits(model), logits(after), rtol=tolerance, atol=tolerance)
 
 
 def test_embeddings_instead_of_ids() -> None:
@@ -246,9 +328,13 @@ def test_embeddings_instead_of_ids() -> None:
         ({"layers": []}, "layers must be distinct integers, at least one"),
         ({"layers": [1, 1]}, "layers must be distinct integers"),
         ({"layers": [1.5]}, "layers must be distinct integers"),
+        ({"layers": [True]}, "layers must be distinct integers"),
+        ({"layers": np.array([0.5])}, "layers must be distinct integers"),
+        ({"layers": 2}, "layers must be distinct integers, at least one, got 2"),
         ({"variant": "svformer", "lambda_v": 1.0}, "lambda_v must be None for svformer"),
         ({"variant": "dense", "lambda_first": 1.0}, "lambda_first must be None for dense"),
         ({"lambda_v": float("nan")}, "lambda_v must be finite"),
+        ({"lambda_first": np.float32("inf")}, "lambda_first must be finite"),
     ],
 )
 def test_wrong_options_leave_the_model_alone(options: dict[str, Any], message: str) -> None:
@@ -265,7 +351,7 @@ def test_what_cannot_be_converted() -> None:
     with pytest.raises(TypeError, match="has a value residual already"):
         convert_to_resformer(converted("Llama"))
     with pytest.raises(TypeError, match="lambda_v must be a number"):
-        convert_to_resformer(stock("Llama"), lambda_v=torch.tensor(1.0))  # type: ignore[arg-type]
+        convert_to_resformer(stock("Llama"), lambda_v=torch.ones(1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 2 layers"):
         convert_to_resformer(stock("Llama", num_hidden_layers=1))
     model = stock("ModernBert")

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.integrations.tiny import (
@@ -72,6 +75,33 @@ def test_reentrant_checkpointing_is_refused(family: str) -> None:
         model(tokens())
     model.gradient_checkpointing_disable()
     model(tokens())
+
+
+def sharded(model: Any) -> Any:
+    """Every layer, then the rest."""
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.base_model.layers, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings(
+    # A layer returns its values as a view of its projection; nothing writes to them.
+    "ignore:FSDP2-wrapped module .* returned a view tensor",
+    "ignore:No device id is provided:UserWarning",
+)
+@all_families
+@pytest.mark.parametrize("variant", ["learnable", "learnable-plus", "dense", "svformer"])
+def test_a_fully_sharded_model_has_the_same_gradients(family: str, variant: str) -> None:
+    expected = gradients(converted(family, variant))
+    found = gradients(sharded(converted(family, variant)))
+    whole = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in found.items()}
+    torch.testing.assert_close(whole, expected)
+    source = stock(family)
+    fully_shard(source.base_model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"layers\[0\] must be a .*got FSDP.*before its layers are"):
+        convert_to_resformer(source)
 
 
 @all_families

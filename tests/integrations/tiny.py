@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers (pip install 'resformer-kernels[transformers]')"
@@ -22,6 +22,7 @@ from resformer_kernels.integrations.transformers import (  # noqa: E402
     families,
     kernel,
 )
+from resformer_kernels.integrations.transformers import masks as mask_forms  # noqa: E402
 from resformer_kernels.integrations.transformers.config import build_value_mix  # noqa: E402
 
 # Tests import these from here, so that they are skipped where transformers is not installed.
@@ -30,7 +31,9 @@ __all__ = [
     "FAMILIES",
     "QUIET",
     "ResFormerCache",
+    "attention_layers",
     "build_value_mix",
+    "causal",
     "convert_to_resformer",
     "converted",
     "families",
@@ -38,9 +41,13 @@ __all__ = [
     "integration",
     "kernel",
     "left_padded",
+    "logits",
+    "mask_forms",
+    "state",
     "stock",
     "tokens",
     "transformers",
+    "two_sided",
 ]
 
 transformers.logging.set_verbosity_error()
@@ -89,10 +96,32 @@ def converted(family: str, variant: str = "learnable", **options: Any) -> Any:
     return model
 
 
+def attention_layers(model: Any) -> list[Any]:
+    """The attention module of every layer, stock or converted."""
+    return [getattr(layer, "self_attn", None) or layer.attn for layer in model.base_model.layers]
+
+
+def state(model: nn.Module) -> list[Any]:
+    """The class of every module and the identity of all that it holds, also in its dicts."""
+
+    def held(value: Any) -> Any:
+        inner = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else None
+        return id(value), inner
+
+    return [(type(m), [(k, held(v)) for k, v in vars(m).items()]) for m in model.modules()]
+
+
 def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
     """(batch, length) token ids that are neither padding nor special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 64, (batch, length), generator=generator)
+
+
+def logits(model: Any) -> Tensor:
+    """Those of `tokens()`, without gradients."""
+    with torch.no_grad():
+        found: Tensor = model(tokens()).logits
+    return found
 
 
 def left_padded(length: int = 11, padding: int = 4) -> dict[str, Tensor]:
@@ -106,3 +135,17 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
     """The prompt and 8 tokens, greedily."""
     found: Tensor = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
     return found
+
+
+def causal(window: int | None = None) -> Any:
+    """The mask function of causal order, or of a window that includes the query's own key."""
+    if window is None:
+        return transformers.masking_utils.causal_mask_function
+    return transformers.masking_utils.sliding_window_causal_mask_function(window)
+
+
+def two_sided(window: int | None = None) -> Any:
+    """The mask function of all keys, or of a window on both sides of the query's own key."""
+    if window is None:
+        return transformers.masking_utils.bidirectional_mask_function
+    return transformers.masking_utils.sliding_window_bidirectional_mask_function(window)

@@ -157,7 +157,8 @@ def test_a_layer_may_not_read_what_is_not_there_yet(cache: SharedValueCache) -> 
 @pytest.mark.parametrize(
     ("new", "error", "said"),
     [
-        ({"k": k(batch=3)}, ValueError, r"k must be \(2, T, 2, 8\), T >= 1, got shape \(3, 1"),
+        ({"k": k(batch=3)}, ValueError, "k must have a row for each of 2 sequences of the cache"),
+        ({"v": v(batch=1)}, ValueError, r"got shape \(1, 1, 2, 12\): .*or make a cache of batch=1"),
         ({"k": torch.randn(2, 1, 4, DIM)}, ValueError, r"k must be \(2, T, 2, 8\)"),
         ({"k": k(0)}, ValueError, "T >= 1"),
         ({"k": k()[0]}, ValueError, r"k must be \(2, T, 2, 8\)"),
@@ -193,7 +194,9 @@ def test_what_the_op_refuses_appends_nothing(
     refuses(cache, error, said, lambda: cache.attend(0, q(), k(), v(), **options))
     wrong = torch.randn(2, 1, HEADS, DIM + 1)
     refuses(cache, ValueError, "head_dim", lambda: cache.attend(0, wrong, k(), v()))
-    refuses(cache, ValueError, "batch size", lambda: cache.attend(0, q(batch=3), k(), v()))
+    said = "q must have a row for each of 2 sequences of the cache"
+    refuses(cache, ValueError, said, lambda: cache.attend(0, q(batch=3), k(), v()))
+    refuses(cache, ValueError, said, lambda: cache.attend(0, q(batch=1)))
 
 
 def test_a_kernel_that_fails_leaves_no_step(

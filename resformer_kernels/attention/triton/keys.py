@@ -34,7 +34,7 @@ from resformer_kernels.attention.triton.loads import (
 )
 from resformer_kernels.attention.triton.problem import config_of, descriptor_of, shared, values
 from resformer_kernels.attention.triton.rows import Incoming
-from resformer_kernels.attention.triton.softmax import NO_BIAS, probabilities, scores
+from resformer_kernels.attention.triton.softmax import ADDITIVE, NO_BIAS, probabilities, scores
 from resformer_kernels.attention.triton.tiles import (
     Limits,
     narrowed,
@@ -110,6 +110,7 @@ def keys_gradient_kernel(
     grad_out,
     base,
     delta,
+    rest,
     slots,
     dk,
     dv,
@@ -187,9 +188,14 @@ def keys_gradient_kernel(
             row_base = load_row_numbers(
                 RowNumbers(base, base_descriptor, slot), at, first_row, ROWS, phase != 1
             )
+            row_rest = 0.0
+            if scoring.BIAS == ADDITIVE:
+                row_rest = load_row_numbers(
+                    RowNumbers(rest, None, slot), at, first_row, ROWS, True
+                )[None, :]
             seen = seen_by_columns(rows, at, scoring, geometry)
             x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
-            p = probabilities(x, row_base[None, :], scoring)
+            p = probabilities(x, row_base[None, :], row_rest, scoring)
             # (ROWS, BLOCK_V)
             grad_tile = load_row_tile(
                 Source(grad_out, grad_descriptor, geometry, DIM_V, BLOCK_V),

@@ -8,13 +8,21 @@ results, plain tensors, so that checkpointing, sharding and compilers see every 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from resformer_kernels.integrations.transformers.cache import ResFormerCache
-from resformer_kernels.integrations.transformers.kernel import NAME, options_of
+from resformer_kernels.integrations.transformers.in_place import hooks, offloads
+from resformer_kernels.integrations.transformers.kernel import (
+    NAME,
+    is_causal_without_mask,
+    read_mask,
+    scoring,
+)
+from resformer_kernels.integrations.transformers.masks import KeyMask
 from resformer_kernels.nn import ValueMix
 from resformer_kernels.nn.value_mix import ValueSources
 
@@ -37,10 +45,6 @@ class ValueResidualAttention:
     layer_idx: int
     head_dim: int
     attention_dropout: float
-
-    @staticmethod
-    def check_value_projection(stock: Any) -> None:
-        """Raise if the value projection of a stock attention layer cannot be removed."""
 
     def set_mix(self, v_mix: ValueMix, returns_cached_values: bool) -> None:
         """Set the mix; called once, on an attention layer with all weights of the stock one."""
@@ -120,8 +124,7 @@ class DecoderAttention(ValueResidualAttention):
         v = self.mixed_values(own, earlier, hidden_states).transpose(1, 2)
         if self.attends_in_cache(past_key_values, attention_mask):
             new = v if self.projects_values else k[..., :0]
-            options = options_of(self, **self.options(), **kwargs)  # type: ignore[arg-type]
-            out = past_key_values.attend(self.layer_idx, q, k, new, attention_mask, **options)
+            out = self.attend_in_cache(past_key_values, q, k, new, attention_mask, **kwargs)
             return self.o_proj(out.flatten(2)), None, v.transpose(1, 2) if own is None else own
         if past_key_values is not None:
             k, v = self.append_to_cache(past_key_values, k, v)
@@ -130,11 +133,25 @@ class DecoderAttention(ValueResidualAttention):
         return self.o_proj(out), weights, returned
 
     def attends_in_cache(self, cache: Any, mask: Any) -> bool:
-        """Whether to attend in the cache: a `ResFormerCache`, with our kernel and no full mask."""
+        """Whether to attend in the cache: a `ResFormerCache`, with our kernel, without dropout and
+        without a mask that is neither keys nor a window."""
         return (
             isinstance(cache, ResFormerCache)
             and self.config._attn_implementation == NAME
-            and (mask is None or mask.dim() == 2)
+            and not self.options()["dropout"]
+            and (mask is None or isinstance(mask, KeyMask))
+        )
+
+    def attend_in_cache(
+        self, cache: ResFormerCache, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """Append keys and values to the cache and attend there, (B, T, Hq, D)."""
+        causal = is_causal_without_mask(self, kwargs.get("is_causal"), q.shape[2])
+        length = q.shape[2] if mask is None else mask.shape[3]
+        seen = read_mask(mask, q.shape[2], length, causal)
+        options = scoring(**self.options(), **kwargs)
+        return cache.attend(
+            self.layer_idx, q, k, v, seen.keys, causal=False, window=seen.window, **options
         )
 
     def append_to_cache(self, cache: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,14 +200,21 @@ class EncoderAttention(ValueResidualAttention):
     out_drop: nn.Module
     deterministic_flash_attn: bool
 
-    @staticmethod
-    def check_value_projection(stock: Any) -> None:
-        """Raise TypeError where `Wqkv` cannot be split by rows, as when quantised."""
-        if type(stock.Wqkv) is not nn.Linear:
-            raise TypeError(f"Wqkv must be a torch.nn.Linear, got {type(stock.Wqkv).__name__}")
-
     def drop_value_projection(self) -> None:
-        """Reduce `Wqkv` to the rows of queries and keys."""
+        """Reduce `Wqkv` to the rows of queries and keys.
+
+        TypeError where it has none to cut, as when quantised or pruned, or they are elsewhere.
+        """
+        if type(self.Wqkv) is not nn.Linear:
+            raise TypeError(f"Wqkv must be a torch.nn.Linear, got {type(self.Wqkv).__name__}")
+        tensors = dict(chain(self.Wqkv.named_parameters(), self.Wqkv.named_buffers()))
+        if not tensors.keys() <= {"weight", "bias"}:
+            raise TypeError(f"Wqkv must hold a weight and a bias alone, got {sorted(tensors)}")
+        if any(map(offloads, hooks(self.Wqkv))):
+            raise TypeError(
+                "Wqkv's weight is offloaded by a hook of accelerate, and cannot be split there: "
+                "convert the model before it is dispatched"
+            )
         self.Wqkv.out_features = rows = 2 * self.Wqkv.out_features // 3
         for name, parameter in list(self.Wqkv.named_parameters()):
             part = nn.Parameter(parameter.detach()[:rows].clone(), parameter.requires_grad)

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from resformer_kernels._core.checks import integer
 from resformer_kernels.integrations.transformers.config import SVFORMER
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.kvcache.cache.layout import KVLayout
+
+_KINDS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types that cache keys and values; the masks of windows and chunks are the model's."""
+
+
+def _decoder(config: Any) -> Any:
+    """The config of the layers that cache. ValueError unless each of them caches keys and values of
+    every token, and nothing else."""
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config must be a config of transformers, got {type(config).__name__}")
+    decoder: Any = config.get_text_config(decoder=True)
+    kinds = getattr(decoder, "layer_types", None) or getattr(decoder, "layers_block_type", None)
+    others = sorted(set(kinds or ()) - _KINDS)
+    crossed = ("is_encoder_decoder", "add_cross_attention", "cross_attention_layers")
+    modes = getattr(decoder, "kv_sharing_modes", None) or ()
+    if getattr(decoder, "num_hidden_layers", None) is None:
+        found = "no num_hidden_layers: pass the config of the part that generates"
+    elif others:
+        found = f"layers of other types: {', '.join(others)}"
+    elif any(getattr(part, name, None) for part in (config, decoder) for name in crossed):
+        found = "layers of cross-attention, which cache an encoder's keys and values"
+    elif "reuse" in modes or getattr(decoder, "num_kv_shared_layers", None):
+        found = "layers that reuse the keys and values of others"
+    else:
+        return decoder
+    raise ValueError(
+        "ResFormerCache is for models whose every layer caches keys and values of every token, but "
+        f"config, a {type(config).__name__}, has {found}. For others there are transformers' caches"
+    )
 
 
 class _Layer(CacheLayerMixin):
@@ -49,10 +81,15 @@ class ResFormerCache(Cache):
     dtype are known. With `attn_implementation="resformer"` a converted model attends in place with
     `attention_with_kvcache`; any other attention function gets the keys and values, as views unless
     the batch was reordered or they are quantised. Full and sliding layers can be mixed: every layer
-    stores all tokens. Beams, cropping and paging work; gradients do not.
+    stores all tokens. Beams, cropping and paging work.
+
+    Copies (`copy`, `pickle`) are independent. After `reset` another batch, dtype or device may
+    follow. To be used without gradients, under `torch.no_grad()`; a cache made in inference mode
+    may be used outside of it.
 
     Args:
-        config: the model's config. A stock model or a ResFormer gets a standard cache.
+        config: the model's config, that of a multimodal model too. A stock model or a ResFormer
+            gets a standard cache.
         max_seqlen: maximum tokens of a sequence, including the prompt.
         dtype: storage dtype; None: the model's. torch.int8 stores codes and a float32 scale per
             token and head.
@@ -61,6 +98,9 @@ class ResFormerCache(Cache):
         num_pages: pages for all sequences; None: enough for max_seqlen tokens in each.
 
     Raises:
+        TypeError, ValueError: config is not of a model whose every layer caches keys and values of
+            every token, as layers of linear attention, of cross-attention, and layers that reuse
+            others' do not; or a size is not an int of 1 or more (num_pages: 0).
         ValueError, RuntimeError: as `SharedValueCache`, at the first use; RuntimeError when full.
     """
 
@@ -75,22 +115,44 @@ class ResFormerCache(Cache):
     ) -> None:
         if page_size is None and num_pages is not None:
             raise ValueError(f"num_pages needs a page_size, got num_pages={num_pages}")
-        self.max_seqlen, self.dtype = max_seqlen, dtype
-        self.page_size, self.num_pages = page_size, num_pages
-        count = config.num_hidden_layers
+        self.max_seqlen, self.dtype = integer("max_seqlen", max_seqlen, 1), dtype
+        self.page_size = None if page_size is None else integer("page_size", page_size, 1)
+        self.num_pages = None if num_pages is None else integer("num_pages", num_pages, 0)
+        decoder = _decoder(config)
+        count = decoder.num_hidden_layers
         shared: list[int] = []
-        if getattr(config, "value_residual", None) == SVFORMER:
-            shared = config.value_residual_layers
+        if getattr(decoder, "value_residual", None) == SVFORMER:
+            shared = decoder.value_residual_layers
         own = [layer for layer in range(count) if layer not in shared]
         slots = (0 if layer in shared else own.index(layer) for layer in range(count))
         self.layout = KVLayout(tuple(range(count)), tuple(slots))
         self.store: SharedValueCache | None = None
+        self._blank = True
         super().__init__(layers=[_Layer(self, layer) for layer in range(count)])
 
+    def __copy__(self) -> ResFormerCache:
+        # Two caches over one store would each take for free what the other has written to.
+        return copy.deepcopy(self)
+
     def make(self, k: Tensor, v: Tensor) -> SharedValueCache:
-        """The store, allocated at the first call for keys and values like these, (B, Hkv, T, D)."""
+        """The store for keys and values like these, (B, Hkv, T, D): allocated at the first call,
+        and again where it does not fit those that come first after `reset`."""
+        blank, self._blank = self._blank, False
+        dtype = k.dtype if self.dtype is None else self.dtype
         if self.store is not None:
-            return self.store
+            held = (len(self.store.sequences), self.store.num_kv_heads, self.store.keys.shape[-1])
+            new = (k.shape[0], k.shape[1], k.shape[-1])
+            fits = held == new and self.store.device == k.device
+            if fits and (not blank or self.store.dtype == dtype):
+                return self.store
+            if not blank:
+                raise ValueError(
+                    f"keys must be (B, Hkv, T, D) = ({held[0]}, {held[1]}, T, {held[2]}) on "
+                    f"{self.store.device}, as all in this cache, which holds {self.length} tokens "
+                    f"of each of {held[0]} sequences; got {tuple(k.shape)} on {k.device}. After "
+                    "reset() it takes another batch"
+                )
+            self.store = None  # Frees its memory before more is allocated.
         batch = k.shape[0]
         sizes: dict[str, Any] = {"batch": batch, "max_seqlen": self.max_seqlen}
         if self.page_size is not None:
@@ -103,7 +165,7 @@ class ResFormerCache(Cache):
             num_kv_heads=k.shape[1],
             head_dim=k.shape[-1],
             value_head_dim=v.shape[-1],
-            dtype=k.dtype if self.dtype is None else self.dtype,
+            dtype=dtype,
             device=k.device,
         )
         for layer in self.layers:
@@ -160,7 +222,11 @@ class ResFormerCache(Cache):
         return -1 if self.store is None else len(self.store.sequences)
 
     def reset(self) -> None:
-        """Remove every token, and roll back a step that an error interrupted."""
+        """Remove every token, and roll back a step that an error interrupted.
+
+        The next keys may have another batch size, dtype or device; then the store is made anew.
+        """
+        self._blank = True
         if self.store is not None:
             self.store.rollback()
             self.store.crop(0)

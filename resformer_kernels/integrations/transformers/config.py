@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+from resformer_kernels._core.checks import integer, real
 from resformer_kernels.models.config import default_sparse_layers
 from resformer_kernels.models.language_model import CONSTANTS, LEARNED, mixing_layer
 from resformer_kernels.nn import OwnValues, ValueMix
@@ -60,14 +61,10 @@ class ValueResidualFields:
                         f"coefficient, got {value!r}"
                     )
                 continue
-            if value is None:
-                setattr(self, name, defaults[i])
-            elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number or None, got {value!r}")
-            elif not math.isfinite(value):
+            value = defaults[i] if value is None else float(real(name, value))
+            if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value!r}")
-            else:
-                setattr(self, name, float(value))
+            setattr(self, name, value)
 
 
 def _layers(variant: str, layers: Any, count: int) -> list[int]:
@@ -76,10 +73,12 @@ def _layers(variant: str, layers: Any, count: int) -> list[int]:
     if layers is None:
         mixing = default_sparse_layers(count) if variant == "sparse" else count - 1
         return list(range(count - mixing, count))
-    found = list(layers)
-    integers = all(isinstance(x, int) and not isinstance(x, bool) for x in found)
-    if not found or not integers or len(set(found)) != len(found):
-        raise ValueError(f"layers must be distinct integers, at least one, got {found}")
+    try:
+        found = [integer("layers", layer) for layer in layers]
+    except TypeError:
+        found = []
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"layers must be distinct integers, at least one, got {layers!r}")
     if min(found) < 1 or max(found) >= count:
         raise ValueError(
             f"layers must lie within 1 and {count - 1}: layer 0 is where the first values come "

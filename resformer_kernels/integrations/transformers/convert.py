@@ -15,6 +15,7 @@ from resformer_kernels.integrations.transformers.families import (
     Family,
     restructure,
 )
+from resformer_kernels.integrations.transformers.in_place import all_or_nothing, change_class
 from resformer_kernels.integrations.transformers.model import (
     ValueResidualPreTrained,
     refuse_reentrant,
@@ -36,9 +37,12 @@ def convert_to_resformer(
     lambda_first=0.0` the converted model's outputs equal the source's, to the bit; the variants'
     default coefficients change a trained model's output.
 
+    A model that accelerate has dispatched (`device_map`, offloading) keeps its hooks. Where this
+    raises, the model is as it was.
+
     Args:
         model: a model of transformers, with or without a head, such as `LlamaForCausalLM`.
-            Convert it before PEFT wraps it.
+            Convert it before it, or a layer of it, is wrapped (PEFT) or sharded (FSDP2).
         variant: "identity", "constant", "sparse" (fixed coefficients), "learnable" (a pair per
             layer), "learnable-plus" (a pair per KV head), "dense" (learned, over all earlier
             layers) or "svformer"; see `resformer_kernels.models.VARIANTS`.
@@ -55,8 +59,8 @@ def convert_to_resformer(
         optimiser.
 
     Raises:
-        TypeError: model's class cannot be converted, model is already converted, or "svformer"
-            cannot split its weights.
+        TypeError: model's class cannot be converted, model is already converted, a layer of it is
+            not the stock one or has a forward of its own, or "svformer" cannot split its weights.
         ValueError: variant, layers or a coefficient is out of range, or the model checkpoints its
             layers with use_reentrant=True.
     """
@@ -66,28 +70,21 @@ def convert_to_resformer(
     config = copy.deepcopy(stock_config)
     config.__class__ = family.configs[kind]
     config.value_residual = variant
-    config.value_residual_layers = None if layers is None else list(layers)
+    config.value_residual_layers = layers
     config.lambda_v, config.lambda_first = lambda_v, lambda_first
     config.resolve_value_residual()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             refuse_reentrant(module._gradient_checkpointing_func)
-    if variant == SVFORMER:
-        for i in config.value_residual_layers:
-            stock = getattr(model.base_model.layers[i], family.layer.attention_name)
-            family.attention.check_value_projection(stock)
-
-    for module in model.modules():
-        if getattr(module, "config", None) is stock_config:
-            module.config = config
-    model.__class__ = family.models[kind][type(model)]
-    restructure(model)
-    for part in {model, model.base_model}:
-        part._no_split_modules = set(part._no_split_modules) | set(type(part)._no_split_modules)
-        part._keep_in_fp32_modules_strict = {
-            *part._keep_in_fp32_modules_strict,
-            *ValueResidualPreTrained._keep_in_fp32_modules_strict,
-        }
+    with all_or_nothing(model):
+        for module in model.modules():
+            if getattr(module, "config", None) is stock_config:
+                module.config = config
+        change_class(model, "model", type(model), family.models[kind][type(model)])
+        restructure(model)
+        for part in {model, model.base_model}:
+            for name in ("_no_split_modules", "_keep_in_fp32_modules_strict"):
+                setattr(part, name, {*(getattr(part, name) or ()), *getattr(type(part), name)})
     return model
 
 

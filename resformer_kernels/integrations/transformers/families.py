@@ -28,6 +28,7 @@ from resformer_kernels.integrations.transformers.config import (
     ValueResidualFields,
     build_value_mix,
 )
+from resformer_kernels.integrations.transformers.in_place import change_class, device_of
 from resformer_kernels.integrations.transformers.loading import register_scalars
 from resformer_kernels.integrations.transformers.model import (
     DecoderModel,
@@ -189,21 +190,27 @@ def family_of(config: Any) -> tuple[Family, str]:
     raise TypeError(f"config must be of a value-residual model, got {type(config).__name__}")
 
 
+@torch.inference_mode(False)  # Parameters made in inference mode could never be trained.
 def restructure(model: Any) -> None:
     """Add the residual that model.config describes to the layers of a stock model, in place.
 
-    Modules change their class and keep their identity, weights and hooks.
+    Modules change their class and keep their identity, weights and hooks. TypeError where one has
+    another class than the stock one, or could not follow its change: see `change_class`.
     """
     family, kind = family_of(model.config)
-    inner_class = family.models[kind][family.parts.stock("Model")]
+    stock = family.parts.stock
+    inner_class = family.models[kind][stock("Model")]
     inner: Any = model if isinstance(model, inner_class) else model.base_model
     if isinstance(inner.layers[0], family.layer):
         return  # AutoModel built the inner model of this head, with the residual.
-    inner.__class__ = inner_class
+    if inner is not model:
+        change_class(inner, model.base_model_prefix, stock("Model"), inner_class)
     for i, layer in enumerate(inner.layers):
-        layer.__class__ = family.layer
+        name = f"layers[{i}]"
+        change_class(layer, name, stock(family.parts.layer), family.layer)
         attention = getattr(layer, layer.attention_name)
-        attention.__class__ = family.attention
-        with torch.device(next(attention.parameters()).device):
+        name = f"{name}.{layer.attention_name}"
+        change_class(attention, name, stock("Attention"), family.attention)
+        with device_of(attention, layer, model):
             v_mix = build_value_mix(model.config, i)
         attention.set_mix(v_mix.train(attention.training), i == 0 and kind == "SVFormer")

@@ -1,41 +1,27 @@
-"""`attn_implementation="resformer"`: the attention kernel for any model of transformers.
+"""`attn_implementation="resformer"`: the attention kernel for models of transformers.
 
-The attention function is the kernel alone: its values are already mixed. It has a mask function of
-its own; without one transformers would pass no mask and ignore padding. A mask has one of three
-forms:
-
-    None        no mask beyond the module's causal order and window
-    (B, n)      True where a key may be attended to, in addition to causal order and window. Keys
-                after n are unused slots of a static cache
-    (B or 1, 1, Tq, Tk)   the whole mask, including causal order and window; for custom masks
-
-Causal order and window are the module's, as with FlashAttention: `is_causal`, `sliding_window`.
+The attention function is the kernel alone: its values are already mixed. The model's mask says what
+a query may attend to (`masks.py`). Where there is none, `is_causal` does, as with sdpa.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-    sliding_window_bidirectional_mask_function,
-    sliding_window_causal_mask_function,
-)
-from transformers.utils import is_torchdynamo_compiling
-from transformers.utils.import_utils import is_tracing
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import is_torchdynamo_compiling, logging
 
 from resformer_kernels._core.gradient import wants_gradient
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
+from resformer_kernels.integrations.transformers.masks import KeyMask, Window, resformer_mask
+from resformer_kernels.integrations.transformers.support import check_models
 from resformer_kernels.kvcache.api import attention_with_kvcache
 
 NAME = "resformer"
@@ -44,126 +30,38 @@ DECODE_ROWS = 8
 """Queries times query heads per KV head up to which `attention_with_kvcache` is used: there reading
 the keys dominates, and it is two to five times as fast on a CPU; beyond it is slower."""
 
-
-def _parts(function: Any) -> tuple[Any, ...]:
-    """The code objects of a mask function and its closures, without the numbers they hold."""
-    cells = function.__closure__ or ()
-    inner = [cell.cell_contents for cell in cells]
-    flat = [x for item in inner for x in (item if isinstance(item, tuple) else (item,))]
-    return (function.__code__, *(_parts(x) for x in flat if hasattr(x, "__code__")))
+_log = logging.get_logger(f"transformers.{NAME}")  # under the verbosity set for transformers
 
 
-_WINDOWED = (
-    _parts(sliding_window_causal_mask_function(1)),
-    _parts(sliding_window_bidirectional_mask_function(1)),
-)
-
-
-def _says_what_the_module_says(function: Any) -> bool:
-    """Whether a mask function masks by `is_causal` and `sliding_window` alone."""
-    if function is causal_mask_function or function is bidirectional_mask_function:
-        return True
-    # A compiler cannot inspect closures, so under it a window's mask is made in full.
-    return not is_torchdynamo_compiling() and _parts(function) in _WINDOWED
-
-
-def resformer_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False,
-    device: Any = "cpu",
-    **_: Any,
-) -> Tensor | None:
-    """The mask of a forward pass, in its smallest form.
-
-    The arguments are those of every mask function of transformers: queries start at position
-    q_offset, keys at kv_offset, and attention_mask is bool, (B, all tokens so far). Where neither
-    skip is allowed the mask is made in full.
-    """
-    seen = None
-    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
-    if may_skip and not use_vmap and _says_what_the_module_says(mask_function):
-        seen = _keys_so_far(q_length, q_offset, kv_offset)
-    padding = attention_mask
-    known = padding is None or (seen is not None and padding.shape[-1] >= kv_offset + seen)
-    if seen is None or seen > kv_length or not known:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-    if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + seen]
-        if not is_tracing(padding) and bool(padding.all()):
-            padding = None
-    if padding is None and seen < kv_length:
-        return torch.ones((batch_size, seen), dtype=torch.bool, device=device)
-    return padding
-
-
-def _keys_so_far(q_length: int, q_offset: int | Tensor, kv_offset: int) -> int | None:
-    """Number of keys, including the new ones; None where it cannot be read."""
-    if isinstance(q_offset, Tensor):
-        # A static cache holds its length on the device. Reading it costs one synchronisation, which
-        # a long prompt outweighs; for single tokens transformers allows no skip.
-        if is_tracing(q_offset):
-            return None
-        q_offset = int(q_offset)
-    return q_offset + q_length - kv_offset
-
-
-def options_of(
-    module: torch.nn.Module,
-    *,
-    dropout: float = 0.0,
+def scoring(
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    output_attentions: bool = False,
+    cache: Any = None,
+    **_: Any,
 ) -> dict[str, Any]:
-    """Translate the options of an attention function of transformers to the op's.
+    """The op's options, from those of an attention function of transformers.
 
-    The arguments are those of `resformer_attention`. Raises ValueError for unsupported ones.
+    The arguments are those of `resformer_attention`; ValueError for a `cache`.
     """
-    if dropout:
+    if cache is not None:
         raise ValueError(
-            f"attn_implementation='{NAME}' has no dropout, got {dropout}: set "
-            "config.attention_dropout to 0, or choose another implementation for training"
+            f"attn_implementation='{NAME}' does not take the cache of continuous batching, got "
+            f"{type(cache).__name__}"
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            f"attn_implementation='{NAME}' computes no attention weights: output_attentions "
-            "needs attn_implementation='eager'"
+    if output_attentions:
+        _log.warning_once(
+            f"attn_implementation='{NAME}' computes no attention weights, so those of "
+            "output_attentions=True are None: set attn_implementation='eager' for them"
         )
-    for name in ("position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='{NAME}' does not take {name}")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    reach = -1 if sliding_window is None else sliding_window - 1
-    return {
-        "causal": causal,
-        "window": (reach, 0 if causal else reach),
-        "scale": scaling,
-        "softcap": softcap or 0.0,
-        "sinks": s_aux,
-    }
+    return {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+
+
+def is_causal_without_mask(module: Any, is_causal: bool | None, q_length: int) -> bool:
+    """Whether attention without a mask is causal. A single query sees every key."""
+    asked = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return q_length > 1 and bool(asked)
 
 
 def resformer_attention(
@@ -172,62 +70,199 @@ def resformer_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the arguments of transformers' attention functions.
 
     Calls `value_residual_attention`, or `attention_with_kvcache` for few queries outside training
-    and compilation.
+    and compilation. Dropout goes to torch's SDPA.
 
     Args:
         module: the calling attention module; its `is_causal` is the default.
-        query: (B, Hq, Tq, D); read in place, like key and value.
+        query: (B or 1, Hq, Tq, D); read in place, like key and value.
         key: (B, Hkv, Tk, D), not repeated for grouped heads.
         value: (B, Hkv, Tk, Dv).
-        attention_mask: as `resformer_mask` returns it, or additive, (B or 1, Hq or 1, Tq, Tk).
-        kwargs: `scaling`, the factor of q.k; `sliding_window`, the number of keys that a query sees
-            on either side, including its own; `softcap`; `s_aux`, sinks, (Hq,); `is_causal`;
-            `dropout`, which must be 0; `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
-            `max_length_k` for packed sequences, with B = 1.
+        attention_mask: what each query may attend to: as `resformer_mask` returns it, or any bool
+            or additive mask that broadcasts to (B, Hq, Tq, Tk). None: all keys; or, where
+            is_causal, causal order of the first Tq keys.
+        is_causal: read where there is no mask.
+        position_bias: added to the scores, broadcastable to (B, Hq, Tq, Tk).
+        indices: (B, Tq, n) integers, the keys to which a query may attend beside what the mask
+            says (DeepSeek's sparse attention); None: all.
+        kwargs: `scaling`, the factor of q.k; `softcap`; `s_aux`, sinks, (Hq,); `dropout`;
+            `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` for packed
+            sequences, with B = 1. As with FlashAttention, packed sequences have no mask, but
+            `is_causal` and `sliding_window`, the number of keys that a query sees on either side
+            with its own.
 
     Returns:
-        (B, Tq, Hq, Dv), and None for the weights.
+        (B, Tq, Hq, Dv), and None for the weights; `output_attentions=True` warns once.
+
+    Raises:
+        ValueError: dropout together with softcap, sinks or packed sequences, none of which torch's
+            SDPA has; or a cache of continuous batching.
     """
-    options = options_of(module, **kwargs)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if kwargs.get("cu_seq_lens_q") is not None:
-        packed = value_residual_attention_varlen(
-            q.squeeze(0),
-            k.squeeze(0),
-            v.squeeze(0),
-            cu_seqlens_q=kwargs["cu_seq_lens_q"],
-            cu_seqlens_k=kwargs["cu_seq_lens_k"],
-            max_seqlen_q=kwargs["max_length_q"],
-            max_seqlen_k=kwargs["max_length_k"],
-            **options,
+    options = scoring(**kwargs)
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if indices is not None:
+        attention_mask = _select(attention_mask, indices, key.shape[2])
+    if kwargs.get("dropout"):
+        _check_dropout(kwargs["dropout"], packed, options)
+        mask = attention_mask.whole() if isinstance(attention_mask, KeyMask) else attention_mask
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            mask,
+            dropout=kwargs["dropout"],
+            scaling=options["scale"],
+            is_causal=is_causal,
+            position_bias=position_bias,
         )
-        return packed.unsqueeze(0), None
-    by_key = attention_mask is None or attention_mask.dim() == 2
-    if by_key and attention_mask is not None:
-        count = attention_mask.shape[-1]
-        k, v = k[:, :count], v[:, :count]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if packed:
+        return _attend_packed(module, q, k, v, is_causal, options, kwargs), None
+    if q.shape[0] != k.shape[0]:
+        batch = max(q.shape[0], k.shape[0])
+        q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
+    causal = is_causal_without_mask(module, is_causal, q.shape[1])
+    seen = read_mask(attention_mask, q.shape[1], k.shape[1], causal)
+    return _attend(q, k[:, : seen.length], v[:, : seen.length], seen, position_bias, options), None
+
+
+def _select(mask: Tensor | None, indices: Tensor, kv_length: int) -> Tensor:
+    """The mask where it allows the keys that `indices` selects."""
+    selected = indices.new_zeros((*indices.shape[:2], kv_length), dtype=torch.bool)
+    selected = selected.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None or mask.dtype is torch.bool:
+        return selected if mask is None else selected & mask
+    return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
+
+
+def _check_dropout(dropout: float, packed: bool, options: dict[str, Any]) -> None:
+    missing = {
+        "softcap": options["softcap"],
+        "sinks (s_aux)": options["sinks"] is not None,
+        "packed sequences": packed,
+    }
+    for name, given in missing.items():
+        if given:
+            raise ValueError(
+                f"attn_implementation='{NAME}' leaves dropout to torch's SDPA, which has no "
+                f"{name}; got dropout {dropout}: set config.attention_dropout to 0"
+            )
+
+
+def _attend_packed(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool | None,
+    options: dict[str, Any],
+    packing: dict[str, Any],
+) -> Tensor:
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise ValueError(
+            f"packed sequences need is_causal: {type(module).__name__} has no such attribute, and "
+            "the call does not give it"
+        )
+    sliding_window = packing.get("sliding_window")
+    reach = -1 if sliding_window is None else sliding_window - 1
+    packed: Tensor = value_residual_attention_varlen(
+        q.squeeze(0),
+        k.squeeze(0),
+        v.squeeze(0),
+        cu_seqlens_q=packing["cu_seq_lens_q"],
+        cu_seqlens_k=packing["cu_seq_lens_k"],
+        max_seqlen_q=packing["max_length_q"],
+        max_seqlen_k=packing["max_length_k"],
+        window=(reach, 0 if causal else reach),
+        **options,
+    )
+    return packed.unsqueeze(0)
+
+
+class Seen(NamedTuple):
+    """What queries may attend to, in the op's terms."""
+
+    window: Window
+    keys: Tensor | None
+    """(B or 1, count) bool, True where a key may be attended to; None: all."""
+    bias: Tensor | None
+    """Any other mask, bool or additive."""
+    length: int
+    """Keys, from the first on, that are looked at."""
+
+
+def read_mask(mask: Tensor | None, q_length: int, kv_length: int, causal: bool) -> Seen:
+    """What a mask of transformers says; `causal` says what its absence means."""
+    if mask is None and causal and kv_length < q_length:
+        mask = torch.ones(q_length, kv_length, dtype=torch.bool).tril()
+    if mask is None:
+        # As with sdpa, without a mask query i is key i's, and a static cache's later keys unused.
+        return Seen((-1, 0 if causal else -1), None, None, q_length if causal else kv_length)
+    if isinstance(mask, KeyMask):
+        if mask.shape[2:] == (q_length, kv_length):
+            return Seen(mask.window, mask.keys if mask.padded else None, None, mask.keys.shape[1])
+        mask = mask.whole()
+    if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        return Seen((-1, -1), mask[:, 0, 0].expand(-1, kv_length), None, kv_length)
+    return Seen((-1, -1), None, mask, kv_length)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Seen,
+    position_bias: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    by_key = seen.bias is None and position_bias is None
     # A compiler treats that op as writing to its caches and might copy them.
     elsewhere = is_torchdynamo_compiling() or wants_gradient((q, k, v, options["sinks"]))
     if by_key and rows <= DECODE_ROWS and not elsewhere:
+        mask = None if seen.keys is None else seen.keys.expand(q.shape[0], -1)
         decoded: Tensor = attention_with_kvcache(
-            q, k, v, cache_seqlens=k.shape[1], key_mask=attention_mask, **options
+            q,
+            k,
+            v,
+            cache_seqlens=k.shape[1],
+            key_mask=mask,
+            causal=False,
+            window=seen.window,
+            **options,
         )
-        return decoded, None
-    if attention_mask is not None and by_key:
-        options["attn_bias"] = attention_mask[:, None, None, :]
-    elif attention_mask is not None:
-        options.update(causal=False, window=(-1, -1))
-        options["attn_bias"] = attention_mask[..., : k.shape[1]]
-    return value_residual_attention(q, k, v, **options), None
+        return decoded
+    bias = seen.bias if seen.keys is None else seen.keys[:, None, None]
+    if position_bias is not None:
+        bias = _add_masked(position_bias[..., : seen.length], bias)
+    if bias is not None and bias.is_floating_point() and bias.dtype != q.dtype:
+        bias = bias.float()
+    out: Tensor = value_residual_attention(q, k, v, attn_bias=bias, window=seen.window, **options)
+    return out
+
+
+def _add_masked(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias and a mask as one bias."""
+    if mask is None:
+        return position_bias
+    if mask.dtype is torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+    return position_bias + mask
 
 
 def register() -> None:
-    """Register `attn_implementation="resformer"` and its mask function."""
+    """Register `attn_implementation="resformer"` and its mask function, for the models that can be
+    served."""
     AttentionInterface.register(NAME, resformer_attention)
     AttentionMaskInterface.register(NAME, resformer_mask)
+    check_models(NAME)

@@ -29,10 +29,24 @@ class Slots:
     def __init__(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.codes = torch.zeros(shape, dtype=dtype, device=device)
         self.scales: Tensor | None = None
-        if dtype in QUANTISED:
-            self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.codes = torch.zeros(shape, dtype=dtype, device=device)
+            if dtype in QUANTISED:
+                self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+
+    def __getstate__(self) -> tuple[Tensor, torch.dtype, Tensor | None]:
+        # torch cannot read a pickled float8 tensor back; its bytes it can.
+        codes = self.codes
+        stored = codes.view(torch.int8) if codes.dtype.itemsize == 1 else codes
+        return stored, codes.dtype, self.scales
+
+    def __setstate__(self, state: tuple[Tensor, torch.dtype, Tensor | None]) -> None:
+        stored, dtype, scales = state
+        with torch.inference_mode(False):
+            self.codes = _writable(stored).view(dtype)
+            self.scales = None if scales is None else _writable(scales)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Codes, and scales of a quantised cache."""
@@ -59,6 +73,11 @@ class Slots:
             targets = torch.tensor([copy.target for copy in pairs], device=self.codes.device)
             for tensor in self.tensors():
                 tensor[:, targets, :tokens] = tensor[:, sources, :tokens]
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _gather(rows: Tensor, table: Tensor, tokens: int) -> Tensor:

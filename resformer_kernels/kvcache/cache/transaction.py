@@ -16,6 +16,7 @@ from resformer_kernels._core.checks import (
     check_device,
     check_tensor,
     describe,
+    integer,
 )
 from resformer_kernels.kvcache.cache import pages
 from resformer_kernels.kvcache.cache.layout import KVLayout
@@ -66,12 +67,15 @@ class Transactions:
         pending = step.tokens if step is not None and sequence in step.sequences else 0
         return self.place.length(sequence) - pending
 
-    def check(self, layer: Any, new: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Tensor]:
+    def layer(self, layer: Any) -> int:
+        """The number of a layer, checked."""
+        number = integer("layer", layer)
+        if not 0 <= number < self._num_layers:
+            raise ValueError(f"layer must be 0 to {self._num_layers - 1}, got {number}")
+        return number
+
+    def check(self, layer: int, new: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Tensor]:
         """Check the new keys and values of a layer; return those that are given."""
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise TypeError(f"layer must be an int, got {describe(layer)}")
-        if not 0 <= layer < self._num_layers:
-            raise ValueError(f"layer must be 0 to {self._num_layers - 1}, got {layer}")
         given = {n: self._check_one(n, x, layer, chosen) for n, x in new.items() if x is not None}
         if len(given) == 2 and given["k"].shape[1] != given["v"].shape[1]:
             raise ValueError(
@@ -98,7 +102,8 @@ class Transactions:
                 f"{name} must be None: layer {layer} reads layer {owner}'s {_KINDS[name]}, got "
                 f"{describe(new)}"
             )
-        if (new.shape[0], *new.shape[2:]) != (len(chosen), heads, dim) or new.shape[1] < 1:
+        self.check_rows(name, new, chosen)
+        if new.shape[2:] != (heads, dim) or new.shape[1] < 1:
             raise ValueError(f"{name} must be {axes}, T >= 1, got shape {tuple(new.shape)}")
         if self.open is not None and (name, slot) in self.open.written:
             raise RuntimeError(
@@ -118,6 +123,16 @@ class Transactions:
         elif new.dtype != self._dtype:
             raise TypeError(f"{name} must have the cache's dtype {self._dtype}, got {new.dtype}")
         return new
+
+    def check_rows(self, name: str, x: Tensor, chosen: tuple[int, ...]) -> None:
+        """ValueError unless `x` has a row for each of the sequences that a call is about."""
+        rows, wanted = x.shape[0], len(chosen)
+        if rows != wanted:
+            raise ValueError(
+                f"{name} must have a row for each of {wanted} sequences of the cache, got shape "
+                f"{tuple(x.shape)}: name {rows} with sequences=, let add or free change their "
+                f"number, or make a cache of batch={rows}"
+            )
 
     def _check_sequences(self, step: Transaction, chosen: tuple[int, ...]) -> None:
         if step.sequences != chosen:
