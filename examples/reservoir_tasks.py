@@ -284,7 +284,8 @@ def store(results: Sequence[Result], options: argparse.Namespace, path: Path) ->
                     "peers": scores,
                 }
             )
-    settings = {name: getattr(options, name) for name in ("seeds", "dtype", "fold", "quick", "peer")}
+    names = "seeds", "dtype", "fold", "quick", "peer"
+    settings = {name: getattr(options, name) for name in names}
     record = {"machine": machine.describe(), "settings": settings, "tasks": tasks}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -36,7 +36,8 @@ class Forecasts(RunsReservoir):
         Without feedback weights the output is the next input, as in forecasts of the input itself:
         y_t = R(h_t) and h_{t+1} = F(h_t, y_t) for t = 0 to steps - 1. With feedback weights every
         step reads its own input and the output before it: h_{t+1} = F(h_t, u_t, y_t) and
-        y_{t+1} = R(h_{t+1}), where y_0 is `initial_feedback`.
+        y_{t+1} = R(h_{t+1}), where y_0 is `initial_feedback`. Steps one by one are products of
+        PyTorch, whatever `backend` is; those of CSR are calls of the scan.
 
         Folded, a linear readout y = A h + c becomes part of the weights, W' = W + W_in A and
         b' = b + W_in c (or W_fb), made in float64, and one scan runs all steps. In float64 that
