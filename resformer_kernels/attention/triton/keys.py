@@ -330,8 +330,8 @@ def _row_descriptors(
 ) -> dict[str, TensorDescriptor | None]:
     """Descriptors of what is read by tiles of rows: q and dO where tiles hold whole queries, and
     the numbers of rows."""
-    names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
-    names += ("rest_descriptor",)
+    rows = ("base_descriptor", "delta_descriptor", "rest_descriptor")
+    names = ("q_descriptor", "grad_descriptor", *rows)
     if not has_tensor_descriptors(capability(call.q.device)) or call.q.numel() == 0:
         return dict.fromkeys(names)
     whole = config.rows % call.group == 0
