@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from resformer_kernels import mix_value_embedding, mix_values, value_residual_attention
+from resformer_kernels import compat, mix_value_embedding, mix_values, value_residual_attention
+from resformer_kernels.compat import flash_attn, flash_attn_3
 
 SECTION = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text()
 B, T, HKV, D, DV, VOCAB = 2, 7, 3, 8, 6, 11
@@ -25,7 +27,7 @@ def rows(columns: int) -> dict[str, list[str]]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("|") and len(cells) == columns and "---" not in cells[0]:
             found[cells[0]] = cells[1:]
-    found.pop("codebase")
+    found.pop("codebase", None)
     return found
 
 
@@ -199,4 +201,59 @@ def test_imports() -> None:
     q = torch.randn(2, 4, 4, 8)
     assert scope["scaled_dot_product_attention"](q, q, q).shape == q.shape
     assert scope["flash_attn_func"](q, q, q).shape == q.shape
+    assert scope["flash_attn_3"].flash_attn_func(q, q, q).shape == q.shape
     assert "flash_attn_varlen_func" in scope
+
+
+X, ROWS = torch.ones(1, 2, 2, 8), torch.ones(2, 2, 8)
+CU, TABLE = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+PACKED: dict[str, Any] = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), CU),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), 2),
+}
+
+
+def jagged(holes: bool = False) -> Tensor:
+    lengths = torch.tensor([1]) if holes else None
+    return torch.nested.nested_tensor_from_jagged(ROWS, CU.long(), lengths).transpose(1, 2)
+
+
+def sdpa(x: Tensor, **options: Any) -> Any:
+    return compat.scaled_dot_product_attention(x, x, x, **options)
+
+
+def paged(**options: Any) -> Any:
+    return flash_attn.flash_attn_varlen_func(ROWS, X, X, **PACKED, block_table=TABLE, **options)
+
+
+def flash_3(**options: Any) -> Any:
+    return flash_attn_3.flash_attn_func(X, X, X, **options)
+
+
+# What the table of refusals says, in its order: (a word of its row, the call, what it names).
+REFUSED: list[tuple[str, Callable[[], Any], str]] = [
+    ("all", lambda: sdpa(X, dropout_p=0.1), "dropout_p"),
+    ("all", lambda: flash_attn.flash_attn_func(X, X, X, 0.1), "dropout_p"),
+    ("all", lambda: flash_attn.flash_attn_func(X, X, X, alibi_slopes=X), "alibi_slopes"),
+    ("all", lambda: sdpa(torch.nested.nested_tensor([X[0], X[0]])), "nested"),
+    ("all", lambda: sdpa(X.to_sparse()), "sparse"),
+    ("PyTorch's", lambda: sdpa(jagged(), attn_mask=X), "attn_mask"),
+    ("PyTorch's", lambda: sdpa(jagged(holes=True)), "holes"),
+    ("FlashAttention 2's", lambda: paged(v_first=X), "v_first"),
+    *(
+        ("FlashAttention 3's", partial(flash_3, **{name: 1}), name)
+        for name in ("qv", "q_descale", "k_descale", "v_descale", "attention_chunk")
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_refused_is_named() -> None:
+    table = rows(2)
+    table.pop("drop-in")
+    assert list(table) == list(dict.fromkeys(row for row, _, _ in REFUSED))
+    for row, call, named in REFUSED:
+        assert named in table[row][0] or named == "dropout_p"
+        with pytest.raises((NotImplementedError, TypeError, ValueError), match=named):
+            call()
+    assert torch.equal(flash_3(pack_gqa=True, sm_margin=4), flash_3())

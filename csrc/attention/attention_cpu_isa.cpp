@@ -5,36 +5,34 @@
 namespace resformer::RESFORMER_ISA {
 namespace {
 
-void forward(const Problem& p, const ForwardOutput& out) {
+#if defined(RESFORMER_ISA_AVX512_BF16)
+using Bf16Dot = Bf16Pair;
+#else
+using Bf16Dot = F32;
+#endif
+
+// Full precision keeps scores natural, half precision in log2. An additive bias needs natural ones whatever
+// the dtype: log2(e) times the most negative finite number is -inf, and would empty a row masked with it.
+template <template <class, class, Precision> class Kernel, class... Arguments>
+void run(const Problem& p, const Arguments&... arguments) {
+  constexpr Precision full = Precision::full, half = Precision::half;
+  const bool natural = p.bias.kind == Bias::Kind::additive;
   switch (p.dtype) {
     case DType::float32:
-      return Forward<float, F32>(p, out).run();
+      return Kernel<float, F32, full>(p, arguments...).run();
     case DType::float16:
-      return Forward<f16, F32>(p, out).run();
-#if defined(RESFORMER_ISA_AVX512_BF16)
+      return natural ? Kernel<f16, F32, full>(p, arguments...).run()
+                     : Kernel<f16, F32, half>(p, arguments...).run();
     case DType::bfloat16:
-      return Forward<bf16, Bf16Pair>(p, out).run();
-#else
-    case DType::bfloat16:
-      return Forward<bf16, F32>(p, out).run();
-#endif
+      return natural ? Kernel<bf16, Bf16Dot, full>(p, arguments...).run()
+                     : Kernel<bf16, Bf16Dot, half>(p, arguments...).run();
   }
 }
 
+void forward(const Problem& p, const ForwardOutput& out) { run<Forward>(p, out); }
+
 void backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out) {
-  switch (p.dtype) {
-    case DType::float32:
-      return Backward<float, F32>(p, in, out).run();
-    case DType::float16:
-      return Backward<f16, F32>(p, in, out).run();
-#if defined(RESFORMER_ISA_AVX512_BF16)
-    case DType::bfloat16:
-      return Backward<bf16, Bf16Pair>(p, in, out).run();
-#else
-    case DType::bfloat16:
-      return Backward<bf16, F32>(p, in, out).run();
-#endif
-  }
+  run<Backward>(p, in, out);
 }
 
 }  // namespace

@@ -3,20 +3,18 @@
 // sums. See resformer_kernels/attention/README.md for the equations.
 #pragma once
 
-#include "attention/pack.h"
-#include "attention/scores.h"
-#include "attention/waves.h"
+#include "attention/grad_rows.h"
 
 namespace resformer::RESFORMER_ISA {
 
-template <class T, class Dot>
+template <class T, class Dot, Precision precision>
 class Backward {
  public:
   Backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out)
-      : p_(p), in_(in), out_(out) {}
+      : p_(p), in_(in), out_(out), rows_(p, in, out) {}
 
   void run() {
-    const WavePlan plan(p_, kGradRows, kGradKeys, 0, row_tile_words() / kGradRows + columns_k());
+    const WavePlan plan(p_, kGradRows, kGradKeys, 0, rows_.tile_words() / kGradRows + columns_k());
     const int64_t heads = out_.bias_shared ? 0 : plan.heads_a_thread();
     if (heads > 0) return run_whole(plan, heads);
     for (int64_t head = 0; head < plan.heads();) {
@@ -27,8 +25,6 @@ class Backward {
   }
 
  private:
-  static constexpr Precision kPrecision = sizeof(T) == 4 ? Precision::full : Precision::half;
-  using Unit = Scores<kPrecision>;
   static constexpr bool kPairs = Dot::kPack == 2;
 
   int64_t columns_k() const { return round_up(p_.dim_k, kLanes); }
@@ -40,9 +36,9 @@ class Backward {
     parallel_units((plan.heads() + heads - 1) / heads, [&] { return KeyScratch(p_); },
                    [&](int64_t unit, KeyScratch& s) {
                      Wave wave = plan.wave(unit * heads, smaller((unit + 1) * heads, plan.heads()));
-                     wave.packed = s.packed.at_least(wave.row_tiles * row_tile_words());
+                     wave.packed = s.packed.at_least(wave.row_tiles * rows_.tile_words());
                      wave.sums = s.sums.at_least(wave.row_tiles * kGradRows * columns_k());
-                     for (int64_t i = 0; i < wave.row_tiles; ++i) pack_rows(wave, i);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) rows_.pack(wave, i);
                      for (int64_t head = wave.first; head < wave.last; ++head) run_head(wave, head, 0, 1, s);
                      for (int64_t i = 0; i < wave.row_tiles; ++i) write_dq(wave, i, 1);
                    });
@@ -54,11 +50,11 @@ class Backward {
     const int64_t groups = out_.bias_shared ? 1 : wave.last - wave.first;
     const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
     const int64_t splits = owns_columns ? plan.splits(wave, groups) : 1;
-    const Scratch rows(wave.row_tiles * row_tile_words()),
+    const Scratch rows(wave.row_tiles * rows_.tile_words()),
         dq(wave.row_tiles * splits * kGradRows * columns_k());
     wave.packed = rows.get();
     wave.sums = dq.get();
-    parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { pack_rows(wave, unit); });
+    parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { rows_.pack(wave, unit); });
     parallel_units(
         groups * splits, [&] { return KeyScratch(p_); },
         [&](int64_t unit, KeyScratch& s) {
@@ -70,65 +66,8 @@ class Backward {
         wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { write_dq(wave, unit, splits); });
   }
 
-  // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
-  // only, where the summed axis runs over rows), the LSE in the unit of scores, and delta.
-  struct RowPack {
-    float *q, *grad, *q_pairs, *grad_pairs, *lse, *delta;
-  };
-  int64_t row_tile_words() const {
-    const int64_t pairs = kPairs ? kGradRows / 2 * (columns_k() + columns_v()) : 0;
-    return kGradRows * (words_k() + words_v() + 2) + pairs;
-  }
-  RowPack row_pack(const Wave& wave, int64_t tile) const {
-    float* q = wave.packed + tile * row_tile_words();
-    float* grad = q + kGradRows * words_k();
-    float* q_pairs = grad + kGradRows * words_v();
-    float* grad_pairs = q_pairs + (kPairs ? kGradRows / 2 * columns_k() : 0);
-    float* lse = grad_pairs + (kPairs ? kGradRows / 2 * columns_v() : 0);
-    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows};
-  }
   float* dq_tile(const Wave& wave, int64_t tile, int64_t split, int64_t splits) const {
     return wave.sums + (tile * splits + split) * kGradRows * columns_k();
-  }
-
-  void pack_rows(const Wave& wave, int64_t unit) {
-    const RowTile rows = wave.row_tile(unit);
-    const Sequence& seq = *rows.sequence;
-    const RowPack pack = row_pack(wave, wave.packed_rows(rows));
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const int64_t t = seq.q_start + rows.query(r), head = rows.head(r);
-      const T* grad = in_.grad_out.row<const T>(seq.batch, t, head);
-      pack_row<Dot>(p_.q.row<const T>(seq.batch, t, head), p_.dim_k, pack.q + r * words_k());
-      pack_row<Dot>(grad, p_.dim_v, pack.grad + r * words_v());
-      const float delta =
-          dot(grad, in_.out.row<const T>(seq.batch, t, head)) - in_.grad_lse_at(seq.batch, head, t);
-      const int64_t at = seq.batch * in_.lse_stride[0] + head * in_.lse_stride[1] + t * in_.lse_stride[2];
-      const float lse = in_.lse[at];
-      pack.lse[r] = lse == kMinusInf ? 0.0f : lse * Unit::kUnit;
-      pack.delta[r] = delta;
-      // The sink is a column of scores with no value: dP = 0, so dS = -P delta.
-      if (out_.sinks) {
-        const double gap = static_cast<double>(p_.sinks[head]) - lse;
-        out_.sinks[at] = lse == kMinusInf ? 0.0f : -static_cast<float>(__builtin_exp(gap)) * delta;
-      }
-    }
-    if constexpr (kPairs) {
-      for (int64_t r = 0; r < rows.count; r += 2) {
-        const bool last = r + 1 == rows.count;
-        interleave_words(pack.q, words_k(), r, last, columns_k(), pack.q_pairs);
-        interleave_words(pack.grad, words_v(), r, last, columns_v(), pack.grad_pairs);
-      }
-    }
-  }
-
-  template <class A>
-  float dot(const A* a, const T* b) const {
-    Vec sum = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= p_.dim_v; d += kLanes) sum = fma(load(a + d), load(b + d), sum);
-    float total = reduce_add(sum);
-    for (; d < p_.dim_v; ++d) total += to_float(a[d]) * to_float(b[d]);
-    return total;
   }
 
   struct KeyScratch {
@@ -175,7 +114,7 @@ class Backward {
         const RowTile rows{&p_, &seq, head_kv, first, smaller(kGradRows, seq.tq * p_.group - first)};
         if (rows.lo(0) >= key + keys || rows.hi(rows.count - 1) <= key) continue;
         s.bounds.read(rows);
-        run_tile(rows, key, keys, row_pack(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
+        run_tile(rows, key, keys, rows_.at(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
       }
       for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
       if (out_.lambda_v_partial == Partial::column)
@@ -190,13 +129,13 @@ class Backward {
     const int64_t padded = lane_ceil(keys), stride_k = words_k(), stride_v = words_v();
     for (int64_t r = 0; r < padded; r += kLanes) {
       const int64_t count = smaller(kLanes, keys - r);
+      pack_key_rows<Dot, T>(p_.k, seq.batch, seq.k_start + key + r, head, p_.dim_k, count, r, padded,
+                            s.k.get(), s.k_t.get());
       for (int64_t i = 0; i < count; ++i) {
         const int64_t t = seq.k_start + key + r + i;
-        pack_row<Dot>(p_.k.row<const T>(seq.batch, t, head), p_.dim_k, s.k.get() + (r + i) * stride_k);
         const T* value = s.mix.get(seq.batch, t, head, reinterpret_cast<T*>(s.mixed.get()));
         pack_row<Dot>(value, p_.dim_v, s.v.get() + i * stride_v);
       }
-      pack_transposed(s.k.get() + r * stride_k, stride_k, count, stride_k, r, padded, s.k_t.get());
       pack_transposed(s.v.get(), stride_v, count, stride_v, r, padded, s.v_t.get());
     }
     if constexpr (kPairs) {
@@ -213,7 +152,7 @@ class Backward {
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
-                     score_alpha<kPrecision>(p_), s.p.get(), kGradKeys);
+                     score_alpha<precision>(p_), s.p.get(), kGradKeys);
     gemm_scores<Dot>(pack.grad, words_v(), packed_panels(s.v_t.get(), words_v(), padded),
                      (p_.dim_v + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans, 1.0f, s.ds.get(),
                      kGradKeys);
@@ -240,13 +179,18 @@ class Backward {
     float *p = s.p.get() + r * kGradKeys, *ds = s.ds.get() + r * kGradKeys;
     const bool capped = p_.softcap > 0.0f;
     if (needs_transform(p_))
-      transform_row<kPrecision>(rows, r, key, keys, from, to, s.bias.get(), p,
-                                capped ? s.slope.get() : nullptr);
+      transform_row<precision>(rows, r, key, keys, from, to, s.bias.get(), p,
+                               capped ? s.slope.get() : nullptr);
     const int64_t lo = s.bounds.lo[r] - key, hi = s.bounds.hi[r] - key;
     mask_rows<1>(p, 0, from, to, s.bounds.lo + r, s.bounds.hi + r, key);
-    const Vec lse = set1(pack.lse[r]), delta = set1(pack.delta[r]);
+    Vec lse = set1(pack.lse[r]);
+    if (pack.rest[r] != 0.0f) {
+      for (int64_t c = from; c < to; c += kLanes) store(p + c, sub(load(p + c), lse));
+      lse = set1(pack.rest[r]);
+    }
+    const Vec delta = set1(pack.delta[r]);
     for (int64_t c = from; c < to; c += kLanes) {
-      const Vec probability = Unit::exp(sub(load(p + c), lse));
+      const Vec probability = Scores<precision>::exp(sub(load(p + c), lse));
       store(p + c, probability);
       store(ds + c, mul(probability, sub(load(ds + c), delta)));
     }
@@ -350,7 +294,7 @@ class Backward {
     if (kind == Partial::none || kind == Partial::column) return;
     const T* v = value.row<const T>(b, t, h);
     if (kind == Partial::row) {
-      partial[row] = dot(dv, v);
+      partial[row] = dot_rows(dv, v, p_.dim_v);
     } else {
       for (int64_t d = 0; d < p_.dim_v; ++d) partial[row * p_.dim_v + d] = dv[d] * to_float(v[d]);
     }
@@ -387,6 +331,7 @@ class Backward {
   const Problem& p_;
   const BackwardInput& in_;
   const BackwardOutput& out_;
+  const GradRows<T, Dot, precision> rows_;
 };
 
 }  // namespace resformer::RESFORMER_ISA

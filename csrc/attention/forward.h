@@ -13,7 +13,7 @@ constexpr int64_t kRows = 144;
 constexpr int64_t kKeys = 192;
 static_assert(kRows <= kMostRows);
 
-template <class T, class Dot>
+template <class T, class Dot, Precision precision>
 class Forward {
  public:
   Forward(const Problem& p, const ForwardOutput& out) : p_(p), out_(out) {}
@@ -31,8 +31,7 @@ class Forward {
   }
 
  private:
-  static constexpr Precision kPrecision = sizeof(T) == 4 ? Precision::full : Precision::half;
-  using Unit = Scores<kPrecision>;
+  using Unit = Scores<precision>;
 
   int64_t columns() const { return round_up(p_.dim_v, kLanes); }
   int64_t key_words(int64_t keys) const {  // words that K^T and V' of `keys` keys take
@@ -199,7 +198,7 @@ class Forward {
     if (!tile_is_open(rows, key, keys, s.spans)) return;
     gemm_scores<Dot>(s.q.get(), q_words, packed_panels(keys_of(wave, packed_tile), q_words, padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
-                     score_alpha<kPrecision>(p_), s.scores.get(), kKeys);
+                     score_alpha<precision>(p_), s.scores.get(), kKeys);
     for (int64_t r = 0; r < rows.count; r += kRowsAbreast) {
       if (first) prefetch_next_rows(rows, r);
       if (r + kRowsAbreast <= rows.count) {
@@ -225,12 +224,11 @@ class Forward {
     float* scores = s.scores.get() + r * kKeys;
     if (needs_transform(p_)) {
       for (int64_t i = 0; i < count; ++i) {
-        transform_row<kPrecision>(rows, r + i, key, keys, from, to, s.bias.get(), scores + i * kKeys,
-                                  nullptr);
+        transform_row<precision>(rows, r + i, key, keys, from, to, s.bias.get(), scores + i * kKeys, nullptr);
       }
     }
-    softmax_rows<Dot, kPrecision, count>(scores, kKeys, from, to, s.bounds.lo + r, s.bounds.hi + r, key,
-                                         s.state + r, s.acc.get() + r * columns(), columns());
+    softmax_rows<Dot, precision, count>(scores, kKeys, from, to, s.bounds.lo + r, s.bounds.hi + r, key,
+                                        s.state + r, s.acc.get() + r * columns(), columns());
   }
 
   // Prefetches rows of the next tile of Q while this tile passes over its first keys.
@@ -267,7 +265,7 @@ class Forward {
   }
 
   // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives
-  // zeros.
+  // zeros and the sink, which may be too low for the unit of scores.
   void finish(const RowTile& rows, int64_t r, float m, float l, const float* acc) {
     const Sequence& seq = *rows.sequence;
     const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
@@ -284,7 +282,7 @@ class Forward {
     if (out_.lse) {
       float* lse =
           out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
-      *lse = empty ? kMinusInf : Unit::lse(m, l);
+      *lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head] : kMinusInf;
     }
   }
 

@@ -343,21 +343,27 @@ static inline Vec exp2(Vec x) {
 }
 #endif
 
-// tanh(x) = e / (e + 2) with e = exp(2x) - 1 built as 2^n (e^r - 1) + (2^n - 1): no cancellation near zero.
-// Its slope 1 - tanh^2 is 4 e^2x / (e + 2)^2, without the cancellation where tanh is near 1.
-static inline Vec tanh(Vec x, Vec* slope) {
+// p of e^x = 2^n (1 + p): no cancellation near zero. For x in [-87, 88].
+static inline Vec reduced_exp(Vec x, Vec* two_n) {
   constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f,
                   kLn2Low = 1.42860682030941723e-6f;
-  const Vec y = clamp_low(sub(zero(), clamp_low(sub(zero(), add(x, x)), -21.0f)), -21.0f);
-  const Vec n = round_nearest(mul(y, set1(kLog2e)));
-  const Vec two_n = power_of_two(n);
-  const Vec r = fma(n, set1(-kLn2Low), fma(n, set1(-kLn2High), y));
+  const Vec n = round_nearest(mul(x, set1(kLog2e)));
+  *two_n = power_of_two(n);
+  const Vec r = fma(n, set1(-kLn2Low), fma(n, set1(-kLn2High), x));
   Vec p = fma(set1(1.0f / 5040.0f), r, set1(1.0f / 720.0f));
   p = fma(p, r, set1(1.0f / 120.0f));
   p = fma(p, r, set1(1.0f / 24.0f));
   p = fma(p, r, set1(1.0f / 6.0f));
   p = fma(p, r, set1(0.5f));
-  p = fma(mul(p, r), r, r);
+  return fma(mul(p, r), r, r);
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1 built as 2^n (e^r - 1) + (2^n - 1): no cancellation near zero.
+// Its slope 1 - tanh^2 is 4 e^2x / (e + 2)^2, without the cancellation where tanh is near 1.
+static inline Vec tanh(Vec x, Vec* slope) {
+  Vec two_n;
+  const Vec p =
+      reduced_exp(clamp_low(sub(zero(), clamp_low(sub(zero(), add(x, x)), -21.0f)), -21.0f), &two_n);
   const Vec e = fma(two_n, p, sub(two_n, set1(1.0f))), divisor = add(e, set1(2.0f));
   if (slope) *slope = div(mul(set1(4.0f), fma(two_n, p, two_n)), mul(divisor, divisor));
   return div(e, divisor);

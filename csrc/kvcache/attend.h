@@ -371,7 +371,8 @@ class CacheAttend {
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator, writes out and LSE: zeros for an empty row.
+  // Adds the sink, divides by the softmax's denominator, writes out and LSE: for an empty row zeros and
+  // the sink, which may be too low for the unit of scores.
   void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, const float* acc) const {
     const int64_t head_q = head(g, h, r), i = query(g, r);
     float weight = 1.0f;
@@ -383,8 +384,9 @@ class CacheAttend {
     }
     const bool empty = l == 0.0f;
     scale_row(acc, empty ? 0.0f : weight / l, p_.values.dim, p_.out.row<T>(g.sequence, i, head_q));
-    if (p_.lse)
-      p_.lse[(g.sequence * p_.heads_q + head_q) * p_.queries + i] = empty ? kMinusInf : Unit::lse(m, l);
+    if (!p_.lse) return;
+    float& lse = p_.lse[(g.sequence * p_.heads_q + head_q) * p_.queries + i];
+    lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head_q] : kMinusInf;
   }
 
   const CacheProblem& p_;

@@ -11,7 +11,7 @@
 
 namespace resformer {
 
-enum class Activation : int32_t { tanh = 0, relu = 1, identity = 2 };
+enum class Activation : int32_t { tanh = 0, relu = 1, identity = 2, sigmoid = 3, softplus = 4 };
 
 // entries: W has one entry per row, as a diagonal or a permutation has.
 enum class WeightKind : int32_t { groups = 0, entries = 1, csr = 2 };

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
   const ReservoirKernels& kernels = current_reservoir_kernels();
   const WeightArgs w = read_weight(weight, rows, columns);
   const ReservoirLayout& layout = w.layout;
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation must be 0 to 4, got ", activation);
   Streams streams = read_streams(inputs, "inputs", cu_seqlens);
   const int64_t last = inputs.dim() - 1, count = static_cast<int64_t>(streams.sequences.size());
   Tensor states = states_like(inputs, layout.units(), streams, cu_seqlens.has_value());

@@ -90,10 +90,43 @@ void store_some(float* p, Vec x, int64_t n) {
 
 Vec absolute(Vec x) { return max(x, sub(zero(), x)); }
 
+Vec negative(Vec x) { return sub(zero(), x); }
+
+Vec exp(Vec x) {
+  Vec two_n;
+  const Vec p = reduced_exp(clamp_low(x, -87.0f), &two_n);
+  return fma(p, two_n, two_n);
+}
+
+// log(1 + t) for t in [0, 1], as 2 atanh(w): no cancellation near zero.
+Vec log1p(Vec t) {
+  const Vec w = div(t, add(t, set1(2.0f))), v = mul(w, w);
+  Vec p = fma(v, set1(0.2815777831f), set1(0.2796515776f));
+  p = fma(p, v, set1(0.4002459523f));
+  p = fma(p, v, set1(0.6666632164f));
+  return mul(w, fma(p, v, set1(2.0f)));
+}
+
+Vec sigmoid(Vec z) {
+  const Vec e = exp(negative(clamp_low(negative(z), -30.0f)));  // e^30 + 1 is e^30
+  return div(e, add(e, set1(1.0f)));
+}
+
+// max returns its second operand where either is NaN.
 Vec activate(Activation activation, Vec z) {
-  if (activation == Activation::tanh) return tanh(z, nullptr);
-  // max returns its second operand where either is NaN.
-  return activation == Activation::relu ? max(zero(), z) : z;
+  switch (activation) {
+    case Activation::tanh:
+      return tanh(z, nullptr);
+    case Activation::relu:
+      return max(zero(), z);
+    case Activation::sigmoid:
+      return sigmoid(z);
+    case Activation::softplus:
+      return add(max(zero(), z), log1p(exp(negative(absolute(z)))));
+    case Activation::identity:
+      break;
+  }
+  return z;
 }
 
 template <class E>

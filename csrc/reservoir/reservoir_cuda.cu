@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor inputs, Tensor weight, std::op
                                            std::optional<Tensor> initial_state, int64_t activation,
                                            int64_t mode, double tolerance, std::optional<Tensor> cu_seqlens) {
   STD_TORCH_CHECK(!rows && !columns, "CUDA kernels take dense and grouped weights alone");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation must be 0 to 4, got ", activation);
   Recurrence r{};
   read_weight(weight, inputs, false, &r);
   read_inputs(inputs, "inputs", cu_seqlens, &r);

@@ -246,6 +246,11 @@ __device__ __forceinline__ void hear(const Recurrence& r, const Block<E>& b, uin
 
 __device__ __forceinline__ float activate(Activation activation, float z) {
   if (activation == Activation::tanh) return tanhf(z);
+  if (activation == Activation::sigmoid || activation == Activation::softplus) {
+    const float below = expf(-fabsf(z)), part = z < 0.0f ? below : 1.0f;
+    if (activation == Activation::sigmoid) return part / (1.0f + below);
+    return (z < 0.0f ? 0.0f : z) + log1pf(below);
+  }
   // A NaN stays.
   return activation == Activation::relu && z < 0.0f ? 0.0f : z;
 }

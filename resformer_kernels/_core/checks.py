@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,23 +13,82 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PYTHON = (int, float, torch.SymInt, torch.SymFloat)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+CAUSAL_BIAS = "torch.nn.attention.bias.CausalBias"
+# Subclasses of torch's own whose memory is not their value, and whose `__torch_dispatch__`, if they
+# have one, takes no op of this package. By name: importing them costs every import of the package.
+_STAND_INS = {
+    CAUSAL_BIAS: (
+        "a CausalBias, which names a mask without holding one: pass causal=True, whose alignment "
+        "is that of causal_lower_right, or a bool mask"
+    ),
+    "torch.distributed.tensor.DTensor": (
+        "a DTensor, for which the ops have no sharding rules: pass its to_local()"
+    ),
+}
 
 
 def describe(value: object) -> str:
     """A short account of what an argument was, for error messages."""
     if isinstance(value, Tensor):
+        if value.is_nested:  # it has no shape
+            return f"a nested tensor of {value.dim()} axes, {value.dtype}, on {value.device}"
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
 
-def check_tensor(name: str, value: object, rank: int, axes: str) -> None:
-    """TypeError unless `value` is a dense tensor; ValueError unless it has `rank` axes."""
+def check_tensor(name: str, value: object, rank: int | tuple[int, ...], axes: str) -> None:
+    """TypeError unless `value` is a dense tensor; ValueError unless it has `rank` axes, or as many
+    as one of several ranks."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {axes}, got {describe(value)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor {axes}, got layout {value.layout}")
-    if value.dim() != rank:
+    check_dense(name, value, axes)
+    axis_count = value.dim()
+    if axis_count != rank and (isinstance(rank, int) or axis_count not in rank):
         raise ValueError(f"{name} must be {axes}, got {describe(value)}")
+
+
+def check_ids(token_ids: object, axes: str) -> None:
+    """TypeError or ValueError unless token_ids is a tensor of two axes of integers."""
+    check_tensor("token_ids", token_ids, 2, axes)
+    assert isinstance(token_ids, Tensor)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        said = ""
+        if token_ids.is_floating_point() and not token_ids.numel():
+            said = ": torch.tensor of an empty list is one of floats, unless its dtype is given"
+        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}{said}")
+
+
+def check_dense(name: str, tensor: Tensor, axes: str = "") -> None:
+    """TypeError where a tensor's memory, read by its strides, would not be its value.
+
+    Other subclasses are taken: those with memory are read, and the dispatcher hands an op on one
+    without memory to its class.
+    """
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    if dense and type(tensor) in _PLAIN:
+        return
+    if tensor.is_nested:
+        found = f"a nested tensor (layout {tensor.layout})"
+    elif not dense:
+        found = f"layout {tensor.layout}"
+    else:
+        kind = stand_in(type(tensor))
+        if not kind:
+            return
+        found = _STAND_INS[kind]
+    raise TypeError(f"{name} must be {f'a dense tensor {axes}'.rstrip()}, got {found}")
+
+
+def stand_in(kind: type) -> str:
+    """Which of torch's classes that only stand for a tensor `kind` is; "" for all others."""
+    names = (f"{base.__module__}.{base.__name__}" for base in kind.__mro__)
+    return next((name for name in names if name in _STAND_INS), "")
+
+
+# torch.compile does not trace through the bases of a class.
+stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_flag(name: str, value: object) -> None:
@@ -39,14 +99,6 @@ def check_flag(name: str, value: object) -> None:
 def check_real(name: str, value: object) -> None:
     if not isinstance(value, _PYTHON) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-
-
-def check_count(name: str, count: object, least: int) -> None:
-    """TypeError unless `count` is an int; ValueError unless it is `least` or more."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
 def real(name: str, value: Any) -> Any:
@@ -76,6 +128,19 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     return held  # type: ignore[return-value]
 
 
+def alone(value: Any) -> bool:
+    """Whether `value` is one thing, not several: it has no axis to walk along."""
+    return not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """A sequence, array or tensor of one axis as Python ints; TypeError for anything else."""
+    if alone(values):
+        raise TypeError(f"{name} must be a sequence of ints, got {describe(values)}")
+    items = values.tolist() if hasattr(values, "tolist") else values
+    return [x if type(x) is int else integer(f"{name}[{i}]", x) for i, x in enumerate(items)]
+
+
 def _held(name: str, value: Any) -> Any:
     """What an array or tensor of no axes holds, or the value itself; None for a bool or an axis."""
     if isinstance(value, Tensor) and value.requires_grad:
@@ -86,6 +151,14 @@ def _held(name: str, value: Any) -> Any:
     axes = getattr(value, "ndim", 0)
     held = value.item() if axes == 0 and hasattr(value, "item") else value
     return None if axes or isinstance(held, bool) else held
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """ValueError that says where, if `x` holds a NaN or an infinity."""
+    wrong = ~x.isfinite()
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name} is not finite: it holds {x[place].item()} at index {place}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:
@@ -119,16 +192,16 @@ def check_cu_seqlens(
     cu_seqlens: object,
     name: str,
     rows: Tensor,
-    extent: str,
+    extent: str | None,
     *,
     argument: str = "cu_seqlens",
     sequences: str = "sequences",
 ) -> list[int] | None:
     """Check the offsets of sequences packed along the first axis of `rows`, which is called `name`.
 
-    `extent` says in an error how many rows there are, as in "the {} tokens"; `argument` is what the
-    caller calls the offsets, and `sequences` their number. Returns the offsets where they may be
-    read.
+    `extent` says in an error how many rows there are, as in "the {} tokens"; None: they lie
+    elsewhere, and their number is not checked. `argument` is what the caller calls the offsets, and
+    `sequences` their number. Returns the offsets where they may be read.
     """
     check_tensor(argument, cu_seqlens, 1, f"({sequences} + 1,), int32")
     assert isinstance(cu_seqlens, Tensor)
@@ -152,7 +225,7 @@ def check_cu_seqlens(
                 f"{argument} must not decrease, got {offsets[i]} after {offsets[i - 1]} "
                 f"at index {i}"
             )
-    if offsets[-1] > rows.shape[0]:
+    if extent is not None and offsets[-1] > rows.shape[0]:
         raise ValueError(
             f"{argument} must end within {extent.format(rows.shape[0])}, got {offsets[-1]}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_real
+from resformer_kernels._core.checks import alone, check_dense, describe, real
 
 
 def check_coefficient(
@@ -20,18 +20,19 @@ def check_coefficient(
     Under torch.compile a number becomes a tensor too.
     """
     if not isinstance(value, Tensor):
-        check_real(name, value)
+        if not alone(value):
+            raise TypeError(f"{name} must be a number or a tensor, got {describe(value)}")
+        number = real(name, value)
         if not torch.compiler.is_compiling():
-            return None, float(value)
+            return None, float(number)
         # A float argument of an op is a constant of the compiled graph: one compile per value.
         dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
-        value = v.new_ones((), dtype=dtype) * value
+        value = (v.new_ones((), dtype=dtype) * number).to(dtype)
+    check_dense(name, value)
     if value.dtype != v.dtype and value.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32 or {of}'s dtype {v.dtype}, got {value.dtype}")
     if value.device != v.device:
         raise ValueError(f"{name} must be on {of}'s device {v.device}, got {value.device}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     missing = v.dim() - value.dim()
     fits = missing >= 0
     if fits:

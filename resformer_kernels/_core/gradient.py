@@ -120,31 +120,49 @@ def once(
     function: str, run: Callable[..., Sequence[Tensor]], leaves: Sequence[Any]
 ) -> tuple[Tensor, ...]:
     """`run(*leaves)`, the gradient of a public function; differentiating its results raises."""
+    # create_graph=True: the gradients may be used, and only their own gradient is missing.
+    missing = (
+        f"{function} does not support double backward: its gradient cannot be differentiated "
+        "again (backend='reference' can)"
+    )
+    return without_gradient(function, missing, run, leaves)
+
+
+def without_gradient(
+    function: str, missing: str, run: Callable[..., Sequence[Tensor]], leaves: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """`run(*leaves)` for a public function; differentiating its results raises `missing`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # create_graph=True: the gradients may be used, and only their own gradient is missing.
-        return tuple(_Once.apply(function, run, *leaves))
+        return tuple(_Undifferentiable.apply(function, missing, run, *leaves))
     return tuple(run(*leaves))
 
 
-class _Once(torch.autograd.Function):
-    """apply(function, run, *leaves) -> run(*leaves)."""
+class _Undifferentiable(torch.autograd.Function):
+    """apply(function, missing, run, *leaves) -> run(*leaves)."""
 
     @staticmethod
-    def forward(_function: str, run: Callable[..., Any], *leaves: Any) -> tuple[Tensor, ...]:
+    def forward(
+        _function: str, _missing: str, run: Callable[..., Any], *leaves: Any
+    ) -> tuple[Tensor, ...]:
         return tuple(run(*leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         del output
-        ctx.function = inputs[0]
+        ctx.missing = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{ctx.function} does not support double backward: its gradient cannot be "
-            "differentiated again (backend='reference' can)"
-        )
+        raise RuntimeError(ctx.missing)
 
     @staticmethod
     def vmap(_info: Any, _in_dims: Any, function: str, *_arguments: Any) -> NoReturn:
         raise RuntimeError(vmap_error(function))
+
+
+def seeing(x: Tensor, leaves: Sequence[Tensor | None]) -> Tensor:
+    """x, from which leaves that nothing has read have gradients of zeros, as from a kernel."""
+    for leaf in leaves:
+        if leaf is not None:
+            x = x + leaf.flatten()[:0].sum().to(x.dtype)
+    return x

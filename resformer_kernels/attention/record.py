@@ -14,12 +14,16 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    alone,
     autocast_dtype,
     check_cu_seqlens,
+    check_dense,
     check_flag,
-    check_real,
     check_tensor,
     describe,
+    integer,
+    integers,
+    real,
 )
 from resformer_kernels._core.coefficients import check_coefficient
 from resformer_kernels._core.op import SymInt, refuse_vmap
@@ -30,7 +34,6 @@ FIXED, PACKED = "value_residual_attention", "value_residual_attention_varlen"
 LEAVES = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
 """Arguments that have gradients, in the order of the backward op's results and of `grad_mask`."""
 
-_INT = (int, torch.SymInt)
 _FIXED_Q = "(batch, time, heads, head_dim)"
 _FIXED_K = "(batch, time, kv_heads, head_dim)"
 _PACKED_Q = "(total_tokens, heads, head_dim)"
@@ -153,8 +156,8 @@ def check_call(
     batch = q.shape[0]
     if packing is not None:
         cu_q, cu_k, max_q, max_k = packing
-        _check_packing("q", cu_q, max_q, q)
-        _check_packing("k", cu_k, max_k, k)
+        max_q = _check_packing("q", cu_q, max_q, q)
+        max_k = _check_packing("k", cu_k, max_k, k)
         if cu_q.shape != cu_k.shape:
             raise ValueError(
                 f"cu_seqlens_k must have cu_seqlens_q's {cu_q.shape[0]} entries, "
@@ -244,7 +247,7 @@ def coefficients(
                     "values nothing is mixed and the tensor would get no gradient; pass "
                     f"{absent}, or leave {name} a float"
                 )
-            check_real(name, value)
+            real(name, value)
         return None, None, 1.0, 1.0
     first, first_value = check_coefficient("lambda_first", lambda_first, v, query_heads=heads)
     own, own_value = check_coefficient("lambda_v", lambda_v, v, query_heads=heads)
@@ -254,28 +257,26 @@ def coefficients(
 def check_window(window: object, causal: object, name: str = "window") -> tuple[int, int]:
     """Fold `causal` into the window; (left, right), -1 unbounded. `name` is what errors call it."""
     check_flag("causal", causal)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
+    sides = [] if alone(window) else integers(name, window)
+    if len(sides) != 2:
         raise TypeError(f"{name} must be a pair (left, right) of ints, got {describe(window)}")
-    for size in window:
-        if not isinstance(size, _INT) or isinstance(size, bool):
-            raise TypeError(f"{name} must be a pair of ints, got {describe(window)}")
-        if size < -1:
-            raise ValueError(f"{name} takes sizes of 0 or more, or -1 (unbounded), got {window}")
-    left, right = window
+    left, right = sides
+    if left < -1 or right < -1:
+        raise ValueError(f"{name} takes sizes of 0 or more, or -1 (unbounded), got {window}")
     return left, 0 if causal else right
 
 
 def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     if scale is None:
         return float(head_dim**-0.5)
-    check_real(name, scale)
+    scale = real(name, scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{name} must be finite, got {scale}")
     return float(scale)
 
 
 def check_softcap(softcap: Any) -> float:
-    check_real("softcap", softcap)
+    softcap = real("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
     return float(softcap)
@@ -304,8 +305,7 @@ def check_bias(bias: Any, q: Tensor, target: tuple[int, int, int, int]) -> Tenso
         raise TypeError(
             f"attn_bias must be a tensor that broadcasts to {target}, got {describe(bias)}"
         )
-    if bias.layout is not torch.strided:
-        raise TypeError(f"attn_bias must be a dense tensor, got layout {bias.layout}")
+    check_dense("attn_bias", bias)
     if bias.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(
             f"attn_bias must be bool (True = attend), float32 or q's dtype {q.dtype}, "
@@ -326,8 +326,8 @@ def check_bias(bias: Any, q: Tensor, target: tuple[int, int, int, int]) -> Tenso
     return bias[(None,) * missing] if missing else bias
 
 
-def _check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, rows: Tensor) -> None:
-    """Check one of the two cu_seqlens and its max_seqlen; `rows` is q or k, as `name` says."""
+def _check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, rows: Tensor) -> int:
+    """Check one of the two cu_seqlens; its max_seqlen. `rows` is q or k, as `name` says."""
     offsets = check_cu_seqlens(
         cu_seqlens,
         name,
@@ -337,15 +337,13 @@ def _check_packing(name: str, cu_seqlens: Any, max_seqlen: Any, rows: Tensor) ->
         sequences="batch",
     )
     argument = f"max_seqlen_{name}"
-    if not isinstance(max_seqlen, _INT) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{argument} must be an int, got {describe(max_seqlen)}")
-    if max_seqlen < 0:
-        raise ValueError(f"{argument} must be 0 or more, got {max_seqlen}")
+    most = integer(argument, max_seqlen, 0)
     if offsets is None:
-        return
+        return most
     longest = max((end - start for start, end in itertools.pairwise(offsets)), default=0)
-    if longest > max_seqlen:
+    if longest > most:
         raise ValueError(
             f"{argument} must be at least the longest sequence of cu_seqlens_{name}, {longest}, "
-            f"got {max_seqlen}"
+            f"got {most}"
         )
+    return most

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from resformer_kernels._core.checks import DTYPES, autocast_dtype, describe
+from resformer_kernels._core.checks import DTYPES, autocast_dtype, check_dense, describe
 
 _AXES = "(..., heads, time, head_dim)"
+_DENSE = f"{_AXES}, or jagged as query, key and value are"
 
 
 def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
@@ -22,11 +24,9 @@ def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {_AXES}, got {describe(x)}")
-        if x.dim() < 2 or x.dim() != query.dim():
-            raise ValueError(
-                f"{name} must be {_AXES}, at least the last two, with as many axes as query, "
-                f"got {describe(x)}"
-            )
+        check_dense(name, x, _DENSE)
+        if x.dim() < 2:
+            raise ValueError(f"{name} must be {_AXES}, at least the last two, got {describe(x)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if autocast_dtype(x.device, x.dtype) != autocast_dtype(query.device, query.dtype):
@@ -51,29 +51,36 @@ def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
 
 
 def broadcast_inputs(
-    query: Tensor, key: Tensor, value: Tensor | None, v_first: Tensor | None, enable_gqa: bool
+    tensors: Sequence[Tensor | None], enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Views with at least a batch axis, equal leading axes, and heads as the op takes them."""
-    named = {"query": query, "key": key, "value": value, "v_first": v_first}
-    q, k, *values = (x if x is None else x[(None,) * max(0, 4 - x.dim())] for x in named.values())
+    """Views of query, key, value and v_first with at least a batch axis, equal leading axes, and
+    heads as the op takes them."""
+    named = dict(zip(("query", "key", "value", "v_first"), tensors, strict=True))
+    rank = max(4, *(x.dim() for x in named.values() if x is not None))
+    q, k, *values = (x if x is None else x[(None,) * (rank - x.dim())] for x in named.values())
     assert q is not None
     assert k is not None
     keyed = [k, *(x for x in values if x is not None)]
     lead = _common([x.shape[:-3] for x in (q, *keyed)], named)
     (kv_heads,) = _common([x.shape[-3:-2] for x in keyed], named)
     heads = kv_heads if q.shape[-3] == 1 and not enable_gqa else q.shape[-3]
-    grouped = kv_heads > 0 and heads % kv_heads == 0
     # The kernels broadcast a single KV head to all query heads without copying it.
-    if kv_heads not in (1, heads) and not (enable_gqa and grouped):
-        hint = "; enable_gqa=True allows a multiple" if grouped else ""
-        raise ValueError(
-            f"query must have as many heads as key and value, {kv_heads}, got {heads}{hint}"
-        )
+    check_heads(heads, kv_heads, kv_heads == 1 or enable_gqa)
     k, *values = (
         x if x is None else x.expand(*lead, kv_heads, *x.shape[-2:]) for x in (k, *values)
     )
     assert k is not None
     return q.expand(*lead, heads, *q.shape[-2:]), k, values[0], values[1]
+
+
+def check_heads(heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    """ValueError unless query has as many heads as key and value, or a multiple where allowed."""
+    grouped = kv_heads > 0 and heads % kv_heads == 0
+    if heads != kv_heads and not (enable_gqa and grouped):
+        hint = "; enable_gqa=True allows a multiple" if grouped else ""
+        raise ValueError(
+            f"query must have as many heads as key and value, {kv_heads}, got {heads}{hint}"
+        )
 
 
 def _common(shapes: Sequence[torch.Size], named: dict[str, Tensor | None]) -> torch.Size:
@@ -86,6 +93,11 @@ def _common(shapes: Sequence[torch.Size], named: dict[str, Tensor | None]) -> to
                 given = {name: tuple(x.shape) for name, x in named.items() if x is not None}
                 raise ValueError(f"axes before the last two must broadcast, got shapes {given}")
     return torch.Size(common)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x; where it has no channels, with one of zeros: kernels take one or more."""
+    return functional.pad(x, (0, 1)) if x.dim() > 0 and x.shape[-1] == 0 else x
 
 
 def fold(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -108,6 +120,8 @@ def fold_coefficient(name: str, coefficient: Any, value: Tensor, rank: int) -> A
     """
     if not isinstance(coefficient, Tensor):
         return coefficient
+    check_dense(name, coefficient)
+    coefficient = wide(coefficient)
     target = value.shape[-rank:] if rank < value.dim() else value.shape
     if not _broadcasts(coefficient, target):
         heads = value.shape[-3]
@@ -127,6 +141,7 @@ def fold_mask(mask: Any, query: Tensor, key: Tensor, rank: int) -> Tensor | None
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {describe(mask)}")
+    check_dense("attn_mask", mask)
     dtype = autocast_dtype(query.device, query.dtype)
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         raise TypeError(

@@ -13,15 +13,70 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    alone,
     autocast_dtype,
     check_device,
+    check_flag,
     check_tensor,
-    describe,
+    integer,
     readable,
 )
+from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
 from resformer_kernels.kvcache.record import ATTEND, QUANTISED, KVCacheCall
 
 MOST_SPLITS = 1024
+
+
+def check_call(
+    q: Tensor,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    *,
+    cache_seqlens: Any,
+    block_table: Any,
+    key_mask: Any = None,
+    causal: Any = False,
+    window: Any = (-1, -1),
+    scale: Any = None,
+    softcap: Any = 0.0,
+    sinks: Any = None,
+    k_scale: Any,
+    v_scale: Any,
+    num_splits: Any = 0,
+    return_lse: Any = False,
+) -> KVCacheCall:
+    """Check and normalise the arguments of the public function, whose q is a batch."""
+    q, k, v = check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    check_scales("k_scale", k_scale, k_cache)
+    check_scales("v_scale", v_scale, v_cache)
+    capacity = check_table(block_table, q, k_cache)
+    left, right = check_window(window, causal)
+    check_sinks(sinks, q)
+    check_flag("return_lse", return_lse)
+    call = KVCacheCall(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        k=k,
+        v=v,
+        cache_seqlens=check_lengths(cache_seqlens, q),
+        block_table=block_table,
+        key_mask=check_mask(key_mask, q, capacity),
+        window_left=left,
+        window_right=right,
+        scale=check_scale(scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        num_splits=check_splits(num_splits),
+        return_lse=return_lse,
+    )
+    check_contents(call, cache_seqlens)
+    refuse_gradients(call)
+    return call
 
 
 def check_tensors(
@@ -44,9 +99,12 @@ def check_tensors(
 def _autocast(x: Tensor, cache: Tensor) -> Tensor:
     """Under autocast queries and new tokens follow the cache, whose dtype is fixed."""
     wanted = autocast_dtype(x.device, x.dtype)
-    if wanted == x.dtype:
-        return x
-    return x.to(wanted if cache.dtype in QUANTISED else cache.dtype)
+    if cache.dtype in QUANTISED:
+        return x.to(wanted)
+    # What is 16-bit already follows too; float64 is left alone, as autocast leaves it.
+    casts = autocast_dtype(x.device, torch.float32) is not torch.float32
+    follows = casts and x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(cache.dtype) if follows and cache.dtype in DTYPES else x
 
 
 def _check_dtypes(
@@ -166,12 +224,13 @@ def _check_int32_rows(name: str, x: Any, rank: int, axes: str, q: Tensor) -> Non
 def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
     """cache_seqlens as an int32 tensor (B,)."""
     batch = q.shape[0]
-    if isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
-        if not -(2**31) <= cache_seqlens < 2**31:
-            raise ValueError(f"cache_seqlens must fit in 32 bits, got {cache_seqlens}")
-        number: Any = cache_seqlens
+    if alone(cache_seqlens):
+        number: Any = integer("cache_seqlens", cache_seqlens)
+        if not -(2**31) <= number < 2**31:
+            raise ValueError(f"cache_seqlens must fit in 32 bits, got {number}")
         return q.new_empty((batch,), dtype=torch.int32).fill_(number)
-    axes = f"({batch},), int32, one length per sequence, or an int for all"
+    # A number in the text would be a constant of a compiled graph.
+    axes = "(batch,), int32, one length per sequence, or an int for all"
     _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q)
     lengths: Tensor = cache_seqlens
     return lengths
@@ -197,13 +256,12 @@ def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
 
 def check_splits(num_splits: Any) -> int:
     """num_splits, an int in its range."""
-    if not isinstance(num_splits, int) or isinstance(num_splits, bool):
-        raise TypeError(f"num_splits must be an int, got {describe(num_splits)}")
+    num_splits = integer("num_splits", num_splits)
     if not 0 <= num_splits <= MOST_SPLITS:
         raise ValueError(
             f"num_splits must be 0 (chosen by length) or 1 to {MOST_SPLITS}, got {num_splits}"
         )
-    return num_splits
+    return int(num_splits)
 
 
 def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
@@ -221,7 +279,7 @@ def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
         if length + new > capacity:
             raise ValueError(
                 f"the cache is full: sequence {b} has {length} tokens (cache_seqlens) and "
-                f"{new} are appended, its capacity is {capacity}"
+                f"{new} are appended, its capacity is {capacity}{_pages_of(call)}"
             )
         if call.key_mask is not None and length + new > call.key_mask.shape[1]:
             raise ValueError(
@@ -230,6 +288,12 @@ def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
             )
     if call.block_table is not None and readable(call.block_table):
         _check_pages(call.block_table.cpu(), call.cache_seqlens.cpu() + new, call.k_cache)
+
+
+def _pages_of(call: KVCacheCall) -> str:
+    if call.block_table is None:
+        return ""
+    return f", the {call.block_table.shape[1]} pages of its row of block_table"
 
 
 def _check_pages(table: Tensor, ends: Tensor, k_cache: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    alone,
     autocast_dtype,
     check_flag,
     check_tensor,
@@ -95,24 +96,20 @@ def copy_notes(call: MixCall | EmbeddingCall) -> list[str]:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        check_tensor(name, value, 4, _AXES)
-    if value.dim() not in (3, 4):
-        raise ValueError(f"{name} must be {_AXES}, got {describe(value)}")
+    check_tensor(name, value, (3, 4), _AXES)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
-def _sequence(name: str, items: Any, of: str) -> tuple[Any, ...]:
-    if not isinstance(items, (list, tuple)):
-        raise TypeError(f"{name} must be a list or tuple of {of}, got {describe(items)}")
-    return tuple(items)
-
-
 def check_mix(values: Any, coefficients: Any) -> MixCall:
     """Check and normalise the arguments of `mix_values`."""
-    values = _sequence("values", values, "tensors")
-    coefficients = _sequence("coefficients", coefficients, "floats and tensors")
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"values must be a list or tuple of tensors, got {describe(values)}")
+    if alone(coefficients):
+        raise TypeError(
+            f"coefficients must be a sequence of floats and tensors, got {describe(coefficients)}"
+        )
+    values, coefficients = tuple(values), tuple(coefficients)
     if not values:
         raise ValueError("values must hold at least one tensor, got none")
     if len(coefficients) != len(values):
@@ -123,6 +120,7 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
     for i, value in enumerate(values):
         _check_value(f"values[{i}]", value)
     refuse_vmap(VALUES, (*values, *coefficients))
+    values = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in values)
     first = values[0]
     for i, value in enumerate(values):
         if value.shape != first.shape:
@@ -139,7 +137,6 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
                 f"values[{i}] must be on the device of values[0], {first.device}, "
                 f"got {value.device}"
             )
-    values = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in values)
     checked = [
         check_coefficient(f"coefficients[{i}]", c, values[0], of="values[0]")
         for i, c in enumerate(coefficients)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from resformer_kernels._core.checks import integer, real
 
 VARIANTS = (
     "transformer",
@@ -42,7 +44,8 @@ def default_sparse_layers(num_layers: int) -> int:
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """A small decoder. Raises ValueError where a field is out of range.
+    """A small decoder. Raises TypeError or ValueError where a field is of another type, or out of
+    range.
 
     Attributes:
         variant: one of `VARIANTS`.
@@ -104,16 +107,17 @@ class LanguageModelConfig:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.mlp not in ("swiglu", "relu2"):
             raise ValueError(f"mlp must be 'swiglu' or 'relu2', got {self.mlp!r}")
+        for field in fields(self):
+            name, kind, value = field.name, str(field.type), getattr(self, field.name)
+            if value is None and "None" in kind:
+                continue
+            # Python's own numbers, which a config.json can hold.
+            if kind.startswith("int"):
+                object.__setattr__(self, name, integer(name, value, 1))
+            elif kind.startswith("float"):
+                object.__setattr__(self, name, real(name, value))
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap must be 0 or more, got {self.logit_softcap}")
-        positive = ("vocab_size", "max_seqlen", "dim", "num_layers", "num_heads", "gate_channels")
-        optional = ("num_kv_heads", "head_dim", "mlp_hidden", "short_window", "sparse_layers")
-        for name in (*positive, *optional):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(
                 f"window_pattern must be letters S and L, such as 'SSSL', got "

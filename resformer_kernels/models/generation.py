@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_real, check_tensor, describe
+from resformer_kernels._core.checks import check_ids, integer, integers, real
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.models.config import LanguageModelConfig
 
@@ -49,15 +49,17 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        check_real("temperature", self.temperature)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        temperature = real("temperature", self.temperature)
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        object.__setattr__(self, "temperature", temperature)
         if self.top_k is not None:
-            _check_count("top_k", self.top_k, 1)
+            object.__setattr__(self, "top_k", integer("top_k", self.top_k, 1))
         if self.top_p is not None:
-            check_real("top_p", self.top_p)
-            if not 0 < self.top_p <= 1:
-                raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            top_p = real("top_p", self.top_p)
+            if not 0 < top_p <= 1:
+                raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+            object.__setattr__(self, "top_p", top_p)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B,) tokens from logits (B, vocab)."""
@@ -102,7 +104,8 @@ def generate(
 
     Args:
         model: a `LanguageModel`.
-        token_ids: (B, T) integers, T at least 1: the prompts, padded on the right with any value.
+        token_ids: (B, T) int64 or int32, the prompts, padded on the right with any value. T is at
+            least 1 where B is.
         max_new_tokens: number of tokens to generate, at least 1.
         lengths: tokens of each prompt, 1 to T; None: T each.
         temperature: 0 takes the likeliest token; else logits are divided by it and one is drawn.
@@ -124,17 +127,22 @@ def generate(
     """
     prompts = _check_prompts(token_ids, lengths)
     sampling = Sampling(temperature, top_k, top_p)
-    _check_count("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
     if prefill_chunk is not None:
-        _check_count("prefill_chunk", prefill_chunk, 1)
+        prefill_chunk = integer("prefill_chunk", prefill_chunk, 1)
+    if stop_token is not None:
+        stop_token = integer("stop_token", stop_token)
     generator = None
     if seed is not None:
-        generator = torch.Generator(token_ids.device).manual_seed(seed)
+        generator = torch.Generator(token_ids.device).manual_seed(integer("seed", seed))
     if cache is None:
         room = max(token_ids.shape[1], max(prompts, default=1) + max_new_tokens - 1)
         cache = model.new_cache(token_ids.shape[0], room)
     before = cache.lengths
     _check_room(model, before, token_ids.shape, prompts, max_new_tokens)
+    if not prompts:
+        nothing = torch.zeros((0,), dtype=torch.int64, device=token_ids.device)
+        return Generation(nothing[:, None], nothing)
     try:
         last = _prefill(model, token_ids, prompts, cache, prefill_chunk or token_ids.shape[1])
         drawn = _continue(model, last, cache, max_new_tokens, sampling, generator, stop_token)
@@ -183,8 +191,9 @@ def _prefill(
     before = cache.lengths
     ends = torch.tensor(prompts, device=token_ids.device) - 1
     last: Tensor | None = None
-    for start in range(0, max(prompts, default=1), chunk):
-        piece = token_ids[:, start : min(start + chunk, max(prompts, default=1))]
+    longest = max(prompts)
+    for start in range(0, longest, chunk):
+        piece = token_ids[:, start : min(start + chunk, longest)]
         hidden = model.hidden(piece, cache)
         last = torch.zeros_like(hidden[:, 0]) if last is None else last
         here = (ends >= start) & (ends < start + piece.shape[1])
@@ -198,15 +207,13 @@ def _prefill(
 
 
 def _check_prompts(token_ids: Any, lengths: Any) -> list[int]:
-    check_tensor("token_ids", token_ids, 2, "(B, T)")
-    if token_ids.is_floating_point() or token_ids.dtype is torch.bool:
-        raise TypeError(f"token_ids must be integers, got {token_ids.dtype}")
+    check_ids(token_ids, "(B, T)")
     batch, longest = token_ids.shape
-    if longest < 1:
+    if batch and longest < 1:
         raise ValueError(f"token_ids must hold a token at least, got shape {(batch, longest)}")
     if lengths is None:
         return [longest] * batch
-    found = [int(length) for length in lengths]
+    found = integers("lengths", lengths)
     if len(found) != batch or any(not 1 <= length <= longest for length in found):
         raise ValueError(f"lengths must be {batch} numbers of 1 to {longest}, got {found}")
     return found
@@ -230,10 +237,3 @@ def _check_room(
             f"max_new_tokens: {most} tokens would be read, and the model's max_seqlen is "
             f"{model.config.max_seqlen}; got {new}"
         )
-
-
-def _check_count(name: str, count: Any, least: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, got {describe(count)}")
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")

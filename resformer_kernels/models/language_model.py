@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resformer_kernels._core.checks import check_ids, integer
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.kvcache.cache.layout import KVLayout
 from resformer_kernels.models.config import LanguageModelConfig
@@ -213,13 +214,13 @@ class LanguageModel(nn.Module):
             ValueError: token_ids is not (B, T), or exceeds max_seqlen together with the cache.
             RuntimeError: the cache is full, or gradients are enabled with a cache.
         """
-        if token_ids.dim() != 2:
-            raise ValueError(f"token_ids must be (B, T), got shape {tuple(token_ids.shape)}")
+        check_ids(token_ids, "(B, T)")
+        rotary = self.rotary.on(token_ids.device)
         if cache is None:
-            return self._stream(token_ids, self.rotary(token_ids.shape[1]), None)
+            return self._stream(token_ids, rotary(token_ids.shape[1]), None)
         try:
-            rotary = self.rotary.after(cache.lengths, token_ids.shape[1])
-            return self._stream(token_ids, rotary, cache)
+            after = rotary.after(cache.lengths, token_ids.shape[1])
+            return self._stream(token_ids, after, cache)
         finally:
             cache.rollback()
 
@@ -290,6 +291,7 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
     Raises:
         ValueError: even mlp_hidden = 1 exceeds the budget.
     """
+    parameters = integer("parameters", parameters, 1)
     slope = (3 if config.mlp == "swiglu" else 2) * config.dim * config.num_layers
     fixed = parameter_count(replace(config, mlp_hidden=1)) - slope
     hidden = round((parameters - fixed) / slope)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from resformer_kernels._core.checks import integer, real
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.sentence_encoder import SentenceEncoder
 from resformer_kernels.nn import ReservoirMemory
@@ -45,7 +46,8 @@ class ReservoirClassifier(nn.Module):
         dropout, input_dropout: dropout of the hidden layer and of its input.
 
     Raises:
-        ValueError: a size below 1, or features is None and the encoder has no out_features.
+        TypeError, ValueError: a size that is no integer or too small, or features is None and the
+            encoder has no out_features.
     """
 
     def __init__(
@@ -63,19 +65,19 @@ class ReservoirClassifier(nn.Module):
         super().__init__()
         self.encoder = default_encoder() if encoder is None else encoder
         found = getattr(self.encoder, "out_features", None) if features is None else features
-        if not isinstance(found, int) or min(found, classes, hidden) < 1:
-            raise ValueError(
-                f"classes, hidden and features must be integers of at least 1, got {classes}, "
-                f"{hidden} and {found}; features may be None where the encoder has out_features"
-            )
-        self.features, self.extra_features, self.classes = found, extra_features, classes
+        if found is None:
+            raise ValueError("features must be given: the encoder has no out_features, got None")
+        self.features, self.classes = integer("features", found, 1), integer("classes", classes, 1)
+        self.extra_features = integer("extra_features", extra_features, 0)
+        hidden = integer("hidden", hidden, 1)
         self.memories = nn.ModuleList(memories)
-        self.from_utterance = nn.Linear(found + extra_features, hidden)
+        self.from_utterance = nn.Linear(self.features + self.extra_features, hidden)
         self.from_memory = nn.ModuleList(
             nn.Linear(memory.out_features, hidden, bias=False) for memory in memories
         )
-        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
-        self.output = nn.Linear(hidden, classes)
+        self.input_dropout = nn.Dropout(real("input_dropout", input_dropout))
+        self.dropout = nn.Dropout(real("dropout", dropout))
+        self.output = nn.Linear(hidden, self.classes)
 
     def forward(
         self,

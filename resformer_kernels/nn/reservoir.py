@@ -1,74 +1,87 @@
-"""A fixed random reservoir as a module, with ReservoirPy's argument names."""
+"""A fixed reservoir as a module, with ReservoirPy's argument names."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from resformer_kernels._core.checks import check_flag, check_real, describe
-from resformer_kernels.nn.reservoir_weights import random_groups, random_inputs, spectral_radius
-from resformer_kernels.nn.ridge import Ridge
-from resformer_kernels.reservoir.api import reservoir_scan
-from resformer_kernels.reservoir.record import ACTIVATIONS, RingWeight
+from resformer_kernels._core.checks import check_flag, describe, integer, real
+from resformer_kernels.nn.arguments import Numbers, check_choice, reals
+from resformer_kernels.nn.given_weights import Draws, GivenWeights, agreed, read_weights
+from resformer_kernels.nn.reservoir_forecast import Forecasts
+from resformer_kernels.nn.reservoir_stream import Streams
+from resformer_kernels.nn.reservoir_weights import TOPOLOGIES
+from resformer_kernels.reservoir.record import ACTIVATIONS, UNBOUNDED
 
-TOPOLOGIES = ("random", "ring", "diagonal")
-Numbers = float | Sequence[float]
 
-
-class Reservoir(nn.Module):
-    """h_t = (1 - lr) h_{t-1} + lr f(W h_{t-1} + W_in u_t + b), with fixed random W, W_in and b.
+class Reservoir(Streams, Forecasts):
+    """h_t = (1 - lr) h_{t-1} + lr f(W h_{t-1} + W_in u_t + W_fb y_{t-1} + b), with fixed weights.
 
     A leaky echo state network (Jaeger, 2001), the memory of Liu and Xu, arXiv 2509.24074, run by
-    `reservoir_scan`. Names and distributions are ReservoirPy's: W is normal, W_in and b are
-    ±scaling. They and lr are buffers: saved, moved and cast with the module, and never trained.
+    `reservoir_scan`. Names and distributions are ReservoirPy's: W is normal, W_in, W_fb and b are
+    ±scaling. They and lr are buffers: saved, moved and cast with the module, and never trained. The
+    state of a module in 16 bits stays float32. A module made on the meta device is filled by
+    `load_state_dict(..., assign=True)`.
+
+    Weights that are given and not drawn are copied into buffers of `dtype`. They are tensors of any
+    layout, arrays, nested sequences, or sparse matrices of SciPy, on any device, and without
+    gradients. Sizes may be left out where they have them.
 
     Args:
         units: N, the length of the state over all groups.
-        input_dim: n_in, the length of an input.
+        input_dim: n_in, the length of an input. 0: feedback alone drives the reservoir.
         lr: the leak a, in [0, 1]: one number, one per group, or one per unit.
         sr: the spectral radius that each group's W is scaled to: one number, or one per group.
-        input_scaling: the magnitude of W_in's entries: one number, or one per input.
-        rc_connectivity, input_connectivity: the fraction of nonzero entries of W and of W_in.
+            None: 0.9, and a given W is taken as it is.
+        input_scaling: the magnitude of W_in's entries: one number, or one per input. Columns of a
+            given Win are multiplied by it, as those of Wfb by fb_scaling.
+        rc_connectivity, input_connectivity, fb_connectivity: the fraction of nonzero entries of W,
+            of W_in and of W_fb that are drawn.
         bias_scaling: the magnitude of b's entries; 0: no bias.
-        activation: f, "tanh", "relu" or "identity".
+        activation: f, "tanh", "relu", "identity", "sigmoid", "softplus" or, over the units of each
+            group, "softmax".
         seed: seeds every draw. A seed gives the same reservoir, up to rounding, on every machine.
         groups: independent reservoirs of N / groups units side by side; each gets every input.
         topology: "random"; "ring", where each unit gets the previous one's state with weight sr; or
             "diagonal", without connections between units, with weights uniform in [-sr, sr].
         layout: "dense", or "csr" to store and multiply only W's nonzero entries.
+        W: the recurrent weights: (N, N), where a sparse one has layout "csr"; (groups, n, n); (N,)
+            for a diagonal; or a `RingWeight`. topology and groups are then W's.
+        Win: W_in, (N, n_in); Wfb: W_fb, (N, m); bias: b, a number, (N,) or (N, 1).
+        feedback_dim: m, the length of the outputs y that are fed back; None: Wfb's, or 0.
+        fb_scaling: the magnitude of W_fb's entries: one number, or one per output.
+        dtype: the dtype of the weights; None: torch's default.
         stateful: a call continues from the last one's final state ("all-time" memory), until
-            `reset`.
+            `reset`. That state moves, casts and copies with the module; checkpoints do not hold it.
+        keep_graph: the stored state keeps its autograd graph, so that gradients cross calls, until
+            `detach`. Copies of the module hold no graph.
         mode, tolerance, backend: as in `reservoir_scan`.
 
     Attributes:
-        weight: W as the op takes it; input_weight: (N, n_in); bias: (N,) or None; leak: () or (N,).
+        weight: W as the op takes it; input_weight: (N, n_in); feedback_weight: (N, m) or None;
+            bias: (N,) or None; leak: () or (N,).
         state: the state of a stateful reservoir, (B, N); None at the start.
+        feedback: its last teacher, (B, m); None at the start, and without feedback.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; the message names it.
+        ValueError, TypeError: an argument is out of range, or two contradict one another; the
+            message names them.
 
     Warns:
         UserWarning: the activation is unbounded and (1-a)I + aW has an eigenvalue of modulus 1 or
             more, so that states may grow without limit.
     """
 
-    input_weight: Tensor
-    bias: Tensor | None
-    leak: Tensor
-    _values: Tensor
-    _rows: Tensor
-    _columns: Tensor
-
     def __init__(
         self,
-        units: int,
-        input_dim: int,
+        units: int | None = None,
+        input_dim: int | None = None,
         *,
         lr: Numbers = 1.0,
-        sr: Numbers = 0.9,
+        sr: Numbers | None = None,
         input_scaling: Numbers = 1.0,
         rc_connectivity: float = 0.1,
         input_connectivity: float = 0.1,
@@ -78,116 +91,91 @@ class Reservoir(nn.Module):
         groups: int = 1,
         topology: str = "random",
         layout: str = "dense",
+        W: Any = None,
+        Win: Any = None,
+        Wfb: Any = None,
+        bias: Any = None,
+        feedback_dim: int | None = None,
+        fb_scaling: Numbers = 1.0,
+        fb_connectivity: float = 0.1,
+        dtype: torch.dtype | None = None,
         stateful: bool = False,
+        keep_graph: bool = False,
         mode: str = "auto",
         tolerance: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        for name, size in (("units", units), ("input_dim", input_dim), ("groups", groups)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        if units % groups or (groups > 1 and topology != "random"):
-            raise ValueError(
-                f"units {units} must be a multiple of groups {groups}, and groups 1 unless "
-                f"topology is 'random', got topology {topology!r}"
-            )
-        _check_choice("topology", topology, TOPOLOGIES)
-        _check_choice("activation", activation, ACTIVATIONS)
-        _check_choice("layout", layout, ("dense", "csr"))
-        if layout == "csr" and (groups > 1 or topology != "random"):
-            raise ValueError("layout 'csr' is for topology 'random' with groups 1")
-        shares = (("rc_connectivity", rc_connectivity), ("input_connectivity", input_connectivity))
-        for name, share in shares:
-            check_real(name, share)
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {share}")
+        given = read_weights(W, Win, Wfb, bias)
+        self._set_sizes(given, units, input_dim, feedback_dim)
+        self._set_form(given, integer("groups", groups, 1), topology, layout)
+        check_choice("activation", activation, ACTIVATIONS)
         check_flag("stateful", stateful)
-        self.units, self.input_dim, self.groups = units, input_dim, groups
-        self.activation, self.topology, self.layout = activation, topology, layout
-        self.stateful, self.mode, self.tolerance, self.backend = stateful, mode, tolerance, backend
-        self.state: Tensor | None = None
-        generator = torch.Generator().manual_seed(seed)
-        leaks = _numbers("lr", lr, (1, groups, units))
+        check_flag("keep_graph", keep_graph)
+        self.activation, self.stateful, self.keep_graph = activation, stateful, keep_graph
+        self.mode, self.tolerance, self.backend = mode, tolerance, backend
+        leaks = reals("lr", lr, (1, self.groups, self.units))
         if not all(0 <= a <= 1 for a in leaks):
             raise ValueError(f"lr must lie in [0, 1], got {lr}")
-        leak = torch.tensor(leaks, dtype=torch.float64).repeat_interleave(units // len(leaks))
-        self._draw_weight(_numbers("sr", sr, (1, groups)), rc_connectivity, generator)
-        scaling = torch.tensor(
-            _numbers("input_scaling", input_scaling, (1, input_dim)), dtype=torch.float64
-        )
-        dtype = torch.get_default_dtype()
-        drawn = random_inputs(units, input_dim, input_connectivity, scaling, generator)
-        self.register_buffer("input_weight", drawn.to(dtype))
-        check_real("bias_scaling", bias_scaling)
-        signs = torch.randint(0, 2, (units,), generator=generator).to(dtype) * 2 - 1
-        self.register_buffer("bias", bias_scaling * signs if bias_scaling else None)
-        self.register_buffer("leak", (leak[0] if len(leaks) == 1 else leak).to(dtype))
-        if activation != "tanh":
-            self._warn_if_unstable()
-
-    def _draw_weight(
-        self, radii: list[float], connectivity: float, generator: torch.Generator
-    ) -> None:
-        dtype = torch.get_default_dtype()
+        radii = reals("sr", 0.9 if sr is None else sr, (1, self.groups))
         if not all(radius >= 0 for radius in radii):
             raise ValueError(f"sr must be at least 0, got {radii}")
-        if self.topology == "ring":
-            values = torch.full((self.units,), radii[0], dtype=torch.float64)
-        elif self.topology == "diagonal":
-            values = torch.rand(self.units, generator=generator, dtype=torch.float64) * 2 - 1
-            values *= radii[0]
-        else:
-            radii = radii * (self.groups // len(radii))
-            size = self.units // self.groups
-            values = random_groups(self.groups, size, connectivity, radii, generator)
-            values = values if self.groups > 1 else values[0]
-        if self.layout == "csr":
-            nonzero = values != 0
-            rows = torch.cat((torch.zeros(1, dtype=torch.int64), nonzero.sum(1).cumsum(0)))
-            self.register_buffer("_rows", rows)
-            self.register_buffer("_columns", nonzero.nonzero()[:, 1].contiguous())
-            values = values[nonzero]
-        self.register_buffer("_values", values.to(dtype))
+        (offset,) = reals("bias_scaling", bias_scaling, (1,))
+        how = Draws(
+            radii=None if sr is None and W is not None else radii * (self.groups // len(radii)),
+            scaling=reals("input_scaling", input_scaling, (1, self.input_dim)),
+            fb_scaling=reals("fb_scaling", fb_scaling, (1, self.feedback_dim)),
+            bias_scaling=offset,
+            rc_share=_share("rc_connectivity", rc_connectivity),
+            input_share=_share("input_connectivity", input_connectivity),
+            fb_share=_share("fb_connectivity", fb_connectivity),
+        )
+        generator = torch.Generator().manual_seed(integer("seed", seed))
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {describe(dtype)}")
+        # The same draws, and eigenvalues, whatever the default device is.
+        with torch.device("cpu"):
+            leak = torch.tensor(leaks, dtype=dtype).repeat_interleave(self.units // len(leaks))
+            sizes = self.units, self.input_dim, self.feedback_dim
+            weight, *others = given.completed(how, self.topology, sizes, generator)
+            self._register_weight(weight, dtype)
+            for name, value in zip(
+                ("input_weight", "feedback_weight", "bias"), others, strict=True
+            ):
+                self.register_buffer(name, None if value is None else value.to(dtype))
+            self.register_buffer("leak", leak[0] if len(leaks) == 1 else leak)
+            if activation in UNBOUNDED:
+                self._warn_if_unstable()
+        self.to(torch.get_default_device())
 
-    @property
-    def weight(self) -> Tensor | RingWeight:
-        """W: (N, N), (groups, n, n), (N,), a CSR tensor, or a `RingWeight`."""
-        values = self._values
-        if self.topology == "ring":
-            return RingWeight(values)
-        if self.layout == "csr":
-            with warnings.catch_warnings():
-                # torch warns once per process that its CSR tensors are in beta.
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                size = (self.units, self.units)
-                return torch.sparse_csr_tensor(
-                    self._rows, self._columns, values, size=size, check_invariants=False
-                )
-        return values
+    def _set_sizes(
+        self, given: GivenWeights, units: int | None, input_dim: int | None, outputs: int | None
+    ) -> None:
+        if outputs is None and given.feedback_weight is None:
+            outputs = 0
+        self.units = agreed("units", units, 1, given.units())
+        self.input_dim = agreed("input_dim", input_dim, 0, given.columns("Win"))
+        self.feedback_dim = agreed("feedback_dim", outputs, 0, given.columns("Wfb"))
+        if not self.input_dim and not self.feedback_dim:
+            raise ValueError("input_dim must be at least 1 without feedback, got 0")
 
-    def dense_weight(self) -> Tensor:
-        """W as a dense (N, N) tensor."""
-        weight = self.weight
-        if isinstance(weight, RingWeight):
-            return torch.diag(weight.values).roll(-1, 1)
-        if weight.layout is torch.sparse_csr:
-            return weight.to_dense()
-        if weight.dim() == 1:
-            return torch.diag(weight)
-        return torch.block_diag(*weight) if weight.dim() == 3 else weight
-
-    def step_matrices(self) -> list[Tensor]:
-        """(1-a)I + aW, the step linearised at 0: float64, (n, n), one per group."""
-        grouped = self._values.dim() == 3
-        blocks = self._values if grouped else self.dense_weight()[None]
-        leaks = self.leak.double().expand(self.units).view(len(blocks), -1)
-        pairs = zip(blocks.double(), leaks, strict=True)
-        return [torch.diag(1 - a) + a[:, None] * block for block, a in pairs]
+    def _set_form(self, given: GivenWeights, groups: int, topology: str, layout: str) -> None:
+        check_choice("topology", topology, TOPOLOGIES)
+        check_choice("layout", layout, ("dense", "csr"))
+        topology, groups, layout = given.form(topology, groups, layout)
+        if self.units % groups or (groups > 1 and topology != "random"):
+            raise ValueError(
+                f"units {self.units} must be a multiple of groups {groups}, and groups 1 unless "
+                f"topology is 'random', got topology {topology!r}"
+            )
+        if layout == "csr" and (groups > 1 or topology != "random"):
+            raise ValueError("layout 'csr' is for topology 'random' with groups 1")
+        self.topology, self.groups, self.layout = topology, groups, layout
 
     def _warn_if_unstable(self) -> None:
-        radius = max(spectral_radius(step) for step in self.step_matrices())
-        if radius >= 1:
+        radius = self._step_radius()
+        if radius > 1 - 1e-6:  # eigenvalues of modulus 1 come out a little below it, too
             warnings.warn(
                 f"activation {self.activation!r} is unbounded and the spectral radius of "
                 f"(1-lr)I + lr W is {radius:.4g}: states may grow without limit; lower sr",
@@ -197,162 +185,63 @@ class Reservoir(nn.Module):
 
     def forward(
         self,
-        inputs: Tensor,
+        inputs: Tensor | None,
         initial_state: Tensor | None = None,
         *,
+        teacher: Tensor | None = None,
+        initial_feedback: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         reduce: str = "none",
         targets: Tensor | None = None,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
         """Run over all time steps.
 
+        With feedback the teacher takes the place of the outputs: step t reads y_{t-1}, the first
+        step `initial_feedback`. Gradients flow to both.
+
         Args:
-            inputs: u, (B, T, n_in), packed (total_steps, n_in) with cu_seqlens.
+            inputs: u, (B, T, n_in), packed (total_steps, n_in) with cu_seqlens; None for n_in = 0.
             initial_state: h_0, (B, N) or (sequences, N); None: the stored state of a stateful
                 reservoir, else zeros.
+            teacher: y, (B, T, m) or packed (total_steps, m), of any floating dtype.
+            initial_feedback: y_{-1}, (B, m) or (sequences, m); None: zeros, or where the stored
+                state is taken, the last teacher of the call before.
             cu_seqlens, reduce, targets: as in `reservoir_scan`.
 
         Returns:
             (states or their reduction, final state), as `reservoir_scan`. A stateful reservoir
-            stores the final state, with its autograd graph if it has one: see `detach`.
+            stores a copy of the final state, and of each sequence's last teacher.
 
         Raises:
-            ValueError: the stored state has another batch size. Otherwise as `reservoir_scan`.
+            ValueError: the stored state has another batch size, or there is a teacher without
+                feedback or feedback without a teacher. Otherwise as `reservoir_scan`.
         """
-        if initial_state is None and self.stateful and self.state is not None:
-            initial_state = self.state
-            sequences = inputs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            if sequences != initial_state.shape[0]:
-                raise ValueError(
-                    f"inputs must hold {initial_state.shape[0]} sequences, as the calls before, "
-                    f"got {sequences}: call reset() to start anew"
-                )
-        states, final_state = reservoir_scan(
-            inputs,
-            self.weight,
-            input_weight=self.input_weight,
-            leak=self.leak,
-            bias=self.bias,
-            initial_state=initial_state,
-            activation=self.activation,
-            mode=self.mode,
-            tolerance=self.tolerance,
-            cu_seqlens=cu_seqlens,
-            reduce=reduce,
-            targets=targets,
-            backend=self.backend,
+        if initial_state is None:
+            rows = teacher if inputs is None else inputs
+            sequences = 0 if rows is None else rows.shape[0]
+            stored = self._stored(sequences if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            initial_state = stored.get("state")
+            if initial_feedback is None:
+                initial_feedback = stored.get("feedback")
+        drive, last = self.driven(inputs, teacher, initial_feedback, cu_seqlens)
+        result, final_state = self.run(
+            drive, initial_state, cu_seqlens=cu_seqlens, reduce=reduce, targets=targets
         )
         if self.stateful:
-            self.state = final_state
-        return states, final_state
-
-    def reset(self, sequences: Tensor | None = None) -> None:
-        """Reset all batch rows (None), or those selected by a bool mask (B,) or indices."""
-        if sequences is None or self.state is None:
-            self.state = None
-        else:
-            self.state = cleared(self.state, sequences)
-
-    def detach(self) -> None:
-        """Detach the stored state from its graph, as truncated backpropagation needs."""
-        if self.state is not None:
-            self.state = self.state.detach()
-
-    @torch.no_grad()
-    def stream(
-        self, readout: Ridge, inputs: Tensor, targets: Tensor, *, washout: int = 0
-    ) -> Tensor:
-        """Add the Gram sums of a series to `readout`, in memory that its length does not change.
-
-        Args:
-            readout: a `Ridge` of N inputs; call its `solve` after the last series.
-            inputs: (B, T, n_in); targets: (B, T, m).
-            washout: number of first steps that drive the reservoir but are not fitted to.
-
-        Returns:
-            The final state (B, N).
-        """
-        if not 0 <= washout <= inputs.shape[1]:
-            raise ValueError(f"washout must lie in [0, {inputs.shape[1]}], got {washout}")
-        _, state = self(inputs[:, :washout], reduce="last")
-        fitted = targets[:, washout:].double()
-        # The intercept needs the sum of the states: their product with a column of ones.
-        ones = torch.cat((fitted, torch.ones_like(fitted[..., :1])), -1)
-        sums, final_state = self(inputs[:, washout:], state, reduce="gram", targets=ones)
-        gram, cross = sums
-        readout.update_gram(
-            gram,
-            cross[:, :-1],
-            count=fitted.shape[0] * fitted.shape[1],
-            x_sum=cross[:, -1],
-            y_sum=fitted.sum((0, 1)),
-        )
-        return final_state
-
-    @torch.no_grad()
-    def free_run(
-        self, readout: Callable[[Tensor], Tensor], state: Tensor, steps: int
-    ) -> tuple[Tensor, Tensor]:
-        """Feed the readout's output back as the next input.
-
-        Args:
-            readout: maps a state (B, N) to the next input (B, n_in), such as a fitted `Ridge`.
-            state: the start, (B, N).
-            steps: number of outputs.
-
-        Returns:
-            The outputs (B, steps, n_in), the first read from `state` itself, and the last state
-            (B, N). A stateful reservoir's stored state is unchanged.
-        """
-        stored, outputs = self.state, []
-        for _ in range(steps):
-            outputs.append(readout(state))
-            _, state = self(outputs[-1][:, None], state, reduce="last")
-        self.state = stored
-        return torch.stack(outputs, 1), state
+            self._keep(state=final_state, **({} if last is None else {"feedback": last}))
+        return result, final_state
 
     def extra_repr(self) -> str:
         """The arguments that print shows."""
+        fed = f"feedback_dim={self.feedback_dim}, " if self.feedback_dim else ""
         return (
-            f"units={self.units}, input_dim={self.input_dim}, activation={self.activation!r}, "
+            f"units={self.units}, input_dim={self.input_dim}, {fed}activation={self.activation!r}, "
             f"groups={self.groups}, topology={self.topology!r}, stateful={self.stateful}"
         )
 
 
-def cleared(state: Tensor, sequences: Tensor) -> Tensor:
-    """A copy of state (B, ...) with zeros in the rows of `sequences`, bool (B,) or indices.
-
-    Raises:
-        TypeError, ValueError: sequences is neither, or out of range.
-    """
-    if not isinstance(sequences, Tensor) or sequences.dim() != 1:
-        raise TypeError(f"sequences must be a bool mask (B,) or indices, got {describe(sequences)}")
-    if sequences.dtype is torch.bool:
-        if sequences.shape[0] != state.shape[0]:
-            raise ValueError(f"sequences must be ({state.shape[0]},), got {describe(sequences)}")
-        gone = sequences
-    else:
-        rows = sequences.tolist()
-        if rows and not 0 <= min(rows) <= max(rows) < len(state):
-            raise ValueError(
-                f"sequences must lie in [0, {len(state) - 1}], got {min(rows)} to {max(rows)}"
-            )
-        gone = torch.zeros(state.shape[0], dtype=torch.bool, device=state.device)
-        gone[sequences] = True
-    return state.masked_fill(gone.view(-1, *(1,) * (state.dim() - 1)), 0)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {describe(value)}")
-
-
-def _numbers(name: str, value: Numbers | Tensor, lengths: Sequence[int]) -> list[float]:
-    found = value.tolist() if isinstance(value, Tensor) else value
-    listed = list(found) if isinstance(found, Sequence) else [found]
-    for number in listed:
-        check_real(name, number)
-    if len(listed) not in lengths:
-        wanted = " or ".join(str(n) for n in dict.fromkeys(lengths))
-        raise ValueError(f"{name} must have {wanted} numbers, got {len(listed)}")
-    return [float(number) for number in listed]
+def _share(name: str, value: float) -> float:
+    share = real(name, value)
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {share}")
+    return float(share)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from resformer_kernels._core.checks import describe
+from resformer_kernels._core.checks import check_flag, describe, integer, real
 from resformer_kernels.attention.api import value_residual_attention
-from resformer_kernels.nn.reservoir import Reservoir, cleared
+from resformer_kernels.nn.reservoir import Reservoir
+from resformer_kernels.nn.state import KeepsState
 
 READOUTS = ("linear", "mlp", "attention")
 
@@ -40,11 +39,11 @@ class AttentionReadout(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if heads < 1 or out_features % heads:
+        units, query_dim = integer("units", units, 1), integer("query_dim", query_dim, 1)
+        out_features, heads = integer("out_features", out_features, 1), integer("heads", heads, 1)
+        if out_features % heads:
             raise ValueError(f"out_features {out_features} must be a multiple of heads {heads}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        self.window, self.heads, self.backend = window, heads, backend
+        self.window, self.heads, self.backend = integer("window", window, 1), heads, backend
         self.q_proj = nn.Linear(query_dim, out_features)
         self.k_proj = nn.Linear(units, out_features, bias=False)
         self.v_proj = nn.Linear(units, out_features, bias=False)
@@ -66,14 +65,7 @@ class AttentionReadout(nn.Module):
         return self.o_proj(out.flatten(2))
 
 
-class _Carried(NamedTuple):
-    """State held between calls: the streams' (B, S, N), and the last states read (B, W, N)."""
-
-    streams: Tensor
-    recent: Tensor
-
-
-class ReservoirMemory(nn.Module):
+class ReservoirMemory(KeepsState):
     """A nonlinear readout, at each step, of a reservoir's state after all earlier steps.
 
     Step t reads h_{t-1}, the state after every earlier step and before its own, as the all-time
@@ -83,6 +75,9 @@ class ReservoirMemory(nn.Module):
 
     A conversation can have several streams, such as one per speaker. Each has a state of its own,
     which only that stream's steps update and read. All streams run in one packed call.
+
+    The states read go to the readout in the dtype of its parameters, so a memory in 16 bits has
+    results in 16 bits; the state itself stays float32 (float64 in a memory in float64).
 
     Args:
         reservoir: a `Reservoir` of N units; groups with different leaks cover different spans of
@@ -96,7 +91,10 @@ class ReservoirMemory(nn.Module):
         window, heads: arguments of `AttentionReadout`.
         dropout: dropout of the states before the readout.
         streams: S, the number of streams in a conversation.
-        stateful: a call continues from the last one's final states, until `reset`.
+        stateful: a call continues from the last one's final states, until `reset`. They move, cast
+            and copy with the module; checkpoints do not hold them.
+        keep_graph: the stored states keep their autograd graph, so that gradients cross calls,
+            until `detach`. Copies of the module hold no graph.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -115,20 +113,23 @@ class ReservoirMemory(nn.Module):
         dropout: float = 0.0,
         streams: int = 1,
         stateful: bool = False,
+        keep_graph: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(reservoir, Reservoir):
             raise TypeError(f"reservoir must be a Reservoir, got {describe(reservoir)}")
         if reservoir.stateful:
             raise ValueError("reservoir must not be stateful: ReservoirMemory holds the state")
-        if out_features < 1 or streams < 1:
-            raise ValueError(
-                f"out_features and streams must be at least 1, got {out_features} and {streams}"
-            )
-        self.reservoir, self.out_features = reservoir, out_features
-        self.streams, self.stateful = streams, stateful
-        self.dropout = nn.Dropout(dropout)
-        units, out, width = reservoir.units, out_features, hidden or out_features
+        if reservoir.feedback_dim:
+            raise ValueError("reservoir must have no feedback: ReservoirMemory has no teacher")
+        check_flag("stateful", stateful)
+        check_flag("keep_graph", keep_graph)
+        self.reservoir, self.out_features = reservoir, integer("out_features", out_features, 1)
+        self.streams, self.stateful = integer("streams", streams, 1), stateful
+        self.keep_graph = keep_graph
+        self.dropout = nn.Dropout(real("dropout", dropout))
+        units, out = reservoir.units, self.out_features
+        width = out if hidden is None else integer("hidden", hidden, 1)
         self.readout: nn.Module
         if isinstance(readout, nn.Module):
             self.readout = readout
@@ -145,8 +146,7 @@ class ReservoirMemory(nn.Module):
             raise ValueError(
                 f"readout must be one of {', '.join(READOUTS)} or a module, got {describe(readout)}"
             )
-        self.window = window if isinstance(self.readout, AttentionReadout) else 1
-        self._carried: _Carried | None = None
+        self.window = self.readout.window if isinstance(self.readout, AttentionReadout) else 1
 
     def forward(
         self,
@@ -173,27 +173,31 @@ class ReservoirMemory(nn.Module):
                 batch size other than the stored state's.
         """
         self._check(x, streams, lengths)
-        carried = self._start(x)
-        read, last = self._states_before(x, carried.streams, streams, lengths)
-        history = torch.cat((carried.recent, read), 1)
+        start, recent = self._start(x)
+        read, last = self._states_before(x, start, streams, lengths)
+        history = torch.cat((recent, read), 1)
         if self.stateful:
-            self._carried = _Carried(last, self._recent(history, lengths))
-        seen = self.dropout(history)
+            self._keep(streams=last, recent=self._recent(history, lengths))
+        parameters = self.readout.parameters()
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), history.dtype)
+        seen = self.dropout(history.to(dtype))
         if isinstance(self.readout, AttentionReadout):
-            return self.readout(seen, x if queries is None else queries)
+            return self.readout(seen, (x if queries is None else queries).to(dtype))
         return self.readout(seen)
 
-    def _start(self, x: Tensor) -> _Carried:
+    def _start(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each stream's state (B, S, N), and the last states that steps read (B, W - 1, N)."""
         batch, units = x.shape[0], self.reservoir.units
-        if self.stateful and self._carried is not None:
-            if self._carried.streams.shape[0] != batch:
+        if self.stateful and self._kept:
+            stored = self._kept["streams"]
+            if stored.shape[0] != batch:
                 raise ValueError(
-                    f"x must hold {self._carried.streams.shape[0]} conversations, as the calls "
-                    f"before, got {batch}: call reset() to start anew"
+                    f"x must hold {stored.shape[0]} conversations, as the calls before, got "
+                    f"{batch}: call reset() to start anew"
                 )
-            return self._carried
-        dtype = self.reservoir.leak.dtype
-        return _Carried(
+            return stored, self._kept["recent"]
+        dtype = self.reservoir.state_dtype
+        return (
             x.new_zeros((batch, self.streams, units), dtype=dtype),
             x.new_zeros((batch, self.window - 1, units), dtype=dtype),
         )
@@ -256,25 +260,11 @@ class ReservoirMemory(nn.Module):
                     f"{int(value.max())}"
                 )
 
-    def reset(self, conversations: Tensor | None = None) -> None:
-        """Reset all conversations (None), or those selected by a bool mask (B,) or indices."""
-        if conversations is None or self._carried is None:
-            self._carried = None
-        else:
-            self._carried = _Carried(*(cleared(part, conversations) for part in self._carried))
-
-    def detach(self) -> None:
-        """Detach the stored states from their graph, as truncated backpropagation needs."""
-        if self._carried is not None:
-            self._carried = _Carried(*(part.detach() for part in self._carried))
-
     @property
     def state(self) -> Tensor | None:
         """Each stream's state, (B, S, N); None at the start."""
-        return None if self._carried is None else self._carried.streams
+        return self._kept.get("streams")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state held between calls."""
-        parts = self._carried or ()
-        return sum(part.numel() * part.element_size() for part in parts)
+    def reset(self, conversations: Tensor | None = None) -> None:
+        """Reset all conversations (None), or those selected by a bool mask (B,) or indices."""
+        super().reset(conversations)

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels._core.checks import check_real, describe
+from resformer_kernels._core.checks import check_flag, describe, integer
+from resformer_kernels.nn.arguments import Array, Numbers, check_finite, listed, reals
+from resformer_kernels.nn.readout import LinearReadout
+
+Strength = float | tuple[float, ...]
+"""Of all targets, or of each."""
 
 
-class Ridge(nn.Module):
+class _Sums(NamedTuple):
+    """What a fit needs of the data: products of the centred rows, and means."""
+
+    gram: Tensor
+    cross: Tensor
+    x_mean: Tensor
+    y_mean: Tensor
+
+
+class Ridge(LinearReadout):
     """A linear readout y = W x + b, W = argmin Σ |y - W x - b|² + ridge |W|²; b is not penalised.
 
     Data comes in batches (`update`) or as pairs (XᵀX, XᵀY) such as `reservoir_scan(reduce="gram")`
@@ -20,76 +35,65 @@ class Ridge(nn.Module):
     batch by batch (Chan, Golub and LeVeque, 1983), so a large mean costs no precision. `solve` then
     factors one float64 matrix per strength; the data is read once for all of them.
 
+    The sums and solutions stay float64, and move and copy with the module; checkpoints hold weight
+    and bias alone. What is not finite is refused before anything is added to the sums.
+
     Args:
         in_features: N, the length of x.
         out_features: m, the length of y.
         ridge: the strength, added to the diagonal of the sum XᵀX (not of its mean), as in
-            ReservoirPy and scikit-learn; or several, one of which `select` picks.
+            ReservoirPy and scikit-learn; or several (a sequence, array or tensor), one of which
+            `select` picks. Each is a number for all targets, or a sequence of m numbers, one for
+            each target.
         fit_intercept: fit b; else b is 0.
 
     Attributes:
         weight: W, (m, N), float64; bias: b, (m,), float64. Buffers, zero before `solve`.
-        strength: the strength that weight and bias were fitted with; None before `solve`.
+        strengths: all strengths, numbers or tuples of m numbers.
+        strength: that which weight and bias were fitted with; None before `solve`.
         count: number of rows seen.
 
     Raises:
         ValueError: a size below 1, no strength, or a strength that is negative or not finite.
     """
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        ridge: float | Sequence[float] = 1e-6,
+        ridge: Numbers | Sequence[Numbers] = 1e-6,
         *,
         fit_intercept: bool = True,
     ) -> None:
-        super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        strengths = tuple(ridge) if isinstance(ridge, Sequence) else (ridge,)
-        for strength in strengths:
-            check_real("ridge", strength)
-        if not strengths or not all(math.isfinite(s) and s >= 0 for s in strengths):
+        super().__init__(in_features, out_features, fit_intercept)
+        each = [reals("ridge", entry, (1, self.out_features)) for entry in listed("ridge", ridge)]
+        if not each or min(map(min, each)) < 0:
             raise ValueError(f"ridge must be one or more finite numbers of at least 0, got {ridge}")
-        self.in_features, self.out_features = in_features, out_features
-        self.strengths, self.fit_intercept = strengths, fit_intercept
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.float64))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float64))
-        self.strength: float | None = None
-        self._solutions: list[tuple[Tensor, Tensor]] = []
-        self.reset()
+        self.strengths: tuple[Strength, ...]
+        self.strengths = tuple(found[0] if len(found) == 1 else tuple(found) for found in each)
+        self.strength: Strength | None = None
+        self.count = 0
 
     def reset(self) -> None:
         """Discard the data seen so far; weight and bias are unchanged."""
-        size = self.in_features, self.out_features
         self.count = 0
-        self._gram = self.weight.new_zeros(size[0], size[0], dtype=torch.float64)
-        self._cross = self.weight.new_zeros(size, dtype=torch.float64)
-        self._means = [self.weight.new_zeros(n, dtype=torch.float64) for n in size]
+        self._kept = {name: x for name, x in self._kept.items() if name not in _Sums._fields}
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> Ridge:
-        """Add a batch: x (..., N) and y (..., m), any floating dtype, with equal leading axes."""
-        self._check("x", x, self.in_features)
-        self._check("y", y, self.out_features)
-        if x.shape[:-1] != y.shape[:-1]:
-            raise ValueError(
-                f"x and y must have the same leading axes, got {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
-            )
-        device = self.weight.device
-        x = x.reshape(-1, self.in_features).to(device, torch.float64)
-        y = y.reshape(-1, self.out_features).to(device, torch.float64)
+        """Add a batch: x (..., N) and y (..., m), any floating dtype, with equal leading axes.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype or shape, or an element that is not finite.
+        """
+        x, y = self._rows(x, y)
         if not len(x):
             return self
-        means = [x.mean(0), y.mean(0)] if self.fit_intercept else [m * 0 for m in self._means]
+        means = x.mean(0), y.mean(0)
+        if not self.fit_intercept:
+            means = torch.zeros_like(means[0]), torch.zeros_like(means[1])
         x, y = x - means[0], y - means[1]
-        self._merge(x.T @ x, x.T @ y, means, len(x))
+        self._merge(_Sums(x.T @ x, x.T @ y, *means), len(x))
         return self
 
     @torch.no_grad()
@@ -110,7 +114,8 @@ class Ridge(nn.Module):
                 three. A column of ones among the targets of `reservoir_scan` gives x_sum.
 
         Raises:
-            ValueError: a wrong shape, or a missing sum where an intercept is fitted.
+            ValueError: a wrong shape, an element that is not finite, or a missing sum where an
+                intercept is fitted.
         """
         size = self.in_features, self.out_features
         wanted: dict[str, tuple[object, tuple[int, ...]]]
@@ -122,33 +127,36 @@ class Ridge(nn.Module):
         for name, (value, shape) in wanted.items():
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise ValueError(f"{name} must be a tensor of shape {shape}, got {describe(value)}")
+            check_finite(name, value)
+        rows = 0 if count is None else integer("count", count, 0)
         device = self.weight.device
         gram, cross = (t.to(device, torch.float64) for t in (gram, cross))
-        means = [m * 0 for m in self._means]
-        if x_sum is not None and y_sum is not None and count and self.fit_intercept:
-            means = [t.to(device, torch.float64) / count for t in (x_sum, y_sum)]
-            gram = gram - count * torch.outer(means[0], means[0])
-            cross = cross - count * torch.outer(means[0], means[1])
-        self._merge(gram, cross, means, count or 0)
+        means = gram.new_zeros(size[0]), gram.new_zeros(size[1])
+        if x_sum is not None and y_sum is not None and rows and self.fit_intercept:
+            means = x_sum.to(means[0]) / rows, y_sum.to(means[1]) / rows
+            gram = gram - rows * torch.outer(means[0], means[0])
+            cross = cross - rows * torch.outer(means[0], means[1])
+        self._merge(_Sums(gram, cross, *means), rows)
         return self
 
-    def _check(self, name: str, value: object, size: int) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
-        if value.dim() < 1 or value.shape[-1] != size:
-            raise ValueError(f"{name} must be (..., {size}), got {describe(value)}")
-
-    def _merge(self, gram: Tensor, cross: Tensor, means: list[Tensor], count: int) -> None:
-        device = gram.device
-        self._gram, self._cross = self._gram.to(device), self._cross.to(device)
+    def _merge(self, new: _Sums, count: int) -> None:
+        device = self.weight.device
+        if "gram" in self._kept:
+            old = _Sums(*(self._kept[name].to(device) for name in _Sums._fields))
+        else:
+            old = _Sums(*map(torch.zeros_like, new))
         total = self.count + count
-        shift = [new - old.to(device) for new, old in zip(means, self._means, strict=True)]
-        share = self.count * count / total if total else 0.0
-        self._gram += gram + share * torch.outer(shift[0], shift[0])
-        self._cross += cross + share * torch.outer(shift[0], shift[1])
-        if total:
-            pairs = zip(self._means, shift, strict=True)
-            self._means = [old.to(device) + s * (count / total) for old, s in pairs]
+        part = count / total if total else 0.0
+        dx, dy = new.x_mean - old.x_mean, new.y_mean - old.y_mean
+        merged = _Sums(
+            old.gram + new.gram + self.count * part * torch.outer(dx, dx),
+            old.cross + new.cross + self.count * part * torch.outer(dx, dy),
+            old.x_mean + part * dx,
+            old.y_mean + part * dy,
+        )
+        if not all(bool(tensor.isfinite().all()) for tensor in merged):
+            raise ValueError("x or y is too large: its products are not finite in float64")
+        self._kept = self._kept | merged._asdict()
         self.count = total
 
     @torch.no_grad()
@@ -156,56 +164,109 @@ class Ridge(nn.Module):
         """Fit with every strength, and use the first.
 
         Raises:
-            RuntimeError: the Gram matrix is not positive definite at a strength, which the message
-                names (too few rows, or a strength below the sums' rounding error).
+            RuntimeError: no data was seen, or the Gram matrix is not positive definite at a
+                strength, which the message names (too few rows, or a strength below the sums'
+                rounding error).
         """
-        self._solutions = []
-        for strength in self.strengths:
-            matrix = self._gram.clone()
-            matrix.diagonal().add_(strength)
-            factor, info = torch.linalg.cholesky_ex(matrix)
-            if info.item() or not factor.isfinite().all():
-                raise RuntimeError(
-                    f"the Gram matrix of {self.count} rows is not positive definite at ridge "
-                    f"{strength}: take in more rows or raise ridge"
-                )
-            weight = torch.cholesky_solve(self._cross, factor).T.contiguous()
-            self._solutions.append((weight, self._means[1] - weight @ self._means[0]))
+        if "gram" not in self._kept:
+            raise RuntimeError("no data was seen yet: call update(x, y) first")
+        sums = _Sums(*(self._kept[name] for name in _Sums._fields))
+        every = [s for each in self.strengths for s in _numbers(each)]
+        solved = {strength: self._solution(sums, strength) for strength in dict.fromkeys(every)}
+        found = torch.stack(
+            [
+                solved[each]
+                if isinstance(each, float)
+                else torch.stack([solved[s][j] for j, s in enumerate(each)])
+                for each in self.strengths
+            ]
+        )
+        self._kept = self._kept | {
+            "weights": found,
+            "biases": sums.y_mean - found @ sums.x_mean,
+        }
         return self.take(0)
 
-    def fit(self, x: Tensor, y: Tensor) -> Ridge:
-        """Discard earlier data, then fit x (..., N) to y (..., m) alone."""
-        self.reset()
-        return self.update(x, y).solve()
+    def _solution(self, sums: _Sums, strength: float) -> Tensor:
+        """W (m, N) of one strength for all targets."""
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(strength)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if info.item() or not factor.isfinite().all():
+            raise RuntimeError(
+                f"the Gram matrix of {self.count} rows is not positive definite at ridge "
+                f"{strength}: take in more rows or raise ridge"
+            )
+        return torch.cholesky_solve(sums.cross, factor).T
 
-    def take(self, index: int) -> Ridge:
-        """Use the solution of `strengths[index]`. RuntimeError before `solve`."""
-        if not self._solutions:
-            raise RuntimeError("nothing is fitted yet: call solve() or fit(x, y) first")
-        weight, bias = self._solutions[index]
+    def fit(self, x: Tensor, y: Tensor) -> Ridge:
+        """Discard earlier data, then fit x (..., N) to y (..., m) alone.
+
+        Raises as `update` and `solve`, and then leaves everything as it was.
+        """
+        count, kept = self.count, self._kept
+        self.reset()
+        try:
+            return self.update(x, y).solve()
+        except (TypeError, ValueError, RuntimeError):
+            self.count, self._kept = count, kept
+            raise
+
+    def take(self, index: int | Sequence[int] | Array) -> Ridge:
+        """Use the solution of `strengths[index]`, or for target j that of `strengths[index[j]]`.
+
+        RuntimeError before `solve`.
+        """
+        weights, biases = self._solved()
+        picks, targets = listed("index", index), range(self.out_features)
+        several = isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0
+        if several and len(picks) != len(targets):
+            raise ValueError(f"index must have {len(targets)} numbers, got {len(picks)}")
+        for pick in picks:
+            if not 0 <= integer("index", pick) < len(weights):
+                raise ValueError(f"index must lie in [0, {len(weights) - 1}], got {pick}")
+        rows = picks if several else picks * len(targets)
         # copy_ keeps the buffers' dtype and device after the module was moved or cast.
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-        self.strength = self.strengths[index]
+        self.weight.copy_(weights[rows, targets])
+        self.bias.copy_(biases[rows, targets])
+        each = [_numbers(self.strengths[pick]) for pick in rows]
+        own = tuple(found[j % len(found)] for j, found in zip(targets, each, strict=True))
+        self.strength = own if several else self.strengths[picks[0]]
         return self
 
-    @torch.no_grad()
-    def errors(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean squared error of every strength on x (..., N) and y (..., m): float64, (S,)."""
-        if not self._solutions:
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """The weights (S, m, N) and biases (S, m) of every strength."""
+        if "weights" not in self._kept:
             raise RuntimeError("nothing is fitted yet: call solve() or fit(x, y) first")
-        x, y = x.to(self._gram.device, torch.float64), y.to(self._gram.device, torch.float64)
-        return torch.stack([(F.linear(x, w, b) - y).square().mean() for w, b in self._solutions])
+        return self._kept["weights"], self._kept["biases"]
 
-    def select(self, x: Tensor, y: Tensor) -> Ridge:
-        """Use the strength with the least mean squared error on held-out x (..., N), y (..., m)."""
-        return self.take(int(self.errors(x, y).nan_to_num(math.inf).argmin()))
+    @torch.no_grad()
+    def errors(self, x: Tensor, y: Tensor, *, per_target: bool = False) -> Tensor:
+        """Mean squared error of every strength on x (..., N) and y (..., m): float64, (S,), with
+        `per_target` (S, m).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., m) for x (..., N), computed in the weights' dtype and returned in x's."""
-        self._check("x", x, self.in_features)
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        Raises:
+            TypeError, ValueError: as `update`. RuntimeError before `solve`.
+        """
+        check_flag("per_target", per_target)
+        weights, biases = self._solved()
+        x, y = self._rows(x, y)
+        if not len(x):
+            raise ValueError("x must hold at least one row, got none")
+        pairs = zip(weights.to(x.device), biases.to(x.device), strict=True)
+        found = torch.stack([(F.linear(x, w, b) - y).square().mean(0) for w, b in pairs])
+        return found if per_target else found.mean(1)
+
+    def select(self, x: Tensor, y: Tensor, *, per_target: bool = False) -> Ridge:
+        """Use the strength with the least mean squared error on held-out x (..., N), y (..., m):
+        one strength for all targets, or with `per_target` each target's own."""
+        best = self.errors(x, y, per_target=per_target).nan_to_num(math.inf).argmin(0)
+        return self.take(best.tolist())
 
     def extra_repr(self) -> str:
         """The arguments that print shows."""
         return f"{self.in_features}, {self.out_features}, ridge={self.strengths}"
+
+
+def _numbers(strength: Strength) -> tuple[float, ...]:
+    return strength if isinstance(strength, tuple) else (strength,)

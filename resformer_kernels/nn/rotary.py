@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from resformer_kernels._core.checks import integer, real
+from resformer_kernels.nn.state import AdaptsCheckpoint
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(AdaptsCheckpoint):
     """Cosines and sines of every position below `max_seqlen`.
+
+    Checkpoints do not hold these tables: the module makes them anew where it is moved or loaded.
 
     Args:
         head_dim: size of a query or key head; even.
@@ -22,21 +28,53 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_seqlen: int, *, base: float = 10_000.0) -> None:
         super().__init__()
-        if head_dim < 2 or head_dim % 2:
+        self.head_dim = integer("head_dim", head_dim)
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
-        if max_seqlen < 1:
-            raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
-        self.max_seqlen = max_seqlen
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        angles = torch.outer(torch.arange(max_seqlen, dtype=torch.float32), base**-exponents)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.max_seqlen = integer("max_seqlen", max_seqlen, 1)
+        self.base = real("base", base)
+        empty = torch.empty((self.max_seqlen, self.head_dim // 2), dtype=torch.float32)
+        self.register_buffer("cos", empty, persistent=False)
+        self.register_buffer("sin", empty.clone(), persistent=False)
+        self._fill()
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        exponents = torch.arange(0, self.head_dim, 2, **options) / self.head_dim
+        positions = torch.arange(self.max_seqlen, **options)
+        angles = torch.outer(positions, self.base**-exponents)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        before = self.cos
+        super()._apply(fn, recurse)
+        # `to_empty` and a move from the meta device leave tables without values.
+        if self.cos is not before:
+            self._fill()
+        return self
+
+    def adapt_checkpoint(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Leave the meta device with the weights that are loaded beside this module."""
+        del state, prefix, errors
+        if self.cos.is_meta:
+            self.on(torch.get_default_device())
+
+    def on(self, device: torch.device) -> RotaryEmbedding:
+        """This module, its tables on `device`."""
+        if self.cos.device != device:
+            # Outside inference mode, whose tensors training refuses.
+            with torch.inference_mode(False):
+                self.to_empty(device=device)
+        return self
 
     def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """cos and sin of positions start to start + length, each (length, head_dim / 2).
 
         Raises ValueError beyond `max_seqlen`.
         """
+        length, start = integer("length", length, 0), integer("start", start)
         if start < 0 or start + length > self.max_seqlen:
             raise ValueError(
                 f"positions {start} to {start + length} are not within max_seqlen {self.max_seqlen}"
@@ -49,10 +87,11 @@ class RotaryEmbedding(nn.Module):
 
         Raises ValueError beyond `max_seqlen`.
         """
-        cos, sin = self(length, max(lengths, default=0))
-        if len(set(lengths)) < 2:
+        given, length = [integer("lengths", n) for n in lengths], integer("length", length, 0)
+        cos, sin = self(length, max(given, default=0))
+        if len(set(given)) < 2:
             return cos, sin
-        starts = torch.tensor(lengths, device=self.cos.device)
+        starts = torch.tensor(given, device=self.cos.device)
         places = starts[:, None] + torch.arange(length, device=self.cos.device)
         return self.cos[places], self.sin[places]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.checks import integer
+from resformer_kernels.nn.arguments import check_finite
 from resformer_kernels.nn.reservoir import Reservoir
 from resformer_kernels.nn.reservoir_weights import spectral_radius
+from resformer_kernels.reservoir.record import UNBOUNDED
 
 _FLOOR = {torch.float32: 1e-5, torch.float64: 1e-13}
-_UNBOUNDED = ("relu", "identity")
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,10 @@ class StabilityReport:
 
     Attributes:
         spectral_radius: spectral radius of W, over all groups.
-        eigenvalues: eigenvalues of (1-a)I + aW, the step linearised at 0: complex128 (N,).
+        eigenvalues: eigenvalues of (1-a)I + aW, the step where f has slope 1: complex128 (N,). It
+            is tanh's at 0; a sigmoid's slope is at most 1/4, a softmax's 1/2.
         linear_radius: their largest modulus.
-        linear_norm: the largest singular value of (1-a)I + aW. Below 1, tanh and relu contract
+        linear_norm: the largest singular value of (1-a)I + aW. Below 1, every activation contracts
             under every drive; above, that depends on the drive.
         contraction: the measured factor per step by which two trajectories approach each other
             under the drive. Below 1 the reservoir forgets its start (the echo state property holds
@@ -74,32 +78,35 @@ def stability_report(
 
     Args:
         reservoir: the reservoir; its stored state is unchanged.
-        inputs: the drive, (T, n_in); None: 1000 steps of uniform noise in [-1, 1].
+        inputs: the drive, (T, n_in), with feedback [u_t, y_{t-1}], (T, n_in + m): the reservoir
+            is measured under a teacher, not in closed loop. None: 1000 steps of uniform noise in
+            [-1, 1].
         seed: seeds the random state and noise.
 
     Raises:
-        ValueError: inputs is not (T, n_in), or has no steps.
+        ValueError: inputs is not (T, n_in), has no steps or is not finite, or the weights are not.
 
     Warns:
         UserWarning: the activation is unbounded and the trajectories do not approach.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     like = reservoir.input_weight
+    options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    width = reservoir.input_dim + reservoir.feedback_dim
     if inputs is None:
-        inputs = 2 * torch.rand(1000, reservoir.input_dim, generator=generator) - 1
-    if inputs.dim() != 2 or inputs.shape[1] != reservoir.input_dim or not len(inputs):
+        inputs = 2 * torch.rand(1000, width, **options) - 1
+    if inputs.dim() != 2 or inputs.shape[1] != width or not len(inputs):
         raise ValueError(
-            f"inputs must be (T, {reservoir.input_dim}) with at least one step, got "
-            f"{tuple(inputs.shape)}"
+            f"inputs must be (T, {width}) with at least one step, got {tuple(inputs.shape)}"
         )
-    starts = torch.zeros(2, reservoir.units)
-    starts[1] = 2 * torch.rand(reservoir.units, generator=generator) - 1
-    stored = reservoir.state
-    starts = starts.to(like)
-    states, _ = reservoir(inputs.to(like).expand(2, -1, -1), starts)
-    reservoir.state = stored
-    contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR.get(like.dtype, 1e-5))
-    bounded = reservoir.activation not in _UNBOUNDED
+    check_finite("inputs", inputs)
+    check_finite("reservoir.input_weight", like)
+    check_finite("reservoir.dense_weight()", reservoir.dense_weight())
+    start = 2 * torch.rand(reservoir.units, **options) - 1
+    starts = torch.stack((torch.zeros_like(start), start)).to(like.device, reservoir.state_dtype)
+    states, _ = reservoir.run(inputs.to(like).expand(2, -1, -1), starts)
+    contraction = _rate(torch.cat((starts[:, None], states), 1), _FLOOR[starts.dtype])
+    bounded = reservoir.activation not in UNBOUNDED
     steps = reservoir.step_matrices()
     eigenvalues = torch.cat([torch.linalg.eigvals(step) for step in steps])
     report = StabilityReport(

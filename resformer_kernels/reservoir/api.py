@@ -38,7 +38,8 @@ def reservoir_scan(
 
     The leaky-integrator reservoir that carries long context in Liu and Xu, "All-time reservoir
     memory" (arXiv 2509.24074), and any recurrence of that form. The state is float32 (float64 for
-    float64 inputs, which the reference serves), and nothing is cast under autocast.
+    float64 inputs, which the reference serves). All else has that dtype, or 16 bits that are
+    widened, which is exact; autocast casts nothing.
 
     Args:
         inputs: u, (B, T, n_in) with input_weight, else the drive itself, (B, T, N). Packed
@@ -47,13 +48,13 @@ def reservoir_scan(
         weight: W. Dense (N, N); block-diagonal groups (G, n, n) with N = G n, unit g n + j being
             the j-th of group g; diagonal (N,); a sparse CSR tensor (N, N); or a
             `RingWeight(values, source)`, of which unit i receives values[i] * h[source[i]].
-            float32 or bfloat16 (widened exactly), float64 for a float64 state.
-        input_weight: W_in, (N, n_in), in one of weight's dtypes. The (B, T, N) drive then never
-            exists.
-        leak: a, a number in [0, 1], or a tensor () or (N,) of the state's dtype.
-        bias: b, (N,), of the state's dtype.
-        initial_state: h_0, (B, N), packed (sequences, N), of the state's dtype; None: zeros.
-        activation: f, "tanh", "relu" or "identity".
+            Kernels read bfloat16 as it is.
+        input_weight: W_in, (N, n_in), likewise. The (B, T, N) drive then never exists.
+        leak: a, a number in [0, 1], or a tensor () or (N,); numpy's arrays (N,) are converted.
+        bias: b, (N,).
+        initial_state: h_0, (B, N), packed (sequences, N); None: zeros.
+        activation: f, "tanh", "relu", "identity", "sigmoid", "softplus", or "softmax" over the N
+            units of a step (of each group on its own), which the reference alone serves.
         mode: "sequential" steps through time. "chunked" runs pieces of time at once from guessed
             states and again from corrected ones until they agree; see `tolerance`. "auto" takes
             whichever is expected to be faster, by shape. A backward runs in the same mode.

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resformer_kernels.reservoir.op import ADJOINT, LEAVES
 from resformer_kernels.reservoir.record import (
     RELU,
+    SIGMOID,
+    SOFTPLUS,
     TANH,
     AdjointCall,
     BackwardCall,
@@ -156,6 +159,11 @@ def _activation(activation: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
         return f, 1 - f * f
     if activation == RELU:
         return torch.relu(z), (z > 0).to(z.dtype)
+    if activation == SIGMOID:
+        f = torch.sigmoid_(z)
+        return f, f * (1 - f)
+    if activation == SOFTPLUS:
+        return -F.logsigmoid(-z), torch.sigmoid(z)
     return z, None
 
 

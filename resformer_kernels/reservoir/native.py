@@ -11,7 +11,13 @@ from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.op import NATIVE
 from resformer_kernels.reservoir import op
 from resformer_kernels.reservoir.cuda_plan import fits
-from resformer_kernels.reservoir.record import AUTO, CHUNKED, ReducedCall, ReservoirCall
+from resformer_kernels.reservoir.record import (
+    AUTO,
+    CHUNKED,
+    ReducedCall,
+    ReservoirCall,
+    couples_units,
+)
 
 NAME = "native"
 
@@ -27,6 +33,9 @@ def unsupported_reason(call: ReducedCall, hardware: Hardware) -> str | None:
         return foreign
     if scan.inputs.dtype is not torch.float32:
         return f"its state is float32, inputs of {scan.inputs.dtype} want another"
+    coupled = couples_units(scan)
+    if coupled is not None:
+        return coupled
     if device.type == "cuda":
         return (
             _without_cuda_kernel(scan)

@@ -14,20 +14,24 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import (
     DTYPES,
+    alone,
     check_cu_seqlens,
+    check_dense,
     check_flag,
-    check_real,
     check_tensor,
     describe,
     readable,
+    real,
 )
 from resformer_kernels._core.op import refuse_vmap
 
 NAME = "reservoir_scan"
 
 # Ops take an activation and a mode as its place in these tuples: C++ reads no strings.
-ACTIVATIONS = ("tanh", "relu", "identity")
-TANH, RELU, IDENTITY = range(3)
+ACTIVATIONS = ("tanh", "relu", "identity", "sigmoid", "softplus", "softmax")
+TANH, RELU, IDENTITY, SIGMOID, SOFTPLUS, SOFTMAX = range(6)
+UNBOUNDED = ("relu", "identity", "softplus")
+"""Activations that bound the state for no weights."""
 MODES = ("auto", "sequential", "chunked")
 AUTO, SEQUENTIAL, CHUNKED = range(3)
 REDUCTIONS = ("none", "last", "mean", "gram")
@@ -119,6 +123,13 @@ class ReservoirCall(NamedTuple):
         return units.repeat_interleave(self.rows.diff(), output_size=self.weight.shape[0])
 
 
+def couples_units(call: ReservoirCall) -> str | None:
+    """Why kernels that finish a step tile by tile of units cannot serve this call."""
+    if call.activation != SOFTMAX:
+        return None
+    return "softmax couples the units of a step, which its kernels finish some at a time"
+
+
 class ReducedCall(NamedTuple):
     """The whole of a public call: the recurrence, and what becomes of its states."""
 
@@ -181,12 +192,15 @@ def check_call(
     dtype = torch.float64 if inputs.dtype is torch.float64 else torch.float32
     inputs = inputs.to(dtype)
     values, rows, columns, units = _check_weight(weight, inputs)
-    _check_projection(input_weight, inputs, units)
+    input_weight = _check_projection(input_weight, inputs, units)
     if packed:
         check_cu_seqlens(cu_seqlens, "inputs", inputs, "inputs' {} steps")
     sequences = cu_seqlens.shape[0] - 1 if packed else inputs.shape[0]
-    _check_vector("bias", bias, (units,), "one entry a unit", inputs)
-    _check_vector("initial_state", initial_state, (sequences, units), "a state a sequence", inputs)
+    states = (sequences, units)
+    bias = _check_vector("bias", bias, (units,), "one entry a unit", inputs)
+    initial_state = _check_vector(
+        "initial_state", initial_state, states, "a state a sequence", inputs
+    )
     for name, value, choices in (
         ("activation", activation, ACTIVATIONS),
         ("mode", mode, MODES),
@@ -215,10 +229,10 @@ def check_call(
 
 def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """(values, rows, columns, units)."""
-    forms = (
-        "weight must be a tensor (N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor "
-        "(N, N), or a RingWeight"
+    axes = (
+        "(N, N), (groups, n, n), (N,) for a diagonal, a sparse CSR tensor (N, N), or a RingWeight"
     )
+    forms = f"weight must be a tensor {axes}"
     if isinstance(weight, RingWeight):
         values, columns = _check_ring(weight, inputs)
         return values, None, columns, values.shape[0]
@@ -227,15 +241,14 @@ def _check_weight(weight: Any, inputs: Tensor) -> tuple[Tensor, Tensor | None, T
     if weight.layout is torch.sparse_csr:
         if weight.dim() != 2 or weight.shape[0] != weight.shape[1] or weight.shape[0] < 1:
             raise ValueError(f"{forms}, got a sparse CSR tensor of shape {tuple(weight.shape)}")
-        _check_matrix("weight", weight, inputs)
         rows, columns = weight.crow_indices().long(), weight.col_indices().long()
-        return weight.values(), rows, columns, weight.shape[0]
-    if weight.layout is not torch.strided:
-        raise TypeError(f"{forms}, got layout {weight.layout}")
+        values = _check_matrix("weight", weight.values(), inputs)
+        return values, rows, columns, weight.shape[0]
+    check_dense("weight", weight, axes)
     square = weight.dim() == 1 or (weight.dim() in (2, 3) and weight.shape[-1] == weight.shape[-2])
     if not square or weight.numel() < 1:
         raise ValueError(f"{forms}, got {describe(weight)}")
-    _check_matrix("weight", weight, inputs)
+    weight = _check_matrix("weight", weight, inputs)
     units = weight.shape[0] * (weight.shape[1] if weight.dim() == 3 else 1)
     return weight, None, None, units
 
@@ -245,7 +258,7 @@ def _check_ring(weight: RingWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:
     check_tensor("weight.values", values, 1, "(N,)")
     if values.shape[0] < 1:
         raise ValueError("weight.values must have at least one unit, got none")
-    _check_matrix("weight.values", values, inputs)
+    values = _check_matrix("weight.values", values, inputs)
     units = values.shape[0]
     if source is None:
         return values, torch.arange(-1, units - 1, device=values.device) % units
@@ -264,24 +277,35 @@ def _check_ring(weight: RingWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return values, source
 
 
-def _check_matrix(name: str, weight: Tensor, inputs: Tensor) -> None:
-    state = inputs.dtype
-    if weight.dtype != state and not (state is torch.float32 and weight.dtype is torch.bfloat16):
-        takes = "float64" if state is torch.float64 else "float32 or bfloat16"
-        raise TypeError(f"{name} must be {takes} for a {state} state, got {weight.dtype}")
+def _check_matrix(name: str, weight: Tensor, inputs: Tensor) -> Tensor:
+    # Kernels of a float32 state read bfloat16 as it is.
+    read = inputs.dtype is torch.float32 and weight.dtype is torch.bfloat16
+    weight = weight if read else _widened(name, weight, inputs)
     if weight.device != inputs.device:
         raise ValueError(f"{name} must be on inputs' device {inputs.device}, got {weight.device}")
+    return weight
 
 
-def _check_projection(input_weight: Any, inputs: Tensor, units: int) -> None:
+def _widened(name: str, x: Tensor, inputs: Tensor) -> Tensor:
+    """x in the state's dtype, which is exact for one of 16 bits; TypeError for any other."""
+    state = inputs.dtype
+    if x.dtype not in (state, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} must have the state's dtype {state}, or bfloat16 or float16, got {x.dtype}"
+        )
+    return x.to(state)
+
+
+def _check_projection(input_weight: Any, inputs: Tensor, units: int) -> Tensor | None:
     if input_weight is None:
         if inputs.shape[-1] != units:
             raise ValueError(
                 f"inputs must have weight's {units} units on the last axis, or input_weight must "
                 f"be given, got inputs of shape {tuple(inputs.shape)}"
             )
-        return
+        return None
     check_tensor("input_weight", input_weight, 2, "(N, inputs)")
+    assert isinstance(input_weight, Tensor)
     if inputs.shape[-1] < 1:
         raise ValueError(
             f"inputs must have at least one entry on the last axis, got {describe(inputs)}"
@@ -292,30 +316,33 @@ def _check_projection(input_weight: Any, inputs: Tensor, units: int) -> None:
             f"input_weight must be {expected}: weight's units, and the last axis of inputs; "
             f"got shape {tuple(input_weight.shape)}"
         )
-    _check_matrix("input_weight", input_weight, inputs)
+    return _check_matrix("input_weight", input_weight, inputs)
 
 
 def _check_vector(
     name: str, value: Any, shape: tuple[int, ...], meaning: str, inputs: Tensor
-) -> None:
+) -> Any:
+    """The vector in the state's dtype, or None."""
     if value is None:
-        return
+        return None
     check_tensor(name, value, len(shape), f"{shape}, {meaning}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {shape}, {meaning}, got shape {tuple(value.shape)}")
-    if value.dtype != inputs.dtype:
-        raise TypeError(f"{name} must have the state's dtype {inputs.dtype}, got {value.dtype}")
     if value.device != inputs.device:
         raise ValueError(f"{name} must be on inputs' device {inputs.device}, got {value.device}")
+    return _widened(name, value, inputs)
 
 
 def _check_leak(leak: Any, inputs: Tensor, units: int) -> Tensor:
+    if not isinstance(leak, Tensor) and not alone(leak) and hasattr(leak, "__array__"):
+        leak = torch.as_tensor(leak, dtype=inputs.dtype, device=inputs.device)
     if isinstance(leak, Tensor):
-        if leak.layout is not torch.strided or tuple(leak.shape) not in ((), (units,)):
+        check_dense("leak", leak)
+        if tuple(leak.shape) not in ((), (units,)):
             raise ValueError(f"leak must be a number, () or ({units},), got {describe(leak)}")
-        _check_vector("leak", leak, tuple(leak.shape), "one entry a unit", inputs)
-        return leak
-    check_real("leak", leak)
+        wide: Tensor = _check_vector("leak", leak, tuple(leak.shape), "one entry a unit", inputs)
+        return wide
+    leak = real("leak", leak)
     if not 0 <= leak <= 1:
         raise ValueError(f"leak must lie in [0, 1], got {leak}")
     # A tensor: a float in a compiled graph would compile it again for every value.
@@ -325,7 +352,7 @@ def _check_leak(leak: Any, inputs: Tensor, units: int) -> Tensor:
 def _check_tolerance(tolerance: Any) -> float:
     if tolerance is None:
         return TOLERANCE
-    check_real("tolerance", tolerance)
+    tolerance = real("tolerance", tolerance)
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be 0 or a positive finite number, got {tolerance}")
     return float(tolerance)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from resformer_kernels._core.gradient import seeing
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.reservoir.record import (
     ACTIVATIONS,
@@ -52,9 +54,11 @@ def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
     step = _step(call)
     inputs = call.inputs
     start = call.start()
+    leaves = (inputs, call.weight, call.input_weight, call.leak, call.bias)
     if call.cu_seqlens is None:
         states, last = _sequence(step, inputs.transpose(0, 1), start)
-        return states.transpose(0, 1).contiguous(), last
+        states = states.transpose(0, 1).contiguous()
+        return (states, last) if states.numel() else (seeing(states, leaves), seeing(last, leaves))
     offsets = call.cu_seqlens.tolist()
     pieces, ends = [], []
     for i in range(call.sequences):
@@ -63,7 +67,8 @@ def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
         pieces.append(states.flatten(0, 1))
         ends.append(last)
     pieces.append(inputs.new_zeros((inputs.shape[0] - offsets[-1], call.units)))
-    return torch.cat(pieces), torch.cat(ends) if ends else start.clone()
+    states, last = torch.cat(pieces), torch.cat(ends) if ends else start.clone()
+    return (states, last) if offsets[-1] else (seeing(states, leaves), seeing(last, leaves))
 
 
 def _sequence(
@@ -83,8 +88,7 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
     dtype = call.inputs.dtype
     recur = _product(call)
     project = None if call.input_weight is None else call.input_weight.to(dtype)
-    functions = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
-    activate = functions[ACTIVATIONS[call.activation]]
+    activate = _activation(call)
     leak = call.leak
 
     def step(state: Tensor, inputs: Tensor) -> Tensor:
@@ -95,6 +99,21 @@ def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
         return updated
 
     return step
+
+
+def _activation(call: ReservoirCall) -> Callable[[Tensor], Tensor]:
+    """f of z (..., N)."""
+    groups = call.weight.shape[0] if call.weight.dim() == 3 else 1
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "tanh": torch.tanh,
+        "relu": torch.relu,
+        "identity": lambda z: z,
+        "sigmoid": torch.sigmoid,
+        # Not F.softplus, which is the identity above 20.
+        "softplus": lambda z: -F.logsigmoid(-z),
+        "softmax": lambda z: z.unflatten(-1, (groups, -1)).softmax(-1).flatten(-2),
+    }
+    return functions[ACTIVATIONS[call.activation]]
 
 
 def _product(call: ReservoirCall) -> Callable[[Tensor], Tensor]:

@@ -72,26 +72,43 @@ def check_call(
         check_tensor("tokens", tokens, 3, f"{_FIXED}, or {_PACKED}")
     else:
         check_tensor("tokens", tokens, 2, _PACKED)
-    if tokens.dtype not in DTYPES:
-        raise TypeError(
-            "tokens must be float32, bfloat16, float16, complex64, float64 or complex128, "
-            f"got {tokens.dtype}"
-        )
     check_flag("reverse", reverse)
+    _check_dtype("tokens", tokens)
     _check_gates(gates, tokens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, "tokens", tokens, "the {} tokens")
     call = ScanCall(gates, tokens, initial_state, reverse, cu_seqlens)
     if initial_state is not None:
         _check_initial(initial_state, call)
-    return call
+    return _promoted(call)
+
+
+def _promoted(call: ScanCall) -> ScanCall:
+    """The call in one dtype, torch's promotion of all; float32 stays as it is beside 16 bits."""
+    others = [x for x in (call.gates, call.initial_state) if x is not None]
+    dtype = call.tokens.dtype
+    for x in others:
+        if x.dtype is not state_dtype(dtype):
+            dtype = torch.promote_types(dtype, x.dtype)
+    kept = (dtype, state_dtype(dtype))
+    gates, initial_state = (
+        x if x is None or x.dtype in kept else x.to(dtype) for x in (call.gates, call.initial_state)
+    )
+    assert gates is not None
+    tokens = call.tokens.to(dtype)
+    return call._replace(gates=gates, tokens=tokens, initial_state=initial_state)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16, complex64, float64 or complex128, "
+            f"got {tensor.dtype}"
+        )
 
 
 def _check_dtype_and_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
-    wide = state_dtype(tokens.dtype)
-    if tensor.dtype not in (tokens.dtype, wide):
-        other = "" if wide is tokens.dtype else f" or be {wide}"
-        raise TypeError(f"{name} must have tokens' dtype {tokens.dtype}{other}, got {tensor.dtype}")
+    _check_dtype(name, tensor)
     if tensor.device != tokens.device:
         raise ValueError(f"{name} must be on tokens' device {tokens.device}, got {tensor.device}")
 
@@ -99,8 +116,7 @@ def _check_dtype_and_device(name: str, tensor: Tensor, tokens: Tensor) -> None:
 def _check_gates(gates: Any, tokens: Tensor) -> None:
     channels = tokens.shape[-1]
     expected = f"tokens' shape {tuple(tokens.shape)}, or ({channels},) for gates constant in time"
-    if not isinstance(gates, Tensor) or gates.layout is not torch.strided:
-        check_tensor("gates", gates, tokens.dim(), f"of {expected}")
+    check_tensor("gates", gates, (1, tokens.dim()), f"of {expected}")
     if gates.shape != tokens.shape and (gates.dim() != 1 or gates.shape[0] != channels):
         raise ValueError(f"gates must have {expected}, got shape {tuple(gates.shape)}")
     _check_dtype_and_device("gates", gates, tokens)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.gradient import seeing
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.scan.record import ScanCall, state_dtype
 
@@ -43,6 +44,9 @@ def run(call: ScanCall) -> tuple[Tensor, Tensor]:
             initial = call.initial_state.to(wide)
         scan = _fixed if call.cu_seqlens is None else _packed
         states, final = scan(call, gates, tokens, initial)
+        if not call.sequences or not tokens.numel():
+            leaves = (tokens, gates, initial)
+            states, final = seeing(states, leaves), seeing(final, leaves)
         return states.to(call.tokens.dtype).contiguous(), final.clone()
 
 

@@ -1,17 +1,31 @@
-"""Benchmark series for reservoirs. Every function returns float64 tensors, time first."""
+"""Benchmark series for reservoirs. Every function returns float64 tensors, time first.
+
+Arguments of another type or out of range raise TypeError or ValueError.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from resformer_kernels._core.checks import integer, real
 
 LORENZ_EXPONENT = 0.9056
 """The largest Lyapunov exponent of the Lorenz system at (10, 28, 8/3), per unit of time."""
 
 
-def _check_length(length: int) -> None:
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(integer("seed", seed))
+
+
+def _times(step: float, substeps: int) -> tuple[float, int]:
+    """Both checked: a sample's step of time, and what it is divided into."""
+    step = real("step", step)
+    if not 0 < step < math.inf:
+        raise ValueError(f"step must be positive and finite, got {step}")
+    return step, integer("substeps", substeps, 1)
 
 
 def narma10(length: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -21,8 +35,7 @@ def narma10(length: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     Row t holds u(t) and y(t+1), which u up to t determines. Inputs for which the recurrence
     diverges are rare, and are redrawn.
     """
-    _check_length(length)
-    generator = torch.Generator().manual_seed(seed)
+    length, generator = integer("length", length, 1), _generator(seed)
     while True:
         drawn = 0.5 * torch.rand(length + 10, generator=generator, dtype=torch.float64)
         u, y = drawn.tolist(), [0.0] * 10
@@ -56,12 +69,15 @@ def mackey_glass(
     Raises:
         ValueError: τ is not a multiple of step / substeps, or less than twice that.
     """
-    _check_length(length)
+    length, (step, substeps) = integer("length", length, 1), _times(step, substeps)
+    tau, transient = real("tau", tau), integer("transient", transient, 0)
     h = step / substeps
+    if not -math.inf < tau < math.inf:
+        raise ValueError(f"tau must be finite, got {tau}")
     lag = round(tau / h)
     if lag < 2 or abs(lag * h - tau) > 1e-9:
         raise ValueError(f"tau must be a multiple, from 2, of step / substeps = {h}, got {tau}")
-    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.rand((), generator=_generator(seed), dtype=torch.float64)
     x = [1.2 + 0.2 * (float(start) - 0.5)] * (lag + 1)
     slopes = [0.0] * lag
 
@@ -98,9 +114,9 @@ def lorenz(
     Fourth-order Runge-Kutta in steps of step / substeps, from a random point; the first `transient`
     of time is dropped.
     """
-    _check_length(length)
+    length, (step, substeps) = integer("length", length, 1), _times(step, substeps)
+    transient, generator = integer("transient", transient, 0), _generator(seed)
     h = step / substeps
-    generator = torch.Generator().manual_seed(seed)
     x, y, z = (1.0 + torch.rand(3, generator=generator, dtype=torch.float64)).tolist()
 
     def slope(x: float, y: float, z: float) -> tuple[float, float, float]:
@@ -127,9 +143,8 @@ def delays(length: int, longest: int, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
     Targets are (length, longest): column k holds u(t - 1 - k), drawn too where that precedes t = 0.
     """
-    _check_length(length)
-    _check_length(longest)
-    generator = torch.Generator().manual_seed(seed)
+    length, longest = integer("length", length, 1), integer("longest", longest, 1)
+    generator = _generator(seed)
     drawn = 2 * torch.rand(length + longest, generator=generator, dtype=torch.float64) - 1
     past = torch.stack([drawn[longest - k : longest - k + length] for k in range(1, longest + 1)])
     return drawn[longest:, None], past.T.contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.checks import integer
 from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
@@ -110,7 +111,7 @@ class _Source:
     def __init__(self, case: AttentionCase, device: torch.device | str) -> None:
         self.case = case
         self.device = device
-        self.generator = torch.Generator().manual_seed(case.seed)
+        self.generator = torch.Generator().manual_seed(integer("seed", case.seed))
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core.checks import integer
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.testing.budgets import Comparison, compared, misfit, norm
 from resformer_kernels.testing.inputs import laid_out
@@ -90,7 +91,7 @@ class KVCacheInputs:
 
 def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVCacheInputs:
     """Inputs for `case`. What the cache holds past a sequence's end is NaN."""
-    draw = torch.Generator().manual_seed(case.seed)
+    draw = torch.Generator().manual_seed(integer("seed", case.seed))
     batch, longest = len(case.lengths), max(case.lengths, default=0) + case.new_tokens
     new = case.new_tokens if case.append != "none" else 0
 

@@ -79,6 +79,8 @@ def reservoir_cases(dtype: torch.dtype) -> Iterator[ReservoirCase]:
     if dtype is not torch.float32:
         return
     yield ReservoirCase("diagonal, relu", dtype, "diagonal", activation="relu")
+    yield ReservoirCase("permutation, sigmoid", dtype, "permutation", activation="sigmoid")
+    yield ReservoirCase("dense, softplus", dtype, activation="softplus")
     yield ReservoirCase("permutation, packed", dtype, "permutation", packed=True)
     yield ReservoirCase("last state", dtype, reduce="last")
     yield ReservoirCase("bfloat16 weight", dtype, stored=torch.bfloat16)

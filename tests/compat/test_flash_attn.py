@@ -21,6 +21,7 @@ from resformer_kernels.compat.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from tests.compat.documented import close, documented, offsets, rand
 
 _TAIL = {
     "dropout_p": 0.0,
@@ -33,50 +34,6 @@ _TAIL = {
     "return_attn_probs": False,
 }
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
-def documented(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """out (T, H, D) and LSE (H, T) of one sequence, one score at a time."""
-    tq, heads, dim = q.shape
-    tk, kv_heads = k.shape[:2]
-    left, right = window_size
-    scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    out, lse = q.new_zeros(tq, heads, v.shape[-1]), q.new_full((heads, tq), -torch.inf)
-    for h in range(heads):
-        kv_head = h // (heads // kv_heads)
-        for i in range(tq):
-            at = i + tk - tq
-            seen = [
-                j
-                for j in range(tk)
-                if (not causal or j <= at)
-                and (left < 0 or j >= at - left)
-                and (right < 0 or j <= at + right)
-            ]
-            if not seen:
-                continue
-            s = scale * (k[seen, kv_head] @ q[i, h])
-            if softcap > 0:
-                s = softcap * torch.tanh(s / softcap)
-            lse[h, i] = s.logsumexp(0)
-            out[i, h] = s.softmax(0) @ v[seen, kv_head]
-    return out, lse
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +92,6 @@ def test_positions_of_the_arguments() -> None:
     expected_out, expected_lse = documented(q[1], k[1], v[1], 0.3, True, (2, 0))
     close(out[1], expected_out)
     close(lse[1], expected_lse)
-
-
-def offsets(*lengths: int) -> Tensor:
-    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
 
 
 def test_packed_sequences() -> None:
@@ -258,7 +211,7 @@ def test_bad_stacked_and_paged_input_is_named() -> None:
         flash_attn_varlen_kvpacked_func(q, torch.ones(6, 3, 4, 8), cu, cu, 6, 6)
     with pytest.raises(TypeError, match="qkv must be a tensor"):
         flash_attn_varlen_qkvpacked_func([q], cu, 6)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="block_table must be None"):
-        flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, block_table=torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="cu_seqlens must end within q's 6 tokens, got 7"):
+        flash_attn_varlen_qkvpacked_func(torch.ones(6, 3, 4, 8), offsets(7), 7)
     with pytest.raises(TypeError, match="cu_seqlens_q must be int32"):
         flash_attn_varlen_func(q, q, q, cu.long(), cu, 6, 6)

@@ -144,6 +144,23 @@ def test_cache_batch_idx_names_rows() -> None:
     assert torch.equal(k_cache[[0, 2, 4]], others)
 
 
+def test_cache_batch_idx_names_rows_of_a_table() -> None:
+    """As FlashAttention 3 takes it; in FlashAttention 2 it is an error."""
+    pages = rand(6, 4, HKV, D, seed=1), rand(6, 4, HKV, D, seed=2)
+    table, rows = ints(5, 0, 3, 2, 4, 1).view(3, 2), ints(2, 0)
+    q, k, v = rand(B, 1, HQ, D), rand(B, 1, HKV, D, seed=3), rand(B, 1, HKV, D, seed=4)
+    expected_pages = [x.clone() for x in pages]
+    options: dict[str, Any] = {"cache_seqlens": ints(3, 6), "causal": True}
+    expected = flash_attn_with_kvcache(
+        q, expected_pages[0], expected_pages[1], k, v, block_table=table[[2, 0]], **options
+    )
+    out = flash_attn_with_kvcache(
+        q, *pages, k, v, block_table=table, cache_batch_idx=rows, **options
+    )
+    assert torch.equal(out, expected)
+    assert all(torch.equal(x, y) for x, y in zip(pages, expected_pages, strict=True))
+
+
 def test_cache_leftpad_hides_what_is_before() -> None:
     k_cache, v_cache = caches()
     k_cache[0, :3] = torch.nan
@@ -239,10 +256,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "rotary_cos must be float32 or q's dtype",
     ),
-    "rows and pages": (
-        {"cache_batch_idx": ints(0, 1), "block_table": ints(0, 1).view(2, 1)},
+    "rows of a table": (
+        {"cache_batch_idx": ints(0, 2), "block_table": ints(0, 1).view(2, 1)},
         ValueError,
-        "cache_batch_idx must be None with block_table",
+        "cache_batch_idx must name rows 0 to 1 of block_table",
     ),
     "rows' dtype": (
         {"cache_batch_idx": torch.tensor([0, 1])},

@@ -201,7 +201,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query's type": ({"query": 3}, TypeError, "query must be a tensor"),
     "query's dtype": ({"query": torch.ones(2, 3, 7, 8).int()}, TypeError, "query must be float32"),
     "query's rank": ({"query": torch.ones(8)}, ValueError, "query must be"),
-    "key's rank": ({"key": torch.ones(3, 7, 8)}, ValueError, "key must be"),
+    "key's rank": ({"key": torch.ones(8)}, ValueError, "key must be"),
     "key's head_dim": (
         {"key": torch.ones(2, 3, 7, 9)},
         ValueError,
@@ -219,6 +219,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "value must have key's length 7",
     ),
     "heads": ({"query": torch.ones(2, 6, 7, 8)}, ValueError, "enable_gqa=True allows"),
+    "no heads": ({"query": torch.ones(2, 0, 7, 8)}, ValueError, "axes before the last two"),
     "grouped heads": (
         {"query": torch.ones(2, 4, 7, 8), "enable_gqa": True},
         ValueError,

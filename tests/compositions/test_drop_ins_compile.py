@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._dynamo import config
 from torch._dynamo.utils import counters
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from resformer_kernels.compat import scaled_dot_product_attention
+from resformer_kernels.compat import flash_attn_3, scaled_dot_product_attention
 from resformer_kernels.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -19,6 +20,7 @@ from resformer_kernels.compat.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 
 pytestmark = [
@@ -44,6 +46,10 @@ def rand(*shape: int) -> Tensor:
 
 def offsets(length: int) -> Tensor:
     return torch.tensor([0, length - 3, length], dtype=torch.int32)
+
+
+def used(length: int) -> Tensor:
+    return torch.tensor([length - 4, 3], dtype=torch.int32)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
@@ -88,6 +94,25 @@ def flash_varlen(qkv: Tensor, first: Tensor, lam: Tensor, cu: Tensor, longest: i
     ).sum()
 
 
+def flash_3(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+    out, lse = flash_attn_3.flash_attn_func(
+        q, k, v, causal=True, window_size=(5, 0), return_attn_probs=True, v_first=k, lambda_v=lam
+    )
+    return out.square().sum() + lse.sum()
+
+
+def flash_3_varlen(qkv: Tensor, first: Tensor, cu: Tensor, used: Tensor, longest: int) -> Tensor:
+    """As modded-nanogpt calls it, and with rows that are not used."""
+    q, k, v = qkv.unbind(1)
+    lengths = (cu, cu, longest, longest)
+    options: dict[str, Any] = {"causal": True, "softmax_scale": 0.12, "window_size": (3, 0)}
+    out = flash_attn_3.flash_attn_varlen_func(q, k, v, *lengths, **options)
+    some = flash_attn_3.flash_attn_varlen_func(
+        q, k, v, *lengths, used, used, **options, v_first=first
+    )
+    return (out * some).sum()
+
+
 def heads_first(t: int) -> tuple[Any, ...]:
     return rand(2, 4, t, 8), rand(2, 2, t, 8), rand(2, 2, t, 8), rand(2, 1, 1)
 
@@ -108,6 +133,14 @@ CASES: dict[str, tuple[Loss, Callable[[int], tuple[Any, ...]]]] = {
     "flash, sequences packed": (
         flash_varlen,
         lambda t: (rand(t, 3, 4, 8), rand(t, 4, 8), rand(t, 4, 1), offsets(t), t),
+    ),
+    "flash 3": (
+        flash_3,
+        lambda t: (rand(2, t, 4, 8), rand(2, t, 2, 8), rand(2, t, 2, 8), rand(2, 1)),
+    ),
+    "flash 3, sequences packed": (
+        flash_3_varlen,
+        lambda t: (rand(t, 3, 4, 8), rand(t, 4, 8), offsets(t), used(t), t),
     ),
 }
 
@@ -138,3 +171,63 @@ def test_lengths_that_start_fixed_cost_one_recompilation() -> None:
     for length in (9, 17, 33, 40):
         gradients(compiled, heads_first(length))
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("made", [causal_upper_left, causal_lower_right])
+def test_a_named_mask(made: Callable[..., Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, k, mask)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    arguments = (rand(2, 4, 5, 8), rand(2, 4, 9, 8), made(5, 9))
+    torch.testing.assert_close(compiled(*arguments), attend(*arguments))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_jagged_tensors(causal: bool) -> None:
+    def attend(x: Tensor) -> Tensor:
+        q = x.transpose(1, 2)
+        return scaled_dot_product_attention(q, q, q, is_causal=causal).transpose(1, 2)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths in ((3, 5), (9, 1, 4)):
+        rows = [rand(length, 2, 8) for length in lengths]
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        found, expected = compiled(x), attend(x)
+        torch.testing.assert_close(found.values(), expected.values())
+        ours, theirs = (torch.autograd.grad(y.values().sum(), x)[0] for y in (found, expected))
+        torch.testing.assert_close(ours.values(), theirs.values())
+
+
+def decode(q: Tensor, pages: list[Tensor], table: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Attend over pages, append packed tokens to them, and a batch of them."""
+    k, v = pages
+    out: Tensor = flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, causal=True, block_table=table
+    )
+    lengths = cu[1:] - cu[:-1]
+    new = flash_attn_3.flash_attn_with_kvcache(
+        q, k, v, q[:, :2], q[:, 2:], cache_seqlens=lengths, page_table=table, cu_seqlens_q=cu,
+        cu_seqlens_k_new=cu, max_seqlen_q=longest, causal=True, window_size=(4, 0),
+    )  # fmt: skip
+    batch = q[:2, None]
+    last = flash_attn_with_kvcache(
+        batch, k, v, batch[:, :, :2], batch[:, :, 2:], cache_seqlens=2 * lengths,
+        block_table=table, causal=True,
+    )  # fmt: skip
+    return out.sum() + new.sum() + last.sum()
+
+
+def test_caches() -> None:
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
+    table = torch.arange(12, dtype=torch.int32).view(2, 6)
+    mine, theirs = ([rand(12, 16, 2, 8), rand(12, 16, 2, 8).sin()] for _ in range(2))
+    with config.patch(error_on_recompile=True):
+        for length in (9, 17, 33):
+            q, cu = rand(length, 4, 8), offsets(length)
+            found, expected = (
+                compiled(q, mine, table, cu, length),
+                decode(q, theirs, table, cu, length),
+            )
+            torch.testing.assert_close(found, expected)
+            assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))

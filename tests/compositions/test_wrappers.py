@@ -48,7 +48,8 @@ pytestmark = [
 
 
 def inputs() -> Tensor:
-    return torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
+    return x.requires_grad_()
 
 
 def tokens() -> Tensor:

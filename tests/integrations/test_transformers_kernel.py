@@ -315,3 +315,41 @@ def test_a_refused_implementation_changes_nothing() -> None:
         model.set_attn_implementation(kernel.NAME)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("queries", [7, 2])
+def test_keys_are_selected_by_index(queries: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.stack([torch.randperm(7, generator=generator)[:3] for _ in range(2 * queries)])
+    indices = indices.view(2, queries, 3).int()
+    indices[..., 0] = 0  # A query that may attend to nothing gives zeros.
+    chosen = torch.zeros(2, queries, 7, dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    keys = resformer_mask(2, queries, 7, 7 - queries)
+    assert isinstance(keys, KeyMask)
+    allowed = keys.whole()
+    additive = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    for mask in (keys, allowed, additive):
+        found = attend(mask, queries, indices=indices)
+        torch.testing.assert_close(found, by_hand(allowed & chosen, queries))
+    torch.testing.assert_close(attend(None, queries, indices=indices), by_hand(chosen, queries))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (1, 1, 1, 7), (2, 1, 1, 1), (1, 1, 1, 1), (1, 7)])
+def test_masks_broadcast_as_those_of_sdpa(shape: tuple[int, ...]) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 2:4] = False
+    for queries in (1, 7):
+        torch.testing.assert_close(attend(mask, queries), by_hand(mask, queries))
+
+
+def test_an_image_encoder_with_attention_of_its_own_stays_with_sdpa() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    config = transformers.SamVisionConfig(**sizes, patch_size=8, output_channels=8, window_size=2)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for implementation in ("sdpa", kernel.NAME):
+        torch.manual_seed(0)
+        made = transformers.SamVisionModel._from_config(config, attn_implementation=implementation)
+        assert made.vision_encoder.config._attn_implementation == "sdpa"
+        found.append(made.eval()(pixels).last_hidden_state)
+    assert torch.equal(*found)

@@ -81,7 +81,7 @@ CONTIGUOUS: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("cache_seqlens", ints(4, -2), ValueError, ["cache_seqlens", "-2", "index 1"]),
     ("cache_seqlens", ints(4, 2).long(), TypeError, ["cache_seqlens", "int32", "int64"]),
     ("cache_seqlens", ints(4), ValueError, ["cache_seqlens", "batch size 2", "(1,)"]),
-    ("cache_seqlens", ints([4, 5]), ValueError, ["cache_seqlens", "(2,)", "(1, 2)"]),
+    ("cache_seqlens", ints([4, 5]), ValueError, ["cache_seqlens", "(batch,)", "(1, 2)"]),
     ("cache_seqlens", ints(4, 5).to(meta), ValueError, ["cache_seqlens", "cpu", "meta"]),
     ("block_table", ints(4, 5), ValueError, ["block_table", "(batch, max_pages)", "(2,)"]),
     ("key_mask", torch.ones(2, 16), TypeError, ["key_mask", "bool", "float32"]),

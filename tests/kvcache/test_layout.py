@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from resformer_kernels import KVLayout
 
@@ -34,15 +36,25 @@ def test_free_layout_counts_slots_and_says_who_writes() -> None:
         ((0, 2), (0, 1), ValueError, r"every slot from 0 up to the largest, got \(0, 2\)"),
         ((0, -1), (0, 1), ValueError, "every slot from 0"),
         ((0, 1), (0,), ValueError, "value_slots must name a slot for each of .* 2 layers, got 1"),
-        ((0, 1.0), (0, 1), TypeError, "key_slots must hold ints, got 1.0"),
-        ((0, True), (0, 1), TypeError, "key_slots must hold ints, got True"),
-        (3, (0, 1), TypeError, "key_slots must be a list of slots, one a layer, got 3"),
-        ((0, 1), "01", TypeError, "value_slots must be a list"),
+        ((0, 1.0), (0, 1), TypeError, r"key_slots\[1\] must be an int, got 1.0"),
+        ((0, True), (0, 1), TypeError, r"key_slots\[1\] must be an int, got True"),
+        (3, (0, 1), TypeError, "key_slots must be a sequence of ints, got 3"),
+        ((0, 1), "01", TypeError, r"value_slots\[0\] must be an int, got '0'"),
     ],
 )
 def test_bad_slots_are_named(keys: Any, values: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         KVLayout(keys, values)
+
+
+def test_numbers_and_sequences_of_numpy_and_torch() -> None:
+    layout = KVLayout(np.array([0, 1, 1]), torch.tensor([0, 0, 0]))  # type: ignore[arg-type]
+    assert layout == KVLayout((0, 1, 1), (0, 0, 0))
+    assert {type(slot) for slot in (*layout.key_slots, *layout.value_slots)} == {int}
+    three, two = np.int64(3), torch.tensor(2)
+    assert KVLayout.svformer(three) == KVLayout.svformer(3)
+    assert KVLayout.cla(three, two) == KVLayout.cla(3, 2)  # type: ignore[arg-type]
+    assert KVLayout.svformer_cla(three, two) == KVLayout.svformer_cla(3, 2)  # type: ignore[arg-type]
 
 
 def test_bad_counts_are_named() -> None:

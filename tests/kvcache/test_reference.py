@@ -65,7 +65,9 @@ def test_paged_equals_contiguous() -> None:
     expected = run_copied(contiguous, "reference")[0]
     for page_size in (1, 4, 64):
         got = run_copied(paginated(contiguous, page_size), "reference")[0]
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        for name, right in expected.items():
+            # Pages of 64 pad the rows with zeros, and BLAS sums rows of other lengths otherwise.
+            torch.testing.assert_close(got[name], right, rtol=1e-6, atol=1e-7)
 
 
 def test_a_mask_equals_leaving_the_keys_out() -> None:

@@ -17,7 +17,7 @@ IDS = torch.tensor([[0, 1, 2], [3, 4, 4]])
 BAD_VALUES: list[tuple[str, Any, Any, type[Exception], str]] = [
     ("a bare tensor", V, [1.0], TypeError, "values must be a list or tuple"),
     ("no values", [], [], ValueError, "at least one tensor"),
-    ("a bare coefficient", [V], 1.0, TypeError, "coefficients must be a list or tuple"),
+    ("a bare coefficient", [V], 1.0, TypeError, "coefficients must be a sequence of floats"),
     ("too few", [V, V], [1.0], ValueError, "one entry for each of the 2 values, got 1"),
     ("too many", [V], [1.0, 2.0], ValueError, "one entry for each of the 1 values, got 2"),
     ("a number as value", [V, 3.0], [1.0, 1.0], TypeError, r"values\[1\] must be a tensor"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from resformer_kernels.models import LanguageModelConfig
 
@@ -35,9 +39,8 @@ def test_mlp_is_eight_thirds_wide() -> None:
     ("options", "message"),
     [
         ({"variant": "resformer"}, "variant must be one of transformer, .* got 'resformer'"),
-        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
-        ({"dim": 1.5}, "dim must be an integer of at least 1, got 1.5"),
-        ({"mlp_hidden": -1}, "mlp_hidden must be an integer of at least 1, got -1"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"mlp_hidden": -1}, "mlp_hidden must be at least 1, got -1"),
         ({"window_pattern": "SX"}, "window_pattern must be letters S and L.*got 'SX'"),
         ({"window_pattern": ""}, "window_pattern"),
         ({"num_layers": 4, "sparse_layers": 4}, "sparse_layers must be at most .* = 3, got 4"),
@@ -47,3 +50,20 @@ def test_mlp_is_eight_thirds_wide() -> None:
 def test_bad_fields_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LanguageModelConfig(**options)
+
+
+def test_fields_of_another_type_are_named() -> None:
+    for options in ({"dim": 1.5}, {"num_layers": True}, {"vocab_size": None}, {"head_dim": "8"}):
+        (name,) = options
+        with pytest.raises(TypeError, match=f"{name} must be an int"):
+            LanguageModelConfig(**options)
+    with pytest.raises(TypeError, match="rope_base must be a number, got '1'"):
+        LanguageModelConfig(rope_base="1")  # type: ignore[arg-type]
+
+
+def test_numpy_numbers_become_pythons() -> None:
+    given = {"dim": np.int64(16), "num_heads": np.array(2), "norm_eps": np.float32(0.5)}
+    config = LanguageModelConfig(**given, rope_base=torch.tensor(100))  # type: ignore[arg-type]
+    plain = LanguageModelConfig(dim=16, num_heads=2, norm_eps=0.5, rope_base=100)
+    assert config == plain
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(plain))

@@ -195,7 +195,7 @@ def test_cache_bytes_are_svformers_share() -> None:
         ({"lengths": [9, 9, 0]}, ValueError, "lengths must be 3 numbers of 1 to 9"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be at least 1, got 0"),
         ({"token_ids": prompts()[0]}, ValueError, r"token_ids must be \(B, T\)"),
-        ({"token_ids": prompts().float()}, TypeError, "token_ids must be integers"),
+        ({"token_ids": prompts().float()}, TypeError, "token_ids must be int64 or int32, got"),
         ({"token_ids": prompts()[:, :0]}, ValueError, "token_ids must hold a token"),
         ({"token_ids": prompts(2)}, ValueError, "cache must hold token_ids' 2 sequences, got 3"),
     ],

@@ -183,7 +183,9 @@ def test_parameter_budget_is_met_by_the_mlp(variant: str) -> None:
 
 def test_bad_input_is_named() -> None:
     module = model("learnable")
-    with pytest.raises(ValueError, match=r"token_ids must be \(B, T\), got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"token_ids must be \(B, T\), got a tensor of shape \(3,\)"
+    ):
         module(torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="not within max_seqlen 24"):
         module(torch.zeros(1, 25, dtype=torch.long))

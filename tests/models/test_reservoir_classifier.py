@@ -122,7 +122,7 @@ def test_lengths_keep_padding_out_of_the_memory() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="classes, hidden and features must be integers"):
+    with pytest.raises(ValueError, match="features must be given: the encoder has no out_features"):
         ReservoirClassifier(3, encoder=nn.Identity())
     with pytest.raises(ValueError, match=r"extra must be \(B, T, 2\)"):
         model(extra_features=2)(torch.zeros(1, 2, 5))

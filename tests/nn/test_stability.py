@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +62,30 @@ def test_the_kept_state_is_left_alone_and_inputs_are_checked() -> None:
     assert reservoir.state is before
     with pytest.raises(ValueError, match=r"inputs must be \(T, 1\)"):
         stability_report(reservoir, torch.ones(1, 5, 1))
+
+
+def test_a_drive_that_is_not_finite_is_refused() -> None:
+    drive = torch.zeros(20, 1)
+    drive[7] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs is not finite: nan at \(7, 0\)"):
+        stability_report(Reservoir(20, 1), drive)
+    for name, place in (("_values", "dense_weight()"), ("input_weight", "input_weight")):
+        broken = Reservoir(20, 1)
+        broken.get_buffer(name)[3, 0] = torch.inf
+        with pytest.raises(
+            ValueError, match=re.escape(f"reservoir.{place} is not finite: inf at (3, 0)")
+        ):
+            stability_report(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_give_nearly_the_same_report(dtype: torch.dtype) -> None:
+    expected = stability_report(Reservoir(20, 1), seed=3)
+    torch.set_default_dtype(dtype)
+    try:
+        made = stability_report(Reservoir(20, 1), seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (made, stability_report(Reservoir(20, 1).to(dtype), seed=np.int64(3))):
+        assert found.contraction == pytest.approx(expected.contraction, rel=0.05)
+        assert found.spectral_radius == pytest.approx(expected.spectral_radius, rel=0.01)

@@ -14,6 +14,7 @@ from torch import Tensor
 from resformer_kernels import RingWeight, reservoir_scan
 from resformer_kernels._triton.available import interpreted
 from resformer_kernels.testing import LAYOUTS, laid_out, poisoned
+from tests.reservoir.checks import BY_KERNELS
 
 KINDS = ("dense", "groups", "diagonal", "ring", "permutation", "csr")
 LEAVES = ("inputs", "weight", "input_weight", "leak", "bias", "initial_state")
@@ -81,7 +82,7 @@ def cases(draw: st.DrawFn, kind: str) -> Case:
         leak=draw(st.sampled_from(["float", "scalar", "units"])),
         bias=draw(st.booleans()),
         start=draw(st.booleans()),
-        activation=draw(st.sampled_from(["tanh", "relu", "identity"])),
+        activation=draw(st.sampled_from(BY_KERNELS)),
         narrow=draw(st.booleans()),
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**20)),

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import RingWeight, reservoir_scan
-from resformer_kernels.reservoir.record import AdjointCall, ReservoirCall
+from resformer_kernels.reservoir.record import ACTIVATIONS, AdjointCall, ReservoirCall
+
+BY_KERNELS = tuple(name for name in ACTIVATIONS if name != "softmax")
+"""Activations that every backend serves."""
 
 
 def check_not_finite(u: Tensor, weight: Tensor, backend: str, **options: Any) -> None:
@@ -69,7 +72,7 @@ def check_refusals(
         {"leak": torch.ones(3)},
         {"bias": torch.ones(5)},
         {"initial_state": torch.ones(1, 4)},
-        {"activation": 3},
+        {"activation": 5},
     ]
     for op, changes in ((forward, wrong + forward_only), (adjoint, adjoint_only)):
         for changed in changes:

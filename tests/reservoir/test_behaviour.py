@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from resformer_kernels import RingWeight, explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.reservoir.reduction import sums_in_pieces
 from resformer_kernels.testing import poisoned
-from tests.reservoir.checks import check_gradients, check_not_finite
+from tests.reservoir.checks import BY_KERNELS, check_gradients, check_not_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -209,7 +210,7 @@ def test_gram_without_targets_and_without_steps(backend: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("activation", ["tanh", "relu", "identity"])
+@pytest.mark.parametrize("activation", BY_KERNELS)
 def test_what_is_not_finite_spreads_as_in_the_reference(
     bad: float, activation: str, mode: str, native: str
 ) -> None:
@@ -223,6 +224,32 @@ def test_extreme_magnitudes() -> None:
     u = torch.tensor([0.0, 1e-30, -1e-8, 1e-3, 20.0, -100.0, 1e30, -3e38, 9.1]).repeat(1, 9, 1)
     states, _ = reservoir_scan(u, torch.zeros(9, 9), backend="native")
     torch.testing.assert_close(states, torch.tanh(u), rtol=3e-7, atol=0)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus"])
+def test_exponentials_of_every_magnitude(activation: str) -> None:
+    u = torch.cat((torch.linspace(-87, 87, 3000), torch.tensor([0.0, 1e-30, -1e-8, 3e38])))
+    states, _ = reservoir_scan(
+        u.view(1, 1, -1), torch.zeros(u.numel()), activation=activation, backend="native"
+    )
+    exact = {"sigmoid": torch.sigmoid, "softplus": lambda z: -logsigmoid(-z)}[activation]
+    torch.testing.assert_close(states.double().flatten(), exact(u.double()), rtol=3e-7, atol=0)
+    far, _ = reservoir_scan(
+        torch.full((1, 1, 9), -3e38), torch.zeros(9), activation=activation, backend="native"
+    )
+    assert far.abs().max() < 1e-37
+
+
+def test_softmax_is_the_references(native: str) -> None:
+    u, weight = torch.randn(1, 4, 6), torch.randn(6, 6)
+    found = explain(reservoir_scan, u, weight, activation="softmax")
+    assert found.backend == "reference"
+    assert all("softmax couples the units" in found.reasons[name] for name in (native, "triton"))
+    with pytest.raises(RuntimeError, match="softmax couples the units"):
+        reservoir_scan(u, weight, activation="softmax", backend=native)
+    states, _ = reservoir_scan(u, weight, activation="softmax")
+    torch.testing.assert_close(states.sum(-1), torch.ones(1, 4))
 
 
 def test_explains_itself(native: str) -> None:

@@ -25,7 +25,7 @@ from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.record import ReducedCall
 from tests.cuda_on_cpu import build
 from tests.reservoir.cases import Case, cases, check_budget, empty, sweep
-from tests.reservoir.checks import check_not_finite, check_refusals, ops_of
+from tests.reservoir.checks import BY_KERNELS, check_not_finite, check_refusals, ops_of
 
 NAMESPACE = "resformer_reservoir_cuda_on_cpu"
 BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"
@@ -101,7 +101,7 @@ def test_empty(batch: int, steps: int, lengths: tuple[int, ...] | None) -> None:
     check_budget(Case(batch=batch, steps=steps, lengths=lengths), "cuda")
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "identity"])
+@pytest.mark.parametrize("activation", BY_KERNELS)
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str) -> None:
     u, weight = torch.randn(2, 8, 12), torch.randn(12, 12) / 8
     u[0, 3, 3], u[1, 5, 0] = torch.nan, torch.inf

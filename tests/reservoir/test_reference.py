@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels import RingWeight, reservoir_scan
+from resformer_kernels.reservoir.record import ACTIVATIONS
 from tests.reservoir.cases import KINDS, dense_of, matrix, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
@@ -49,10 +51,11 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(scan, (free, *leaves(6)))
 
 
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_gradcheck_of_activations(activation: str) -> None:
+@pytest.mark.parametrize("shape", [(4, 4), (2, 2, 2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_gradcheck_of_activations(activation: str, shape: tuple[int, ...]) -> None:
     u, _, a, b, h = leaves(4, 4)
-    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     def scan(*x: Tensor) -> Any:
         return reservoir_scan(
@@ -79,6 +82,28 @@ def test_the_equation() -> None:
         h = (1 - a) * h + a * torch.tanh(h @ weight.T + u[:, t] @ w_in.T + b)
         torch.testing.assert_close(states[:, t], h)
     torch.testing.assert_close(last, h)
+
+
+def test_activations_are_those_of_reservoirpy() -> None:
+    z = torch.tensor([-60.0, -21.0, -1.0, 0.0, 0.5, 19.0, 60.0, 700.0], dtype=torch.float64)
+    expected = {
+        "tanh": [math.tanh(x) for x in z.tolist()],
+        "relu": [max(x, 0.0) for x in z.tolist()],
+        "identity": z.tolist(),
+        "sigmoid": [1 / (1 + math.exp(-x)) for x in z.tolist()],
+        "softplus": [math.log1p(math.exp(x)) for x in z.tolist()],
+        "softmax": [math.exp(x - 700.0) / (1 + math.exp(60.0 - 700.0)) for x in z.tolist()],
+    }
+    assert tuple(expected) == ACTIVATIONS
+    for name, values in expected.items():
+        states, _ = reservoir_scan(z.view(1, 1, 8), torch.zeros(8, 8).double(), activation=name)
+        assert states.flatten().tolist() == pytest.approx(values, rel=1e-14)
+        halves, _ = reservoir_scan(z.view(1, 1, 8), torch.zeros(2, 4, 4).double(), activation=name)
+        if name == "softmax":
+            # Each group is a reservoir of its own.
+            torch.testing.assert_close(halves.unflatten(-1, (2, 4)).sum(-1), z.new_ones(1, 1, 2))
+        else:
+            assert torch.equal(halves, states)
 
 
 def test_inputs_are_widened() -> None:

@@ -13,7 +13,13 @@ from resformer_kernels import explain, reservoir_scan
 from resformer_kernels.reservoir import segments
 from resformer_kernels.testing import poisoned
 from tests.reservoir.cases import empty, in_interpreter
-from tests.reservoir.checks import check_compiles_whole, check_gradients, check_not_finite, check_op
+from tests.reservoir.checks import (
+    BY_KERNELS,
+    check_compiles_whole,
+    check_gradients,
+    check_not_finite,
+    check_op,
+)
 from tests.reservoir.together import together
 
 pytest.importorskip("triton")
@@ -83,7 +89,7 @@ def test_a_row_is_the_same_among_any_others() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "chunked"])
-@pytest.mark.parametrize("activation", ["tanh", "relu", "identity"])
+@pytest.mark.parametrize("activation", BY_KERNELS)
 def test_what_is_not_finite_spreads_as_in_the_reference(activation: str, mode: str) -> None:
     u, weight = draw(2, 40, 12), draw(12, 12) / 5
     u[0, 25, 3], u[1, 30, 0] = torch.nan, torch.inf

@@ -79,3 +79,47 @@ def test_sign_flips_of_pairs() -> None:
     assert sign_flip_probability([1.0, -1.0]) == 1.0
     with pytest.raises(ValueError, match="differences must be 1 to 20, got 0"):
         sign_flip_probability([])
+
+
+def test_what_is_not_finite_is_named_with_its_place() -> None:
+    good = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    bad = good.clone()
+    bad[3, 1] = torch.inf
+    for score in (nmse, nrmse, memory_capacity):
+        with pytest.raises(ValueError, match=r"predicted is not finite: .* inf at index \(3, 1\)"):
+            score(bad, good)
+    for score in (nmse, nrmse, memory_capacity, valid_steps):
+        with pytest.raises(ValueError, match=r"wanted is not finite: it holds inf at index"):
+            score(good, bad)
+    for statistic in (mean_and_spread, sign_flip_probability):
+        with pytest.raises(ValueError, match=r"is not finite: it holds nan at index \(1,\)"):
+            statistic([1.0, torch.nan])
+    counts = torch.eye(2).expand(2, 3, 2, 2).clone()
+    counts[1, 2, 0, 0] = torch.nan
+    for share in (weighted_f1, accuracy):
+        with pytest.raises(ValueError, match=r"counts is not finite: .* nan at index \(0, 0\)"):
+            share(counts[1, 2])
+    with pytest.raises(ValueError, match=r"second is not finite: it holds nan at index \(1, 2, 0"):
+        bootstrap_difference(counts[:1].expand(2, -1, -1, -1), counts)
+
+
+def test_scores_of_nothing_are_refused() -> None:
+    nothing = torch.zeros(0, 2)
+    for score in (nmse, memory_capacity, valid_steps):
+        with pytest.raises(ValueError, match=r"not empty, got \(0, 2\) and \(0, 2\)"):
+            score(nothing, nothing)
+    with pytest.raises(ValueError, match=r"of one shape .*got \(5, 2\) and \(5,\)"):
+        nmse(torch.zeros(5, 2), torch.zeros(5))
+    with pytest.raises(ValueError, match="values must hold a number at least"):
+        mean_and_spread([])
+    for share in (weighted_f1, accuracy):
+        with pytest.raises(ValueError, match="counts must hold a row at least"):
+            share(torch.zeros(3, 3, dtype=torch.int64))
+
+
+def test_classes_out_of_range_are_named() -> None:
+    classes = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="wanted must hold classes 0 to 1, got 2"):
+        confusion(torch.zeros_like(classes), classes, 2)
+    with pytest.raises(ValueError, match="predicted must hold classes 0 to 2, got -1"):
+        confusion(classes - 1, classes, 3)

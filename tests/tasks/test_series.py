@@ -62,7 +62,7 @@ def test_delays_are_the_past() -> None:
 
 @pytest.mark.parametrize("function", [narma10, mackey_glass, lorenz])
 def test_length_is_checked(function: object) -> None:
-    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         function(0)  # type: ignore[operator]
 
 

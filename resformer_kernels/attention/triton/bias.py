@@ -55,6 +55,7 @@ def bias_gradient_kernel(
     grad_out,
     base,
     delta,
+    rest,
     slots,
     sums,
     scoring,
@@ -133,7 +134,8 @@ def bias_gradient_kernel(
             cells = slot + rows * geometry.GROUP
             row_base = tl.load(base + cells, mask=rows < at.q_len, other=0.0)
             row_delta = tl.load(delta + cells, mask=rows < at.q_len, other=0.0)
-            p = probabilities(x, row_base[:, None], scoring)
+            row_rest = tl.load(rest + cells, mask=rows < at.q_len, other=0.0)
+            p = probabilities(x, row_base[:, None], row_rest[:, None], scoring)
             # (ROWS, BLOCK_V), (KEYS, BLOCK_V)
             grad_tile = load_row_tile(
                 Source(grad_out, None, by_head, sizes.DIM_V, sizes.BLOCK_V), at, row, ROWS, True

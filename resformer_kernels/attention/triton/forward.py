@@ -128,7 +128,7 @@ def forward_kernel(
             acc = dot(round_to(p, v_tile.dtype), v_tile, acc)
 
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
-    factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE)
+    factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE, scoring.NATURAL)
     out_tile = acc * factor[:, None]
     store_rows(out_tile, Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, rows)
     if lse.pointer is not None:

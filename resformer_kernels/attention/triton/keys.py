@@ -34,7 +34,7 @@ from resformer_kernels.attention.triton.loads import (
 )
 from resformer_kernels.attention.triton.problem import config_of, descriptor_of, shared, values
 from resformer_kernels.attention.triton.rows import Incoming
-from resformer_kernels.attention.triton.softmax import NO_BIAS, probabilities, scores
+from resformer_kernels.attention.triton.softmax import ADDITIVE, NO_BIAS, probabilities, scores
 from resformer_kernels.attention.triton.tiles import (
     Limits,
     narrowed,
@@ -110,6 +110,7 @@ def keys_gradient_kernel(
     grad_out,
     base,
     delta,
+    rest,
     slots,
     dk,
     dv,
@@ -122,6 +123,7 @@ def keys_gradient_kernel(
     grad_descriptor,
     base_descriptor,
     delta_descriptor,
+    rest_descriptor,
     dk_descriptor,
     dv_descriptor,
     first_descriptor,
@@ -187,9 +189,14 @@ def keys_gradient_kernel(
             row_base = load_row_numbers(
                 RowNumbers(base, base_descriptor, slot), at, first_row, ROWS, phase != 1
             )
+            row_rest = 0.0
+            if scoring.BIAS == ADDITIVE:
+                row_rest = load_row_numbers(
+                    RowNumbers(rest, rest_descriptor, slot), at, first_row, ROWS, phase != 1
+                )[None, :]
             seen = seen_by_columns(rows, at, scoring, geometry)
             x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
-            p = probabilities(x, row_base[None, :], scoring)
+            p = probabilities(x, row_base[None, :], row_rest, scoring)
             # (ROWS, BLOCK_V)
             grad_tile = load_row_tile(
                 Source(grad_out, grad_descriptor, geometry, DIM_V, BLOCK_V),
@@ -323,7 +330,8 @@ def _row_descriptors(
 ) -> dict[str, TensorDescriptor | None]:
     """Descriptors of what is read by tiles of rows: q and dO where tiles hold whole queries, and
     the numbers of rows."""
-    names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
+    rows = ("base_descriptor", "delta_descriptor", "rest_descriptor")
+    names = ("q_descriptor", "grad_descriptor", *rows)
     if not has_tensor_descriptors(capability(call.q.device)) or call.q.numel() == 0:
         return dict.fromkeys(names)
     whole = config.rows % call.group == 0
@@ -331,8 +339,8 @@ def _row_descriptors(
         descriptor_of(x, config.rows // call.group, block, call.group) if whole else None
         for x, block in ((call.q, blocks[0]), (incoming.grad_out, blocks[1]))
     ]
-    numbers = (incoming.base, incoming.delta)
-    found += [TensorDescriptor(x, [x.numel()], [1], [config.rows]) for x in numbers]
+    for x in (incoming.base, incoming.delta, incoming.rest):
+        found.append(x if x is None else TensorDescriptor(x, [x.numel()], [1], [config.rows]))
     return dict(zip(names, found, strict=True))
 
 

@@ -49,7 +49,10 @@ class Scoring(NamedTuple):
     BIAS: tl.constexpr
     RAW: tl.constexpr
     PRECISE: tl.constexpr
-    """float32: natural scores, and functions to an ulp."""
+    """float32: functions to an ulp."""
+    NATURAL: tl.constexpr
+    """Whether scores are natural, not in log2: where PRECISE, and under an additive bias, for
+    log2(e) times the most negative finite number is -inf."""
     INDEX: tl.constexpr
     """Integer type of offsets into the bias."""
     HAS_LEFT: tl.constexpr
@@ -158,19 +161,19 @@ def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
 
 
 def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
-    """How the scores of a call of attention, or over a cache, are made: in log2 units, or natural
-    ones for float32."""
+    """How the scores of a call of attention, or over a cache, are made."""
     bias, kind, index = _bias(attn_bias)
     precise = call.q.dtype is torch.float32
     capped = call.softcap > 0
     alpha = call.scale / call.softcap if capped else call.scale
     raw = False
-    if not (capped or kind is ADDITIVE or precise):
+    natural = precise or kind is ADDITIVE
+    if not (capped or natural):
         alpha *= _LOG2E
         # The maximum of scores is alpha times that of the products only where alpha > 0, and -inf
         # times an alpha that is 0 in float32 would be NaN.
         raw = alpha > 1e-30
-    flags = (capped, kind.value, raw, precise, index, call.window_left >= 0)
+    flags = (capped, kind.value, raw, precise, natural, index, call.window_left >= 0)
     return Scoring(bias, alpha, call.softcap, *(tl.constexpr(flag) for flag in flags))
 
 

@@ -22,7 +22,7 @@ from resformer_kernels.attention.triton.loads import (
 )
 from resformer_kernels.attention.triton.problem import config_of, descriptor_of, shared
 from resformer_kernels.attention.triton.rows import Incoming
-from resformer_kernels.attention.triton.softmax import NO_BIAS, probabilities, scores
+from resformer_kernels.attention.triton.softmax import ADDITIVE, NO_BIAS, probabilities, scores
 from resformer_kernels.attention.triton.tiles import (
     Limits,
     narrowed,
@@ -43,6 +43,7 @@ def queries_gradient_kernel(
     grad_out,
     base,
     delta,
+    rest,
     slots,
     dq,
     work,
@@ -79,6 +80,10 @@ def queries_gradient_kernel(
     slot = row_slot(at, slots, geometry)
     row_base = load_row_numbers(RowNumbers(base, None, slot), at, first_row, ROWS, True)
     row_delta = load_row_numbers(RowNumbers(delta, None, slot), at, first_row, ROWS, True)
+    row_rest = 0.0
+    if scoring.BIAS == ADDITIVE:
+        row_rest = load_row_numbers(RowNumbers(rest, None, slot), at, first_row, ROWS, True)
+        row_rest = row_rest[:, None]
     rows, spans = spans_of_rows(tile, at, geometry, sizes)
     spans = narrowed(spans, work, tile, at, scoring.BIAS)
     seen = seen_by_rows(rows, at, scoring, geometry)
@@ -102,7 +107,7 @@ def queries_gradient_kernel(
             # (ROWS, KEYS)
             product = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32))
             x, slope = scores(product, keys[None, :], seen, scoring, phase != 1)
-            p = probabilities(x, row_base[:, None], scoring)
+            p = probabilities(x, row_base[:, None], row_rest, scoring)
             # (KEYS, BLOCK_V)
             v_tile = load_keys(
                 Source(mixed, mixed_descriptor, geometry, sizes.DIM_V, sizes.BLOCK_V),

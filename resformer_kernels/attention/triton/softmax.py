@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 def scores(product, keys, seen, scoring, MASKED: tl.constexpr):
     """(scores, the softcap's slope), from the product q.k: all operands have two axes.
 
-    scale, softcap, bias and mask, in that order. The unit is natural where PRECISE, else log2.
+    scale, softcap, bias and mask, in that order. The unit is natural where NATURAL, else log2.
     alpha is the scale, over softcap where CAPPED and in the unit where neither softcap nor bias
     follows. RAW scores are not multiplied by alpha yet.
     """
@@ -61,7 +61,7 @@ def scores(product, keys, seen, scoring, MASKED: tl.constexpr):
             x = x + widen(bias)
         else:
             inside = inside & (bias != 0)
-    if (scoring.CAPPED or scoring.BIAS == ADDITIVE) and not scoring.PRECISE:
+    if scoring.CAPPED and not scoring.NATURAL:
         x = x * LOG2E
     if MASKED or scoring.BIAS != NO_BIAS:
         x = tl.where(inside, x, float("-inf"))
@@ -69,21 +69,27 @@ def scores(product, keys, seen, scoring, MASKED: tl.constexpr):
 
 
 @triton.jit
-def exponential(x, PRECISE: tl.constexpr):
+def exponential(x, PRECISE: tl.constexpr, NATURAL: tl.constexpr = False):
     """exp(x), for x in the unit of scores."""
     if PRECISE:
         p = exp(x)
+    elif NATURAL:
+        p = exp2(x * LOG2E)
     else:
         p = exp2(x)
     return p
 
 
 @triton.jit
-def probabilities(x, base, scoring):
-    """exp(scores - base), for a base in the unit of scores."""
+def probabilities(x, base, rest, scoring):
+    """exp(scores - base - rest), both in the unit of scores; `rest` counts under an additive bias
+    alone."""
     if scoring.RAW:
         x = x * scoring.alpha
-    return exponential(x - base, scoring.PRECISE)
+    x = x - base
+    if scoring.BIAS == ADDITIVE:
+        x = x - rest
+    return exponential(x, scoring.PRECISE, scoring.NATURAL)
 
 
 @triton.jit
@@ -98,33 +104,38 @@ def softmax_step(x, peak, total, acc, scoring):
     higher = tl.maximum(peak, top)
     # A row that has seen no key yet has no maximum; 0 stands in for it.
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    p = probabilities(x, base[:, None], scoring)
-    shrink = exponential(peak - base, scoring.PRECISE)
+    p = probabilities(x, base[:, None], 0.0, scoring)
+    shrink = exponential(peak - base, scoring.PRECISE, scoring.NATURAL)
     return p, higher, total * shrink + tl.sum(p, 1), acc * shrink[:, None]
 
 
 @triton.jit
-def close_rows(peak, total, sinks, heads, PRECISE: tl.constexpr):
+def close_rows(peak, total, sinks, heads, PRECISE: tl.constexpr, NATURAL: tl.constexpr = False):
     """(the factor that normalises acc, the natural LSE) of rows whose keys have all been seen.
 
     `sinks` may be None; `heads` are the query heads of the rows.
     """
     # The sink is one more score, whose value is zero.
     weight = tl.full(peak.shape, 1.0, tl.float32)
+    nothing = tl.full(peak.shape, float("-inf"), tl.float32)
     if sinks is not None:
         sink = widen(tl.load(sinks + heads))
-        if not PRECISE:
+        # The LSE of a row without keys, even where it is too low for log2.
+        nothing = sink
+        if not (PRECISE or NATURAL):
             sink = sink * LOG2E
         top = tl.maximum(peak, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
-        weight = exponential(peak - base, PRECISE)
-        total = total * weight + exponential(sink - base, PRECISE)
+        weight = exponential(peak - base, PRECISE, NATURAL)
+        total = total * weight + exponential(sink - base, PRECISE, NATURAL)
         peak = top
     empty = total == 0.0
     factor = tl.where(empty, 0.0, tl.math.div_rn(weight, total))
     if PRECISE:
         # Backward takes exp of this: a rounding error here is one of a whole row.
         logarithm = (peak.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+    elif NATURAL:
+        logarithm = peak + tl.log2(total) * LN2
     else:
         logarithm = (peak + tl.log2(total)) * LN2
-    return factor, tl.where(empty, float("-inf"), logarithm)
+    return factor, tl.where(empty, nothing, logarithm)

@@ -4,9 +4,12 @@ Signatures and meaning are those of `flash_attn` 2.6 and later (Dao, arXiv 2307.
 device and dtype that `value_residual_attention` serves, with the added keywords `v_first`,
 `lambda_v`, `lambda_first` and `backend`. Differences:
 
-- `dropout_p` above 0, `alibi_slopes` and (except in `flash_attn_with_kvcache`) `block_table` raise
-  NotImplementedError.
-- `flash_attn_with_kvcache` takes pages of any size, `cache_leftpad` with pages, and k without v.
+- `dropout_p` above 0 and `alibi_slopes` raise NotImplementedError.
+- Pages have any size. `flash_attn_with_kvcache` takes `cache_leftpad` with pages, and k without v.
+  Differentiating the result of a call over a cache or over pages raises.
+- `window_size` is any pair of integers, such as a tensor of two.
+- An error of a wrong shape or dtype is a RuntimeError, as FlashAttention's, and a ValueError or
+  TypeError too.
 - `deterministic` changes nothing: results are bitwise reproducible either way.
 - With `return_attn_probs` the functions return (out, softmax_lse, S_dmask) as FlashAttention's do.
   S_dmask, the dropout mask, is an empty tensor, as FlashAttention's is without dropout.

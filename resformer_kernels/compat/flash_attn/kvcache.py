@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_flag, check_tensor, describe
-from resformer_kernels._core.select import explainable, explaining
-from resformer_kernels.attention.record import check_scale, check_window
-from resformer_kernels.compat._refused import refuse_alibi
-from resformer_kernels.kvcache.api import attention_with_kvcache
-from resformer_kernels.mix.api import mix_values
+from resformer_kernels._core.select import explainable
+from resformer_kernels.compat._arguments import refuse_alibi
+from resformer_kernels.compat._cached import MIXED, Cache, Packed, Run, attend
+from resformer_kernels.compat._errors import runtime_errors
+from resformer_kernels.compat._flash import Mix, Scores
+from resformer_kernels.compat._rotary import Rotary
 
 
+@runtime_errors(**MIXED)
 @explainable
 def flash_attn_with_kvcache(
     q: Tensor,
@@ -60,9 +60,9 @@ def flash_attn_with_kvcache(
         rotary_sin: the same shape and dtypes.
         cache_seqlens: (B,) int32 or an int: tokens in the cache before the append. None: the cache
             is full, and nothing is appended.
-        cache_batch_idx: (B,) int32: the cache row of each sequence. Not with block_table.
+        cache_batch_idx: (B,) int32: the row of the cache, or of block_table, of each sequence.
         cache_leftpad: (B,) int32: the cache position where each sequence begins.
-        block_table: (B, pages a sequence) int32.
+        block_table: (B, pages a sequence) int32; of any number of rows with cache_batch_idx.
         softmax_scale: multiplies q.k. None: 1 / sqrt(Dk).
         causal: query i, at key p = i + length - Tq, sees keys up to p (bottom-right).
         window_size: (left, right), inclusive: p - left to p + right; -1 is unbounded.
@@ -85,137 +85,13 @@ def flash_attn_with_kvcache(
         NotImplementedError: alibi_slopes. Otherwise as `attention_with_kvcache`.
     """
     refuse_alibi(alibi_slopes, "attention_with_kvcache takes no additive bias")
-    check_flag("rotary_interleaved", rotary_interleaved)
-    check_flag("return_softmax_lse", return_softmax_lse)
-    check_tensor("q", q, 4, "(batch, time, heads, head_dim)")
-    check_tensor("k_cache", k_cache, 4, "(batch, time, kv_heads, head_dim)")
-    window = check_window(window_size, causal, "window_size")
-    table = _rows(cache_batch_idx, block_table, q)
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if cache_seqlens is None:
-        if k is not None or v is not None or v_first is not None:
-            raise ValueError("cache_seqlens must be given where tokens are appended, got None")
-        cache_seqlens = capacity
-    for name, values in (("v", v), ("v_first", v_first)):
-        if values is not None and k is None:
-            raise ValueError(f"{name} must be None where k is: values are appended with their keys")
-    rotates = rotary_cos is not None or rotary_sin is not None
-    if rotates:
-        tables: tuple[Any, Any] = (rotary_cos, rotary_sin)
-        _check_rotary(q, k, tables, cache_seqlens, capacity)
-    new_values = v_first if v is None else v
-    # Neither changes a shape or a dtype.
-    if not explaining():
-        if rotates and k is not None:
-            stepping = window != (-1, -1)
-            q, k = _rotated(q, k, tables, cache_seqlens, stepping, rotary_interleaved)
-        if v is not None and v_first is not None:
-            new_values = mix_values((v, v_first), (lambda_v, lambda_first))
-    return attention_with_kvcache(
+    return attend(
         q,
-        k_cache,
-        v_cache,
-        k,
-        new_values,
-        cache_seqlens=cache_seqlens,
-        block_table=table,
-        key_mask=_leftpad_mask(cache_leftpad, q, capacity),
-        causal=False,
-        window=window,
-        scale=check_scale(softmax_scale, max(q.shape[-1], 1), "softmax_scale"),
-        softcap=softcap,
-        num_splits=num_splits,
-        return_lse=return_softmax_lse,
-        backend=backend,
+        (k, v),
+        Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+        Mix(v_first, lambda_v, lambda_first),
+        Scores(softmax_scale, causal, window_size, softcap),
+        Rotary(rotary_cos, rotary_sin, rotary_interleaved),
+        Packed(),
+        Run(num_splits, return_softmax_lse, backend),
     )
-
-
-def _check_ints(name: str, value: Any, q: Tensor) -> None:
-    batch = q.shape[0]
-    check_tensor(name, value, 1, f"({batch},), int32")
-    if value.shape[0] != batch:
-        raise ValueError(f"{name} must be ({batch},), int32, got shape {tuple(value.shape)}")
-    if value.dtype is not torch.int32:
-        raise TypeError(f"{name} must be int32, got {value.dtype}")
-    if value.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {value.device}")
-
-
-def _rows(cache_batch_idx: Any, block_table: Any, q: Tensor) -> Any:
-    """The op's block_table. A cache row is a page as long as the cache."""
-    if block_table is not None:
-        if cache_batch_idx is not None:
-            raise ValueError("cache_batch_idx must be None with block_table, which names the pages")
-        check_tensor("block_table", block_table, 2, "(batch, pages), int32")
-        return block_table
-    if cache_batch_idx is None:
-        return None
-    _check_ints("cache_batch_idx", cache_batch_idx, q)
-    return cache_batch_idx[:, None]
-
-
-def _leftpad_mask(cache_leftpad: Any, q: Tensor, capacity: int) -> Tensor | None:
-    if cache_leftpad is None:
-        return None
-    _check_ints("cache_leftpad", cache_leftpad, q)
-    return torch.arange(capacity, device=q.device) >= cache_leftpad[:, None]
-
-
-def _check_rotary(q: Tensor, k: Any, tables: tuple[Any, Any], seqlens: Any, capacity: int) -> None:
-    if k is None:
-        raise ValueError("rotary_cos and rotary_sin must be None without k, which they rotate")
-    check_tensor("k", k, 4, "(batch, new_tokens, kv_heads, head_dim)")
-    for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
-        check_tensor(name, table, 2, "(positions, rotary_dim / 2)")
-        if table.dtype not in (q.dtype, torch.float32):
-            raise TypeError(f"{name} must be float32 or q's dtype {q.dtype}, got {table.dtype}")
-        if table.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {table.device}")
-        if table.shape != tables[0].shape:
-            raise ValueError(
-                f"{name} must have rotary_cos's shape {tuple(tables[0].shape)}, "
-                f"got {tuple(table.shape)}"
-            )
-        if table.shape[0] < capacity or 2 * table.shape[1] > q.shape[-1]:
-            raise ValueError(
-                f"{name} must be (positions, rotary_dim / 2), at least the cache's {capacity} "
-                f"positions and a rotary_dim of at most {q.shape[-1]}, got {tuple(table.shape)}"
-            )
-    if not isinstance(seqlens, (Tensor, int)):
-        raise TypeError(f"cache_seqlens must be an int or int32, got {describe(seqlens)}")
-
-
-def _rotated(
-    q: Tensor,
-    k: Tensor,
-    tables: tuple[Tensor, Tensor],
-    cache_seqlens: int | Tensor,
-    stepping: bool,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """q and k, rotated. `stepping`: query i is i positions after the first, else all share one."""
-    start = cache_seqlens
-    if not isinstance(start, Tensor):
-        start = torch.full((q.shape[0],), start, device=q.device)
-    steps = torch.arange(max(q.shape[1], k.shape[1]), device=q.device)
-    # The op refuses a length that lies outside the cache; that check comes after this.
-    places = (start.long()[:, None] + steps).clamp(0, tables[0].shape[0] - 1)
-    q_places = places[:, : q.shape[1]] if stepping else places[:, :1].expand(-1, q.shape[1])
-    cos, sin = tables
-    return (
-        _rotate(q, cos[q_places], sin[q_places], interleaved),
-        _rotate(k, cos[places[:, : k.shape[1]]], sin[places[:, : k.shape[1]]], interleaved),
-    )
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (B, T, H, D), its first channels rotated by cos and sin (B, T, rotary_dim / 2)."""
-    half = cos.shape[-1]
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    turned, rest = x[..., : 2 * half].to(wide), x[..., 2 * half :]
-    pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))
-    axis = -1 if interleaved else -2
-    first, second = pairs.unbind(axis)
-    cos, sin = cos[:, :, None].to(wide), sin[:, :, None].to(wide)
-    both = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=axis)
-    return torch.cat((both.flatten(-2).to(x.dtype), rest), dim=-1)

@@ -6,21 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_tensor
 from resformer_kernels._core.select import explainable
+from resformer_kernels.compat._errors import runtime_errors
+from resformer_kernels.compat._flash import Lengths, Mix, unpack
 from resformer_kernels.compat.flash_attn.separate import attend
 
 
-def _unpack(name: str, packed: Any, parts: int, rank: int) -> tuple[Tensor, ...]:
-    """Views of the tensors stacked along the axis before the heads."""
-    axes = f"{'(B, T' if rank == 5 else '(total_tokens'}, {parts}, heads, head_dim)"
-    check_tensor(name, packed, rank, axes)
-    if packed.shape[-3] != parts:
-        raise ValueError(f"{name} must be {axes}, got shape {tuple(packed.shape)}")
-    result: tuple[Tensor, ...] = packed.unbind(-3)
-    return result
-
-
+@runtime_errors()
 @explainable
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
@@ -43,12 +35,13 @@ def flash_attn_qkvpacked_func(
     The other arguments, the result and the errors are those of `flash_attn_func`; v_first is
     (B, T, H, D).
     """
-    q, k, v = _unpack("qkv", qkv, 3, 5)
+    q, k, v = unpack("qkv", qkv, 3, 5)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
+    mix = Mix(v_first, lambda_v, lambda_first)
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
+@runtime_errors()
 @explainable
 def flash_attn_kvpacked_func(
     q: Tensor,
@@ -72,12 +65,13 @@ def flash_attn_kvpacked_func(
     The other arguments, the result and the errors are those of `flash_attn_func`; v_first is
     (B, Tk, Hkv, D).
     """
-    k, v = _unpack("kv", kv, 2, 5)
+    k, v = unpack("kv", kv, 2, 5)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
+    mix = Mix(v_first, lambda_v, lambda_first)
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
+@runtime_errors(cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen")
 @explainable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
@@ -102,13 +96,14 @@ def flash_attn_varlen_qkvpacked_func(
     cu_seqlens and max_seqlen apply to queries and keys; v_first is (total_tokens, H, D).
     The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
     """
-    q, k, v = _unpack("qkv", qkv, 3, 4)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    q, k, v = unpack("qkv", qkv, 3, 4)
+    lengths = Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
+    mix = Mix(v_first, lambda_v, lambda_first)
     return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
 
 
+@runtime_errors()
 @explainable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
@@ -136,8 +131,8 @@ def flash_attn_varlen_kvpacked_func(
     v_first is (total_k, Hkv, D). The other arguments, the result and the errors are those of
     `flash_attn_varlen_func`.
     """
-    k, v = _unpack("kv", kv, 2, 4)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    k, v = unpack("kv", kv, 2, 4)
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
+    mix = Mix(v_first, lambda_v, lambda_first)
     return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)

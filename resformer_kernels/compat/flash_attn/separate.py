@@ -8,21 +8,20 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag
 from resformer_kernels._core.select import explainable
-from resformer_kernels.attention.api import (
-    value_residual_attention,
-    value_residual_attention_varlen,
-)
-from resformer_kernels.attention.record import check_scale, check_window
-from resformer_kernels.compat._refused import refuse_alibi, refuse_dropout
+from resformer_kernels.compat import _cached, _flash
+from resformer_kernels.compat._arguments import refuse_alibi, refuse_dropout
+from resformer_kernels.compat._errors import runtime_errors
+from resformer_kernels.compat._flash import Lengths, Mix, Scores
 
 
 def attend(
     qkv: tuple[Any, Any, Any],
-    mix: tuple[Any, Any, Any],
+    mix: Mix,
     options: tuple[Any, ...],
     return_attn_probs: Any,
     backend: str,
-    lengths: tuple[Any, Any, Any, Any] | None = None,
+    lengths: Lengths | None = None,
+    block_table: Any = None,
 ) -> Any:
     """The call of every function here and in `packed`.
 
@@ -31,10 +30,9 @@ def attend(
         mix: v_first, lambda_v and lambda_first.
         options: the arguments from dropout_p to deterministic, in FlashAttention's order.
         return_attn_probs, backend: as in `flash_attn_func`.
-        lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k of packed sequences.
+        lengths: those of packed sequences.
+        block_table: as in `flash_attn_varlen_func`.
     """
-    q, k, v = qkv
-    v_first, lambda_v, lambda_first = mix
     dropout_p, scale, causal, window_size, softcap, alibi_slopes, deterministic = options
     refuse_dropout(dropout_p)
     refuse_alibi(
@@ -42,38 +40,20 @@ def attend(
     )
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
-    if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0:
-        scale = check_scale(scale, q.shape[-1], "softmax_scale")
-    arguments: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "v_first": v_first,
-        "lambda_v": lambda_v,
-        "lambda_first": lambda_first,
-        "scale": scale,
-        "window": check_window(window_size, causal, "window_size"),
-        "softcap": softcap,
-        "return_lse": return_attn_probs,
-        "backend": backend,
-    }
-    if lengths is None:
-        result = value_residual_attention(**arguments)
-    else:
-        cu_q, cu_k, max_q, max_k = lengths
-        result = value_residual_attention_varlen(
-            **arguments,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
+    scores = Scores(scale, causal, window_size, softcap)
+    if lengths is not None and block_table is not None:
+        result = _cached.attend_pages(
+            qkv, mix, scores, return_attn_probs, backend, lengths, block_table
         )
+    else:
+        result = _flash.attend(qkv, mix, scores, return_attn_probs, backend, lengths)
     if not return_attn_probs:
         return result
     out, lse = result
     return out, lse, out.new_empty((0,))
 
 
+@runtime_errors()
 @explainable
 def flash_attn_func(
     q: Tensor,
@@ -124,10 +104,11 @@ def flash_attn_func(
             `value_residual_attention`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
+    mix = Mix(v_first, lambda_v, lambda_first)
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
+@runtime_errors(cache_seqlens="cu_seqlens_k", k_cache="k", v_cache="v")
 @explainable
 def flash_attn_varlen_func(
     q: Tensor,
@@ -158,29 +139,26 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, Hq, Dk).
-        k: (total_k, Hkv, Dk).
-        v: (total_k, Hkv, Dv), or None to attend over v_first alone.
+        k: (total_k, Hkv, Dk), or with block_table (pages, page_size, Hkv, Dk), of any page_size.
+        v: (total_k, Hkv, Dv), or (pages, page_size, Hkv, Dv), or None to attend over v_first alone.
         cu_seqlens_q: (batch + 1,) int32: sequence b holds rows cu_seqlens_q[b] to
             cu_seqlens_q[b + 1] of q.
-        cu_seqlens_k: the same for k.
+        cu_seqlens_k: the same for k. With block_table its differences are the key lengths.
         max_seqlen_q: an upper bound of the query lengths, in tokens.
         max_seqlen_k: an upper bound of the key lengths, in tokens.
-        block_table: must be None; keys and values are not paged.
-        v_first: (total_k, Hkv, Dv) or None.
+        block_table: (batch, pages a sequence) int32: page block_table[b, i] holds keys
+            i * page_size and on of sequence b. Differentiating the result raises.
+        v_first: (total_k, Hkv, Dv) or None. With block_table v or v_first is None: pages hold mixed
+            values, which `flash_attn_with_kvcache` appends.
 
     Returns:
         out (total_q, Hq, Dv), or (out, softmax_lse (Hq, total_q), empty S_dmask).
 
     Raises:
-        NotImplementedError: dropout_p above 0, alibi_slopes or block_table. Otherwise as
-            `value_residual_attention_varlen`.
+        NotImplementedError: dropout_p above 0, or alibi_slopes. Otherwise as
+            `value_residual_attention_varlen`, or with block_table as `attention_with_kvcache`.
     """
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table must be None: keys and values are not paged; flash_attn_with_kvcache "
-            "reads paged ones"
-        )
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = (v_first, lambda_v, lambda_first)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
+    mix = Mix(v_first, lambda_v, lambda_first)
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths, block_table)

@@ -73,6 +73,7 @@ def resformer_attention(
     *,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the arguments of transformers' attention functions.
@@ -90,6 +91,8 @@ def resformer_attention(
             is_causal, causal order of the first Tq keys.
         is_causal: read where there is no mask.
         position_bias: added to the scores, broadcastable to (B, Hq, Tq, Tk).
+        indices: (B, Tq, n) integers, the keys to which a query may attend beside what the mask
+            says (DeepSeek's sparse attention); None: all.
         kwargs: `scaling`, the factor of q.k; `softcap`; `s_aux`, sinks, (Hq,); `dropout`;
             `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` for packed
             sequences, with B = 1. As with FlashAttention, packed sequences have no mask, but
@@ -105,6 +108,8 @@ def resformer_attention(
     """
     options = scoring(**kwargs)
     packed = kwargs.get("cu_seq_lens_q") is not None
+    if indices is not None:
+        attention_mask = _select(attention_mask, indices, key.shape[2])
     if kwargs.get("dropout"):
         _check_dropout(kwargs["dropout"], packed, options)
         mask = attention_mask.whole() if isinstance(attention_mask, KeyMask) else attention_mask
@@ -128,6 +133,15 @@ def resformer_attention(
     causal = is_causal_without_mask(module, is_causal, q.shape[1])
     seen = read_mask(attention_mask, q.shape[1], k.shape[1], causal)
     return _attend(q, k[:, : seen.length], v[:, : seen.length], seen, position_bias, options), None
+
+
+def _select(mask: Tensor | None, indices: Tensor, kv_length: int) -> Tensor:
+    """The mask where it allows the keys that `indices` selects."""
+    selected = indices.new_zeros((*indices.shape[:2], kv_length), dtype=torch.bool)
+    selected = selected.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None or mask.dtype is torch.bool:
+        return selected if mask is None else selected & mask
+    return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
 
 
 def _check_dropout(dropout: float, packed: bool, options: dict[str, Any]) -> None:
@@ -199,7 +213,7 @@ def read_mask(mask: Tensor | None, q_length: int, kv_length: int, causal: bool) 
             return Seen(mask.window, mask.keys if mask.padded else None, None, mask.keys.shape[1])
         mask = mask.whole()
     if mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return Seen((-1, -1), mask[:, 0, 0], None, kv_length)
+        return Seen((-1, -1), mask[:, 0, 0].expand(-1, kv_length), None, kv_length)
     return Seen((-1, -1), None, mask, kv_length)
 
 

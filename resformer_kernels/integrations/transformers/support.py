@@ -8,9 +8,18 @@ code cannot read, so the question is asked here.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+_log = logging.get_logger("transformers.resformer")
+
+
+_OWN_PARTS = re.compile(r"Sam(HQ)?Vision(Encoder|Model)$")
+"""Parts of models whose attention is code of their own, chosen by a table that has only eager and
+sdpa: the image encoder of SAM, alone and in what is built from it."""
 
 
 def refusal(model_class: Any, implementation: str) -> str | None:
@@ -34,7 +43,8 @@ def refusal(model_class: Any, implementation: str) -> str | None:
 
 def check_models(implementation: str) -> None:
     """Let every model of transformers raise ValueError, when it is made or when the implementation
-    is set, if its class cannot be served by `implementation`.
+    is set, if its class cannot be served by `implementation`. SAM's image encoders warn, and keep
+    sdpa beside the rest of their model.
 
     There is no hook for this: `PreTrainedModel.get_correct_attn_implementation`, which makes the
     decision for transformers' own implementations, is wrapped once.
@@ -46,7 +56,15 @@ def check_models(implementation: str) -> None:
     @functools.wraps(decide)
     def checked(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         found: str = decide(self, requested_attention, is_init_check)
-        if found == implementation and (message := refusal(type(self), implementation)):
+        if found != implementation:
+            return found
+        if _OWN_PARTS.search(type(self).__name__):
+            _log.warning_once(
+                f"the attention of {type(self).__name__} is code of its own and stays with sdpa; "
+                f"attn_implementation={implementation!r} serves the rest of the model"
+            )
+            return "sdpa"
+        if message := refusal(type(self), implementation):
             raise ValueError(message)
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import DTYPES, check_count, describe
+from resformer_kernels._core.checks import DTYPES, alone, describe, integer, integers
 from resformer_kernels._core.select import prepare, select
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.cache.layout import KVLayout
@@ -80,21 +80,20 @@ class SharedValueCache:
                 "dtype must be float32, bfloat16, float16, float64, int8, float8_e4m3fn or "
                 f"float8_e5m2, got {dtype}"
             )
-        value_dim = head_dim if value_head_dim is None else value_head_dim
-        named = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_head_dim": value_dim}
-        for name, size in named.items():
-            check_count(name, size, 1)
-        self.layout, self.num_kv_heads = layout, num_kv_heads
+        self.layout, self.num_kv_heads = layout, integer("num_kv_heads", num_kv_heads, 1)
+        key_dim = value_dim = integer("head_dim", head_dim, 1)
+        if value_head_dim is not None:
+            value_dim = integer("value_head_dim", value_head_dim, 1)
         self.dtype, self.device = dtype, torch.empty(0, device=device).device
         self._place: Placement
-        rows, length, self._place = _placement(batch, max_seqlen, num_pages, page_size)
+        begun, rows, length, self._place = _placement(batch, max_seqlen, num_pages, page_size)
         self.paged = num_pages is not None
-        shape = (rows, length, num_kv_heads)
-        self._keys = Slots((layout.num_key_slots, *shape, head_dim), dtype, self.device)
+        shape = (rows, length, self.num_kv_heads)
+        self._keys = Slots((layout.num_key_slots, *shape, key_dim), dtype, self.device)
         self._values = Slots((layout.num_value_slots, *shape, value_dim), dtype, self.device)
         slots = {"k": self._keys, "v": self._values}
         self._transactions = Transactions(layout, slots, self._place)
-        self._batch = self._place.create(batch or 0)
+        self._batch = self._place.create(begun)
 
     @property
     def keys(self) -> Tensor:
@@ -180,6 +179,7 @@ class SharedValueCache:
         if k is None and v is None:
             raise ValueError("k and v are both None: there is nothing to append")
         steps, chosen = self._transactions, self._names(sequences)
+        layer = steps.layer(layer)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
         with steps.writing(layer, new, chosen) as step:
             assert step is not None
@@ -216,6 +216,7 @@ class SharedValueCache:
             the layer's slots lack its tokens.
         """
         steps, chosen = self._transactions, self._names(sequences)
+        layer = steps.layer(layer)
         if isinstance(q, Tensor) and q.dim() == 4:
             steps.check_rows("q", q, chosen)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
@@ -257,7 +258,7 @@ class SharedValueCache:
             RuntimeError: a step has begun and the layer's slots lack its tokens.
         """
         steps, chosen = self._transactions, self._names(sequences)
-        steps.check(layer, {}, chosen)
+        layer = steps.layer(layer)
         lengths, table = steps.state(layer, {}, chosen)
         tokens = int(lengths.max()) if chosen else 0
         keys = self._keys.read(steps.slot("k", layer), table, tokens)
@@ -266,7 +267,7 @@ class SharedValueCache:
     def add(self, count: int = 1) -> tuple[int, ...]:
         """Names of `count` new empty sequences, put at the end of the batch. RuntimeError where a
         contiguous cache has no row left."""
-        check_count("count", count, 0)
+        count = integer("count", count, 0)
         self._transactions.settle("add")
         created = self._place.create(count)
         self._batch += created
@@ -279,7 +280,10 @@ class SharedValueCache:
         """
         self._transactions.settle("crop")
         chosen = self._names(sequences)
-        wanted = [lengths] * len(chosen) if isinstance(lengths, int) else [int(n) for n in lengths]
+        if alone(lengths):
+            wanted = [integer("lengths", lengths)] * len(chosen)
+        else:
+            wanted = integers("lengths", lengths)
         if len(wanted) != len(chosen):
             raise ValueError(
                 f"lengths must be an int or one for each of {len(chosen)} sequences, "
@@ -295,7 +299,7 @@ class SharedValueCache:
         that does not exist; RuntimeError within a step, or where a contiguous cache lacks rows.
         """
         self._transactions.settle("reorder")
-        places = [int(pick) for pick in picks]
+        places = integers("picks", picks)
         for place in places:
             if not 0 <= place < len(self._batch):
                 raise ValueError(f"picks must be 0 to {len(self._batch) - 1}, got {place}")
@@ -311,7 +315,7 @@ class SharedValueCache:
         within a step, or where a contiguous cache has no row left.
         """
         self._transactions.settle("fork")
-        twin, copies = self._place.fork(sequence)
+        twin, copies = self._place.fork(integer("sequence", sequence))
         self._transactions.copy(copies)
         self._batch.append(twin)
         return twin
@@ -320,7 +324,10 @@ class SharedValueCache:
         """Remove sequences from the batch and free their room. ValueError for one that does not
         exist; RuntimeError within a step."""
         self._transactions.settle("free")
-        chosen = [sequences] if isinstance(sequences, int) else list(sequences)
+        if alone(sequences):
+            chosen = [integer("sequences", sequences)]
+        else:
+            chosen = integers("sequences", sequences)
         self._place.free(chosen)
         self._batch = [name for name in self._batch if name not in chosen]
 
@@ -331,7 +338,7 @@ class SharedValueCache:
     def _names(self, sequences: Sequence[int] | None) -> tuple[int, ...]:
         if sequences is None:
             return tuple(self._batch)
-        chosen = tuple(sequences)
+        chosen = tuple(integers("sequences", sequences))
         for sequence in chosen:
             self._place.length(sequence)
         if len(set(chosen)) != len(chosen):
@@ -341,17 +348,18 @@ class SharedValueCache:
 
 def _placement(
     batch: int | None, max_seqlen: int | None, num_pages: int | None, page_size: int | None
-) -> tuple[int, int, Placement]:
-    """Number of rows or pages, their length, and their allocator."""
+) -> tuple[int, int, int, Placement]:
+    """Sequences to begin with, number of rows or pages, their length, and their allocator."""
     sizes = {"batch": batch, "max_seqlen": max_seqlen}
     sizes |= {"num_pages": num_pages, "page_size": page_size}
     for name, size in sizes.items():
         if size is not None:
-            check_count(name, size, 0 if name in ("batch", "num_pages") else 1)
+            sizes[name] = integer(name, size, 0 if name in ("batch", "num_pages") else 1)
+    batch, max_seqlen, num_pages, page_size = sizes.values()
     if num_pages is not None and page_size is not None:
-        return num_pages, page_size, Pages(num_pages, page_size, max_seqlen)
+        return batch or 0, num_pages, page_size, Pages(num_pages, page_size, max_seqlen)
     if num_pages is None and page_size is None and batch is not None and max_seqlen is not None:
-        return batch, max_seqlen, Rows(batch, max_seqlen)
+        return batch, batch, max_seqlen, Rows(batch, max_seqlen)
     given = ", ".join(f"{name}={size}" for name, size in sizes.items())
     raise ValueError(
         "a cache takes batch and max_seqlen (contiguous), or num_pages and page_size (paged; batch "

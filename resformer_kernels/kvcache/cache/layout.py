@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from resformer_kernels._core.checks import check_count, describe
+from resformer_kernels._core.checks import integer, integers
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class KVLayout:
     @classmethod
     def svformer(cls, num_layers: int) -> KVLayout:
         """Keys in each layer, and one slot of values for all: SVFormer (arXiv 2410.17897)."""
-        return cls(_range("num_layers", num_layers), (0,) * num_layers)
+        own = _range("num_layers", num_layers)
+        return cls(own, (0,) * len(own))
 
     @classmethod
     def cla(cls, num_layers: int, n: int, *, share_values: bool = False) -> KVLayout:
@@ -61,7 +61,8 @@ class KVLayout:
     @classmethod
     def svformer_cla(cls, num_layers: int, n: int) -> KVLayout:
         """Each n adjacent layers share their keys, and all layers one slot of values."""
-        return cls(_adjacent(num_layers, n), (0,) * num_layers)
+        shared = _adjacent(num_layers, n)
+        return cls(shared, (0,) * len(shared))
 
     @property
     def num_layers(self) -> int:
@@ -88,12 +89,7 @@ class KVLayout:
 
 
 def _slots(name: str, slots: object) -> tuple[int, ...]:
-    if isinstance(slots, str) or not isinstance(slots, Iterable):
-        raise TypeError(f"{name} must be a list of slots, one a layer, got {describe(slots)}")
-    found = tuple(slots)
-    for slot in found:
-        if not isinstance(slot, int) or isinstance(slot, bool):
-            raise TypeError(f"{name} must hold ints, got {describe(slot)}")
+    found = tuple(integers(name, slots))
     if not found or set(found) != set(range(max(found) + 1)):
         raise ValueError(
             f"{name} must name at least one layer's slot and every slot from 0 up to the largest, "
@@ -103,10 +99,9 @@ def _slots(name: str, slots: object) -> tuple[int, ...]:
 
 
 def _range(name: str, count: int) -> tuple[int, ...]:
-    check_count(name, count, 1)
-    return tuple(range(count))
+    return tuple(range(integer(name, count, 1)))
 
 
 def _adjacent(num_layers: int, n: int) -> tuple[int, ...]:
-    _range("n", n)
-    return tuple(layer // n for layer in _range("num_layers", num_layers))
+    together = integer("n", n, 1)
+    return tuple(layer // together for layer in _range("num_layers", num_layers))

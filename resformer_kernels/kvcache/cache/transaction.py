@@ -16,6 +16,7 @@ from resformer_kernels._core.checks import (
     check_device,
     check_tensor,
     describe,
+    integer,
 )
 from resformer_kernels.kvcache.cache import pages
 from resformer_kernels.kvcache.cache.layout import KVLayout
@@ -66,12 +67,15 @@ class Transactions:
         pending = step.tokens if step is not None and sequence in step.sequences else 0
         return self.place.length(sequence) - pending
 
-    def check(self, layer: Any, new: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Tensor]:
+    def layer(self, layer: Any) -> int:
+        """The number of a layer, checked."""
+        number = integer("layer", layer)
+        if not 0 <= number < self._num_layers:
+            raise ValueError(f"layer must be 0 to {self._num_layers - 1}, got {number}")
+        return number
+
+    def check(self, layer: int, new: dict[str, Any], chosen: tuple[int, ...]) -> dict[str, Tensor]:
         """Check the new keys and values of a layer; return those that are given."""
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise TypeError(f"layer must be an int, got {describe(layer)}")
-        if not 0 <= layer < self._num_layers:
-            raise ValueError(f"layer must be 0 to {self._num_layers - 1}, got {layer}")
         given = {n: self._check_one(n, x, layer, chosen) for n, x in new.items() if x is not None}
         if len(given) == 2 and given["k"].shape[1] != given["v"].shape[1]:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.op import TRITON
 from resformer_kernels.reservoir import op
-from resformer_kernels.reservoir.record import ReducedCall
+from resformer_kernels.reservoir.record import ReducedCall, couples_units
 
 NAME = "triton"
 
@@ -23,4 +23,4 @@ def unsupported_reason(call: ReducedCall, hardware: Hardware) -> str | None:
     reason = hardware.triton_reason(inputs.device)
     if reason is None and inputs.dtype is not torch.float32:
         return f"its state is float32, inputs of {inputs.dtype} want another"
-    return reason
+    return reason or couples_units(call.scan)

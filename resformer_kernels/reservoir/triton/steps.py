@@ -22,6 +22,8 @@ CSR: tl.constexpr = tl.constexpr(2)
 
 TANH: tl.constexpr = tl.constexpr(record.TANH)
 RELU: tl.constexpr = tl.constexpr(record.RELU)
+SIGMOID: tl.constexpr = tl.constexpr(record.SIGMOID)
+SOFTPLUS: tl.constexpr = tl.constexpr(record.SOFTPLUS)
 
 CHECK_EVERY: tl.constexpr = tl.constexpr(8)
 """Steps between comparisons with a stored trajectory."""
@@ -248,12 +250,29 @@ def _drive(rows, tile, inputs, w, sizes, form):
 
 
 @triton.jit
+def _log1p(t):
+    """log(1 + t) for t in [0, 1], as 2 atanh(w): no cancellation near 0."""
+    w = tl.math.div_rn(t, t + 2.0)
+    v = w * w
+    p = tl.fma(v, 0.2815777831, 0.2796515776)
+    p = tl.fma(p, v, 0.4002459523)
+    p = tl.fma(p, v, 0.6666632164)
+    return w * tl.fma(p, v, 2.0)
+
+
+@triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == TANH:
         f, _ = device.tanh(z)
     elif ACTIVATION == RELU:
         # A NaN stays.
         f = tl.where(z < 0.0, 0.0, z)
+    elif ACTIVATION == SIGMOID:
+        # e^30 + 1 is e^30.
+        e = device.exp(tl.where(z > 30.0, 30.0, z))
+        f = tl.math.div_rn(e, e + 1.0)
+    elif ACTIVATION == SOFTPLUS:
+        f = tl.where(z < 0.0, 0.0, z) + _log1p(device.exp(-tl.abs(z)))
     else:
         f = z
     return f
