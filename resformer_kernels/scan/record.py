@@ -117,7 +117,7 @@ def _check_gates(gates: Any, tokens: Tensor) -> None:
     channels = tokens.shape[-1]
     expected = f"tokens' shape {tuple(tokens.shape)}, or ({channels},) for gates constant in time"
     check_tensor("gates", gates, (1, tokens.dim()), f"of {expected}")
-    if tuple(gates.shape) not in (tuple(tokens.shape), (channels,)):
+    if gates.shape != tokens.shape and (gates.dim() != 1 or gates.shape[0] != channels):
         raise ValueError(f"gates must have {expected}, got shape {tuple(gates.shape)}")
     _check_dtype_and_device("gates", gates, tokens)
 

@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 INF = float("inf")
 HEADS, KV_HEADS, DIM = 4, 2, 16
 # Queries and keys: more than two of the native kernels' tiles, and of the configured Triton ones.
-LENGTHS = {"native": (150, 420), "triton": (20, 150), "reference": (20, 150)}
+LENGTHS = {"native": (150, 420), "triton": (8, 140), "reference": (8, 140)}
 
 
 def whole(bias: Tensor, least: float) -> None:
@@ -75,7 +75,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, float], None], tuple[bool, bool, bool]]
 def draw(dtype: torch.dtype, queries: int, keys: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = ((queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS), (keys, KV_HEADS))
-    return [torch.randn(2, *rows, DIM, generator=generator).to(dtype) for rows in shapes]
+    return [torch.randn(1, *rows, DIM, generator=generator).to(dtype) for rows in shapes]
 
 
 def results(
@@ -120,16 +120,20 @@ def compare(dtype: torch.dtype, bias: Tensor, backend: str, **options: Any) -> l
 def made(form: str, dtype: torch.dtype, backend: str, least: float | None = None) -> Tensor:
     fill, (heads, *own) = FORMS[form]
     sizes = (size if there else 1 for size, there in zip(LENGTHS[backend], own, strict=True))
-    bias = torch.zeros(2, HEADS if heads else 1, *sizes, dtype=dtype)
+    bias = torch.zeros(1, HEADS if heads else 1, *sizes, dtype=dtype)
     fill(bias, torch.finfo(dtype).min if least is None else least)
     return bias
 
 
 @by_dtype
-@pytest.mark.parametrize("own", [True, False], ids=["bias of q's dtype", "float32 bias"])
 @pytest.mark.parametrize("form", FORMS)
-def test_most_negative_numbers(form: str, own: bool, dtype: torch.dtype, backend: str) -> None:
-    compare(dtype, made(form, dtype if own else torch.float32, backend), backend)
+def test_most_negative_numbers(form: str, dtype: torch.dtype, backend: str) -> None:
+    compare(dtype, made(form, torch.float32, backend), backend)
+
+
+@by_dtype
+def test_those_of_16_bits(dtype: torch.dtype, backend: str) -> None:
+    compare(dtype, made("alternating", dtype, backend), backend)
 
 
 @by_dtype
@@ -160,8 +164,7 @@ def test_other_large_numbers(least: float, dtype: torch.dtype, kernels: str) -> 
     ids=["softcap", "causal", "window", "no scores", "sinks", "least", "large"],
 )
 def test_with_other_options(options: dict[str, Any], dtype: torch.dtype, kernels: str) -> None:
-    for form in ("whole", "among -inf"):
-        compare(dtype, made(form, torch.float32, kernels), kernels, **options)
+    compare(dtype, made("among -inf", torch.float32, kernels), kernels, **options)
 
 
 @by_dtype
@@ -224,4 +227,4 @@ def test_sinks_lower_than_log2_units_reach(dtype: torch.dtype, backend: str) -> 
     assert (lse[..., 2] == least).all()
     dq, dsinks = torch.autograd.grad(out.float().sum() + (lse[..., 2] * 0.5).sum(), (q, sinks))
     assert dq.isfinite().all()
-    torch.testing.assert_close(dsinks, torch.ones(HEADS))
+    torch.testing.assert_close(dsinks, torch.full((HEADS,), 0.5))

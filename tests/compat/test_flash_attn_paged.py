@@ -128,6 +128,8 @@ def test_explain_understands_it(native: str) -> None:
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "both values": ({"v_first": rand(9, 4, HKV, DV)}, NotImplementedError, "v_first must be None"),
     "no pages": ({"k": rand(18, HKV, D)}, ValueError, r"k must be \(pages, page_size"),
+    "channels": ({"k": rand(9, 4, HKV, 4)}, ValueError, "k must have q's head_dim 8"),
+    "values' pages": ({"v": rand(8, 4, HKV, DV)}, ValueError, "v must have k's axes"),
     "a table's rank": ({"block_table": torch.zeros(4).int()}, ValueError, "block_table must be"),
     "a table's dtype": ({"block_table": torch.zeros(4, 2)}, TypeError, "block_table must be int32"),
     "a page": ({"block_table": torch.full((4, 2), 99).int()}, ValueError, "block_table must name"),

@@ -58,6 +58,23 @@ def _mel(config: Any, channels: bool = False, time_first: bool = True) -> Tensor
     return noise(BATCH, *([1] if channels else []), *shape)
 
 
+def _codec(_: Any) -> dict[str, Any]:
+    """Ten frames of 320 samples, and their spectrogram."""
+    return {
+        "input_values": noise(BATCH, 1, 3200),
+        "input_features": noise(BATCH, 10, 16),
+        "padding_mask": None,
+    }
+
+
+def _protein(_: Any) -> dict[str, Any]:
+    return {
+        "input_ids": ids(LENGTH),
+        "protein_input_ids": ids(LONGER, seed=1),
+        "protein_attention_mask": padding(LONGER, "right"),
+    }
+
+
 def _ragged(config: Any) -> dict[str, Any]:
     """Two recordings of different lengths, one after the other."""
     lengths = torch.tensor([FRAMES, FRAMES - 10])
@@ -161,7 +178,9 @@ ARGUMENTS: dict[Any, Any] = {
     "qwen3_omni_moe_audio_encoder": _ragged,
     "bridgetower_vision_model": lambda _: {"image": noise(BATCH, 3, 64, 64)},
     "dia_decoder": lambda c: {
-        "input_ids": torch.stack([ids(LENGTH, seed=i) for i in range(c.num_channels)], -1)
+        "input_ids": torch.stack([ids(LENGTH, seed=i) for i in range(c.num_channels)], -1),
+        "position_ids": torch.arange(LENGTH).expand(BATCH, -1),
+        "encoder_hidden_states": noise(BATCH, LONGER, c.cross_hidden_size),
     },
     "paddleocr_vl_vision": lambda c: {
         "pixel_values": noise(1, 32, 3, c.patch_size, c.patch_size),
@@ -180,7 +199,17 @@ ARGUMENTS: dict[Any, Any] = {
         "mask": None,
     },
     "molmo2_vision": lambda c: {"pixel_values": noise(BATCH, 16, 3 * c.patch_size**2)},
-    "idefics2_perceiver": lambda c: {"context": noise(BATCH, 9, c.hidden_size)},
+    "idefics2_perceiver": lambda c: {
+        "context": noise(BATCH, 9, c.hidden_size),
+        "attention_mask": padding(9, "right").bool(),
+    },
+    "depth_pro": lambda _: {"pixel_values": noise(BATCH, 3, 128, 128)},
+    "evolla": _protein,
+    "EvollaModel": _protein,
+    ("bark", "BarkFineModel"): lambda c: {
+        "codebook_idx": 2,
+        "input_ids": torch.stack([ids(LENGTH, seed=i) for i in range(c.n_codes_total)], -1),
+    },
     "kosmos_2_5_vision_model": lambda c: {"flattened_patches": _patch_rows(c)},
     "minicpm_ocr_vision": _native,
     "minicpmv4_6_vision": _native,
@@ -276,6 +305,10 @@ ARGUMENTS: dict[Any, Any] = {
         "input_values": noise(BATCH, SAMPLES),
         "decoder_input_ids": ids(SHORTER, seed=1),
     },
+    "t5gemma2_decoder": lambda c: {
+        "input_ids": ids(LENGTH),
+        "encoder_hidden_states": noise(BATCH, LONGER, c.hidden_size),
+    },
     "timesfm": lambda c: {
         "past_values": noise(BATCH, c.context_length),
         "past_values_padding": torch.zeros(BATCH, c.context_length, dtype=torch.long),
@@ -289,6 +322,9 @@ ARGUMENTS: dict[Any, Any] = {
     "videomae": lambda c: {"pixel_values": _video(c.num_frames)},
     "vivit": lambda c: {"pixel_values": _video(c.num_frames)},
     "xclip_vision_model": lambda c: {"pixel_values": noise(2 * c.num_frames, 3, 64, 64)},
+    "xcodec2": _codec,
+    "neucodec": _codec,
+    "pp_ocrv5_mobile_rec": lambda _: {"pixel_values": noise(BATCH, 3, 48, 160)},
     "xclip": lambda c: {
         "input_ids": ids(LENGTH),
         "pixel_values": _video(c.vision_config.num_frames),

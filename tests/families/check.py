@@ -213,13 +213,13 @@ def examine(family: str) -> list[Result]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = models.config_of(family)
-            found = models.classes(family)
+            found = models.classes(family)[:3]
+            configs = [models.config_of(family, cls) for cls in found]
             if not found:
                 raise ValueError("no model class")
         except Exception as error:  # noqa: BLE001 - reported
             return [Result(family, "", UNBUILT, brief(error))]
         return [
             Examination(family, cls, config, whole=index == 0).run()
-            for index, cls in enumerate(found[:3])
+            for index, (cls, config) in enumerate(zip(found, configs, strict=True))
         ]

@@ -46,6 +46,12 @@ def families() -> list[str]:
     return [x for x in names if not x.startswith(ours)] + list(VARIANTS)
 
 
+def folder(family: str) -> str:
+    """The folder of transformers/models that a family is in."""
+    name, _ = VARIANTS.get(family, (family, {}))
+    return str(auto.CONFIG_MAPPING[name].__module__.split(".")[-2])
+
+
 def _named(family: str, tasks: tuple[str, ...] | list[str]) -> list[str]:
     found: list[str] = []
     for task in tasks:
@@ -60,7 +66,7 @@ def classes(family: str) -> list[Any]:
     cls = auto.CONFIG_MAPPING[family]
     if family in CLASSES:
         module = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
-        return [getattr(module, name) for name in CLASSES[family]]
+        return [getattr(module, name.split()[0]) for name in CLASSES[family]]
     names = _named(family, TASKS) or _named(family, _ALL)
     if names:
         return [getattr(transformers, name) for name in names if hasattr(transformers, name)]
@@ -122,7 +128,12 @@ def stir(model: Any) -> None:
                 x += 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype)
 
 
-def config_of(family: str) -> Any:
-    """The tiny configuration of a family or variant."""
+def config_of(family: str, cls: Any) -> Any:
+    """The tiny configuration of a family or variant, or the part of it that is a class's."""
     name, changes = VARIANTS.get(family, (family, {}))
-    return tiny_config(name, **changes)
+    config = tiny_config(name, **changes)
+    for line in CLASSES.get(name, ()):
+        found, *part = line.split()
+        if found == cls.__name__ and part:
+            return getattr(config, part[0])
+    return config

@@ -41,6 +41,20 @@ ASSISTANT = {
     "centroid_intermediate_top_k": 2,
 }
 
+EVOLLA = {
+    "protein_encoder_config": {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 128,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.3,
+    }
+}
+CODEC = {"encoder_hidden_size": 8, "quantization_dim": 128, **UNGROUPED}
 MILD: dict[str, Any] = {"init_std": 0.05, "backbone_config": {"initializer_range": 0.05}}
 VOCABULARY = {
     "vocabulary_map": {"<image>": 64, **{f"IMGIMG{x}Z": 65 + i for i, x in enumerate("ABCDEFGH")}}
@@ -134,7 +148,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mobilevit": {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 12, 16, 16, 20, 64]},
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [1, 0]},
-        "vision_config": {"image_size": [64, 64], "num_position_embeddings": 16},
     },
     "moonshine_streaming": {"num_key_value_heads": 4, "encoder_config": UNGROUPED},
     "muse_spark_audio": {"num_hidden_layers": 4},
@@ -176,6 +189,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 512,
     },
     "dac": {"encoder_hidden_size": 8},
+    "xcodec2": CODEC,
+    "neucodec": CODEC,
     "pe_audio_encoder": {"dac_config": {"encoder_hidden_size": 8}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
@@ -250,6 +265,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "depths": [1, 1, 1, 1],
         "hidden_sizes": [16, 32, 64, 128],
     },
+    "phi4_multimodal_audio": {"nemo_conv_channels": 64, "ext_pw_out_channel": 64},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
+    "molmo2_vision": {"image_size": [64, 64], "num_position_embeddings": 16},
+    "evolla": EVOLLA,
+    "EvollaModel": EVOLLA,
+    "pix2struct_text_model": {"initializer_range": 0.3},
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
     "mobilebert": {"initializer_range": 0.02},
     "moshi": {"num_codebooks": 4},
     "moshi_depth": {"num_codebooks": 4},
@@ -277,11 +299,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "bark": ("BarkSemanticModel", "BarkCoarseModel", "BarkFineModel"),
+    "bark": (
+        "BarkSemanticModel semantic_config",
+        "BarkCoarseModel coarse_acoustics_config",
+        "BarkFineModel fine_acoustics_config",
+    ),
     "musicgen": ("MusicgenForConditionalGeneration",),
     "musicgen_melody": ("MusicgenMelodyForConditionalGeneration",),
 }
-"""Classes where the mappings name none that can run alone."""
+"""Classes where the mappings name none that can run alone, with the part of the configuration that
+is theirs."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, is_causal=False": ("llama", {"is_causal": False}),

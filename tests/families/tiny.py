@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -234,7 +235,8 @@ def tiny(
     given: what its owner passes it; made tiny too. changes: what is kept as it is, with those of
     parts under the part's name.
     """
-    changes = {**CONFIGS.get(family, {}), **changes}
+    # A copy, as a configuration keeps and changes what it is given.
+    changes = {**copy.deepcopy(CONFIGS.get(family, {})), **changes}
     found = _fields(cls, given, specials)
     found.update(_layers(cls))
     parts = cls.sub_configs_defaults

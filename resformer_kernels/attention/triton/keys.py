@@ -123,6 +123,7 @@ def keys_gradient_kernel(
     grad_descriptor,
     base_descriptor,
     delta_descriptor,
+    rest_descriptor,
     dk_descriptor,
     dv_descriptor,
     first_descriptor,
@@ -191,7 +192,7 @@ def keys_gradient_kernel(
             row_rest = 0.0
             if scoring.BIAS == ADDITIVE:
                 row_rest = load_row_numbers(
-                    RowNumbers(rest, None, slot), at, first_row, ROWS, True
+                    RowNumbers(rest, rest_descriptor, slot), at, first_row, ROWS, phase != 1
                 )[None, :]
             seen = seen_by_columns(rows, at, scoring, geometry)
             x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
@@ -329,7 +330,8 @@ def _row_descriptors(
 ) -> dict[str, TensorDescriptor | None]:
     """Descriptors of what is read by tiles of rows: q and dO where tiles hold whole queries, and
     the numbers of rows."""
-    names = ("q_descriptor", "grad_descriptor", "base_descriptor", "delta_descriptor")
+    rows = ("base_descriptor", "delta_descriptor", "rest_descriptor")
+    names = ("q_descriptor", "grad_descriptor", *rows)
     if not has_tensor_descriptors(capability(call.q.device)) or call.q.numel() == 0:
         return dict.fromkeys(names)
     whole = config.rows % call.group == 0
@@ -337,8 +339,8 @@ def _row_descriptors(
         descriptor_of(x, config.rows // call.group, block, call.group) if whole else None
         for x, block in ((call.q, blocks[0]), (incoming.grad_out, blocks[1]))
     ]
-    numbers = (incoming.base, incoming.delta)
-    found += [TensorDescriptor(x, [x.numel()], [1], [config.rows]) for x in numbers]
+    for x in (incoming.base, incoming.delta, incoming.rest):
+        found.append(x if x is None else TensorDescriptor(x, [x.numel()], [1], [config.rows]))
     return dict(zip(names, found, strict=True))
 
 

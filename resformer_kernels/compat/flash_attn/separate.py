@@ -108,7 +108,7 @@ def flash_attn_func(
     return attend((q, k, v), mix, options, return_attn_probs, backend)
 
 
-@runtime_errors(cache_seqlens="cu_seqlens_k")
+@runtime_errors(cache_seqlens="cu_seqlens_k", k_cache="k", v_cache="v")
 @explainable
 def flash_attn_varlen_func(
     q: Tensor,
