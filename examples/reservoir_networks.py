@@ -27,8 +27,8 @@ Settings = Mapping[str, float]
 class Kernels:
     """An `nn.Reservoir`: float32 uses the kernels, float64 the reference."""
 
-    def __init__(self, reservoir: Reservoir, dtype: torch.dtype) -> None:
-        self.reservoir = reservoir.to(dtype)
+    def __init__(self, reservoir: Reservoir, dtype: torch.dtype, fold: bool = False) -> None:
+        self.reservoir, self.fold = reservoir.to(dtype), fold
         # Only the reference takes float64; "auto" would warn that it is slow.
         self.reservoir.backend = "reference" if dtype is torch.float64 else "auto"
 
@@ -40,7 +40,7 @@ class Kernels:
 
     def free_run(self, readout: Callable[[Tensor], Tensor], state: Tensor, steps: int) -> Tensor:
         """Outputs (B, steps, n_in), each fed back, from states (B, N)."""
-        return self.reservoir.free_run(readout, state, steps)[0]
+        return self.reservoir.free_run(readout, state, steps, fold=self.fold)[0]
 
 
 class PeerReservoir:
@@ -87,12 +87,12 @@ class Contender:
     dtype: torch.dtype = torch.float64
 
 
-def ours(dtype: torch.dtype) -> Contender:
-    """The reservoirs of this package."""
+def ours(dtype: torch.dtype, fold: bool) -> Contender:
+    """The reservoirs of this package; with `fold`, forecasts run in one scan."""
 
     def make(units: int, inputs: int, seed: int, settings: Settings) -> Network:
         options: dict[str, Any] = {"input_connectivity": 1.0, **settings}
-        return Kernels(Reservoir(units, inputs, seed=seed, **options), dtype)
+        return Kernels(Reservoir(units, inputs, seed=seed, **options), dtype, fold)
 
     return Contender(OURS, make, dtype=dtype)
 

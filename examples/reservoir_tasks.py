@@ -221,7 +221,7 @@ class Result:
 
 def run_all(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> list[Result]:
     """Run every case with every contender and seed, with a progress bar."""
-    contenders = [ours(getattr(torch, options.dtype))]
+    contenders = [ours(getattr(torch, options.dtype), options.fold)]
     others = reservoirpy() if options.peer else []
     size = 0.1 if options.quick else 1.0
     jobs = [(case, [*contenders, *(others if case.peers else [])]) for case in chosen]
@@ -284,7 +284,8 @@ def store(results: Sequence[Result], options: argparse.Namespace, path: Path) ->
                     "peers": scores,
                 }
             )
-    settings = {name: getattr(options, name) for name in ("seeds", "dtype", "quick", "peer")}
+    names = "seeds", "dtype", "fold", "quick", "peer"
+    settings = {name: getattr(options, name) for name in names}
     record = {"machine": machine.describe(), "settings": settings, "tasks": tasks}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -327,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/reservoir_tasks"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--fold", action="store_true", help="fold readouts into W to forecast")
     parser.add_argument("--task", default="", help="only tasks whose name contains this")
     parser.add_argument("--peer", choices=("reservoirpy",), help="also run it on the same series")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every seed's figures")

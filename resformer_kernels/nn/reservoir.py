@@ -216,10 +216,10 @@ class Reservoir(Streams, Forecasts):
             ValueError: the stored state has another batch size, or there is a teacher without
                 feedback or feedback without a teacher. Otherwise as `reservoir_scan`.
         """
-        if initial_state is None:
-            rows = teacher if inputs is None else inputs
-            sequences = 0 if rows is None else rows.shape[0]
-            stored = self._stored(sequences if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        rows = teacher if inputs is None else inputs
+        if initial_state is None and isinstance(rows, Tensor):
+            count = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            stored = self._stored(count)
             initial_state = stored.get("state")
             if initial_feedback is None:
                 initial_feedback = stored.get("feedback")

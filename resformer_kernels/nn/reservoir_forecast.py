@@ -29,20 +29,21 @@ class Forecasts(RunsReservoir):
         *,
         inputs: Tensor | None = None,
         initial_feedback: Tensor | None = None,
-        fold: bool | None = None,
+        fold: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Feed the readout's output y = R(h) back, as the next input or through W_fb.
 
         Without feedback weights the output is the next input, as in forecasts of the input itself:
         y_t = R(h_t) and h_{t+1} = F(h_t, y_t) for t = 0 to steps - 1. With feedback weights every
         step reads its own input and the output before it: h_{t+1} = F(h_t, u_t, y_t) and
-        y_{t+1} = R(h_{t+1}), where y_0 is `initial_feedback`.
+        y_{t+1} = R(h_{t+1}), where y_0 is `initial_feedback`. Steps one by one are products of
+        PyTorch, whatever `backend` is; those of CSR are calls of the scan.
 
         Folded, a linear readout y = A h + c becomes part of the weights, W' = W + W_in A and
-        b' = b + W_in c (or W_fb), and one scan runs all steps, as fast as any. W' is made in
-        float64. float32 rounds it: a constant input gives back what rounding takes away at the
-        start, and the bias, which would lose as much, is left alone. Outputs then differ from those
-        step by step by rounding alone, which a chaotic series amplifies.
+        b' = b + W_in c (or W_fb), made in float64, and one scan runs all steps. In float64 that
+        changes nothing but the speed. In float32 the large terms of A h, which cancel, are summed
+        in float32, where `Ridge` and `RLS` sum them in float64: outputs differ by some rounding
+        errors more, which a chaotic series amplifies.
 
         Args:
             readout: maps a state (B, N) to y (B, n_in), with feedback weights (B, m): a fitted
@@ -53,7 +54,7 @@ class Forecasts(RunsReservoir):
             initial_feedback: the y that the first step reads, (B, m), such as the last known
                 target; None: R(h_0).
             fold: fold the readout, which must be a `Ridge`, `RLS` or `torch.nn.Linear`. W' is dense
-                (N, N), whatever W is. None: fold such a readout where W is dense.
+                (N, N), whatever W is.
 
         Returns:
             The outputs (B, steps, n_in), the first read from `state` itself; with feedback weights
@@ -65,19 +66,11 @@ class Forecasts(RunsReservoir):
                 has no use for; the message names it.
         """
         steps = integer("steps", steps, 1)
-        self._check_loop(state, steps, inputs, initial_feedback)
-        linear = _linear(readout)
-        if fold is None:
-            fold = linear is not None and self._values.dim() == 2
         check_flag("fold", fold)
-        if not fold:
-            return self._step_by_step(readout, state, steps, inputs, initial_feedback)
-        if linear is None:
-            raise TypeError(
-                f"readout must be a Ridge, an RLS or a torch.nn.Linear without hooks to be folded, "
-                f"got {describe(readout)}"
-            )
-        return self._folded(linear, state, steps, inputs, initial_feedback)
+        self._check_loop(state, steps, inputs, initial_feedback)
+        if fold:
+            return self._folded(_linear(readout), state, steps, inputs, initial_feedback)
+        return self._step_by_step(readout, state, steps, inputs, initial_feedback)
 
     def _step_by_step(
         self,
@@ -87,14 +80,14 @@ class Forecasts(RunsReservoir):
         inputs: Tensor | None,
         given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        read = []
+        read, step = [], self.stepper(len(state))
         for t in range(steps):
             read.append(readout(state) if t or given is None else given)
             self._check_output(read[-1], state)
-            drive = read[-1][:, None].to(state.dtype)
+            drive = read[-1].to(state.dtype)
             if inputs is not None:
-                drive = torch.cat((inputs[:, t : t + 1].to(state.dtype), drive), -1)
-            _, state = self.run(drive, state)
+                drive = torch.cat((inputs[:, t].to(state.dtype), drive), -1)
+            state = step(state, drive)
         outputs = [*read[1:], readout(state)] if self.feedback_dim else read
         return torch.stack(outputs, 1), state
 
@@ -137,6 +130,7 @@ class Forecasts(RunsReservoir):
         back = self.input_weight if self.feedback_weight is None else self.feedback_weight
         exact = self.dense_weight().double() + back.double() @ readout.weight.double()
         weight = exact.to(state.dtype)
+        # What rounding W' takes away at the start; and b would lose digits by adding W_in c.
         constant = (exact - weight.double()) @ state.double().mean(0)
         if readout.bias is not None:
             constant = constant + back.double() @ readout.bias.double()
@@ -175,10 +169,13 @@ class Forecasts(RunsReservoir):
             )
 
 
-def _linear(readout: Readout) -> LinearReadout | nn.Linear | None:
-    """The readout, if all that it does is y = A h + c."""
+def _linear(readout: Readout) -> LinearReadout | nn.Linear:
+    """The readout, if all that it does is y = A h + c; else TypeError."""
     for kind in (Ridge, RLS, nn.Linear):
         # A subclass may do more, as may hooks.
         if type(readout) is kind and not (readout._forward_hooks or readout._forward_pre_hooks):
             return readout
-    return None
+    raise TypeError(
+        f"readout must be a Ridge, an RLS or a torch.nn.Linear without hooks to be folded, got "
+        f"{describe(readout)}"
+    )

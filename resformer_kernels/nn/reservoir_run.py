@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from resformer_kernels._core.checks import check_tensor, describe
 from resformer_kernels.nn.reservoir_matrix import HoldsMatrix, as_taken
 from resformer_kernels.nn.state import KeepsState
 from resformer_kernels.reservoir.api import reservoir_scan
+from resformer_kernels.reservoir.record import check_call
+from resformer_kernels.reservoir.reference import step_of
 
 
 class RunsReservoir(KeepsState, HoldsMatrix):
@@ -60,9 +63,41 @@ class RunsReservoir(KeepsState, HoldsMatrix):
         inputs are all that drives it: with feedback [u_t, y_{t-1}], (B, T, n_in + m). What is
         kept is neither read nor changed.
         """
+        own = self._arguments() | {"backend": self.backend}
+        return reservoir_scan(inputs, initial_state=initial_state, **own | options)
+
+    def stepper(self, sequences: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function of h_{t-1} (B, N) and all that drives a step (B, n_in + m) that gives h_t.
+
+        It is made of PyTorch's products, other than for CSR, whose products depend on how PyTorch
+        was built: a kernel arranges W anew at every call, which takes longer than the step.
+        """
+        if self.layout == "csr":
+            return lambda state, drive: self.run(drive[:, None], state)[1]
+        width, device = self.input_dim + self.feedback_dim, self.leak.device
+        inputs = torch.empty((sequences, 1, width), dtype=self.state_dtype, device=device)
+        call = check_call(
+            inputs,
+            initial_state=None,
+            cu_seqlens=None,
+            reduce="none",
+            targets=None,
+            return_info=False,
+            **self._arguments(),
+        )
+        step = step_of(call.scan)
+
+        def alone(state: Tensor, drive: Tensor) -> Tensor:
+            with torch.autocast(device.type, enabled=False):
+                return step(state, drive)
+
+        return alone
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the scan gets of this module, but for the backend."""
         dtype, bias, fed = self.state_dtype, self.bias, self.feedback_weight
         drive = self.input_weight if fed is None else torch.cat((self.input_weight, fed), 1)
-        own = {
+        return {
             "weight": self._weight_of(as_taken(self._values)),
             "input_weight": as_taken(drive),
             "leak": self.leak.to(dtype),
@@ -70,9 +105,7 @@ class RunsReservoir(KeepsState, HoldsMatrix):
             "activation": self.activation,
             "mode": self.mode,
             "tolerance": self.tolerance,
-            "backend": self.backend,
         }
-        return reservoir_scan(inputs, initial_state=initial_state, **own | options)
 
     def driven(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +15,8 @@ _ROWS = 4096
 """Rows taken in at once, at most: a float64 copy of them is held."""
 _SPARE = 4
 """Times N ε and the largest entry of the Gram matrix: the least penalty."""
-
-
-class _Sums(NamedTuple):
-    """What is known of the rows so far: weighted sums over centred rows, and the inverse of the
-    Gram matrix with the penalty, up to the error that collected since it was last factored.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    x_mean: Tensor
-    y_mean: Tensor
-    mass: Tensor
-    penalty: Tensor
-    inverse: Tensor
-    weight: Tensor
+_LEAST = 1e-50
+"""The least penalty where all is forgotten."""
 
 
 class RLS(LinearReadout):
@@ -64,10 +50,8 @@ class RLS(LinearReadout):
         TypeError, ValueError: a size below 1, or a number out of range.
     """
 
-    gram: Tensor
-    cross: Tensor
-    x_mean: Tensor
-    y_mean: Tensor
+    products: Tensor
+    means: Tensor
     mass: Tensor
     penalty: Tensor
     inverse: Tensor
@@ -88,23 +72,23 @@ class RLS(LinearReadout):
             raise ValueError(f"forgetting must lie in (0, 1], got {forgetting}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive finite number, got {alpha}")
-        for name, value in self._nothing()._asdict().items():
-            self.register_buffer(name, value)
-        self._since = 0
+        n, m = self.in_features, self.out_features
+        like = self.weight
+        self.register_buffer("products", like.new_empty(n, n + m))
+        self.register_buffer("means", like.new_empty(n + m))
+        self.register_buffer("mass", like.new_empty(()))
+        self.register_buffer("penalty", like.new_empty(()))
+        self.register_buffer("inverse", like.new_empty(n, n))
+        self.reset()
 
-    def _nothing(self) -> _Sums:
-        """The sums of no rows."""
-        n, m, like = self.in_features, self.out_features, self.weight
-        return _Sums(
-            gram=like.new_zeros(n, n),
-            cross=like.new_zeros(n, m),
-            x_mean=like.new_zeros(n),
-            y_mean=like.new_zeros(m),
-            mass=like.new_zeros(()),
-            penalty=like.new_full((), self.alpha),
-            inverse=torch.eye(n, dtype=like.dtype, device=like.device) / self.alpha,
-            weight=like.new_zeros(m, n),
-        )
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all rows: weight and bias are zeros again."""
+        for buffer in (self.weight, self.bias, self.products, self.means, self.mass, self.inverse):
+            buffer.zero_()
+        self.penalty.fill_(self.alpha)
+        self.inverse.diagonal().fill_(1 / self.alpha)
+        self._since = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RLS:
         before = dict(self._buffers)
@@ -117,11 +101,7 @@ class RLS(LinearReadout):
             self._buffers[name] = (new if old.is_meta else old).to(new.device, torch.float64)
         return self
 
-    def reset(self) -> None:
-        """Forget all rows: weight and bias are zeros again."""
-        with torch.inference_mode(False):
-            self._become(self._nothing(), 0)
-
+    @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> RLS:
         """Learn from rows x (..., N) and y (..., m), the first first: any floating dtype, with
         equal leading axes.
@@ -130,110 +110,88 @@ class RLS(LinearReadout):
             TypeError, ValueError: a wrong dtype or shape, an element that is not finite, or one
                 too large for its products. The readout is then as it was.
         """
-        # Training can use what was made under inference_mode only if this was not.
-        with torch.inference_mode(False), torch.no_grad():
-            x, y = self._rows(x, y)
-            sums, since = _Sums(*(getattr(self, name) for name in _Sums._fields)), self._since
-            for rows in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
-                if len(rows[0]):
-                    sums, since = self._after(sums, since, *rows)
-            self._become(sums, since)
+        rows = torch.cat(self._rows(x, y), 1)
+        # No product of centred rows exceeds that, nor any sum of them.
+        bound = 8 * rows.square().sum() + self.products.diagonal().sum()
+        if not bound.isfinite():
+            raise ValueError("x or y is too large: its products are not finite in float64")
+        for piece in rows.split(_ROWS):
+            if len(piece):
+                self._learn(piece)
+        n = self.in_features
+        self.bias.copy_(self.means[n:] - self.weight @ self.means[:n])
         return self
 
     def become(self, other: RLS) -> None:
         """Take over all that `other`, of the same sizes, has learned."""
-        self._become(_Sums(*(getattr(other, name) for name in _Sums._fields)), other._since)
+        for own, its in zip(self.buffers(), other.buffers(), strict=True):
+            own.copy_(its)
+        self._since = other._since
 
-    def _become(self, sums: _Sums, since: int) -> None:
-        for name, value in sums._asdict().items():
-            setattr(self, name, value)
-        self.bias = sums.y_mean - sums.weight @ sums.x_mean
-        self._since = since
-
-    def _after(self, sums: _Sums, since: int, x: Tensor, y: Tensor) -> tuple[_Sums, int]:
-        """The sums after T more rows, and the number of rows since the Gram matrix was factored."""
-        since, decay = since + len(x), self.forgetting ** len(x)
-        x, y, means = self._weighted(sums, x, y)
-        new = sums._replace(
-            gram=decay * sums.gram + x.T @ x,
-            cross=decay * sums.cross + x.T @ y,
-            penalty=decay * sums.penalty,
-            **means,
-        )
+    def _learn(self, rows: Tensor) -> None:
+        """Take in T more rows [x, y], (T, N + m)."""
+        n, count, decay = self.in_features, len(rows), self.forgetting ** len(rows)
+        rows = self._weighted(rows, decay)
+        x, y = rows[:, :n], rows[:, n:]
+        self.products.addmm_(x.T, rows, beta=decay)
+        self.penalty.mul_(decay)
+        self._since += count
         half_life = math.inf if self.forgetting == 1 else math.log(0.5) / math.log(self.forgetting)
         # Factoring costs about as much as updating the inverse by a quarter of N rows.
-        few = since + 4 * len(x) < min(self.in_features, half_life)
-        updated = _by_woodbury(new, decay, x, y) if few else None
-        if updated is None:
-            updated, since = _factored(new), 0
-        found = (updated.gram.diagonal(), updated.inverse.diagonal(), updated.weight)
-        if not all(bool(tensor.isfinite().all()) for tensor in found):
-            raise ValueError("x or y is too large: its products are not finite in float64")
-        return updated, since
+        few = self._since + 4 * count < min(n, half_life)
+        if not few or not self._updated(x, y, decay):
+            self._factor()
 
-    def _weighted(
-        self, sums: _Sums, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Rows whose products are added to the sums, and the new means and mass.
+    def _weighted(self, rows: Tensor, decay: float) -> Tensor:
+        """Rows whose products are added to the sums; means and mass become the new ones.
 
         One more row, the difference of the means, merges centred rows with those before (Chan,
         Golub and LeVeque, 1983).
         """
-        ages = torch.arange(len(x) - 1, -1, -1, dtype=x.dtype, device=x.device)
+        ages = torch.arange(len(rows) - 1, -1, -1, dtype=rows.dtype, device=rows.device)
         weights = self.forgetting**ages
         roots = weights.sqrt()[:, None]
         if not self.fit_intercept:
-            return roots * x, roots * y, {}
-        mass, old = weights.sum(), self.forgetting ** len(x) * sums.mass
-        means = weights @ x / mass, weights @ y / mass
-        dx, dy = means[0] - sums.x_mean, means[1] - sums.y_mean
-        part, root = mass / (old + mass), (old * mass / (old + mass)).sqrt()
-        return (
-            torch.cat((roots * (x - means[0]), root * dx[None])),
-            torch.cat((roots * (y - means[1]), root * dy[None])),
-            {
-                "x_mean": sums.x_mean + part * dx,
-                "y_mean": sums.y_mean + part * dy,
-                "mass": old + mass,
-            },
-        )
+            return roots * rows
+        mass, old = weights.sum(), decay * self.mass
+        mean = weights @ rows / mass
+        shift, total = mean - self.means, old + mass
+        self.means.addcmul_(mass / total, shift)
+        self.mass.copy_(total)
+        return torch.cat((roots * (rows - mean), (old * mass / total).sqrt() * shift[None]))
+
+    def _factor(self) -> None:
+        """W and the inverse from the Gram matrix itself."""
+        n = self.in_features
+        matrix = self.products[:, :n].clone()
+        least = _SPARE * n * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
+        matrix.diagonal().add_(torch.maximum(self.penalty, least).clamp(min=_LEAST))
+        factor = torch.linalg.cholesky(matrix)
+        self.weight.copy_(torch.cholesky_solve(self.products[:, n:], factor).T)
+        self.inverse.copy_(torch.cholesky_inverse(factor))
+        self._since = 0
+
+    def _updated(self, x: Tensor, y: Tensor, decay: float) -> bool:
+        """W and the inverse P after rows X (T, N), Y (T, m), for T well below N; False, and both as
+        they were, where the errors of P show.
+
+        P' = (P - GᵀG) / λ^T and W' = W + EᵀG, where L Lᵀ = λ^T I + X P Xᵀ, G = L⁻¹ X P and
+        E = L⁻¹ (Y - X Wᵀ).
+        """
+        projected = x @ self.inverse
+        inner = projected @ x.T
+        inner.diagonal().add_(decay)
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if info.item():
+            return False
+        right = torch.cat((projected, y - x @ self.weight.T), 1)
+        solved = torch.linalg.solve_triangular(factor, right, upper=False)
+        gain, error = solved[:, : self.in_features], solved[:, self.in_features :]
+        self.inverse.addmm_(gain.T, gain, beta=1 / decay, alpha=-1 / decay)
+        self.weight.addmm_(error.T, gain)
+        return True
 
     def extra_repr(self) -> str:
         """The arguments that print shows."""
         sizes = f"{self.in_features}, {self.out_features}"
         return f"{sizes}, forgetting={self.forgetting}, alpha={self.alpha}"
-
-
-def _factored(sums: _Sums) -> _Sums:
-    """With W and the inverse from the Gram matrix itself."""
-    matrix = sums.gram.clone()
-    least = _SPARE * len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
-    matrix.diagonal().add_(torch.maximum(sums.penalty, least))
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info.item():
-        raise ValueError("x is too large or too small: float64 cannot factor its Gram matrix")
-    weight = torch.cholesky_solve(sums.cross, factor).T
-    return sums._replace(inverse=torch.cholesky_inverse(factor), weight=weight)
-
-
-def _by_woodbury(sums: _Sums, decay: float, x: Tensor, y: Tensor) -> _Sums | None:
-    """With W and the inverse P after rows X (T, N), for T well below N; None where the errors of P
-    show.
-
-    P' = (P - GᵀG) / λ^T and W' = W + EᵀG, where L Lᵀ = λ^T I + X P Xᵀ, G = L⁻¹ X P and
-    E = L⁻¹ (Y - X Wᵀ).
-    """
-    projected = x @ sums.inverse
-    inner = projected @ x.T
-    inner.diagonal().add_(decay)
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if info.item():
-        return None
-    gain, error = (
-        torch.linalg.solve_triangular(factor, part, upper=False)
-        for part in (projected, y - x @ sums.weight.T)
-    )
-    inverse = (sums.inverse - gain.T @ gain) / decay
-    # Rounding would make it less symmetric with every update.
-    symmetric = (inverse + inverse.T) / 2
-    return sums._replace(inverse=symmetric, weight=sums.weight + error.T @ gain)

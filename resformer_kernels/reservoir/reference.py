@@ -51,7 +51,7 @@ def run(call: ReducedCall) -> tuple[Result, Tensor, ReservoirInfo]:
 
 
 def _scan(call: ReservoirCall) -> tuple[Tensor, Tensor]:
-    step = _step(call)
+    step = step_of(call)
     inputs = call.inputs
     start = call.start()
     leaves = (inputs, call.weight, call.input_weight, call.leak, call.bias)
@@ -84,7 +84,8 @@ def _sequence(
     return torch.stack(states), state.clone()
 
 
-def _step(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
+def step_of(call: ReservoirCall) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of h_{t-1} (B, N) and u_t (B, n_in) that gives h_t."""
     dtype = call.inputs.dtype
     recur = _product(call)
     project = None if call.input_weight is None else call.input_weight.to(dtype)

@@ -223,27 +223,28 @@ def test_closing_the_loop_continues_a_teacher() -> None:
     torch.testing.assert_close(final, last)
 
 
-def test_what_is_folded_unless_told() -> None:
-    start = draw(2, 30).tanh().float()
-
-    def outputs(reservoir: Reservoir, readout: Any, fold: bool | None) -> Tensor:
-        return reservoir.float().free_run(readout, start, 60, fold=fold)[0]
-
-    ridge = linear("Ridge")
-    for form, options in FORMS.items():
-        reservoir = make(3, 0, **options)
-        found = outputs(reservoir, ridge, None)
-        assert torch.equal(found, outputs(reservoir, ridge, form == "dense"))
-        assert not torch.equal(found, outputs(reservoir, ridge, form != "dense"))
-    hooked, dense = linear("Linear").float(), make(3, 0)
+def test_what_is_no_linear_map_is_not_folded() -> None:
+    start, reservoir = draw(2, 30).tanh().float(), make(3, 0, dtype=torch.float32)
+    hooked = linear("Linear").float()
     hooked.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     weighted = nn.utils.parametrizations.weight_norm(linear("Linear").float())
     mlp = nn.Sequential(nn.Linear(30, 3), nn.Tanh())
     for readout in (hooked, weighted, mlp, lambda h: h[:, :3]):
-        found = outputs(dense, readout, None)
-        assert torch.equal(found, outputs(dense, readout, False))
+        outputs, _ = reservoir.free_run(readout, start, 5)
+        torch.testing.assert_close(
+            outputs, closed(reservoir, readout, start, 5)[0], atol=1e-5, rtol=1e-4
+        )
         with pytest.raises(TypeError, match="readout must be a Ridge, an RLS or a"):
-            outputs(dense, readout, True)
+            reservoir.free_run(readout, start, 5, fold=True)
+
+
+def test_autocast_changes_no_step() -> None:
+    start, reservoir = draw(2, 30).tanh().float(), make(3, 0, dtype=torch.float32)
+    for fold in (False, True):
+        expected = reservoir.free_run(linear("Ridge"), start, 5, fold=fold)
+        with torch.autocast("cpu"):
+            found = reservoir.free_run(linear("Ridge"), start, 5, fold=fold)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_16_bit_reservoirs_forecast() -> None:
