@@ -33,7 +33,13 @@ ALWAYS = (
     "clip",  # a causal text tower and one of images, which pass no mask
     "qwen2_5_vl_vision",  # packed windows
     "deepseek_v3",  # values narrower than keys
+    "deepseek_v32",  # selected keys
+    "whisper",  # spectrograms
+    "wav2vec2",  # waveforms, padded
+    "sam",  # an image encoder with attention code of its own
+    "llama, is_causal=False",
     "gptj",  # attention code of its own: refused
+    "falcon",  # the same, though sdpa is served
 )
 
 CHOSEN = "its attention is one of two classes of its own, eager's and sdpa's, in a dictionary"
