@@ -96,11 +96,6 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def check_real(name: str, value: object) -> None:
-    if not isinstance(value, _PYTHON) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-
-
 def real(name: str, value: Any) -> Any:
     """`value` as a Python number. Python's and numpy's real numbers are taken, and arrays and
     tensors of no axes that hold one; TypeError for anything else, bool included.
