@@ -34,6 +34,7 @@ ALWAYS = (
     "qwen2_5_vl_vision",  # packed windows
     "deepseek_v3",  # values narrower than keys
     "deepseek_v32",  # selected keys
+    "minimax_m3_vl_text",  # selected blocks of keys
     "whisper",  # spectrograms
     "wav2vec2",  # waveforms, padded
     "sam",  # an image encoder with attention code of its own

@@ -74,6 +74,7 @@ def resformer_attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the arguments of transformers' attention functions.
@@ -93,6 +94,8 @@ def resformer_attention(
         position_bias: added to the scores, broadcastable to (B, Hq, Tq, Tk).
         indices: (B, Tq, n) integers, the keys to which a query may attend beside what the mask
             says (DeepSeek's sparse attention); None: all.
+        block_indices: (B, heads of the indexer, Tq, n) integers, the same for blocks of keys
+            (MiniMax's); the module's `indexer` makes a mask of them.
         kwargs: `scaling`, the factor of q.k; `softcap`; `s_aux`, sinks, (Hq,); `dropout`;
             `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` for packed
             sequences, with B = 1. As with FlashAttention, packed sequences have no mask, but
@@ -110,6 +113,9 @@ def resformer_attention(
     packed = kwargs.get("cu_seq_lens_q") is not None
     if indices is not None:
         attention_mask = _select(attention_mask, indices, key.shape[2])
+    if block_indices is not None:
+        positions = kwargs.get("position_ids")
+        attention_mask = _select_blocks(module, attention_mask, block_indices, key, positions)
     if kwargs.get("dropout"):
         _check_dropout(kwargs["dropout"], packed, options)
         mask = attention_mask.whole() if isinstance(attention_mask, KeyMask) else attention_mask
@@ -142,6 +148,27 @@ def _select(mask: Tensor | None, indices: Tensor, kv_length: int) -> Tensor:
     if mask is None or mask.dtype is torch.bool:
         return selected if mask is None else selected & mask
     return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
+
+
+def _select_blocks(
+    module: torch.nn.Module,
+    mask: Tensor | None,
+    block_indices: Tensor,
+    key: Tensor,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """The mask where it allows the blocks of keys that `block_indices` selects, by the model's own
+    code for eager and sdpa."""
+    q_length, kv_length = block_indices.shape[2], key.shape[2]
+    if position_ids is None:
+        position_ids = torch.arange(kv_length - q_length, kv_length, device=key.device)
+    if position_ids.dim() == 1:
+        position_ids = position_ids.unsqueeze(0)
+    indexer: Any = module.indexer
+    built: Tensor = indexer.build_block_mask(
+        block_indices, mask, kv_length, key.dtype, key.device, position_ids
+    )
+    return built
 
 
 def _check_dropout(dropout: float, packed: bool, options: dict[str, Any]) -> None:
