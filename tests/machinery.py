@@ -38,9 +38,10 @@ def check_compiles_whole(
     """One graph without breaks serves all lengths, forward and backward."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in lengths:
-        inputs = make(length)
-        same(gradients(compiled, inputs), gradients(function, inputs))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in lengths:
+            inputs = make(length)
+            same(gradients(compiled, inputs), gradients(function, inputs))
 
 
 @contextmanager

@@ -131,11 +131,39 @@ def test_no_backend_imports_another() -> None:
     assert wrong == []
 
 
-def test_the_package_replaces_nothing_at_run_time() -> None:
+def _replaced(tree: ast.Module) -> list[str]:
+    """Attributes of imported names that a module sets."""
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    targets = [
+        target
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AugAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute)
+    ]
+    owners = {ast.unparse(target): target.value for target in targets}
+    return [name for name, owner in owners.items() if ast.unparse(owner).split(".")[0] in imported]
+
+
+def test_the_package_replaces_one_function_at_run_time() -> None:
+    assert _replaced(ast.parse("import os\nos.path.join = None")) == ["os.path.join"]
+    found = {name: replaced for name, tree in MODULES.items() if (replaced := _replaced(tree))}
+    settings = found.pop("resformer_kernels.cli.compile.artifacts")
+    assert all(name.startswith("triton.knobs.") for name in settings)
+    assert found == {
+        "resformer_kernels.integrations.transformers.support": [
+            "PreTrainedModel.get_correct_attn_implementation"
+        ]
+    }
     mocking = [
         name
         for name, tree in MODULES.items()
-        if any(found.split(".")[0] == "unittest" for found in imports(tree))
+        if any(module.split(".")[0] == "unittest" for module in imports(tree))
     ]
     assert mocking == []
 

@@ -241,15 +241,18 @@ def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
     if key_mask is None:
         return None
     batch = q.shape[0]
-    wanted = f"({batch}, T) or ({batch}, 1, 1, T), T at most the cache's {capacity} tokens"
     rank = 4 if isinstance(key_mask, Tensor) and key_mask.dim() == 4 else 2
-    check_tensor("key_mask", key_mask, rank, f"{wanted}, bool")
+    # A number in this text would be a constant of a compiled graph.
+    check_tensor("key_mask", key_mask, rank, "(batch, T) or (batch, 1, 1, T), bool")
     if key_mask.dtype is not torch.bool:
         raise TypeError(f"key_mask must be bool (True = attend), got {key_mask.dtype}")
     check_device("key_mask", key_mask, q.device)
     shape = tuple(key_mask.shape)
     if shape[1:-1] not in ((), (1, 1)) or shape[0] not in (1, batch) or shape[-1] > capacity:
-        raise ValueError(f"key_mask must be {wanted}, got shape {shape}")
+        raise ValueError(
+            f"key_mask must be ({batch}, T) or ({batch}, 1, 1, T), T at most the cache's {capacity} "
+            f"tokens, got shape {shape}"
+        )
     flat: Tensor = key_mask[:, 0, 0] if rank == 4 else key_mask
     return flat.expand(batch, flat.shape[1])
 

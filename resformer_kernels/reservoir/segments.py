@@ -33,8 +33,9 @@ def reduced(namespace: str, call: ReducedCall) -> tuple[Tensor, Tensor, Tensor, 
     state = scan.start().clone()
     wide = torch.float64
     sums = torch.zeros_like(state, dtype=wide)
-    gram = state.new_zeros((units, units), dtype=wide)
-    cross = state.new_zeros((units, outputs), dtype=wide)
+    rows = units if reduce == "gram" else 0
+    gram = state.new_zeros((rows, units), dtype=wide)
+    cross = state.new_zeros((rows, outputs), dtype=wide)
     wide_states = state.new_empty((0,), dtype=wide)
     infos: list[tuple[Tensor, int]] = []
     for sequences, steps, offsets in _segments(scan):

@@ -58,6 +58,30 @@ def test_steps_compile_whole(backend: str, form: str) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("given", ["nothing", "mask of 2 axes", "mask of 4 axes", "scales"])
+def test_one_graph_for_every_batch(native: str, given: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, more: Tensor) -> Tensor:
+        options: dict[str, Tensor] = {}
+        if given == "scales":
+            options = {"k_scale": more, "v_scale": more}
+            k, v = k.to(torch.int8), v.to(torch.int8)
+        elif given.startswith("mask"):
+            options = {"key_mask": more > 0}
+        out: Tensor = attention_with_kvcache(
+            q, k, v, cache_seqlens=lengths, backend=native, **options
+        )
+        return out
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 5, 7):
+            _, k, v = tokens(16, batch)
+            axes = {"mask of 4 axes": (1, 1, 16), "scales": (16, 2)}.get(given, (16,))
+            lengths, more = torch.full((batch,), 16).int(), torch.randn(batch, *axes)
+            arguments = (tokens(1, batch)[0], 9 * k, 9 * v, lengths, more)
+            torch.testing.assert_close(compiled(*arguments), attend(*arguments))
+
+
 @pytest.mark.slow
 def test_inductor_writes_the_caches_in_place(native: str) -> None:
     from torch._inductor.utils import run_and_get_code

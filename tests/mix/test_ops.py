@@ -26,16 +26,16 @@ pytestmark = [
 ]
 
 
-def values_of(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = (torch.randn(2, rows, 2, 4, requires_grad=True) for _ in range(2))
+def values_of(rows: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (torch.randn(batch, rows, 2, 4, requires_grad=True) for _ in range(2))
     return a, b, torch.randn(2, 1, requires_grad=True)
 
 
-def embedding_of(rows: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    v = torch.randn(2, rows, 2, 4, requires_grad=True)
+def embedding_of(rows: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = torch.randn(batch, rows, 2, 4, requires_grad=True)
     table = torch.randn(9, 2, 4, requires_grad=True)
-    gate = torch.randn(2, rows, 2, 1, requires_grad=True)
-    return v, table, torch.randint(9, (2, rows)), gate
+    gate = torch.randn(batch, rows, 2, 1, requires_grad=True)
+    return v, table, torch.randint(9, (batch, rows)), gate
 
 
 def mix(a: Tensor, b: Tensor, head: Tensor, *, backend: str) -> Tensor:
@@ -79,8 +79,8 @@ def test_opcheck(kernels: str) -> None:
         torch.library.opcheck(op.default, arguments)
 
 
-def test_compiles_whole_with_dynamic_length(function: Any, make: Any) -> None:
-    check_compiles_whole(function, make, (6, 9, 17))
+def test_compiles_whole_with_dynamic_length_and_batch(function: Any, make: Any) -> None:
+    check_compiles_whole(function, lambda rows: make(rows, rows // 2), (6, 9, 17))
 
 
 def test_a_float_coefficient_does_not_recompile(kernels: str) -> None:
