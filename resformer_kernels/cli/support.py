@@ -95,6 +95,12 @@ def _decode(
     return attention_with_kvcache, (q, *caches, *new), change
 
 
+def _decode_packed(make: _Make) -> Call:
+    function, (q, *caches), named = _decode(make, time=2, appends=0)
+    named |= {"cu_seqlens_q": make.lengths(2 * _B), "max_seqlen_q": 2}
+    return function, (q.flatten(0, 1), *caches), named
+
+
 def _mix(make: _Make, count: int, *shape: int) -> Call:
     values = [make.leaf(_B, _T, _H, _D) for _ in range(count)]
     coefficients = [make.leaf(*shape, dtype=make.real) for _ in range(count)]
@@ -171,6 +177,7 @@ FEATURES: dict[str, dict[str, Callable[[_Make], Call]]] = {
         "K appended alone": lambda m: _decode(m, appends=1),
         "nothing appended": lambda m: _decode(m, appends=0),
         "several queries": lambda m: _decode(m, time=3),
+        "packed queries": _decode_packed,
         "padding mask": lambda m: _decode(m, key_mask=torch.ones(_B, _T).bool()),
         "window": lambda m: _decode(m, window=(3, 0)),
         "softcap": lambda m: _decode(m, softcap=30.0),
