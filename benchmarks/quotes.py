@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import curves, page, record, runner
 from benchmarks.report import ceilings
-from benchmarks.workloads.decode import OWN_VALUES
+from benchmarks.workloads.decode import OWN_VALUES, TIME_FIRST
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
 from resformer_kernels.bench.tables import duration, markdown_rows, rate_and_share
 from resformer_kernels.bench.timing import OURS
@@ -42,7 +42,7 @@ _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat
 _ATTENTION = re.compile(r"attention (?:for|back)ward (.+) (?:bfloat16|float32)$")
 _SHORT = (
     r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
-    r"decode B1 Hq\d+ Hkv8 T8192 D64, .* one V",
+    r"decode B1 Hq(8|32) Hkv8 T8192 D64, .* one V",
     r"decode in transformers Llama B1 T8192, ",
     r"reservoir_scan .*(B1 T16384|B32) .* float32",
     r"linear_scan forward (B4 T16384|B1 T8192) N1024 gates by step float32",
@@ -69,6 +69,7 @@ def described(run: Run) -> str:
     machine = run["machine"]
     where = machine.get("device") or f"{machine['processor']}, {machine['threads']} threads"
     path = f", {machine['native path']}" if "native path" in machine else ""
+    path += ", AMX" if "amx_bf16" in machine.get("features", "") else ""
     return f"{where}{path}, torch {machine['torch']}, {run['started'][:10]}"
 
 
@@ -80,8 +81,15 @@ def medians(timing: Any) -> dict[str, float]:
 
 
 def fastest_peer(found: dict[str, float]) -> str | None:
-    """The contestant other than ours with the least seconds; None where there is no other."""
-    return min((name for name in found if name != OURS), key=lambda n: found[n], default=None)
+    """The contestant other than ours with the least seconds; None where there is no other. One
+    that was timed in our layout alone, and not in its own, does not count."""
+
+    def in_its_own(name: str) -> bool:
+        bare = name.removesuffix(TIME_FIRST)
+        return bare == name or bare in found or f"{bare} (B,H,T,D)" in found
+
+    peers = (name for name in found if name != OURS and in_its_own(name))
+    return min(peers, key=lambda name: found[name], default=None)
 
 
 def _by_run(headings: Iterable[str], rows: Callable[[Run], list[tuple[str, ...]]]) -> str:
@@ -114,9 +122,27 @@ def _cell(timing: Any) -> str:
 
 
 def other_table() -> str:
-    """Decoding, scans and reservoirs: the cases of `_SHORT`."""
-    timings = [timing for run in runs().values() for timing in run["timings"]]
-    return _case_table(t for t in timings if any(re.match(p, t["name"]) for p in _SHORT))
+    """Decoding, scans and reservoirs: the cases of `_SHORT`, with a column for each run."""
+    columns = {described(run): dict(_short_cells(run)) for run in runs().values()}
+    columns = {heading: cells for heading, cells in columns.items() if cells}
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    rows = ((name, *(cells.get(name, "") for cells in columns.values())) for name in names)
+    return markdown_rows(("case", *columns), rows)
+
+
+def _short_cells(run: Run) -> Iterator[tuple[str, str]]:
+    """Our time in each case of `_SHORT`, and how many times as long the fastest peer takes."""
+    for timing in run["timings"]:
+        found, name = medians(timing), timing["name"]
+        if not any(re.match(pattern, name) for pattern in _SHORT):
+            continue
+        peer = fastest_peer(found)
+        if OURS not in found:
+            yield name, "failed"
+        elif peer is None:
+            yield name, duration(found[OURS])
+        else:
+            yield name, f"{duration(found[OURS])}, {found[peer] / found[OURS]:.2f}x {peer}"
 
 
 def model_table() -> str:

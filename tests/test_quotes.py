@@ -71,5 +71,13 @@ def test_a_changed_run_changes_its_quote(monkeypatch: pytest.MonkeyPatch) -> Non
     written = quotes.rewritten(text)
     assert "| P, 2 threads, avx2, torch 2.13.0, 2026-01-02 | forward, bfloat16 |" in written
     assert "| B1 causal | 2.00x, 6 GFLOP/s | | | |" in written
-    assert written.count(f"| {decode} | 2 ms | none here | |") == 1
+    assert "| case | P, 2 threads, avx2, torch 2.13.0, 2026-01-02 |\n" in written
+    assert written.count(f"| {decode} | 2 ms |\n") == 1
     assert quotes.rewritten(written) == written
+
+
+def test_a_peer_counts_only_where_its_own_layout_was_timed() -> None:
+    ours, theirs = "SDPA (B,T,H,D)", "SDPA (B,H,T,D)"
+    assert quotes.fastest_peer({"ours": 1.0, ours: 2.0}) is None
+    assert quotes.fastest_peer({"ours": 1.0, ours: 2.0, theirs: 3.0}) == ours
+    assert quotes.fastest_peer({"ours": 1.0, ours: 2.0, "SDPA": 1.5}) == "SDPA"

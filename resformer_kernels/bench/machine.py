@@ -16,15 +16,30 @@ import torch
 import resformer_kernels
 from resformer_kernels._core import extension
 
+_FEATURES = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
+    *("avx512_fp16", "amx_bf16", "asimd", "sve", "bf16"),
+)
+"""Flags of a processor that decide the CPU path, or that readers of a benchmark want to know."""
+
 
 def processor() -> str:
     """The processor's name, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def features() -> str:
+    """Those of `_FEATURES` that the processor has."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return " ".join(name for name in _FEATURES if name in flags) or "none known"
+
+
+def _cpuinfo(name: str) -> str | None:
+    """An entry of /proc/cpuinfo, where there is one."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
 
 
 def usable_cores() -> int:
@@ -45,6 +60,7 @@ def describe() -> dict[str, str | int]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "native path": native_path(),
+        "features": features(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -54,9 +70,11 @@ def describe() -> dict[str, str | int]:
 
 
 def slug() -> str:
-    """A file name's stem for this machine: its processor, threads and CPU path."""
+    """A file name's stem for this machine: its processor, threads, CPU path, and AMX, which
+    multiplies torch's rate in bfloat16."""
     text = f"{processor()} {torch.get_num_threads()} threads {native_path().split(':')[0]}"
-    return _hyphenated(text.replace("_", ""))
+    amx = " amx" if "amx_bf16" in features() else ""
+    return _hyphenated(text.replace("_", "") + amx)
 
 
 def _hyphenated(text: str) -> str:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,11 +49,6 @@ _SAMPLES: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
 """Arguments to ask each public op about, made from one (1, 1, 1, 64) tensor."""
 _OPTIONS: dict[str, dict[str, Any]] = {"attention_with_kvcache": {"cache_seqlens": 1}}
 """Keyword arguments to ask about."""
-# Flags that decide the CPU path, or that readers of a benchmark want to know.
-_FEATURES = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
-    *("avx512_fp16", "amx_bf16", "asimd", "sve", "bf16"),
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def _machine() -> Section:
     section = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processor": machine.processor(),
-        "features": _features(),
+        "features": machine.features(),
         "cores": f"{machine.usable_cores()} usable of {os.cpu_count()}",
         "torch threads": f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)",
     }
@@ -130,14 +124,6 @@ def _machine() -> Section:
         major, minor = torch.cuda.get_device_capability(index)
         section[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     return section
-
-
-def _features() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    features = found[1].split() if found else []
-    return " ".join(name for name in _FEATURES if name in features) or "none known"
 
 
 def _native() -> tuple[Section, bool]:

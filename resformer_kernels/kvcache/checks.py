@@ -250,8 +250,8 @@ def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
     shape = tuple(key_mask.shape)
     if shape[1:-1] not in ((), (1, 1)) or shape[0] not in (1, batch) or shape[-1] > capacity:
         raise ValueError(
-            f"key_mask must be ({batch}, T) or ({batch}, 1, 1, T), T at most the cache's {capacity} "
-            f"tokens, got shape {shape}"
+            f"key_mask must be ({batch}, T) or ({batch}, 1, 1, T), T at most the cache's "
+            f"{capacity} tokens, got shape {shape}"
         )
     flat: Tensor = key_mask[:, 0, 0] if rank == 4 else key_mask
     return flat.expand(batch, flat.shape[1])

@@ -111,11 +111,6 @@ class HoldsMatrix(AdaptsCheckpoint):
                 setattr(self, name, buffer.new_empty(part.shape))
 
 
-def as_taken(weight: Tensor) -> Tensor:
-    """A weight in a dtype that `reservoir_scan` takes: float16 is widened."""
-    return weight.float() if weight.dtype is torch.float16 else weight
-
-
 def ring_matrix(weight: RingWeight) -> Tensor:
     """The sparse COO matrix (N, N) with W[i, source[i]] = values[i]."""
     values, source = weight

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_tensor, describe
-from resformer_kernels.nn.reservoir_matrix import HoldsMatrix, as_taken
+from resformer_kernels.nn.reservoir_matrix import HoldsMatrix
 from resformer_kernels.nn.state import KeepsState
 from resformer_kernels.reservoir.api import reservoir_scan
 from resformer_kernels.reservoir.record import check_call
@@ -95,13 +95,12 @@ class RunsReservoir(KeepsState, HoldsMatrix):
 
     def _arguments(self) -> dict[str, Any]:
         """What the scan gets of this module, but for the backend."""
-        dtype, bias, fed = self.state_dtype, self.bias, self.feedback_weight
-        drive = self.input_weight if fed is None else torch.cat((self.input_weight, fed), 1)
+        drive, fed = self.input_weight, self.feedback_weight
         return {
-            "weight": self._weight_of(as_taken(self._values)),
-            "input_weight": as_taken(drive),
-            "leak": self.leak.to(dtype),
-            "bias": None if bias is None else bias.to(dtype),
+            "weight": self.weight,
+            "input_weight": drive if fed is None else torch.cat((drive, fed), 1),
+            "leak": self.leak,
+            "bias": self.bias,
             "activation": self.activation,
             "mode": self.mode,
             "tolerance": self.tolerance,

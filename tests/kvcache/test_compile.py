@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def test_steps_compile_whole(backend: str, form: str) -> None:
 @pytest.mark.parametrize("given", ["nothing", "mask of 2 axes", "mask of 4 axes", "scales"])
 def test_one_graph_for_every_batch(native: str, given: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, more: Tensor) -> Tensor:
-        options: dict[str, Tensor] = {}
+        options: dict[str, Any] = {}
         if given == "scales":
             options = {"k_scale": more, "v_scale": more}
             k, v = k.to(torch.int8), v.to(torch.int8)
