@@ -85,6 +85,8 @@ def value_residual_attention(
             under vmap, or its gradient is differentiated.
 
     Under autocast q, k, v and v_first are cast to its dtype; coefficients, sinks and bias are not.
+    Numbers may be Python's, numpy's or tensors of no axes. Under torch.compile the last two break
+    the graph, as their values are data there.
     """
     call = check_call(
         q,
