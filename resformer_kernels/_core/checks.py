@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -148,12 +148,15 @@ def _held(name: str, value: Any) -> Any:
     return None if axes or isinstance(held, bool) else held
 
 
-def check_finite(name: str, x: Tensor) -> None:
-    """ValueError that says where, if `x` holds a NaN or an infinity."""
+def check_finite(name: str, x: Tensor, first: Sequence[int] = ()) -> None:
+    """ValueError that says where, if `x` holds a NaN or an infinity. `first` is the place of its
+    first element in what the caller calls `name`; () stands for zeros.
+    """
     wrong = ~x.isfinite()
     if bool(wrong.any()):
-        place = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(f"{name} is not finite: it holds {x[place].item()} at index {place}")
+        at = wrong.nonzero()[0].tolist()
+        place = tuple(a + b for a, b in zip(at, first or [0] * len(at), strict=True))
+        raise ValueError(f"{name} is not finite: {x[tuple(at)].item()} at {place}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str = "q") -> None:

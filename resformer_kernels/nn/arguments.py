@@ -52,14 +52,3 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {describe(value)}")
-
-
-def check_finite(name: str, value: Tensor, first: Sequence[int] = ()) -> None:
-    """ValueError, saying where, if an element is NaN or infinite. `first` is the place of the first
-    element in what the caller calls `name`; () stands for zeros.
-    """
-    finite = value.isfinite()
-    if not bool(finite.all()):
-        at = (~finite).nonzero()[0].tolist()
-        place = tuple(a + b for a, b in zip(at, first or [0] * len(at), strict=True))
-        raise ValueError(f"{name} is not finite: {float(value[tuple(at)])} at {place}")

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import describe, integer
-from resformer_kernels.nn.arguments import check_finite
+from resformer_kernels._core.checks import check_finite, describe, integer
 from resformer_kernels.nn.reservoir_matrix import ring_matrix
 from resformer_kernels.nn.reservoir_weights import draw_inputs, draw_weight, scaled
 from resformer_kernels.reservoir.record import RingWeight

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels._core.checks import check_flag, describe, integer
-from resformer_kernels.nn.arguments import check_finite
+from resformer_kernels._core.checks import check_finite, check_flag, describe, integer
 from resformer_kernels.nn.state import KeepsTensors
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_tensor, describe, integer
-from resformer_kernels.nn.arguments import check_finite, listed
+from resformer_kernels._core.checks import check_finite, check_tensor, describe, integer
+from resformer_kernels.nn.arguments import listed
 from resformer_kernels.nn.reservoir_run import RunsReservoir
 from resformer_kernels.nn.ridge import Ridge
 from resformer_kernels.nn.rls import RLS

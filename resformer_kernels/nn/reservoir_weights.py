@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resformer_kernels.nn.arguments import check_finite
+from resformer_kernels._core.checks import check_finite
 
 TOPOLOGIES = ("random", "ring", "diagonal")
 _DENSE_EIGENVALUES = 400

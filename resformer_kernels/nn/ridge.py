@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resformer_kernels._core.checks import check_flag, describe, integer
-from resformer_kernels.nn.arguments import Array, Numbers, check_finite, listed, reals
+from resformer_kernels._core.checks import check_finite, check_flag, describe, integer
+from resformer_kernels.nn.arguments import Array, Numbers, listed, reals
 from resformer_kernels.nn.readout import LinearReadout
 
 Strength = float | tuple[float, ...]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resformer_kernels._core.checks import integer
-from resformer_kernels.nn.arguments import check_finite
+from resformer_kernels._core.checks import check_finite, integer
 from resformer_kernels.nn.reservoir import Reservoir
 from resformer_kernels.nn.reservoir_weights import spectral_radius
 from resformer_kernels.reservoir.record import UNBOUNDED

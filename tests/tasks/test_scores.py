@@ -86,20 +86,20 @@ def test_what_is_not_finite_is_named_with_its_place() -> None:
     bad = good.clone()
     bad[3, 1] = torch.inf
     for score in (nmse, nrmse, memory_capacity):
-        with pytest.raises(ValueError, match=r"predicted is not finite: .* inf at index \(3, 1\)"):
+        with pytest.raises(ValueError, match=r"predicted is not finite: .*inf at \(3, 1\)"):
             score(bad, good)
     for score in (nmse, nrmse, memory_capacity, valid_steps):
-        with pytest.raises(ValueError, match=r"wanted is not finite: it holds inf at index"):
+        with pytest.raises(ValueError, match=r"wanted is not finite: inf at"):
             score(good, bad)
     for statistic in (mean_and_spread, sign_flip_probability):
-        with pytest.raises(ValueError, match=r"is not finite: it holds nan at index \(1,\)"):
+        with pytest.raises(ValueError, match=r"is not finite: nan at \(1,\)"):
             statistic([1.0, torch.nan])
     counts = torch.eye(2).expand(2, 3, 2, 2).clone()
     counts[1, 2, 0, 0] = torch.nan
     for share in (weighted_f1, accuracy):
-        with pytest.raises(ValueError, match=r"counts is not finite: .* nan at index \(0, 0\)"):
+        with pytest.raises(ValueError, match=r"counts is not finite: .*nan at \(0, 0\)"):
             share(counts[1, 2])
-    with pytest.raises(ValueError, match=r"second is not finite: it holds nan at index \(1, 2, 0"):
+    with pytest.raises(ValueError, match=r"second is not finite: nan at \(1, 2, 0"):
         bootstrap_difference(counts[:1].expand(2, -1, -1, -1), counts)
 
 
