@@ -33,8 +33,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "launcher would, and read registers, local memory, shared memory and matrix instructions "
         "from the machine code. Kernels of the CUDA library, where it is built, are read too. No "
         "GPU is needed. Exit code 1 where a kernel does not compile, a main configuration spills, "
-        "shared memory is over the architecture's limit, or a matrix product does not use wgmma on "
-        "sm_90.",
+        "shared memory is over the architecture's limit, a matrix product does not use wgmma on "
+        "sm_90, or threads may part before a barrier: it depends on a number that the program "
+        "loads and stores with nothing between.",
     )
     parser.add_argument(
         "--arch",

@@ -47,6 +47,32 @@ def wrong(source, BLOCK: tl.constexpr):
     tl.store(source, tl.sum(tl.arange(0, BLOCK) + tl.arange(0, 2 * BLOCK), 0))
 
 
+@triton.jit
+def overwrite(
+    best, other, x, out, BLOCK: tl.constexpr, SAME: tl.constexpr, BARRIER: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Zeroes best or other, before or after best is loaded, and sums x if best was above 1."""
+    value = tl.load(x + tl.arange(0, BLOCK))
+    if SAME:
+        zeroed = best
+    else:
+        zeroed = other
+    if EARLY:
+        tl.store(zeroed, 0.0)
+    else:
+        before = tl.load(best)
+    if BARRIER:
+        tl.debug_barrier()
+    if EARLY:
+        before = tl.load(best)
+    else:
+        tl.store(zeroed, 0.0)
+    # Threads meet for the sum.
+    if before > 1.0:
+        tl.store(out, tl.sum(value, 0))
+
+
 def launch_matmul(
     m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, **options: int
 ) -> None:
@@ -68,6 +94,14 @@ def launch_hoard(maxnreg: int) -> None:
     """128 elements a thread, in `maxnreg` registers."""
     x = torch.empty(128 * 128, device="meta")
     launch(hoard, (1,), META, source=x, target=x, BLOCK=x.numel(), maxnreg=maxnreg)
+
+
+def launch_overwrite(*, same: bool, barrier: bool, early: bool) -> None:
+    """One program that loads a number and zeroes it, or another one."""
+    best, other, out = (torch.empty(1, device=META) for _ in range(3))
+    x = torch.empty(1024, device=META)
+    options = {"SAME": same, "BARRIER": barrier, "EARLY": early}
+    launch(overwrite, (1,), META, best=best, other=other, x=x, out=out, BLOCK=1024, **options)
 
 
 def launch_wrong() -> None:

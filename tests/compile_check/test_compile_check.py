@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from resformer_kernels._triton import available
 from resformer_kernels.cli import compile_check, main
 from resformer_kernels.cli.compile import check
 from resformer_kernels.cli.compile.artifacts import Compiled
+from tests.compile_check.triton.cases import OVERWRITES
+
+SOURCE = Path(__file__).with_name("kernels.py").read_text().splitlines()
 
 pytestmark = pytest.mark.skipif(
     available.version_reason() is not None, reason=str(available.version_reason())
@@ -53,7 +58,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     done = run([str(program)], "--json", "--jobs", "1")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 12
+    assert len(found) == 3 * 17
     return {(case["capability"], case["name"]): case for case in found}
 
 
@@ -95,6 +100,26 @@ def test_what_is_wrong_is_named(
         assert "Insufficient registers" in problem("refused by the assembler")
     assert problem("kills its process") == "the compiler's process died"
     assert problem("aligned") == problem("unaligned") == ""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_threads_that_may_part_before_a_barrier_are_named(
+    outcomes: dict[tuple[int, str], dict[str, Any]], capability: int
+) -> None:
+    for name, same, barrier, early in OVERWRITES:
+        problems = outcomes[capability, name]["problems"]
+        assert len(problems) == (same and not barrier), problems
+        for problem in problems:
+            found = re.fullmatch(
+                r"what kernels.py:(\d+) loads decides over a barrier, and kernels.py:(\d+) stores "
+                r"to the same tensor with no barrier between: threads may part",
+                problem,
+            )
+            assert found is not None, problem
+            load, store = (SOURCE[int(line) - 1].strip() for line in found.groups())
+            assert load == "before = tl.load(best)"
+            assert store == "tl.store(zeroed, 0.0)"
+            assert (int(found[1]) > int(found[2])) == early
 
 
 LAUNCHES = """

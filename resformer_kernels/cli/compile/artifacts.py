@@ -19,6 +19,7 @@ from typing import Any
 
 from resformer_kernels._triton.arch import ARCHITECTURES, WARP
 from resformer_kernels._triton.cases import CompileCase
+from resformer_kernels.cli.compile.hazards import divergent_barriers
 
 _MATRIX_INSTRUCTIONS = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
@@ -90,7 +91,8 @@ def build(op: str, case: CompileCase, capability: int, cache: Path) -> Compiled:
         tensor_memory=int(artifact.metadata.tmem_size or 0),
         matrix=tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(ptx)),
     )
-    return replace(found, problems=tuple(_problems(case, found, serialized=_SERIALIZED in log)))
+    problems = [*_problems(case, found, serialized=_SERIALIZED in log), *divergent_barriers(ptx)]
+    return replace(found, problems=tuple(problems))
 
 
 def _compile(case: CompileCase, capability: int, cache: Path) -> tuple[Any, str]:

@@ -106,7 +106,7 @@ def reservoir_kernel(inputs, gains, states, w, plan, sweeps, sizes, limits, form
                 chunks = Chunks(row_tile, row, exists, steps)
                 running = exists & (t < steps)
                 if form.CHUNKED and again:
-                    met = met_stored(t, chunks, tile.first, sweeps, sizes, near, not form.ADJOINT)
+                    met = met_stored(t, chunks, unit_tile, sweeps, sizes, near, not form.ADJOINT)
                     running = running & (met == 0)
                 if tl.max(running.to(tl.int32)) > 0:
                     step = tl.load(plan.first + row, mask=exists, other=0) + t * sizes.direction

@@ -99,8 +99,6 @@ class Tile(NamedTuple):
     unit: Any
     exists: Any
     """False beyond the group's last unit."""
-    first: Any
-    """Whether these are the first units of all."""
 
 
 class Rows(NamedTuple):
@@ -123,7 +121,7 @@ def tile_at(number, sizes, UNITS: tl.constexpr):
     tiles = sizes.padded // UNITS
     group = tl.full((), 0, tl.int32) + number // tiles
     local = number % tiles * UNITS + tl.arange(0, UNITS)
-    return Tile(group, local, group * sizes.size + local, local < sizes.size, number == 0)
+    return Tile(group, local, group * sizes.size + local, local < sizes.size)
 
 
 @triton.jit

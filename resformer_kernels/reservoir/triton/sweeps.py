@@ -1,5 +1,9 @@
 """What programs of the reservoir's kernel tell one another between steps and between sweeps.
 
+Threads of a program hold copies of a small tile, and of a number: each loads it, one stores it. So
+where a program reads what it will overwrite, a barrier comes between. Without one, a thread that is
+late would read the new value, take another branch than the rest, and miss their barriers.
+
 The rules are those of `csrc/reservoir/reservoir_plan.h`: a chunk whose start is not its left
 neighbour's end runs again from that end, until it meets what is stored. All of it is decided on the
 device; the host reads nothing.
@@ -45,6 +49,7 @@ class Sweeps(NamedTuple):
     start: Tensor
     """(chunks, units): the state that each starts from."""
     ended: Tensor | None = None
+    """(unit tiles, chunks): whether each chunk is over, in the account of each tile's program."""
     met: Tensor | None = None
     """Whether each chunk met its stored trajectory."""
     work: Tensor | None = None
@@ -82,7 +87,7 @@ def make_sweeps(like: Tensor, sizes: Sizes, count: Tensor, plan: Plan, chunked: 
     if not chunked:
         return sweeps
     return sweeps._replace(
-        ended=integers(),
+        ended=like.new_zeros((sizes.unit_tiles, rows), dtype=torch.int32),
         met=integers(),
         work=integers(),
         apart=like.new_zeros((rows,)),
@@ -131,14 +136,19 @@ def meet(counter, goal):
 
 
 @triton.jit
-def met_stored(t, chunks, first, sweeps, sizes, tolerance, RELATIVE: tl.constexpr):
+def met_stored(t, chunks, unit_tile, sweeps, sizes, tolerance, RELATIVE: tl.constexpr):
     """Which chunks met their stored trajectories at the step before t, or earlier.
 
-    The tile of the first units keeps account of it.
+    The tile of the first units keeps account of it for the sweeps that follow.
     """
     row, exists, steps = chunks.row, chunks.exists, chunks.steps
+    first = unit_tile == 0
+    own = sweeps.ended + unit_tile * sizes.rows + row
+    if t == 0:
+        tl.store(own, tl.zeros(row.shape, tl.int32), mask=exists)
+        tl.debug_barrier()
     # (ROWS,)
-    ended = tl.load(sweeps.ended + row, mask=exists, other=1, cache_modifier=".cg") != 0
+    ended = tl.load(own, mask=exists, other=0, cache_modifier=".cg") != 0
     every = t % CHECK_EVERY == 0
     checked = exists & (t > 0) & (t <= steps) & (every | (t == steps)) & (ended == 0)
     met = ended
@@ -157,22 +167,32 @@ def met_stored(t, chunks, first, sweeps, sizes, tolerance, RELATIVE: tl.constexp
         else:
             limit = tolerance + tl.zeros_like(largest)
         now = checked & (apart <= limit) & (apart < float("inf"))
+        over = now | (checked & (t == steps))
         met = ended | now
         if first:
-            at = sweeps.nearest + row
-            nearest = tl.load(at, mask=checked, other=float("inf"), cache_modifier=".cg")
-            parted = checked & (apart > REGROWN * nearest) & (apart < float("inf"))
-            tl.store(sweeps.parted + row, tl.full(row.shape, 1, tl.int32), mask=parted)
-            tl.store(at, apart, mask=checked & (apart < nearest))
-            over = now | (checked & (t == steps))
-            tl.store(sweeps.ended + row, tl.full(row.shape, 1, tl.int32), mask=over)
-            tl.store(sweeps.met + row, now.to(tl.int32), mask=over)
-            work = tl.load(sweeps.work + row, mask=over, other=0)
-            tl.store(sweeps.work + row, work + t, mask=over)
+            _account(t, row, checked, apart, now, over, sweeps)
+        # All threads have loaded `ended` before one stores it.
+        tl.debug_barrier()
+        tl.store(own, tl.full(row.shape, 1, tl.int32), mask=over)
     if first & every:
         alive = exists & (met == 0) & (t < steps)
         tl.store(sweeps.alive + chunks.tile, tl.sum(alive.to(tl.int32)))
     return met
+
+
+@triton.jit
+def _account(t, row, checked, apart, now, over, sweeps):
+    """Store what later sweeps want to know of the chunks that were `checked`."""
+    at = sweeps.nearest + row
+    nearest = tl.load(at, mask=checked, other=float("inf"), cache_modifier=".cg")
+    work = tl.load(sweeps.work + row, mask=over, other=0, cache_modifier=".cg")
+    parted = checked & (apart > REGROWN * nearest) & (apart < float("inf"))
+    # All threads have loaded both before one stores them.
+    tl.debug_barrier()
+    tl.store(sweeps.parted + row, tl.full(row.shape, 1, tl.int32), mask=parted)
+    tl.store(at, apart, mask=checked & (apart < nearest))
+    tl.store(sweeps.met + row, now.to(tl.int32), mask=over)
+    tl.store(sweeps.work + row, work + t, mask=over)
 
 
 @triton.jit
@@ -189,6 +209,8 @@ def compare(t, chunks, due, tile, unit_tile, stored, h, sweeps, sizes):
     to = sweeps.partial + 2 * place * sizes.rows + chunks.row
     tl.store(to, tl.max(d, 1), mask=due)
     tl.store(to + sizes.rows, tl.max(size, 1), mask=due)
+    # All threads have loaded the stored trajectory before h takes its place.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -240,6 +262,10 @@ def disagreements(states, plan, sweeps, sizes, accepted, RELATIVE: tl.constexpr)
 @triton.jit
 def choose(swept, plan, sweeps, sizes):
     """By one program: choose the chunks that run again, and tell whether starts are forgotten."""
+    forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
+    before = tl.load(sweeps.before, cache_modifier=".cg")
+    # All threads have loaded both before one stores them.
+    tl.debug_barrier()
     largest = 0.0
     found = 0
     parted = 0
@@ -252,9 +278,8 @@ def choose(swept, plan, sweeps, sizes):
         found += tl.sum((apart >= 0.0).to(tl.int32))
         far = tl.load(sweeps.parted + chunk, mask=exists, other=0, cache_modifier=".cg")
         parted += tl.sum(far)
-    forgot = tl.load(sweeps.control + FORGOT, cache_modifier=".cg")
     # Starts that come no nearer from one sweep to the next are not forgotten within a chunk.
-    nearer = largest < 0.5 * tl.load(sweeps.before, cache_modifier=".cg")
+    nearer = largest < 0.5 * before
     forgot = tl.where((swept > 1) & (nearer == 0) & (found > 0), 0, forgot)
     forgot = tl.where(parted > 0, 0, forgot)
     tl.store(sweeps.before, largest)
@@ -280,7 +305,6 @@ def choose(swept, plan, sweeps, sizes):
                 again = again & (earlier != 0)
         ones = again.to(tl.int32)
         tl.store(sweeps.order + count + tl.cumsum(ones, 0) - ones, chunk, mask=again)
-        tl.store(sweeps.ended + chunk, tl.zeros((MANY,), tl.int32), mask=again)
         farthest = tl.full((MANY,), float("inf"), tl.float32)
         tl.store(sweeps.nearest + chunk, farthest, mask=again)
         steps = tl.load(plan.steps + chunk, mask=again, other=0)

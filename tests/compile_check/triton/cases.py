@@ -6,13 +6,30 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 import torch
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, recorded_launches
-from tests.compile_check.kernels import launch_copy, launch_hoard, launch_matmul, launch_wrong
+from tests.compile_check.kernels import (
+    launch_copy,
+    launch_hoard,
+    launch_matmul,
+    launch_overwrite,
+    launch_wrong,
+)
+
+OVERWRITES = (
+    ("overwritten after the load", True, False, False),
+    ("overwritten before the load", True, False, True),
+    ("overwritten after a barrier", True, True, False),
+    ("overwritten before a barrier", True, True, True),
+    ("another is overwritten", False, False, False),
+)
+"""Names, and whether the number is the one that is loaded, a barrier comes between, and the store
+comes first."""
 
 
 def _recorded(launcher: Callable[[], None]) -> Launch:
@@ -58,4 +75,6 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
     yield case("refused by the assembler", lambda: launch_matmul(64, 128, 32, maxnreg=24))
     yield case("aligned", lambda: launch_copy(torch.empty(4096, device="meta")))
     yield case("unaligned", lambda: launch_copy(torch.empty(4097, device="meta")[1:]))
+    for name, same, barrier, early in OVERWRITES:
+        yield case(name, partial(launch_overwrite, same=same, barrier=barrier, early=early))
     yield replace(case("kills its process", launch_wrong), options=_Fatal())

@@ -1,0 +1,222 @@
+"""Hazards between the threads of a program, found in its PTX.
+
+Triton orders nothing in global memory between threads of a program, and each of them holds a copy
+of a number or of a small tile: all load it, one stores it. Where nothing comes between, a thread
+that is late loads what was stored. If it then takes another branch than the rest, and threads meet
+at a barrier under that branch, the program hangs. No interpreter of one thread can show that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+_REGISTER = re.compile(r"%\w+")
+_ADDRESS = re.compile(r"\[\s*(%\w+)")
+_BARRIERS = ("bar.sync", "barrier.sync", "barrier.cta.sync")
+_POINTER_PARAMETER = re.compile(r"\.param \.u64 \.ptr .*?(\w+_param_\d+)")
+
+
+@dataclass
+class Instruction:
+    """One instruction of PTX, with the line of the source that it comes from."""
+
+    opcode: str
+    text: str
+    source: str
+    guard: str | None
+    written: tuple[str, ...]
+    read: tuple[str, ...]
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, and the blocks that may follow."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+
+def divergent_barriers(ptx: str) -> list[str]:
+    """Barriers that threads may miss, one sentence for each load that decides over one.
+
+    A load of global memory is named if a branch under which threads meet depends on it, other than
+    through shared memory, which gives all threads one value, and if the program stores to the same
+    tensor before or after it with no barrier between. Tensors are told apart by the kernel's
+    parameters, elements of one tensor are not.
+    """
+    blocks = _blocks(ptx)
+    instructions = [each for block in blocks for each in block.instructions]
+    defined: dict[str, list[Instruction]] = {}
+    for each in instructions:
+        for register in each.written:
+            defined.setdefault(register, []).append(each)
+    pointers = set(_POINTER_PARAMETER.findall(ptx))
+    guarded = set(_guards_of_barriers(blocks))
+    found: dict[str, None] = {}
+    for place, load in _accesses(blocks, "ld.global"):
+        roots = _roots(load, defined, pointers)
+        if not roots or not guarded & _tainted(load, instructions):
+            continue
+        for other, store in _accesses(blocks, "st.global"):
+            if not roots & _roots(store, defined, pointers):
+                continue
+            if _meets(blocks, place, other) or _meets(blocks, other, place):
+                found[
+                    f"what {load.source} loads decides over a barrier, and {store.source} stores "
+                    "to the same tensor with no barrier between: threads may part"
+                ] = None
+    return list(found)
+
+
+def _blocks(ptx: str) -> list[Block]:
+    """The blocks of the only kernel in `ptx`."""
+    files = {number: PurePath(path).name for number, path in _FILE.findall(ptx)}
+    names: dict[str, int] = {}
+    blocks = [Block()]
+    jumps: list[tuple[int, str]] = []
+    source, open_ended = "an unknown line", True
+
+    def start() -> None:
+        nonlocal open_ended
+        blocks.append(Block())
+        if open_ended:
+            blocks[-2].after.append(len(blocks) - 1)
+        open_ended = True
+
+    for raw in ptx[ptx.index("{\n") :].splitlines():
+        line = raw.split("//")[0].strip()
+        if location := _LOCATION.match(line):
+            source = f"{files.get(location[1], '?')}:{location[2]}"
+        elif label := _LABEL.match(line):
+            start()
+            names[label[1]] = len(blocks) - 1
+        elif line.endswith(";") and not line.startswith("."):
+            each = _instruction(line, source)
+            blocks[-1].instructions.append(each)
+            if each.opcode.startswith("bra"):
+                jumps.append((len(blocks) - 1, each.text.split()[-1].rstrip(";")))
+                open_ended = each.guard is not None
+                start()
+            elif each.opcode == "ret":
+                open_ended = each.guard is not None
+                start()
+    for block, target in jumps:
+        blocks[block].after.append(names[target])
+    return blocks
+
+
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_LABEL = re.compile(r"(\$?\w+):$")
+
+
+def _instruction(line: str, source: str) -> Instruction:
+    guard = None
+    if line.startswith("@"):
+        guard, line = line.split(None, 1)
+        guard = guard.lstrip("@!")
+    opcode, _, operands = line.partition("\t" if "\t" in line else " ")
+    registers = tuple(_REGISTER.findall(operands))
+    no_result = opcode.startswith(("st.", "bra", "bar", "red", "ret"))
+    result = re.match(r"\s*(?:\{[^}]*\}|[^,;]*)", operands)
+    written = () if no_result or result is None else tuple(_REGISTER.findall(result[0]))
+    read = registers[len(written) :] + (() if guard is None else (guard,))
+    return Instruction(opcode, line, source, guard, written, read)
+
+
+def _accesses(blocks: list[Block], opcode: str) -> Iterator[tuple[tuple[int, int], Instruction]]:
+    for number, block in enumerate(blocks):
+        for index, each in enumerate(block.instructions):
+            if each.opcode.startswith(opcode):
+                yield (number, index), each
+
+
+def _roots(
+    access: Instruction, defined: dict[str, list[Instruction]], pointers: set[str]
+) -> set[str]:
+    """The parameters that an access's address may come from."""
+    address = _ADDRESS.search(access.text)
+    waiting, seen, found = [address[1]] if address else [], set(), set()
+    while waiting:
+        register = waiting.pop()
+        if register in seen:
+            continue
+        seen.add(register)
+        for each in defined.get(register, ()):
+            if each.opcode.startswith("ld.param"):
+                found |= {name for name in pointers if f"{name}]" in each.text}
+            elif not each.opcode.startswith(("ld", "atom")):
+                # A pointer has 64 bits; what is narrower is an offset.
+                waiting += [x for x in each.read if x.startswith("%rd")]
+    return found
+
+
+def _tainted(load: Instruction, instructions: list[Instruction]) -> set[str]:
+    """Registers that depend on what a load gave this thread."""
+    found = set(load.written)
+    grew = True
+    while grew:
+        grew = False
+        for each in instructions:
+            memory = each.opcode.startswith(("ld.", "atom"))
+            if not memory and found & set(each.read) and not set(each.written) <= found:
+                found |= set(each.written)
+                grew = True
+    return found
+
+
+def _guards_of_barriers(blocks: list[Block]) -> Iterator[str]:
+    """The predicates of branches of which one side has a barrier and the other need not."""
+    every = set(range(len(blocks)))
+    # Post-dominators: blocks through which all paths to the end lead.
+    after = [every if block.after else {number} for number, block in enumerate(blocks)]
+    changed = True
+    while changed:
+        changed = False
+        for number in reversed(range(len(blocks))):
+            block = blocks[number]
+            if block.after:
+                new = set.intersection(*(after[x] for x in block.after)) | {number}
+                changed |= new != after[number]
+                after[number] = new
+    for number, block in enumerate(blocks):
+        last = block.instructions[-1] if block.instructions else None
+        if last is None or last.guard is None or not last.opcode.startswith("bra"):
+            continue
+        joined = after[number] - {number}
+        inside = _reachable(blocks, block.after, lambda x, joined=joined: x not in joined)  # type: ignore[misc]
+        if any(_is_barrier(each) for x in inside for each in blocks[x].instructions):
+            yield last.guard
+
+
+def _reachable(blocks: list[Block], starts: list[int], through: Callable[[int], bool]) -> set[int]:
+    waiting, seen = list(starts), set()
+    while waiting:
+        number = waiting.pop()
+        if number not in seen and through(number):
+            seen.add(number)
+            waiting += blocks[number].after
+    return seen
+
+
+def _is_barrier(each: Instruction) -> bool:
+    return each.opcode.startswith(_BARRIERS)
+
+
+def _meets(blocks: list[Block], start: tuple[int, int], goal: tuple[int, int]) -> bool:
+    """Whether a path without a barrier leads from one instruction to another."""
+    waiting, seen = [(start[0], start[1] + 1)], set()
+    while waiting:
+        number, first = waiting.pop()
+        rest = blocks[number].instructions[first:]
+        stop = next((i for i, each in enumerate(rest) if _is_barrier(each)), len(rest))
+        if number == goal[0] and first <= goal[1] < first + stop:
+            return True
+        if stop == len(rest):
+            new = [(x, 0) for x in blocks[number].after if x not in seen]
+            seen |= {x for x, _ in new}
+            waiting += new
+    return False
