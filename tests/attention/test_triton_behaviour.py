@@ -271,3 +271,16 @@ def test_an_absent_or_old_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot serve.*not installed"):
         value_residual_attention(*call_of()[:3], backend="triton")
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(2**22, 0), (2**22, 1), (1, 0), (70, 2**20)])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_sections_of_heads_are_within_the_grid(q_len: int, k_len: int, by_rows: bool) -> None:
+    from resformer_kernels.attention.triton.tiles import work_of
+
+    shapes = ((3, q_len, 4, 16), (3, k_len, 2, 16), (3, k_len, 2, 16))
+    q, k, v = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
+    call = prepare(value_residual_attention, q, k, v, causal=True).call
+    work = work_of(call, configs.Config(16, 16, 4, 2), by_rows=by_rows)
+    # Programs divide by that product, in 32 bits.
+    assert work.tiles == 0 or 1 <= work.section * work.tiles <= 3 * 2 * work.tiles < 2**31

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -204,3 +205,20 @@ def test_a_trial_changes_the_table_while_it_runs_and_no_longer(
     assert result == {"wrong": "result 0 is off by 0.700"}
     assert seen == [FAVOURITE]
     assert content == table()
+
+
+@pytest.mark.parametrize(("direction", "placements"), [("forward", 2), ("keys", 1)])
+def test_a_trial_of_forward_mixes_in_both_places(
+    monkeypatch: pytest.MonkeyPatch, direction: str, placements: int
+) -> None:
+    seen: list[str | None] = []
+
+    def difference(_point: Point, _call: object, _settings: object) -> str:
+        seen.append(os.environ.get("RESFORMER_MIX"))
+        return "" if len(seen) < placements else "result 0 is off by 0.700"
+
+    monkeypatch.setattr(tuning, "_difference", difference)
+    monkeypatch.setattr(tuning, "_call", lambda *_: None)
+    point = Point(direction, "half", 64, "causal")
+    assert tuning._compare(point, Settings("cpu", tiny=True)) == "result 0 is off by 0.700"
+    assert seen == (["inline", "prologue"] if placements == 2 else [None])

@@ -190,16 +190,24 @@ def test_splits_fill_the_gpu() -> None:
             assert splits == 1 or splits * plan.LEAST_BLOCKS <= blocks
 
 
-@pytest.mark.parametrize(("queries", "hints"), [(1, ("evict_first", "evict_last")), (90, ("", ""))])
+@pytest.mark.parametrize(
+    ("queries", "append", "hints"),
+    [
+        (1, "k", ("evict_first", "evict_last")),
+        (1, "both", ("evict_first", "evict_first")),
+        (1, "none", ("evict_first", "evict_first")),
+        (90, "k", ("", "")),
+    ],
+)
 def test_what_is_read_once_leaves_the_second_level_cache_first(
-    queries: int, hints: tuple[str, str]
+    queries: int, append: str, hints: tuple[str, str]
 ) -> None:
     from resformer_kernels._triton.launch import recorded_launches
 
-    inputs = kvcache_inputs(KVCacheCase(q_len=queries, append="none", dtype=torch.bfloat16))
+    inputs = kvcache_inputs(KVCacheCase(q_len=queries, append=append, dtype=torch.bfloat16))
     with recorded_launches() as launches:
         run_copied(inputs, "triton")
-    (attend,) = launches
+    attend = launches[-1]
     cache, tile = attend.kwargs["cache"], attend.kwargs["tile"]
     assert (cache.k.POLICY.value, cache.v.POLICY.value) == hints
     # Loads that the compiler turns into copies to shared memory would lose them.

@@ -226,14 +226,15 @@ def padded(dim: int) -> int:
 
 def section(call: AttentionCall, length: int) -> int:
     """Number of KV heads whose tiles are scheduled together: under a causal mask, as many as the
-    cache holds.
+    cache holds, of all that there are: their tiles are then no more than the grid's programs.
 
     `length` is that of what all programs of a head read: keys and values, or the rows of q and dO.
     """
     if call.window_right < 0 or call.window_left >= 0:
         return 1
     width = call.k.shape[-1] + call.value.shape[-1]
-    return max(1, _CACHE_BYTES // max(1, length * width * call.k.element_size()))
+    held = _CACHE_BYTES // max(1, length * width * call.k.element_size())
+    return max(1, min(held, call.sequences * call.kv_heads))
 
 
 def descriptor_of(

@@ -267,8 +267,11 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
     call = p.call
     blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
     tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
-    # The keys of a single tile of rows are read once; values serve other layers too.
-    policies = ("evict_first", "evict_last") if tiles.ahead else ("", "")
+    # A single tile of rows reads keys and values once. A layer that appends keys alone shares its
+    # values with others.
+    shared = call.k is not None and call.v is None
+    policies = ("evict_first", "evict_last" if shared else "evict_first")
+    policies = policies if tiles.ahead else ("", "")
     keys, values = p.sides(*policies)
     row_tiles = -(-p.rows // tiles.rows)
     programs = p.sequences * p.heads * row_tiles
