@@ -74,7 +74,7 @@ def divergent_barriers(ptx: str) -> list[str]:
 def _blocks(ptx: str) -> list[Block]:
     """The blocks of the only kernel in `ptx`."""
     files = {number: PurePath(path).name for number, path in _FILE.findall(ptx)}
-    names: dict[str, int] = {}
+    labels: dict[str, list[int]] = {}
     blocks = [Block()]
     jumps: list[tuple[int, str]] = []
     source, open_ended = "an unknown line", True
@@ -92,7 +92,7 @@ def _blocks(ptx: str) -> list[Block]:
             source = f"{files.get(location[1], '?')}:{location[2]}"
         elif label := _LABEL.match(line):
             start()
-            names[label[1]] = len(blocks) - 1
+            labels.setdefault(label[1], []).append(len(blocks) - 1)
         elif line.endswith(";") and not line.startswith("."):
             each = _instruction(line, source)
             blocks[-1].instructions.append(each)
@@ -104,7 +104,9 @@ def _blocks(ptx: str) -> list[Block]:
                 open_ended = each.guard is not None
                 start()
     for block, target in jumps:
-        blocks[block].after.append(names[target])
+        # Loops of inline assembly repeat their labels, each in a scope of its own.
+        before = [place for place in labels[target] if place <= block]
+        blocks[block].after.append(before[-1] if before else labels[target][0])
     return blocks
 
 
