@@ -194,8 +194,8 @@ def test_splits_fill_the_gpu() -> None:
     ("queries", "append", "hints"),
     [
         (1, "k", ("evict_first", "evict_last")),
-        (1, "both", ("evict_first", "evict_first")),
-        (1, "none", ("evict_first", "evict_first")),
+        (1, "both", ("evict_first", "")),
+        (1, "none", ("evict_first", "")),
         (90, "k", ("", "")),
     ],
 )

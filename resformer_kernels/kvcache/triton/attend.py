@@ -267,10 +267,10 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
     call = p.call
     blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
     tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
-    # A single tile of rows reads keys and values once. A layer that appends keys alone shares its
-    # values with others.
+    # A single tile of rows reads keys once. Values are read again where a layer shares them with
+    # others, as one that appends keys alone does.
     shared = call.k is not None and call.v is None
-    policies = ("evict_first", "evict_last" if shared else "evict_first")
+    policies = ("evict_first", "evict_last" if shared else "")
     policies = policies if tiles.ahead else ("", "")
     keys, values = p.sides(*policies)
     row_tiles = -(-p.rows // tiles.rows)

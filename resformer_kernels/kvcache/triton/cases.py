@@ -41,6 +41,8 @@ class _Call:
     softcap: float = 0.0
     sinks: bool = False
     lse: bool = False
+    shared: bool = False
+    """Whether keys are appended alone, to layers that share their values."""
     main: bool = False
 
     @property
@@ -70,7 +72,7 @@ class _Call:
             tensor(*cache, dtype=stored),
             tensor(*cache, dtype=stored),
             tensor(*new),
-            tensor(*new),
+            None if self.shared else tensor(*new),
             cache_seqlens=tensor(self.batch, dtype=torch.int32),
             block_table=table,
             key_mask=tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
@@ -93,6 +95,7 @@ def _calls() -> Iterator[_Call]:
         yield _Call("split", head_dim=head_dim, main=True)
         yield _Call("whole", head_dim=head_dim, batch=32, main=True)
         yield _Call("prefill 256", head_dim=head_dim, queries=256, main=True)
+        yield _Call("split, shared V", head_dim=head_dim, shared=True, main=True)
     for stored in (torch.int8, torch.float8_e4m3fn):
         yield _Call("split", stored=stored, main=True)
     yield _Call("pages of 256", page_size=256, main=True)
