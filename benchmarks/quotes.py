@@ -123,11 +123,11 @@ def _cell(timing: Any) -> str:
 
 def other_table() -> str:
     """Decoding, scans and reservoirs: the cases of `_SHORT`, with a column for each run."""
-    columns = {described(run): dict(_short_cells(run)) for run in runs().values()}
-    columns = {heading: cells for heading, cells in columns.items() if cells}
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
-    rows = ((name, *(cells.get(name, "") for cells in columns.values())) for name in names)
-    return markdown_rows(("case", *columns), rows)
+    every = [(described(run), dict(_short_cells(run))) for run in runs().values()]
+    columns = [(heading, cells) for heading, cells in every if cells]
+    names = dict.fromkeys(name for _, cells in columns for name in cells)
+    rows = ((name, *(cells.get(name, "") for _, cells in columns)) for name in names)
+    return markdown_rows(("case", *(heading for heading, _ in columns)), rows)
 
 
 def _short_cells(run: Run) -> Iterator[tuple[str, str]]:

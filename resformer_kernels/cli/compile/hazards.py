@@ -9,7 +9,7 @@ at a barrier under that branch, the program hangs. No interpreter of one thread 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -17,6 +17,12 @@ _REGISTER = re.compile(r"%\w+")
 _ADDRESS = re.compile(r"\[\s*(%\w+)")
 _BARRIERS = ("bar.sync", "barrier.sync", "barrier.cta.sync")
 _POINTER_PARAMETER = re.compile(r"\.param \.u64 \.ptr .*?(\w+_param_\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_LABEL = re.compile(r"(\$?\w+):$")
+
+Place = tuple[int, int]
+"""A block's number, and an instruction's in it."""
 
 
 @dataclass
@@ -55,15 +61,20 @@ def divergent_barriers(ptx: str) -> list[str]:
             defined.setdefault(register, []).append(each)
     pointers = set(_POINTER_PARAMETER.findall(ptx))
     guarded = set(_guards_of_barriers(blocks))
+    stores = [
+        (place, store, _roots(store, defined, pointers))
+        for place, store in _accesses(blocks, "st.global")
+    ]
     found: dict[str, None] = {}
     for place, load in _accesses(blocks, "ld.global"):
         roots = _roots(load, defined, pointers)
         if not roots or not guarded & _tainted(load, instructions):
             continue
-        for other, store in _accesses(blocks, "st.global"):
-            if not roots & _roots(store, defined, pointers):
-                continue
-            if _meets(blocks, place, other) or _meets(blocks, other, place):
+        for other, store, stored in stores:
+            if roots & stored and (
+                _leads_without_barrier(blocks, place, other)
+                or _leads_without_barrier(blocks, other, place)
+            ):
                 found[
                     f"what {load.source} loads decides over a barrier, and {store.source} stores "
                     "to the same tensor with no barrier between: threads may part"
@@ -110,11 +121,6 @@ def _blocks(ptx: str) -> list[Block]:
     return blocks
 
 
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
-_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
-_LABEL = re.compile(r"(\$?\w+):$")
-
-
 def _instruction(line: str, source: str) -> Instruction:
     guard = None
     if line.startswith("@"):
@@ -129,7 +135,7 @@ def _instruction(line: str, source: str) -> Instruction:
     return Instruction(opcode, line, source, guard, written, read)
 
 
-def _accesses(blocks: list[Block], opcode: str) -> Iterator[tuple[tuple[int, int], Instruction]]:
+def _accesses(blocks: list[Block], opcode: str) -> Iterator[tuple[Place, Instruction]]:
     for number, block in enumerate(blocks):
         for index, each in enumerate(block.instructions):
             if each.opcode.startswith(opcode):
@@ -188,17 +194,17 @@ def _guards_of_barriers(blocks: list[Block]) -> Iterator[str]:
         last = block.instructions[-1] if block.instructions else None
         if last is None or last.guard is None or not last.opcode.startswith("bra"):
             continue
-        joined = after[number] - {number}
-        inside = _reachable(blocks, block.after, lambda x, joined=joined: x not in joined)  # type: ignore[misc]
+        inside = _reachable(blocks, block.after, after[number] - {number})
         if any(_is_barrier(each) for x in inside for each in blocks[x].instructions):
             yield last.guard
 
 
-def _reachable(blocks: list[Block], starts: list[int], through: Callable[[int], bool]) -> set[int]:
-    waiting, seen = list(starts), set()
+def _reachable(blocks: list[Block], starts: list[int], stops: set[int]) -> set[int]:
+    """The blocks that may follow, up to `stops`."""
+    waiting, seen = list(starts), set[int]()
     while waiting:
         number = waiting.pop()
-        if number not in seen and through(number):
+        if number not in seen and number not in stops:
             seen.add(number)
             waiting += blocks[number].after
     return seen
@@ -208,7 +214,7 @@ def _is_barrier(each: Instruction) -> bool:
     return each.opcode.startswith(_BARRIERS)
 
 
-def _meets(blocks: list[Block], start: tuple[int, int], goal: tuple[int, int]) -> bool:
+def _leads_without_barrier(blocks: list[Block], start: Place, goal: Place) -> bool:
     """Whether a path without a barrier leads from one instruction to another."""
     waiting, seen = [(start[0], start[1] + 1)], set()
     while waiting:
