@@ -11,7 +11,7 @@ CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c
 MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-families bench docs device-check lint format clean
+.PHONY: help setup demo test test-families bench docs device-check compile-newest lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -36,6 +36,12 @@ docs: setup ## rewrite what README and docs/ quote from the code and from stored
 # No set-up: on a machine with a GPU its own torch and Triton are used, and nothing is installed.
 device-check: ## on a GPU, in eight minutes: its kernels against float64, then timed beside their peers
 	@$(PYTHON) -m resformer_kernels.cli device-check $(ARGS)
+
+# Its own folder of packages: the pinned Triton stays what everything else uses.
+compile-newest: setup ## compile the Triton kernels for every GPU with the newest Triton there is
+	@$(PY) -m pip --disable-pip-version-check install -q --no-deps --upgrade \
+		--target $(VENV)/newest-triton triton
+	@PYTHONPATH=$(VENV)/newest-triton $(PY) -m resformer_kernels.cli compile-check $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format; changes nothing
 	@echo "ruff" && $(PY) -m ruff check --quiet .

@@ -6,10 +6,11 @@ import importlib
 import os
 
 import torch
+from torch.torch_version import TorchVersion
 
-from resformer_kernels._triton import arch
+from resformer_kernels._triton import arch, faults
 
-OLDEST = (3, 6)
+OLDEST = "3.6"
 
 
 def interpreted() -> bool:
@@ -34,21 +35,25 @@ def unavailable_reason(device: torch.device) -> str | None:
     if capability < arch.OLDEST:
         found = ".".join(str(part) for part in capability)
         return f"it needs compute capability 8.0 or newer, {device} has {found}"
-    return version_reason()
+    return version_reason(capability)
 
 
 # torch.compile must see the answer as a constant: it cannot trace an import.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def version_reason() -> str | None:
-    """Why no Triton that is installed here will do; None where one will."""
+def version_reason(capability: tuple[int, int] | None = None) -> str | None:
+    """Why the Triton that is installed will not do, on GPUs of a compute capability or in the
+    interpreter; None where it will."""
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
         return f"Triton is not installed ({error}): pip install 'resformer-kernels[triton]'"
-    version = str(triton.__version__)
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        oldest = ".".join(str(part) for part in OLDEST)
-        return f"it needs Triton {oldest} or newer, {version} is installed"
-    return None
+    return refusal(str(triton.__version__), capability)
+
+
+def refusal(version: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a version of Triton will not do; None where it will."""
+    if TorchVersion(version) < OLDEST:
+        return f"it needs Triton {OLDEST} or newer, {version} is installed"
+    return None if capability is None else faults.refusal(version, capability)

@@ -34,8 +34,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "from the machine code. Kernels of the CUDA library, where it is built, are read too. No "
         "GPU is needed. Exit code 1 where a kernel does not compile, a main configuration spills, "
         "shared memory is over the architecture's limit, a matrix product does not use wgmma on "
-        "sm_90, or threads may part before a barrier: it depends on a number that the program "
-        "loads and stores with nothing between.",
+        "sm_90, threads may part before a barrier (it depends on a number that the program loads "
+        "and stores with nothing between), or shared memory is written while another warp group "
+        "may still multiply with it. The column 'ahead' has what runs between the nearest load by "
+        "tensor descriptor in a loop and the wait for it: matrix products | PTX instructions.",
     )
     parser.add_argument(
         "--arch",
@@ -132,7 +134,18 @@ def _compile(wanted: Sequence[check.Job], cache: Path | None, workers: int) -> l
 
 def _print_table(found: Sequence[Compiled]) -> None:
     console = output(160)
-    headings = ("op", "arch", "kernel", "threads", "registers", "local", "shared", "matrix", "")
+    headings = (
+        "op",
+        "arch",
+        "kernel",
+        "threads",
+        "registers",
+        "local",
+        "shared",
+        "ahead",
+        "matrix",
+        "",
+    )
     rows = [
         (
             case.op,
@@ -142,19 +155,32 @@ def _print_table(found: Sequence[Compiled]) -> None:
             str(case.registers or ""),
             f"{case.local_bytes} B" if case.local_accesses else "",
             kibibytes(case.shared_bytes),
+            _ahead(case),
             ", ".join(case.matrix),
             "[green]ok" if case.ok else f"[bold red]{escape('; '.join(case.problems))}",
         )
         for case in found
     ]
-    console.print(table(headings, rows, right=headings[3:7], fold=("kernel", ""), group=2))
+    console.print(table(headings, rows, right=headings[3:8], fold=("kernel", ""), group=2))
     spilling = sum(1 for case in found if case.local_accesses)
     failed = sum(not case.ok for case in found)
     verdict = f"[bold red]{failed} failed" if failed else "[bold green]all passed"
     console.print(
-        f"{len(found)} kernels compiled, {sum(case.main for case in found)} of them main "
+        f"{len(found)} kernels compiled by Triton {triton_version()}, {sum(case.main for case in found)} of them main "
         f"configurations; {spilling} use local memory: {verdict}"
     )
+
+
+def triton_version() -> str:
+    """The version of the Triton that compiles."""
+    import triton
+
+    return str(triton.__version__)
+
+
+def _ahead(case: Compiled) -> str:
+    """Products and instructions between a tile's load by descriptor and the wait for it."""
+    return "" if case.ahead is None else f"{case.ahead.products} | {case.ahead.instructions}"
 
 
 def kibibytes(count: int) -> str:
@@ -185,5 +211,7 @@ def _cell(case: Compiled) -> str:
     parts = [f"{case.registers} registers{threads}", kibibytes(case.shared_bytes)]
     if case.local_accesses:
         parts.append(f"{case.local_bytes} B local")
+    if case.ahead is not None:
+        parts.append(f"loads {case.ahead.products} products ahead")
     parts += [*case.matrix, *(f"[bold]{escape(problem)}[/]" for problem in case.problems)]
     return ", ".join(part for part in parts if part)

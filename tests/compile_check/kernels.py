@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resformer_kernels._triton.launch import launch
 
@@ -24,6 +25,24 @@ def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE
         right = tl.load(b + (k + step)[:, None] * N + j[None, :])
         total = tl.dot(left, right, total, input_precision="ieee" if IEEE else None)
     tl.store(out + i[:, None] * N + j[None, :], total)
+
+
+@triton.jit
+def multiply_transposed(a, b, out, N: tl.constexpr):
+    """out (N, N) = (a b)' b."""
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    right = tl.load(b + at)
+    product = tl.dot(tl.load(a + at), right).to(right.dtype)
+    tl.store(out + at, tl.dot(tl.trans(product), right))
+
+
+@triton.jit
+def matmul_by_descriptor(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """out (M, N) = a (M, n) b (n, N) with tiles of `a` and `b` loaded by tensor descriptor."""
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(0, n, K):
+        total = tl.dot(a.load([0, k]), b.load([k, 0]), total)
+    tl.store(out + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], total)
 
 
 @triton.jit
@@ -81,6 +100,24 @@ def launch_matmul(
     out = torch.empty((m, n), device="meta")
     ieee = dtype is torch.float32
     launch(matmul, (1,), META, a=a, b=b, out=out, n=4096, M=m, N=n, K=k, IEEE=ieee, **options)
+
+
+def launch_matmul_by_descriptor(num_stages: int) -> None:
+    """One block of 64 rows and columns, on meta tensors."""
+    a, b = (torch.empty(x, device="meta", dtype=torch.bfloat16) for x in ((64, 4096), (4096, 64)))
+    arguments = {
+        "a": TensorDescriptor.from_tensor(a, [64, 64]),
+        "b": TensorDescriptor.from_tensor(b, [64, 64]),
+        "out": torch.empty((64, 64), device="meta"),
+    }
+    sizes = {"n": 4096, "M": 64, "N": 64, "K": 64}
+    launch(matmul_by_descriptor, (1,), META, **arguments, **sizes, num_stages=num_stages)
+
+
+def launch_multiply_transposed() -> None:
+    """One block of 64 rows and columns."""
+    a, b = (torch.empty((64, 64), device="meta", dtype=torch.bfloat16) for _ in range(2))
+    launch(multiply_transposed, (1,), META, a=a, b=b, out=torch.empty(64, 64, device=META), N=64)
 
 
 def launch_copy(source: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from resformer_kernels._triton import available
+from resformer_kernels._triton import available, faults
 from resformer_kernels.cli import compile_check, main
 from resformer_kernels.cli.compile import check
 from resformer_kernels.cli.compile.artifacts import Compiled
@@ -58,7 +58,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     done = run([str(program)], "--json", "--jobs", "1")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 17
+    assert len(found) == 3 * 21 + 2 * 2
     return {(case["capability"], case["name"]): case for case in found}
 
 
@@ -100,6 +100,36 @@ def test_what_is_wrong_is_named(
         assert "Insufficient registers" in problem("refused by the assembler")
     assert problem("kills its process") == "the compiler's process died"
     assert problem("aligned") == problem("unaligned") == ""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_forms_that_compilers_are_known_to_compile_wrongly_are_named(
+    outcomes: dict[tuple[int, str], dict[str, Any]], capability: int
+) -> None:
+    def named(name: str) -> list[str]:
+        problems = outcomes[capability, name]["problems"]
+        return [x.issue for x in faults.FAULTS if any(x.issue in each for each in problems)]
+
+    hopper, blackwell = faults.NARROW_ON_HOPPER.issue, faults.NARROW_ON_BLACKWELL.issue
+    transposed = faults.TRANSPOSED_PRODUCT.issue
+    assert named("transposed product") == ([transposed] if capability == 90 else [])
+    assert named("narrow") == {80: [], 90: [hopper], 100: [blackwell]}[capability]
+    assert named("narrow, one stage") == ([hopper] if capability == 90 else [])
+    assert named("narrow, eight warps") == []
+
+
+def test_loads_are_further_ahead_with_another_stage(
+    outcomes: dict[tuple[int, str], dict[str, Any]],
+) -> None:
+    assert outcomes[90, "good"]["ahead"] is None
+    for capability in (90, 100):
+        two, three = (outcomes[capability, f"{stages} stages"] for stages in (2, 3))
+        assert two["ok"]
+        assert three["ok"]
+        # (products, instructions); on sm_100 one warp issues the products, the others none.
+        assert two["ahead"][0] == 0
+        assert three["ahead"][0] == (1 if capability == 90 else 0)
+        assert three["ahead"][1] > 4 * two["ahead"][1]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -19,7 +19,10 @@ from typing import Any
 
 from resformer_kernels._triton.arch import ARCHITECTURES, WARP
 from resformer_kernels._triton.cases import CompileCase
+from resformer_kernels.cli.compile.avoided import forms_to_avoid
 from resformer_kernels.cli.compile.hazards import divergent_barriers
+from resformer_kernels.cli.compile.pipelining import Distance, nearest_load
+from resformer_kernels.cli.compile.reuse import early_writes
 
 _MATRIX_INSTRUCTIONS = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
@@ -55,6 +58,8 @@ class Compiled:
     """Columns; 0 before capability 100."""
     matrix: tuple[str, ...] = ()
     """Matrix instructions among "wgmma", "tcgen05", "mma.sync"."""
+    ahead: Distance | None = None
+    """How far before its use the nearest load by tensor descriptor in a loop is issued."""
 
     @property
     def ok(self) -> bool:
@@ -90,8 +95,14 @@ def build(op: str, case: CompileCase, capability: int, cache: Path) -> Compiled:
         shared_bytes=int(artifact.metadata.shared),
         tensor_memory=int(artifact.metadata.tmem_size or 0),
         matrix=tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(ptx)),
+        ahead=nearest_load(ptx),
     )
-    problems = [*_problems(case, found, serialized=_SERIALIZED in log), *divergent_barriers(ptx)]
+    problems = [
+        *_problems(case, found, serialized=_SERIALIZED in log),
+        *divergent_barriers(ptx),
+        *early_writes(ptx),
+        *forms_to_avoid(capability, artifact.asm["ttgir"], case.num_warps, case.num_stages),
+    ]
     return replace(found, problems=tuple(problems))
 
 

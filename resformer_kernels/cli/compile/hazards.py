@@ -10,39 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import PurePath
 
-_REGISTER = re.compile(r"%\w+")
+from resformer_kernels.cli.compile.ptx import Block, Instruction, Place, accesses, blocks_of
+
 _ADDRESS = re.compile(r"\[\s*(%\w+)")
-_BARRIERS = ("bar.sync", "barrier.sync", "barrier.cta.sync")
 _POINTER_PARAMETER = re.compile(r"\.param \.u64 \.ptr .*?(\w+_param_\d+)")
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
-_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
-_LABEL = re.compile(r"(\$?\w+):$")
-
-Place = tuple[int, int]
-"""A block's number, and an instruction's in it."""
-
-
-@dataclass
-class Instruction:
-    """One instruction of PTX, with the line of the source that it comes from."""
-
-    opcode: str
-    text: str
-    source: str
-    guard: str | None
-    written: tuple[str, ...]
-    read: tuple[str, ...]
-
-
-@dataclass
-class Block:
-    """Instructions that run one after the other, and the blocks that may follow."""
-
-    instructions: list[Instruction] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
 
 
 def divergent_barriers(ptx: str) -> list[str]:
@@ -53,7 +25,7 @@ def divergent_barriers(ptx: str) -> list[str]:
     tensor before or after it with no barrier between. Tensors are told apart by the kernel's
     parameters, elements of one tensor are not.
     """
-    blocks = _blocks(ptx)
+    blocks = blocks_of(ptx)
     instructions = [each for block in blocks for each in block.instructions]
     defined: dict[str, list[Instruction]] = {}
     for each in instructions:
@@ -63,10 +35,10 @@ def divergent_barriers(ptx: str) -> list[str]:
     guarded = set(_guards_of_barriers(blocks))
     stores = [
         (place, store, _roots(store, defined, pointers))
-        for place, store in _accesses(blocks, "st.global")
+        for place, store in accesses(blocks, "st.global")
     ]
     found: dict[str, None] = {}
-    for place, load in _accesses(blocks, "ld.global"):
+    for place, load in accesses(blocks, "ld.global"):
         roots = _roots(load, defined, pointers)
         if not roots or not guarded & _tainted(load, instructions):
             continue
@@ -80,66 +52,6 @@ def divergent_barriers(ptx: str) -> list[str]:
                     "to the same tensor with no barrier between: threads may part"
                 ] = None
     return list(found)
-
-
-def _blocks(ptx: str) -> list[Block]:
-    """The blocks of the only kernel in `ptx`."""
-    files = {number: PurePath(path).name for number, path in _FILE.findall(ptx)}
-    labels: dict[str, list[int]] = {}
-    blocks = [Block()]
-    jumps: list[tuple[int, str]] = []
-    source, open_ended = "an unknown line", True
-
-    def start() -> None:
-        nonlocal open_ended
-        blocks.append(Block())
-        if open_ended:
-            blocks[-2].after.append(len(blocks) - 1)
-        open_ended = True
-
-    for raw in ptx[ptx.index("{\n") :].splitlines():
-        line = raw.split("//")[0].strip()
-        if location := _LOCATION.match(line):
-            source = f"{files.get(location[1], '?')}:{location[2]}"
-        elif label := _LABEL.match(line):
-            start()
-            labels.setdefault(label[1], []).append(len(blocks) - 1)
-        elif line.endswith(";") and not line.startswith("."):
-            each = _instruction(line, source)
-            blocks[-1].instructions.append(each)
-            if each.opcode.startswith("bra"):
-                jumps.append((len(blocks) - 1, each.text.split()[-1].rstrip(";")))
-                open_ended = each.guard is not None
-                start()
-            elif each.opcode == "ret":
-                open_ended = each.guard is not None
-                start()
-    for block, target in jumps:
-        # Loops of inline assembly repeat their labels, each in a scope of its own.
-        before = [place for place in labels[target] if place <= block]
-        blocks[block].after.append(before[-1] if before else labels[target][0])
-    return blocks
-
-
-def _instruction(line: str, source: str) -> Instruction:
-    guard = None
-    if line.startswith("@"):
-        guard, line = line.split(None, 1)
-        guard = guard.lstrip("@!")
-    opcode, _, operands = line.partition("\t" if "\t" in line else " ")
-    registers = tuple(_REGISTER.findall(operands))
-    no_result = opcode.startswith(("st.", "bra", "bar", "red", "ret"))
-    result = re.match(r"\s*(?:\{[^}]*\}|[^,;]*)", operands)
-    written = () if no_result or result is None else tuple(_REGISTER.findall(result[0]))
-    read = registers[len(written) :] + (() if guard is None else (guard,))
-    return Instruction(opcode, line, source, guard, written, read)
-
-
-def _accesses(blocks: list[Block], opcode: str) -> Iterator[tuple[Place, Instruction]]:
-    for number, block in enumerate(blocks):
-        for index, each in enumerate(block.instructions):
-            if each.opcode.startswith(opcode):
-                yield (number, index), each
 
 
 def _roots(
@@ -195,7 +107,7 @@ def _guards_of_barriers(blocks: list[Block]) -> Iterator[str]:
         if last is None or last.guard is None or not last.opcode.startswith("bra"):
             continue
         inside = _reachable(blocks, block.after, after[number] - {number})
-        if any(_is_barrier(each) for x in inside for each in blocks[x].instructions):
+        if any(each.is_barrier for x in inside for each in blocks[x].instructions):
             yield last.guard
 
 
@@ -210,17 +122,13 @@ def _reachable(blocks: list[Block], starts: list[int], stops: set[int]) -> set[i
     return seen
 
 
-def _is_barrier(each: Instruction) -> bool:
-    return each.opcode.startswith(_BARRIERS)
-
-
 def _leads_without_barrier(blocks: list[Block], start: Place, goal: Place) -> bool:
     """Whether a path without a barrier leads from one instruction to another."""
     waiting, seen = [(start[0], start[1] + 1)], set()
     while waiting:
         number, first = waiting.pop()
         rest = blocks[number].instructions[first:]
-        stop = next((i for i, each in enumerate(rest) if _is_barrier(each)), len(rest))
+        stop = next((i for i, each in enumerate(rest) if each.is_barrier), len(rest))
         if number == goal[0] and first <= goal[1] < first + stop:
             return True
         if stop == len(rest):

@@ -17,6 +17,8 @@ from tests.compile_check.kernels import (
     launch_copy,
     launch_hoard,
     launch_matmul,
+    launch_matmul_by_descriptor,
+    launch_multiply_transposed,
     launch_overwrite,
     launch_wrong,
 )
@@ -73,8 +75,16 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
     yield case("float32", lambda: launch_matmul(16, 16, 16, torch.float32), mma=True)
     yield case("refused by Triton", launch_wrong)
     yield case("refused by the assembler", lambda: launch_matmul(64, 128, 32, maxnreg=24))
+    yield case("transposed product", launch_multiply_transposed)
+    yield case("narrow", lambda: launch_matmul(128, 32, 64, num_warps=4, num_stages=2))
+    yield case("narrow, one stage", lambda: launch_matmul(128, 32, 64, num_warps=4, num_stages=1))
+    yield case("narrow, eight warps", lambda: launch_matmul(128, 32, 64, num_warps=8))
     yield case("aligned", lambda: launch_copy(torch.empty(4096, device="meta")))
     yield case("unaligned", lambda: launch_copy(torch.empty(4097, device="meta")[1:]))
     for name, same, barrier, early in OVERWRITES:
         yield case(name, partial(launch_overwrite, same=same, barrier=barrier, early=early))
+    if capability >= 90:
+        for stages in (2, 3):
+            launcher = partial(launch_matmul_by_descriptor, stages)
+            yield case(f"{stages} stages", launcher, mma=True)
     yield replace(case("kills its process", launch_wrong), options=_Fatal())
