@@ -17,6 +17,8 @@ from build_support.errors import BuildError
 LIBRARY = "libresformer_cuda.so"
 ARCHITECTURES = ("8.0", "9.0a", "10.0")
 """Ampere and later; Hopper with its architecture-specific features; datacentre Blackwell."""
+PTX = "+PTX"
+"""Marks an architecture of which the library holds PTX."""
 
 _USUAL_HOME = "/usr/local/cuda"
 _ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)")
@@ -98,21 +100,34 @@ def _plain_code(architecture: str) -> str:
     return code(architecture).rstrip("af")
 
 
+def holds(archs: tuple[str, ...]) -> tuple[str, ...]:
+    """What a library for `archs` has: their code, and PTX of the newest that has no variant.
+
+    A driver compiles PTX for GPUs that are newer than every architecture here; that of a variant
+    such as 9.0a it takes for no other GPU.
+    """
+    plain = [name for name in archs if name[-1].isdigit()]
+    newest = max(plain, key=lambda name: [int(part) for part in name.split(".")], default=None)
+    return archs if newest is None else (*archs, f"{newest}{PTX}")
+
+
 def code(architecture: str) -> str:
     """nvcc's name: sm_90a for "9.0a"."""
     return "sm_" + architecture.replace(".", "")
 
 
 def compile_flags(archs: tuple[str, ...], cxx: str, torch: Path) -> list[str]:
-    """nvcc's flags. The library holds machine code of each architecture and no PTX."""
-    targets = [
-        f"-gencode=arch={code(name).replace('sm', 'compute')},code={code(name)}" for name in archs
-    ]
+    """nvcc's flags: machine code of each architecture, and PTX where `holds` has it."""
+    targets = []
+    for name in holds(archs):
+        virtual = code(name.removesuffix(PTX)).replace("sm", "compute")
+        real = virtual if name.endswith(PTX) else code(name)
+        targets.append(f"-gencode=arch={virtual},code={real}")
     return [
         *_FLAGS,
         *host_compiler(cxx),
         *targets,
-        f"-DRESFORMER_CUDA_ARCHS={' '.join(archs)}",
+        f"-DRESFORMER_CUDA_ARCHS={' '.join(holds(archs))}",
         *("-Icsrc", "-isystem", str(torch / "include")),
     ]
 

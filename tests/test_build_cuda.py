@@ -111,7 +111,7 @@ def test_wheel_with_cuda_holds_every_architecture_and_imports_without_a_gpu(
     command = command if sys.version_info >= (3, 11) else [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(cuda.ARCHITECTURES)
+    assert done.stdout.split() == [*cuda.ARCHITECTURES, "10.0+PTX"]
 
 
 def test_wheel_without_cuda_holds_none(tmp_path: Path) -> None:
@@ -165,7 +165,11 @@ def test_nvcc_is_called_once_for_every_architecture(tmp_path: Path) -> None:
     assert targets == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
     ]
+    # A driver takes the PTX of a variant for no other GPU.
+    assert cuda.holds(("9.0a",)) == ("9.0a",)
+    assert cuda.holds(("12.0", "9.0a", "8.0")) == ("12.0", "9.0a", "8.0", "12.0+PTX")
     assert "-ccbin=g++" in flags
     assert not cuda.host_compiler("ccache g++")
 

@@ -87,6 +87,9 @@ def test_a_recent_gpu_serves() -> None:
         ("10.0a", (10, 3), False),
         ("10.0f", (10, 3), True),
         ("8.0 9.0a 10.0", (12, 0), False),
+        ("8.0 9.0a 10.0 10.0+PTX", (12, 0), True),
+        ("10.0+PTX", (9, 0), False),
+        ("8.6+PTX", (8, 0), False),
     ],
 )
 def test_machine_code_runs_where_it_was_made_for(

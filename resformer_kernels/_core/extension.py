@@ -115,8 +115,12 @@ def _architecture_reason(capability: tuple[int, int]) -> str | None:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    # Machine code runs on later minor versions too, that of a variant such as 9.0a does not.
-    major, minor = (int(part) for part in architecture.rstrip("af").split("."))
+    # Machine code runs on later minor versions too, that of a variant such as 9.0a does not; PTX is
+    # compiled by the driver, for every later version.
+    name, ptx, _ = architecture.partition("+PTX")
+    major, minor = (int(part) for part in name.rstrip("af").split("."))
+    if ptx:
+        return capability >= (major, minor)
     later = not architecture.endswith("a") and minor < capability[1]
     return major == capability[0] and (minor == capability[1] or later)
 

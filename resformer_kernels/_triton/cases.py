@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from resformer_kernels._triton.arch import WARP
+from resformer_kernels._triton import arch
 
 if TYPE_CHECKING:
     from resformer_kernels._triton.launch import Launch
@@ -45,6 +45,16 @@ class CompileCase:
     """Further options of the compiler, such as maxnreg."""
 
 
+def gpu_target(capability: int) -> Any:
+    """Triton's target for an architecture of `arch.ARCHITECTURES`."""
+    from triton.backends.compiler import GPUTarget
+
+    warp = arch.ARCHITECTURES[capability].warp
+    if arch.is_amd(divmod(capability, 10)):
+        return GPUTarget("hip", arch.label(capability), warp)
+    return GPUTarget("cuda", capability, warp)
+
+
 def case_from_launch(
     name: str, launch: Launch, *, capability: int, main: bool = False, expects_mma: bool = False
 ) -> CompileCase:
@@ -54,12 +64,11 @@ def case_from_launch(
     ...     launch_forward(torch.empty(1, 4096, 16, 128, device="meta", dtype=torch.bfloat16), ...)
     >>> case = case_from_launch("forward D128", launches[0], capability=90)  # doctest: +SKIP
     """
-    from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     kernel, kwargs = launch.kernel, launch.kwargs
-    backend = make_backend(GPUTarget("cuda", capability, WARP))
+    backend = make_backend(gpu_target(capability))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, extra = binder(**kwargs)
     options, signature, constants, attrs = kernel._pack_args(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from resformer_kernels._triton.arch import ARCHITECTURES
+from resformer_kernels._triton.arch import ARCHITECTURES, label
 from resformer_kernels.bench.machine import usable_cores
 from resformer_kernels.bench.tables import markdown, pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         listed: list[check.Job | Compiled] = [*wanted, *built]
         for case in listed:
-            print(f"sm_{case.capability} {case.op}: {case.name}")
+            print(f"{label(case.capability)} {case.op}: {case.name}")
         return 0
     found = [*(_compile(wanted, args.cache, args.jobs) if wanted else ()), *built]
     if args.json:
@@ -149,7 +149,7 @@ def _print_table(found: Sequence[Compiled]) -> None:
     rows = [
         (
             case.op,
-            f"sm_{case.capability}",
+            label(case.capability),
             case.name,
             str(case.threads or ""),
             str(case.registers or ""),
@@ -165,8 +165,9 @@ def _print_table(found: Sequence[Compiled]) -> None:
     spilling = sum(1 for case in found if case.local_accesses)
     failed = sum(not case.ok for case in found)
     verdict = f"[bold red]{failed} failed" if failed else "[bold green]all passed"
+    main = sum(case.main for case in found)
     console.print(
-        f"{len(found)} kernels compiled by Triton {triton_version()}, {sum(case.main for case in found)} of them main "
+        f"{len(found)} kernels compiled by Triton {triton_version()}, {main} of them main "
         f"configurations; {spilling} use local memory: {verdict}"
     )
 
@@ -196,7 +197,7 @@ def as_markdown(found: Sequence[Compiled]) -> str:
     cells = [
         (
             (f"{case.op}: {case.name}{' (main)' if (case.op, case.name) in main else ''}",),
-            f"sm_{case.capability}",
+            label(case.capability),
             _cell(case),
         )
         for case in found

@@ -184,8 +184,9 @@ def test_few_rows_mix_inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((10, 3), "sm100"),
-     ((11, 0), "sm100"), ((12, 0), "sm80"), ((13, 0), "sm80")],
+    [((8, 0), "sm80"), ((8, 7), "sm80"), ((8, 6), "sm86"), ((8, 9), "sm86"), ((9, 0), "sm90"),
+     ((10, 0), "sm100"), ((10, 3), "sm100"), ((11, 0), "sm100"), ((12, 0), "sm120"),
+     ((13, 0), "sm120"), ((94, 2), "gfx9"), ((95, 0), "gfx9")],
 )  # fmt: skip
 def test_each_architecture_has_a_table(capability: tuple[int, int], name: str) -> None:
     assert architecture(capability).name == name

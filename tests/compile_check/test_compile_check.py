@@ -55,15 +55,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     """Output of the command for every case of `triton/cases.py`, by architecture and name."""
     program = tmp_path_factory.mktemp("compile_check") / "program.py"
     program.write_text(ON_THE_TESTS_KERNELS)
-    done = run([str(program)], "--json", "--jobs", "1")
+    chosen = [word for arch in ("80", "90", "100", "942") for word in ("--arch", arch)]
+    done = run([str(program)], "--json", "--jobs", "1", *chosen)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 21 + 2 * 2
+    assert len(found) == 4 * 21 + 2 * 2
     return {(case["capability"], case["name"]): case for case in found}
 
 
 @pytest.mark.parametrize(
-    ("capability", "matrix"), [(80, ["mma.sync"]), (90, ["wgmma"]), (100, ["tcgen05"])]
+    ("capability", "matrix"),
+    [(80, ["mma.sync"]), (90, ["wgmma"]), (100, ["tcgen05"]), (942, ["mfma"])],
 )
 def test_a_good_kernel_passes_and_is_described(
     outcomes: dict[tuple[int, str], dict[str, Any]], capability: int, matrix: list[str]
@@ -72,7 +74,7 @@ def test_a_good_kernel_passes_and_is_described(
     assert case["ok"]
     assert case["matrix"] == matrix
     assert case["op"] == "compile_check"
-    assert case["threads"] == 128
+    assert case["threads"] == (256 if capability == 942 else 128)
     assert 32 < case["registers"] <= 255
     # A tile of each operand at least, as many as there are stages at most.
     assert 2 * 64 * 64 * 2 <= case["shared_bytes"] < 3 * 2 * 64 * 64 * 2 + 1024
@@ -256,10 +258,17 @@ def test_brief_has_every_main_configuration_and_every_kernel() -> None:
 # Registers and wgmma are tightest on sm_90, where every configuration is compiled. All of them on
 # the other architectures would take minutes more: run `compile-check` by hand for that.
 @pytest.mark.parametrize(
-    "arch", [("90",), ("80", "--brief"), ("100", "--brief")], ids=["sm_90", "sm_80", "sm_100"]
+    "arch",
+    [("90",), *((arch, "--brief") for arch in ("80", "86", "100", "120", "942"))],
+    ids=["sm_90", "sm_80", "sm_86", "sm_100", "sm_120", "gfx942"],
 )
 @pytest.mark.parametrize("op", [check.op_of(m) for m in check.case_modules()])
 def test_the_packages_own_kernels(op: str, arch: tuple[str, ...]) -> None:
     arguments = ("--op", op, "--jobs", "1", "--arch", *arch)
     done = run(["-m", "resformer_kernels.cli", "compile-check"], *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if op == "reservoir" and "942" in arch:
+        # Triton's compiler for AMD does not take a choice between pointers.
+        assert done.returncode == 2
+        assert "no case matches" in done.stderr
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr

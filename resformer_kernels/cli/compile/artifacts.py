@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resformer_kernels._triton.arch import ARCHITECTURES, WARP
-from resformer_kernels._triton.cases import CompileCase
+from resformer_kernels._triton.arch import ARCHITECTURES, is_amd
+from resformer_kernels._triton.cases import CompileCase, gpu_target
 from resformer_kernels.cli.compile.avoided import forms_to_avoid
 from resformer_kernels.cli.compile.hazards import divergent_barriers
 from resformer_kernels.cli.compile.pipelining import Distance, nearest_load
@@ -27,10 +27,14 @@ from resformer_kernels.cli.compile.reuse import early_writes
 _MATRIX_INSTRUCTIONS = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
     "tcgen05": re.compile(r"\btcgen05\.mma"),
+    "mfma": re.compile(r"\bv_mfma_"),
     "mma.sync": re.compile(r"\b(?:mma\.sync|wmma\.mma)"),
 }
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 _LOCAL_ACCESS = re.compile(r"\b(?:STL|LDL)(?:\.[\w.]+)? ")
+_AMD_RESOURCES = re.compile(
+    r"^ +\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", re.MULTILINE
+)
 _SERIALIZED = "wgmma.mma_async instructions are serialized"
 _TELLING = re.compile(r"\w*Error\(|error:|fatal\s+:")
 _BRIEF = 300
@@ -57,7 +61,7 @@ class Compiled:
     tensor_memory: int = 0
     """Columns; 0 before capability 100."""
     matrix: tuple[str, ...] = ()
-    """Matrix instructions among "wgmma", "tcgen05", "mma.sync"."""
+    """Matrix instructions among "wgmma", "tcgen05", "mma.sync", "mfma"."""
     ahead: Distance | None = None
     """How far before its use the nearest load by tensor descriptor in a loop is issued."""
 
@@ -80,47 +84,52 @@ def build(op: str, case: CompileCase, capability: int, cache: Path) -> Compiled:
     except (triton.TritonError, RuntimeError) as error:
         problem = f"does not compile: {_brief(str(error))}"
         return Compiled(op, case.name, capability, case.main, (problem,))
-    registers, local_bytes, local_accesses = _read_machine_code(artifact.asm["cubin"])
-    ptx: str = artifact.asm["ptx"]
+    amd = is_amd(divmod(capability, 10))
+    code: str = artifact.asm["amdgcn" if amd else "ptx"]
+    registers, local_bytes, local_accesses = (
+        _read_listing(code) if amd else _read_machine_code(artifact.asm["cubin"])
+    )
     found = Compiled(
         op,
         case.name,
         capability,
         case.main,
         seconds=time.perf_counter() - start,
-        threads=case.num_warps * WARP,
+        threads=case.num_warps * ARCHITECTURES[capability].warp,
         registers=registers,
         local_bytes=local_bytes,
         local_accesses=local_accesses,
         shared_bytes=int(artifact.metadata.shared),
-        tensor_memory=int(artifact.metadata.tmem_size or 0),
-        matrix=tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(ptx)),
-        ahead=nearest_load(ptx),
+        tensor_memory=0 if amd else int(artifact.metadata.tmem_size or 0),
+        matrix=tuple(name for name, sign in _MATRIX_INSTRUCTIONS.items() if sign.search(code)),
+        ahead=None if amd else nearest_load(code),
     )
     problems = [
         *_problems(case, found, serialized=_SERIALIZED in log),
-        *divergent_barriers(ptx),
-        *early_writes(ptx),
-        *forms_to_avoid(capability, artifact.asm["ttgir"], case.num_warps, case.num_stages),
+        *(() if amd else _hazards(case, capability, artifact)),
     ]
     return replace(found, problems=tuple(problems))
+
+
+def _hazards(case: CompileCase, capability: int, artifact: Any) -> Iterator[str]:
+    yield from divergent_barriers(artifact.asm["ptx"])
+    yield from early_writes(artifact.asm["ptx"])
+    yield from forms_to_avoid(capability, artifact.asm["ttgir"], case.num_warps, case.num_stages)
 
 
 def _compile(case: CompileCase, capability: int, cache: Path) -> tuple[Any, str]:
     """(Triton's compiled kernel, the assembler's log)."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature, case.constants, case.attrs)
-    target = GPUTarget("cuda", capability, WARP)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     printed = io.StringIO()
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = str(cache)
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(printed):
-            artifact = triton.compile(source, target=target, options=options)
+            artifact = triton.compile(source, target=gpu_target(capability), options=options)
     kept = cache / f"{artifact.hash}.log"
     if printed.getvalue():
         kept.write_text(printed.getvalue())
@@ -151,13 +160,24 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack + local, len(_LOCAL_ACCESS.findall(code))
 
 
+def _read_listing(code: str) -> tuple[int, int, int]:
+    """The same of an AMD GPU's assembly: vector registers, scratch memory, registers spilled."""
+    numbers = dict(_AMD_RESOURCES.findall(code))
+    return (
+        int(numbers["vgpr_count"]),
+        int(numbers["private_segment_fixed_size"]),
+        int(numbers["vgpr_spill_count"]),
+    )
+
+
 def printed_by(*command: str) -> str:
     """Standard output of a command that has to succeed."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _problems(case: CompileCase, found: Compiled, *, serialized: bool) -> Iterator[str]:
-    _, shared_limit, tensor_limit = ARCHITECTURES[found.capability]
+    architecture = ARCHITECTURES[found.capability]
+    shared_limit, tensor_limit = architecture.shared_bytes, architecture.tensor_memory
     if case.main and found.local_accesses:
         bytes_used = f"{found.local_bytes} bytes of local memory a thread"
         yield f"{found.local_accesses} accesses to {bytes_used}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import resformer_kernels
 from resformer_kernels._triton import available
+from resformer_kernels._triton.arch import label
 from resformer_kernels._triton.cases import CompileCase
 from resformer_kernels.cli.compile.artifacts import Compiled, build
 
@@ -64,7 +65,9 @@ def jobs(modules: Sequence[str], capabilities: Sequence[int]) -> list[Job]:
             names = [case.name for case in cases]
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise ValueError(f"{module}: sm_{capability} has several cases named {repeated}")
+                raise ValueError(
+                    f"{module}: {label(capability)} has several cases named {repeated}"
+                )
             found += [
                 Job(module, capability, index, case.name, case.main)
                 for index, case in enumerate(cases)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from resformer_kernels._triton.arch import is_amd
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import recorded_launches
 from resformer_kernels.reservoir.record import (
@@ -55,7 +56,12 @@ def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Each form of the weight, and the adjoint of the first. Only CSR may spill."""
+    """Each form of the weight, and the adjoint of the first. Only CSR may spill.
+
+    None for AMD: Triton's compiler ends with an error at a choice between two pointers there.
+    """
+    if is_amd(divmod(capability, 10)):
+        return
     for kind, dtype, mode in _FORMS:
         with recorded_launches() as launches:
             _launch(kind, dtype, mode)

@@ -83,7 +83,7 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
     yield case("unaligned", lambda: launch_copy(torch.empty(4097, device="meta")[1:]))
     for name, same, barrier, early in OVERWRITES:
         yield case(name, partial(launch_overwrite, same=same, barrier=barrier, early=early))
-    if capability >= 90:
+    if capability in (90, 100):
         for stages in (2, 3):
             launcher = partial(launch_matmul_by_descriptor, stages)
             yield case(f"{stages} stages", launcher, mma=True)
