@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE, Hardware
+from resformer_kernels.attention.flash_attn import figures
 from resformer_kernels.attention.flash_attn.earlier import EARLIER, Earlier
 from resformer_kernels.attention.flash_attn.four import FOUR, Four
 from resformer_kernels.attention.flash_attn.rows import aligned
@@ -34,6 +35,17 @@ def unsupported_reason(call: AttentionCall, hardware: Hardware) -> str | None:
             return None
         reasons.append(f"{package.module}: {reason}")
     return "; ".join(reasons)
+
+
+def preferred(call: AttentionCall, hardware: Hardware) -> bool:
+    """Whether `auto` takes this backend before our own kernels, by published figures."""
+    if _device_reason(call.q.device, hardware) is not None:
+        return False
+    least = figures.least_generation(call, hardware.capability(call.q.device)[0])
+    if least is None or _call_reason(call) is not None:
+        return False
+    candidates = [package for package in _PACKAGES if package.generation >= least]
+    return any(package.reason(call, hardware) is None for package in candidates)
 
 
 def notes(call: AttentionCall) -> list[str]:
