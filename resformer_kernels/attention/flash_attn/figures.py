@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from resformer_kernels._core.gradient import wants_gradient
 from resformer_kernels.attention.flash_attn.rows import window
 from resformer_kernels.attention.record import AttentionCall
 
@@ -66,5 +65,7 @@ def least_generation(call: AttentionCall, major: int) -> int | None:
             found = row
     if found is None:
         return None
-    enough = found.training if wants_gradient(call.leaves) else found.forward
+    # Whatever the grad mode is: `explain` has none, and must answer as the call does.
+    trains = any(leaf is not None and leaf.requires_grad for leaf in call.leaves)
+    enough = found.training if trains else found.forward
     return found.generation if min(call.max_seqlen_q, call.max_seqlen_k) >= enough else None

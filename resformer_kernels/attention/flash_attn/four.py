@@ -161,9 +161,10 @@ def backward(given: op.BackwardCall) -> tuple[Tensor, ...]:
         found["sinks"] = d_sinks[0]
     if given.grad_mixed is not None:
         d_value = d_value + given.grad_mixed
-    if sources:
-        gradients = torch.autograd.grad(value, list(sources.values()), d_value)
-        found |= zip(sources, gradients, strict=True)
+    if sources and call.mixes:
+        found |= zip(sources, torch.autograd.grad(value, [*sources.values()], d_value), strict=True)
+    elif sources:
+        found |= dict.fromkeys(sources, closed(d_value, after_k))
     return tuple(
         found[name] if name in wanted else op.absent_gradient(call, bit)
         for bit, name in enumerate(LEAVES)

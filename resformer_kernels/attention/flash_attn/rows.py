@@ -64,7 +64,7 @@ def after_last(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
     """(total,): whether a packed row lies after the last sequence; None where nothing is packed."""
     if cu_seqlens is None:
         return None
-    return torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
+    return torch.arange(x.shape[0], device=x.device) >= cu_seqlens.select(0, -1)
 
 
 def closed(x: Tensor, after: Tensor | None) -> Tensor:
