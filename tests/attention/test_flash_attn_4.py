@@ -288,13 +288,8 @@ def test_it_compiles_without_a_graph_break(fake: Fake4) -> None:
         gate, sinks = torch.tensor(0.3, requires_grad=True), torch.randn(2, requires_grad=True)
         found = []
         for call, backend in ((compiled, "flash_attn"), (value_residual_attention, "reference")):
-            out, lse = call(
-                *(*leaves, gate, 0.5),
-                causal=True,
-                sinks=sinks,
-                return_lse=True,
-                backend=backend,
-            )
+            options: dict[str, Any] = {"causal": True, "sinks": sinks, "return_lse": True}
+            out, lse = call(*leaves, gate, 0.5, **options, backend=backend)
             wanted = [*leaves, gate, sinks]
             found.append(torch.autograd.grad(out.float().square().sum() + lse.sum(), wanted))
         torch.testing.assert_close(*found, atol=0.1, rtol=0.05)

@@ -162,7 +162,7 @@ def load(name: str) -> _Loaded | str:
     if source.config is not None:
         flags = importlib.import_module(source.config).CONFIG["build_flags"]
     lacks = (name.split("_")[-1] for name, on in flags.items() if on and "_DISABLE_" in name)
-    return _Loaded(*functions, tuple(lacks))
+    return _Loaded(functions[0], functions[1], tuple(lacks))
 
 
 def _mix(call: AttentionCall, after: Tensor | None) -> Tensor:

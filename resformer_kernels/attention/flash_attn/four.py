@@ -104,7 +104,7 @@ def _has_kernels(major: int, head_dim: int, value_dim: int) -> bool:
 def load(name: str) -> _Loaded | str:
     """The package, or why it cannot be used."""
     functions = functions_of(name, _NEEDED)
-    return functions if isinstance(functions, str) else _Loaded(*functions)
+    return functions if isinstance(functions, str) else _Loaded(functions[0], functions[1])
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +137,7 @@ def backward(given: op.BackwardCall) -> tuple[Tensor, ...]:
         for name in ("v", "v_first", "lambda_v", "lambda_first")
         if name in wanted
     }
-    with torch.enable_grad():
+    with torch.set_grad_enabled(call.mixes):
         value = _value(call._replace(**sources), after_k)
     rows = [ready(x) for x in (closed(call.q, after_q), closed(call.k, after_k), value.detach())]
     d_lse = given.grad_lse

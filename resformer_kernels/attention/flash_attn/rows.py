@@ -69,7 +69,7 @@ def after_last(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
 
 def closed(x: Tensor, after: Tensor | None) -> Tensor:
     """x with zeros where `after`."""
-    return x if after is None else x.masked_fill(after[:, None, None], 0)
+    return x if after is None else x.masked_fill(after.view(-1, 1, 1), 0)
 
 
 def mixed(call: AttentionCall) -> Tensor:
