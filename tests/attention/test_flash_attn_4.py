@@ -289,7 +289,8 @@ def test_it_compiles_without_a_graph_break(fake: Fake4) -> None:
         found = []
         for call, backend in ((compiled, "flash_attn"), (value_residual_attention, "reference")):
             options: dict[str, Any] = {"causal": True, "sinks": sinks, "return_lse": True}
-            out, lse = call(*leaves, gate, 0.5, **options, backend=backend)
+            q, k, v, v_first = leaves
+            out, lse = call(q, k, v, v_first, gate, 0.5, **options, backend=backend)
             wanted = [*leaves, gate, sinks]
             found.append(torch.autograd.grad(out.float().square().sum() + lse.sum(), wanted))
         torch.testing.assert_close(*found, atol=0.1, rtol=0.05)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from resformer_kernels._core.gradient import wants_gradient
 from resformer_kernels._core.hardware import MACHINE, Hardware
-from resformer_kernels._core.op import Op
 from resformer_kernels.attention import op
 from resformer_kernels.attention.flash_attn.rows import (
     MULTIPLE,
@@ -202,15 +201,7 @@ def _options(call: AttentionCall) -> dict[str, Any]:
     return options | packing
 
 
-def _register(made: Op, launcher: Callable[[Any], Any]) -> torch.library.Library:
-    def implementation(*arguments: Any) -> Any:
-        return launcher(made.read(arguments))
-
-    library = made.define(NAMESPACE)
-    # CPU tensors come from tests, which stand in for the package.
-    for key in ("CPU", "CUDA"):
-        library.impl(made.name, implementation, key)
-    return library
-
-
-_libraries = [_register(op.FORWARD, forward), _register(op.BACKWARD, backward)]
+_libraries = [
+    op.FORWARD.define(NAMESPACE, f"{__name__}:forward"),
+    op.BACKWARD.define(NAMESPACE, f"{__name__}:backward"),
+]
