@@ -31,6 +31,7 @@ from resformer_kernels.attention.record import LEAVES, AttentionCall
 
 NAMESPACE = "resformer_flash_attn_4"
 
+_WIDEST = 256
 _WINDOWS = ("window_size_left", "window_size_right")
 _PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _SHARED = ("softmax_scale", "causal", "softcap", *_WINDOWS, *_PACKING, "learnable_sink")
@@ -87,17 +88,14 @@ class Four(NamedTuple):
 
 FOUR = Four()
 
-_WIDEST = 256
-
 
 def _has_kernels(major: int, head_dim: int, value_dim: int) -> bool:
-    """Whether it has kernels of these sizes. Others of capability 9 run out of registers."""
-    if head_dim % MULTIPLE or value_dim % MULTIPLE or max(head_dim, value_dim) > _WIDEST:
+    """Whether it has kernels of these sizes. Where the two differ: those that `tests/fa4` compiles;
+    values of 8 beside keys of 128 have none, nor have values of 256 beside keys of 64."""
+    if head_dim % MULTIPLE or head_dim > _WIDEST or value_dim not in (head_dim, 64, 128):
         return False
-    if major == 10:
-        both = (head_dim, value_dim)
-        return max(both) <= 128 or both in ((192, 128), (_WIDEST, _WIDEST))
-    return head_dim == value_dim or value_dim <= 128
+    both = (head_dim, value_dim)
+    return major == 9 or max(both) <= 128 or both in ((192, 128), (_WIDEST, _WIDEST))
 
 
 def load(name: str) -> _Loaded | str:
