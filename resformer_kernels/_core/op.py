@@ -104,14 +104,15 @@ class Op:
         self.name, self.record, self.function = name, record, function
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
-        self._fake, self._triton, self.composed = fake, triton, composed
+        self._fake, self.composed = fake, composed
         hints = get_type_hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
         OPS[name] = self
-        _libraries.extend(self.define(namespace) for namespace in (NATIVE, TRITON))
+        _libraries.extend((self.define(NATIVE), self.define(TRITON, triton)))
 
-    def define(self, namespace: str) -> torch.library.Library:
-        """Register the op in a namespace. It goes when the library that is returned does."""
+    def define(self, namespace: str, launcher: str | None = None) -> torch.library.Library:
+        """Register the op in a namespace, `launcher` ("module:function", called with the record)
+        behind it. It goes when the library that is returned does."""
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(self.schema)
         qualified = f"{namespace}::{self.name}"
@@ -120,9 +121,9 @@ class Op:
         made = None
         if self.composed is not None:
             made = self._lazy(self.composed, namespace)
-        elif namespace == TRITON and self._triton is not None:
-            made = self._lazy(self._triton)
-        # CPU tensors are for Triton's interpreter.
+        elif launcher is not None:
+            made = self._lazy(launcher)
+        # CPU tensors are for Triton's interpreter, and for what stands in for a package in tests.
         for key in ("CPU", "CUDA") if made is not None else ():
             library.impl(self.name, made, key)
         return library

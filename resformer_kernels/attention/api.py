@@ -6,11 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.select import explainable, serve
+from resformer_kernels._core.hardware import MACHINE
+from resformer_kernels._core.select import Backend, explainable, serve
 from resformer_kernels.attention import flash_attn, native, reference, triton
 from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall, check_call
 
-BACKENDS = (native, triton, flash_attn, reference)
+BACKENDS: tuple[Backend, ...] = (native, triton, flash_attn, reference)
+_FLASH_ATTENTION_FIRST: tuple[Backend, ...] = (native, flash_attn, triton, reference)
+
+
+def _by_preference(backend: str, call: AttentionCall) -> tuple[Backend, ...]:
+    first = backend == "auto" and flash_attn.preferred(call, MACHINE)
+    return _FLASH_ATTENTION_FIRST if first else BACKENDS
 
 
 def _asked_for(
@@ -104,7 +111,8 @@ def value_residual_attention(
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
     )
-    return _asked_for(call, serve(FIXED, backend, BACKENDS, call))
+    backends = _by_preference(backend, call)
+    return _asked_for(call, serve(FIXED, backend, backends, call))
 
 
 @explainable
@@ -178,4 +186,5 @@ def value_residual_attention_varlen(
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
     )
-    return _asked_for(call, serve(PACKED, backend, BACKENDS, call))
+    backends = _by_preference(backend, call)
+    return _asked_for(call, serve(PACKED, backend, backends, call))
