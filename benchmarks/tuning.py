@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import tuning_space as space
-from benchmarks.device_jobs import TOLERANCE, Settings, relative_distance, tensors
-from benchmarks.device_timer import timer_for
+from benchmarks.device.common import TOLERANCE, Settings, relative_distance, tensors
+from benchmarks.device.timer import timer_for
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention

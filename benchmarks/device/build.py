@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _FAILED = "compiling the native library failed"
 _TAIL = 600
 

@@ -1,0 +1,224 @@
+"""What `device-check` compares with float64, and what it times beside its peers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import registry
+from benchmarks.device.graphs import captured
+from benchmarks.workloads.common import Makers
+from benchmarks.workloads.decode import DecodeBenchmark
+from benchmarks.workloads.device import DEVICE_PEERS, DeviceAttention
+from benchmarks.workloads.mix import MixBenchmark
+from benchmarks.workloads.scan import COPY, ScanBenchmark
+from resformer_kernels import linear_scan, mix_value_embedding, mix_values, reservoir_scan
+from resformer_kernels.bench.timing import Benchmark
+from resformer_kernels.testing.inputs import AttentionCase
+from resformer_kernels.testing.kvcache import KVCacheCase
+from resformer_kernels.testing.mix_checks import embedding_problem, mix_problem
+from resformer_kernels.testing.reservoir_checks import ReservoirCase
+from resformer_kernels.testing.scan_checks import ScanCase
+from resformer_kernels.testing.verification import (
+    Check,
+    attention_check,
+    checks,
+    kvcache_check,
+    problem_check,
+)
+
+SMOKE, CHECK, LARGE = "smoke", "check", "large"
+"""Kinds of comparison with float64."""
+
+FAMILIES = {
+    "value_residual_attention": "attention",
+    "value_residual_attention_varlen": "attention",
+    "attention_with_kvcache": "decode",
+    "mix_values": "mix",
+    "mix_value_embedding": "embedding",
+    "linear_scan": "scan",
+    "reservoir_scan": "reservoir",
+}
+"""The kernels of each op, the most important first."""
+
+_HALF = torch.bfloat16
+_TINY = 64
+"""Tiny cases are shorter by this factor."""
+
+
+@functools.cache
+def table(kind: str, device: str, tiny: bool) -> dict[str, Check]:
+    """The comparisons of a kind by name. Tiny ones try out the run itself."""
+    if kind == CHECK:
+        dtypes = (_HALF,) if tiny else (_HALF, torch.float16, torch.float32)
+        found = checks(dtypes, device=device, attention=registry.DEVICE_CHECKS)
+        if tiny:
+            found = [*found[:2], *(check for check in found if check.op.startswith("mix"))]
+    else:
+        found = list({SMOKE: _smoke, LARGE: _large}[kind](device, tiny))
+    return {f"{check.op}, {check.dtype}, {check.case}": check for check in found}
+
+
+def _smoke(device: str, tiny: bool) -> Iterator[Check]:
+    """One case of each family."""
+    length = 33 if tiny else 1030
+    both = {"lambda_v": "scalar", "lambda_first": "scalar"}
+    dims = {"head_dim": 16, "value_dim": 16} if tiny else {"head_dim": 128, "value_dim": 128}
+    case = AttentionCase(
+        dtype=_HALF, batch=1, q_len=length, k_len=length, causal=True, **both, **dims
+    )
+    yield attention_check(case, device)
+    lengths = ((length, length), (1, length + 9), (20, 5))
+    yield attention_check(replace(case, lengths=lengths), device)
+    cached = KVCacheCase(lengths=(9 * length, 5), dtype=_HALF, return_lse=True, **dims)
+    yield kvcache_check(cached, device)
+    yield from _problems(device, "smoke", (2, length, 3, 24), ScanCase("smoke", _HALF, time=length))
+    for mode in ("sequential", "chunked"):
+        reservoir = ReservoirCase(f"smoke, {mode}", torch.float32, mode=mode)
+        yield problem_check(reservoir_scan, reservoir.name, torch.float32, partial(reservoir.problem, device))
+
+
+def _problems(
+    device: str, name: str, shape: tuple[int, int, int, int], *scans: ScanCase
+) -> Iterator[Check]:
+    """Both mixes of values of that shape, and scans."""
+    yield problem_check(mix_values, f"{name}, 5 sources", _HALF, partial(mix_problem, 5, _HALF, device, shape))
+    rows = partial(embedding_problem, _HALF, device, shape, shape[1])
+    yield problem_check(mix_value_embedding, name, _HALF, rows)
+    for scan in scans:
+        yield problem_check(linear_scan, scan.name, scan.dtype, partial(scan.problem, device))
+
+
+def _large(device: str, tiny: bool) -> Iterator[Check]:
+    """Whole grids, long sequences: what small cases cannot reach, in every op."""
+
+    def size(length: int) -> int:
+        return max(5, length // _TINY) if tiny else length
+
+    for case in _large_attention(size):
+        yield attention_check(case, device)
+        if tiny:
+            break
+    for cached in _large_decode(size):
+        yield kvcache_check(cached, device)
+        if tiny:
+            break
+    wide = {"time": size(8192), "channels": size(1024)}
+    scans = [
+        ScanCase("large, gates by step", _HALF, batch=4, **wide),
+        ScanCase("large, constant gates, reversed", torch.float32, True, reverse=True, **wide),
+        ScanCase("large, packed", torch.float32, packed=True, **wide),
+        ScanCase("large, complex gates by step", torch.complex64, **wide),
+    ]
+    yield from _problems(
+        device, "large", (2, size(4096), 16, size(8192) if tiny else 128), *scans[: 1 if tiny else None]
+    )
+    for units, steps, stored, mode in (
+        (1024, 2048, torch.float32, "sequential"),
+        (1024, 4096, torch.float32, "chunked"),
+        (512, 2048, _HALF, "auto"),
+    ):
+        name = f"large, {units} units, {mode}"
+        reservoir = ReservoirCase(
+            name, torch.float32, stored=stored, units=size(units), time=size(steps), mode=mode
+        )
+        yield problem_check(reservoir_scan, name, torch.float32, partial(reservoir.problem, device))
+        if tiny:
+            break
+
+
+def _large_attention(size: Any) -> Iterator[AttentionCase]:
+    scalars = {"lambda_v": "scalar", "lambda_first": "scalar"}
+
+    def case(heads: int, kv_heads: int, length: int, dim: int, **rest: Any) -> AttentionCase:
+        given = {"dtype": _HALF, "batch": 1, "causal": True, **scalars, **rest}
+        lengths = {"q_len": size(length), "k_len": size(length)}
+        dims = {"head_dim": dim, "value_dim": dim}
+        return AttentionCase(heads=heads, kv_heads=kv_heads, **lengths, **dims, **given)
+
+    yield case(8, 8, 8192, 128)
+    yield case(16, 4, 4096, 64, batch=2, sinks=True, return_lse=True, softcap=15.0)
+    yield case(4, 4, 4096, 256, causal=False, dtype=torch.float16, lambda_v="token_head")
+    yield case(4, 4, 8192, 128, window=(1024, 0), lambda_v="full", lambda_first="channel")
+    packed = tuple((size(q), size(k)) for q, k in ((4096, 4096), (64, 3000), (2500, 2500)))
+    yield case(8, 2, 4096, 128, lengths=packed)
+    yield case(8, 8, 2048, 64, bias="additive", return_mixed_value=True)
+    yield case(8, 8, 4096, 128, sources="v_first")
+
+
+def _large_decode(size: Any) -> Iterator[KVCacheCase]:
+    dims = {"heads": 32, "kv_heads": 4, "head_dim": 128, "value_dim": 128, "dtype": _HALF}
+    yield KVCacheCase(lengths=(size(32768), 3, size(20000)), return_lse=True, **dims)
+    yield KVCacheCase(lengths=(size(16384), size(9000)), page_size=64, append="k", **dims)
+    yield KVCacheCase(lengths=(size(16384), 100), quantised=torch.int8, **dims)
+    yield KVCacheCase(lengths=(size(8192), 513), q_len=64, new_tokens=64, **dims)
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """A case whose contestants are each captured in a CUDA graph, as servers run decoding."""
+
+    case: DecodeBenchmark
+
+    @property
+    def name(self) -> str:
+        """The case's, and the graph."""
+        return f"{self.case.name}, CUDA graphs"
+
+    @property
+    def group(self) -> str:
+        """A heading of its own."""
+        return "decode under CUDA graphs"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The case's."""
+        return self.case.dtype
+
+    @property
+    def flops(self) -> int:
+        """The case's."""
+        return self.case.flops
+
+    @property
+    def bytes(self) -> int:
+        """The case's."""
+        return self.case.bytes
+
+    def makers(self) -> Makers:
+        """The case's, whose calls replay a graph."""
+        made = self.case.makers()
+        return {name: partial(captured, make, self.case.device) for name, make in made.items()}
+
+
+def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
+    """Eight cases beside their peers, most important first."""
+    tokens, length = (64, 64) if tiny else (16384, 4096)
+    width = 64 if tiny else 2048
+
+    def attention(direction: str, dim: int, groups: int = 1) -> DeviceAttention:
+        heads = max(1, width // dim) * groups
+        shape = (tokens // length, heads, heads // groups, length, dim)
+        return DeviceAttention(*shape, _HALF, direction, peers=DEVICE_PEERS, device=device)
+
+    def decode(*shape: int, shared: bool) -> Graphed:
+        sizes = (2, 4, 2, 64, 16) if tiny else shape
+        layers = 2 if tiny else 12
+        return Graphed(DecodeBenchmark(*sizes, _HALF, shared, layers, device=device))
+
+    scan = (1, 64, 32) if tiny else registry.SCAN_SHAPE
+    return [
+        attention("forward", 128),
+        attention("backward", 128),
+        decode(8, 32, 8, 8192, 128, shared=False),
+        attention("backward", 64),
+        attention("forward", 128, groups=4),
+        ScanBenchmark(*scan, _HALF, "forward", peers=(COPY,), device=device),
+        MixBenchmark(2, 1, tokens, 16, 128, _HALF, "forward", device=device),
+        decode(8, 32, 8, 8192, 64, shared=True),
+    ]
