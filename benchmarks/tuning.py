@@ -35,7 +35,7 @@ TRY, TIME, PLACE = "tune try", "tune time", "tune place"
 _TRY_SECONDS, _TIME_SECONDS, _PLACE_SECONDS = 90.0, 30.0, 60.0
 _SAMPLE_SECONDS = 0.002
 _TOKENS, _LENGTH, _WIDTH, _WINDOW = 16384, 4096, 2048, 1024
-_TINY_TOKENS, _TINY_LENGTH, _TINY_WIDTH = 64, 32, 256
+_TINY_TOKENS, _TINY_LENGTH, _TINY_WIDTH = 32, 32, 64
 """Tokens in all, of a sequence, and heads times head_dim."""
 _MIX = "RESFORMER_MIX"
 _PLACES = ("inline", "prologue")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -47,8 +47,10 @@ FAMILIES = {
 """The kernels of each op, the most important first."""
 
 _HALF = torch.bfloat16
-_TINY = 64
+_TINY = 512
 """Tiny cases are shorter by this factor."""
+_LEAST = 6
+"""Steps of a tiny case."""
 
 
 @functools.cache
@@ -58,7 +60,7 @@ def table(kind: str, device: str, tiny: bool) -> dict[str, Check]:
         dtypes = (_HALF,) if tiny else (_HALF, torch.float16, torch.float32)
         found = checks(dtypes, device=device, attention=registry.DEVICE_CHECKS)
         if tiny:
-            found = [*found[:2], *(check for check in found if check.op.startswith("mix"))]
+            found = [found[0], *(check for check in found if check.op.startswith("mix"))]
     else:
         found = list({SMOKE: _smoke, LARGE: _large}[kind](device, tiny))
     return {f"{check.op}, {check.dtype}, {check.case}": check for check in found}
@@ -66,7 +68,7 @@ def table(kind: str, device: str, tiny: bool) -> dict[str, Check]:
 
 def _smoke(device: str, tiny: bool) -> Iterator[Check]:
     """One case of each family."""
-    length = 33 if tiny else 1030
+    length = 17 if tiny else 1030
     both = {"lambda_v": "scalar", "lambda_first": "scalar"}
     dims = {"head_dim": 16, "value_dim": 16} if tiny else {"head_dim": 128, "value_dim": 128}
     case = AttentionCase(
@@ -77,62 +79,76 @@ def _smoke(device: str, tiny: bool) -> Iterator[Check]:
     yield attention_check(replace(case, lengths=lengths), device)
     cached = KVCacheCase(lengths=(9 * length, 5), dtype=_HALF, return_lse=True, **dims)
     yield kvcache_check(cached, device)
-    yield from _problems(device, "smoke", (2, length, 3, 24), ScanCase("smoke", _HALF, time=length))
-    for mode in ("sequential", "chunked"):
-        reservoir = ReservoirCase(f"smoke, {mode}", torch.float32, mode=mode)
-        yield problem_check(reservoir_scan, reservoir.name, torch.float32, partial(reservoir.problem, device))
+    scan = ScanCase("smoke", _HALF, time=_LEAST if tiny else length)
+    yield from _problems(device, "smoke", (2, length, 3, 24), [scan])
+    steps = _LEAST if tiny else 200
+    yield from _reservoirs(
+        device,
+        [
+            ReservoirCase(f"smoke, {mode}", torch.float32, time=steps, mode=mode)
+            for mode in ("sequential", "chunked")
+        ],
+    )
 
 
 def _problems(
-    device: str, name: str, shape: tuple[int, int, int, int], *scans: ScanCase
+    device: str, name: str, shape: tuple[int, int, int, int], scans: Sequence[ScanCase]
 ) -> Iterator[Check]:
     """Both mixes of values of that shape, and scans."""
-    yield problem_check(mix_values, f"{name}, 5 sources", _HALF, partial(mix_problem, 5, _HALF, device, shape))
+    mix = partial(mix_problem, 5, _HALF, device, shape)
+    yield problem_check(mix_values, f"{name}, 5 sources", _HALF, mix)
     rows = partial(embedding_problem, _HALF, device, shape, shape[1])
     yield problem_check(mix_value_embedding, name, _HALF, rows)
     for scan in scans:
         yield problem_check(linear_scan, scan.name, scan.dtype, partial(scan.problem, device))
 
 
+def _reservoirs(device: str, cases: Sequence[ReservoirCase]) -> Iterator[Check]:
+    for case in cases:
+        yield problem_check(reservoir_scan, case.name, case.dtype, partial(case.problem, device))
+
+
 def _large(device: str, tiny: bool) -> Iterator[Check]:
     """Whole grids, long sequences: what small cases cannot reach, in every op."""
 
     def size(length: int) -> int:
-        return max(5, length // _TINY) if tiny else length
+        return max(_LEAST, length // _TINY) if tiny else length
 
-    for case in _large_attention(size):
-        yield attention_check(case, device)
-        if tiny:
-            break
-    for cached in _large_decode(size):
+    # Of tiny ones, the first of each op.
+    count = 1 if tiny else None
+    heads = (4, 2, 16) if tiny else (32, 4, 128)
+    for case in list(_large_attention(size))[:count]:
+        small = {"heads": 2, "kv_heads": 2, "head_dim": 16, "value_dim": 16} if tiny else {}
+        yield attention_check(replace(case, **small), device)
+    for cached in list(_large_decode(size, *heads))[:count]:
         yield kvcache_check(cached, device)
-        if tiny:
-            break
-    wide = {"time": size(8192), "channels": size(1024)}
+    wide = {"time": size(8192) // (2 if tiny else 1), "channels": size(1024)}
     scans = [
-        ScanCase("large, gates by step", _HALF, batch=4, **wide),
+        ScanCase("large, gates by step", _HALF, batch=1 if tiny else 4, **wide),
         ScanCase("large, constant gates, reversed", torch.float32, True, reverse=True, **wide),
         ScanCase("large, packed", torch.float32, packed=True, **wide),
         ScanCase("large, complex gates by step", torch.complex64, **wide),
     ]
-    yield from _problems(
-        device, "large", (2, size(4096), 16, size(8192) if tiny else 128), *scans[: 1 if tiny else None]
-    )
-    for units, steps, stored, mode in (
-        (1024, 2048, torch.float32, "sequential"),
-        (1024, 4096, torch.float32, "chunked"),
-        (512, 2048, _HALF, "auto"),
-    ):
-        name = f"large, {units} units, {mode}"
-        reservoir = ReservoirCase(
-            name, torch.float32, stored=stored, units=size(units), time=size(steps), mode=mode
+    yield from _problems(device, "large", (2, size(4096), *heads[1:]), scans[:count])
+    reservoirs = [
+        ReservoirCase(
+            f"large, {units} units, {mode}",
+            torch.float32,
+            stored=stored,
+            units=size(units),
+            time=size(steps),
+            mode=mode,
         )
-        yield problem_check(reservoir_scan, name, torch.float32, partial(reservoir.problem, device))
-        if tiny:
-            break
+        for units, steps, stored, mode in (
+            (1024, 2048, torch.float32, "sequential"),
+            (1024, 4096, torch.float32, "chunked"),
+            (512, 2048, _HALF, "auto"),
+        )
+    ]
+    yield from _reservoirs(device, reservoirs[:count])
 
 
-def _large_attention(size: Any) -> Iterator[AttentionCase]:
+def _large_attention(size: Callable[[int], int]) -> Iterator[AttentionCase]:
     scalars = {"lambda_v": "scalar", "lambda_first": "scalar"}
 
     def case(heads: int, kv_heads: int, length: int, dim: int, **rest: Any) -> AttentionCase:
@@ -151,8 +167,11 @@ def _large_attention(size: Any) -> Iterator[AttentionCase]:
     yield case(8, 8, 4096, 128, sources="v_first")
 
 
-def _large_decode(size: Any) -> Iterator[KVCacheCase]:
-    dims = {"heads": 32, "kv_heads": 4, "head_dim": 128, "value_dim": 128, "dtype": _HALF}
+def _large_decode(
+    size: Callable[[int], int], heads: int, kv_heads: int, dim: int
+) -> Iterator[KVCacheCase]:
+    dims: dict[str, Any] = {"head_dim": dim, "value_dim": dim, "dtype": _HALF}
+    dims |= {"heads": heads, "kv_heads": kv_heads}
     yield KVCacheCase(lengths=(size(32768), 3, size(20000)), return_lse=True, **dims)
     yield KVCacheCase(lengths=(size(16384), size(9000)), page_size=64, append="k", **dims)
     yield KVCacheCase(lengths=(size(16384), 100), quantised=torch.int8, **dims)
@@ -198,11 +217,12 @@ class Graphed:
 
 def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
     """Eight cases beside their peers, most important first."""
-    tokens, length = (64, 64) if tiny else (16384, 4096)
-    width = 64 if tiny else 2048
+    tokens, length = (32, 32) if tiny else (16384, 4096)
+    width = 32 if tiny else 2048
 
     def attention(direction: str, dim: int, groups: int = 1) -> DeviceAttention:
-        heads = max(1, width // dim) * groups
+        dim = dim // 8 if tiny else dim
+        heads = width // dim * groups
         shape = (tokens // length, heads, heads // groups, length, dim)
         return DeviceAttention(*shape, _HALF, direction, peers=DEVICE_PEERS, device=device)
 
@@ -211,7 +231,7 @@ def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
         layers = 2 if tiny else 12
         return Graphed(DecodeBenchmark(*sizes, _HALF, shared, layers, device=device))
 
-    scan = (1, 64, 32) if tiny else registry.SCAN_SHAPE
+    scan = (1, _LEAST, 32) if tiny else registry.SCAN_SHAPE
     return [
         attention("forward", 128),
         attention("backward", 128),
@@ -219,6 +239,6 @@ def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
         attention("backward", 64),
         attention("forward", 128, groups=4),
         ScanBenchmark(*scan, _HALF, "forward", peers=(COPY,), device=device),
-        MixBenchmark(2, 1, tokens, 16, 128, _HALF, "forward", device=device),
+        MixBenchmark(2, 1, tokens, *((2, 16) if tiny else (16, 128)), _HALF, "forward", device=device),
         decode(8, 32, 8, 8192, 64, shared=True),
     ]

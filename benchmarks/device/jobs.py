@@ -48,6 +48,7 @@ def _run_ceilings(settings: Settings) -> dict[str, Any]:
     size = _TINY_GEMM_SIZE if settings.tiny else _GEMM_SIZE
     array_bytes = _TINY_ARRAY_BYTES if settings.tiny else _ARRAY_BYTES
     where: dict[str, Any] = {"device": settings.device, "timer": timer}
+    where["samples"] = settings.samples
     idle = readings()
     gemm = gemm_rates((torch.bfloat16, torch.float16), size=size, **where)
     return {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import resformer_kernels
 from benchmarks import registry, tuning
 from benchmarks import tuning_space as space
@@ -15,6 +17,7 @@ from benchmarks.device.cases import CHECK, FAMILIES, LARGE, SMOKE, peer_cases, t
 from benchmarks.device.common import Settings
 from benchmarks.supervisor import Job
 from benchmarks.workloads.device import FLEX, DeviceAttention
+from resformer_kernels._triton import available
 
 CEILINGS, PEERS, TIME, WARM = "ceilings", "peers", "time", "warm"
 """Kinds of job: yardsticks; timed beside peers; the same of every registered case; compiled
@@ -33,7 +36,7 @@ _SECONDS = {
     WARM: 150.0,
 }
 """The most that a job of each kind may take."""
-_TINY_SECONDS = 12.0
+_TINY_SECONDS = 15.0
 NATIVE = "native"
 
 
@@ -111,7 +114,9 @@ def backends(op: str) -> list[str]:
 def trials(
     settings: Settings, shortlist: Mapping[str, Sequence[space.Config]]
 ) -> list[space.Trial]:
-    """Configurations to try, each point's own first."""
+    """Configurations to try, each point's own first; none where Triton cannot run."""
+    if available.unavailable_reason(torch.device(settings.device)) is not None:
+        return []
     points = space.points((128, 64), masks=("causal", "full"))
     most = MOST_CONFIGS
     if settings.tiny:
@@ -145,7 +150,7 @@ def _timed(kind: str, cases: Sequence[Any], settings: Settings) -> list[Job]:
 
 
 def _tune(kind: str, tries: Sequence[space.Trial], settings: Settings) -> list[Job]:
-    seconds = _TINY_SECONDS * 5 if settings.tiny else 60.0
+    seconds = 4 * _TINY_SECONDS if settings.tiny else 60.0
     return [
         Job(kind, trial.name, seconds, payload=trial, family=f"tune {trial.point.direction}")
         for trial in tries

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tuning
+from benchmarks import tuning_space as space
 from benchmarks.device import tools
 from benchmarks.device.cases import CHECK, LARGE, SMOKE
 from benchmarks.device.common import Settings
@@ -88,6 +89,8 @@ class DeviceRun:
     """Configurations that compile and are right."""
     tuned: dict[str, float] = field(default_factory=dict)
     """Seconds of configurations."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Configurations that do not compile, do not end or are not right."""
     triton: dict[str, int] = field(default_factory=dict)
     """Kernels that Triton compiled here, and those found in its cache."""
     notes: dict[str, str] = field(default_factory=dict)
@@ -147,11 +150,18 @@ class DeviceRun:
 
     def _add_trial(self, job: Job, result: dict[str, Any]) -> None:
         if result["wrong"]:
-            self.notes[f"not right: {job.name}"] = result["wrong"]
+            self._reject(job, result["wrong"])
         elif job.kind == tuning.TRY:
             self.tried.append(job.name)
         else:
             self.tuned[job.name] = result["seconds"]
+
+    def _reject(self, job: Job, reason: str) -> None:
+        self.rejected[job.name] = reason
+        point = job.payload.point
+        # Many others are expected not to fit.
+        if job.payload.config == space.current(tuning.load_table(), self.architecture, point):
+            self._fail(job, "", reason)
 
     def _fail(self, job: Job, part: str, reason: str) -> None:
         self.failures.append({"job": key(job), "part": part, "reason": reason})
@@ -168,10 +178,12 @@ class DeviceRun:
             family = job.family if part in ("", OURS) else part
             self.crashes.setdefault(family, []).append(f"{key(job)}: {outcome.error}"[:300])
         again = without(job, part) if part and job.kind in (WARM, PEERS, TIME) else None
-        # A part that fails while it is only compiled ahead fails again where it counts, and a
-        # configuration need not fit; the table's own is checked before.
-        if job.kind == WARM or job.kind.startswith("tune"):
+        # A part that fails while it is only compiled ahead fails again where it counts.
+        if job.kind == WARM:
             return again
+        if job.kind in (tuning.TRY, tuning.TIME):
+            self._reject(job, outcome.error)
+            return None
         if job.kind in (tools.SANITIZE, tools.PROFILE):
             self.tools.append({"job": key(job), "said": outcome.error, "found": False})
             return None

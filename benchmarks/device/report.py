@@ -82,6 +82,9 @@ def headline(run: DeviceRun) -> str:
     rates += [f"{name} {rate / 1e12:.3g} TB/s" for name, rate in speeds.items()]
     lines.append(f"ceilings measured in this run: {', '.join(rates) or 'none yet'}")
     lines.append(f"clocks: {_clocks(run)}")
+    if run.rejected:
+        many = f"{len(run.rejected)} of {len(run.rejected) + len(run.tried)}"
+        lines.append(f"configurations that do not compile or are not right: {many}")
     if run.triton:
         counts = (run.triton.get(name, 0) for name in ("compiled", "cached"))
         lines.append("Triton: {} kernels compiled here, {} found in its cache".format(*counts))

@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         return refuse("device-check", NO_CHECKOUT)
     common, plan, record, device_run, report, device_build, bundle = modules
     tiny = args.device is not None
-    settings = common.Settings(args.device or "cuda", tiny=tiny, repeats=args.repeats)
+    samples = 2 if tiny else 7
+    settings = common.Settings(args.device or "cuda", tiny, samples, args.repeats)
     fresh = record.fresh(settings)
     path: Path = args.out or Path("reports") / f"{record.slug(settings)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
