@@ -20,7 +20,6 @@ from benchmarks.device.repeats import Recorded
 from benchmarks.device.timer import readings, timer_for
 from benchmarks.supervisor import Job
 from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
-from resformer_kernels.bench import machine
 from resformer_kernels.bench.ceilings import bandwidths, gemm_rates
 from resformer_kernels.bench.timing import OURS, Call, Unavailable, about, alternate
 from resformer_kernels.testing.verification import verify
@@ -52,8 +51,6 @@ def _run_ceilings(settings: Settings) -> dict[str, Any]:
     idle = readings()
     gemm = gemm_rates((torch.bfloat16, torch.float16), size=size, **where)
     return {
-        "machine": machine.describe_device(settings.device),
-        "slug": machine.device_slug(settings.device),
         "gemm_flops_per_s": gemm,
         "bandwidth_bytes_per_s": bandwidths(array_bytes=array_bytes, **where),
         "readings_before": idle,

@@ -96,8 +96,7 @@ def _run_phase(
     begun = time.monotonic()
     limit = end if patient else begun + phase.seconds - found.seconds.get(phase.name, 0.0)
     plan(found, call.phases)
-    left = set(found.unfinished)
-    jobs = [job for job in phase.jobs(found.tried) if key(job) in left]
+    jobs = [job for job in phase.jobs(found.tried) if found.is_open(job)]
     if not jobs or begun >= min(limit, end):
         return
     if phase.after_build and call.build is not None:
