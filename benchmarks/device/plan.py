@@ -76,7 +76,7 @@ def phases(
     found = [
         Phase("smoke test", lambda _: ahead[0][1], 60),
         Phase("checks", lambda _: space.in_turn([ahead[1][1], warm]), 200, 0),
-        Phase("CUDA library", lambda _: [*ahead[0][0], *ahead[1][0]], 60, 0, after_build=True),
+        Phase("native library", lambda _: [*ahead[0][0], *ahead[1][0]], 60, 0, after_build=True),
         Phase("large shapes", lambda _: large, 100, 3),
         Phase("peers", lambda _: [_ceilings(settings), *_peers(settings)], 120),
         Phase("sanitizer", lambda _: sanitizers, 90, 0),

@@ -125,11 +125,12 @@ class Teller:
         self.begun = self._told = time.monotonic()
         self._phase = ""
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        """Report a new phase, its end, and progress between them from time to time."""
+    def __call__(self, phase: str, done: int, total: int, more: str = "") -> None:
+        """Report a new phase, its end, and progress between them from time to time; `more` ends
+        the line."""
         now = time.monotonic()
         if phase != self._phase or done == total or now - self._told > self._every:
-            self.say(f"{phase}: {done} of {total}")
+            self.say(f"{phase}: {done} of {total}{more}")
             self._phase, self._told = phase, now
 
     def say(self, text: str) -> None:

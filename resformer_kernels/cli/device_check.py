@@ -125,6 +125,9 @@ def run(args: argparse.Namespace) -> int:
             begun=teller.begun,
         )
         teller.expect(found)
+        jobs = sum(len(phase.jobs(found.tried)) for phase in phases)
+        device = found.machine["device"]
+        teller.say(f"{device}: {jobs} jobs, {args.minutes:g} minutes, stored in {path}")
         code = 0
         try:
             device_run.run(found, call, args.minutes)
@@ -182,6 +185,7 @@ class _Teller(Teller):
         super().__init__()
         self._log = log
         self._failures = 0
+        self._before = 0
         self._out: set[str] = set()
 
     def say(self, text: str) -> None:
@@ -203,4 +207,7 @@ class _Teller(Teller):
         for family in {family for family in run.crashes if run.is_out(family)} - self._out:
             self._out.add(family)
             self.say(f"LEFT OUT from now on: {family}, which crashed or hung too often")
-        self(phase, done, total)
+        if done == 0:
+            self._before = self._failures
+        failed = self._failures - self._before
+        self(phase, done, total, f", {failed} FAILED" if failed else "")

@@ -162,7 +162,7 @@ def test_a_dry_run_in_two_calls_with_kernels_that_crash_and_hang(
 
 def _assert_order(run: dict[str, Any]) -> None:
     assert list(run["seconds"]) == [
-        *("smoke test", "checks", "CUDA library", "large shapes", "peers"),
+        *("smoke test", "checks", "native library", "large shapes", "peers"),
         *("configurations tried", "configurations timed"),
     ]
     smoke = [name for name in run["done"] if name.startswith("smoke triton")]
