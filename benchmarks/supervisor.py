@@ -174,9 +174,7 @@ def _itself(job: Job) -> Job | None:
 class Pool:
     """Workers that stay from one list of jobs to the next, each started when it is needed."""
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str] = os.environ
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
         self._command, self._environment = command, environment
         self._workers: list[Worker] = []
 

@@ -232,6 +232,7 @@ def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
         return Graphed(DecodeBenchmark(*sizes, _HALF, shared, layers, device=device))
 
     scan = (1, _LEAST, 32) if tiny else registry.SCAN_SHAPE
+    mixed = (2, 16) if tiny else (16, 128)
     return [
         attention("forward", 128),
         attention("backward", 128),
@@ -239,6 +240,6 @@ def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
         attention("backward", 64),
         attention("forward", 128, groups=4),
         ScanBenchmark(*scan, _HALF, "forward", peers=(COPY,), device=device),
-        MixBenchmark(2, 1, tokens, *((2, 16) if tiny else (16, 128)), _HALF, "forward", device=device),
+        MixBenchmark(2, 1, tokens, *mixed, _HALF, "forward", device=device),
         decode(8, 32, 8, 8192, 64, shared=True),
     ]

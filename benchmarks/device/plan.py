@@ -117,18 +117,22 @@ def trials(
     """Configurations to try, each point's own first; none where Triton cannot run."""
     if available.unavailable_reason(torch.device(settings.device)) is not None:
         return []
-    points = space.points((128, 64), masks=("causal", "full"))
-    most = MOST_CONFIGS
-    if settings.tiny:
-        points, most = space.points((64,), ("forward",), ("causal",)), 2
+    wanted, most = points(settings.tiny), 2 if settings.tiny else MOST_CONFIGS
     content, name = tuning.load_table(), tuning.architecture(settings.device)
     lists = []
-    for point in points:
+    for point in wanted:
         near = space.candidates(content, name, point)
         if point.name in shortlist:
             near = [near[0], *(space.Trial(point, config) for config in shortlist[point.name])]
         lists.append(list(dict.fromkeys(near))[:most])
     return space.in_turn(lists)
+
+
+def points(tiny: bool = False) -> list[space.Point]:
+    """The points of the tuning pass."""
+    if tiny:
+        return space.points((64,), ("forward",), ("causal",))
+    return space.points((128, 64), masks=("causal", "full"))
 
 
 def _by_library(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:

@@ -39,10 +39,10 @@ def fingerprint(settings: Settings) -> dict[str, Any]:
     about = machine.describe_device(settings.device)
     names = ("device", "torch", "triton", "cuda", "python")
     found: dict[str, Any] = {name: str(about[name]) for name in names if name in about}
-    return {**found, "sources": _digest(), "settings": asdict(settings)}
+    return {**found, "sources": sources_digest(), "settings": asdict(settings)}
 
 
-def _digest() -> str:
+def sources_digest() -> str:
     """Of the sources: a copy of the checkout need not have its history."""
     digest = hashlib.sha256()
     for path in sorted(path for name in _SOURCES for path in (_ROOT / name).rglob("*")):
@@ -69,7 +69,7 @@ class DeviceRun:
     """Jobs known so far."""
     ceilings: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """Comparisons with float64: job, op, backend, verdicts, and how often the bits were compared."""
+    """Comparisons with float64: job, op, backend, verdicts, and runs whose bits were compared."""
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
     """Reasons of backends that refused a case, by op and backend."""
     timings: list[dict[str, Any]] = field(default_factory=list)

@@ -115,7 +115,10 @@ def profiled(output: str) -> list[dict[str, str]]:
     heading, units, *rows = csv.reader(lines)
     kernels = []
     for row in rows:
-        named, in_unit = dict(zip(heading, row, strict=False)), dict(zip(heading, units, strict=False))
+        named, in_unit = (
+            dict(zip(heading, row, strict=False)),
+            dict(zip(heading, units, strict=False)),
+        )
         metrics = {
             short: f"{named[name]} {in_unit.get(name, '')}".strip()
             for name, short in _METRICS.items()

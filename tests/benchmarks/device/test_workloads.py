@@ -140,9 +140,7 @@ echo "580.1, 1980 MHz, 3201 MHz, 40, 120 W, 0x0000000000000064"
 """
 
 
-def test_readings_are_what_nvidia_smi_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readings_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert device_timer.readings() == {"unread": device_timer.NO_READINGS}
     tool = tmp_path / "nvidia-smi"
@@ -158,7 +156,8 @@ def test_readings_are_what_nvidia_smi_says(
 
 
 @pytest.mark.parametrize(
-    ("active", "expected"), [("0x0", "no"), ("0x1", "no"), ("0x8", "hardware slowdown"), ("N/A", "N/A")]
+    ("active", "expected"),
+    [("0x0", "no"), ("0x1", "no"), ("0x8", "hardware slowdown"), ("N/A", "N/A")],
 )
 def test_only_what_slows_it_under_load_is_throttling(active: str, expected: str) -> None:
     assert device_timer.throttled(active) == expected
