@@ -6,7 +6,7 @@ Ops run on meta tensors: each launches its kernels into a list instead of onto a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Problem:
     name: str
     function: Callable[..., Any]
     positional: Sequence[Any]
-    named: dict[str, Any]
+    named: Mapping[str, Any]
 
 
 def launches(problem: Problem, capability: tuple[int, int]) -> list[Launch]:

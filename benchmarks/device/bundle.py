@@ -202,14 +202,12 @@ def unpack_kernels(archive: Path, kernels: Mapping[str, str], cache: Path) -> in
     return len(homes)
 
 
-def _members(
-    packed: tarfile.TarFile, folders: Container[str]
-) -> Iterator[tuple[str, str, bytes]]:
+def _members(packed: tarfile.TarFile, folders: Container[str]) -> Iterator[tuple[str, str, bytes]]:
     for member in packed:
         folder, _, name = member.name.partition("/")
         data = packed.extractfile(member)
         if data is None or folder not in folders or "/" in name or name.startswith("."):
-            raise Unusable(f"{packed.name} holds {member.name}, which no bundle does")
+            raise Unusable(f"its archive holds {member.name}, which no bundle does")
         yield folder, name, data.read()
 
 

@@ -69,15 +69,22 @@ def table(kind: str, device: str, tiny: bool) -> dict[str, Check]:
 def _smoke(device: str, tiny: bool) -> Iterator[Check]:
     """One case of each family."""
     length = 17 if tiny else 1030
-    both = {"lambda_v": "scalar", "lambda_first": "scalar"}
-    dims = {"head_dim": 16, "value_dim": 16} if tiny else {"head_dim": 128, "value_dim": 128}
+    dim = 16 if tiny else 128
     case = AttentionCase(
-        dtype=_HALF, batch=1, q_len=length, k_len=length, causal=True, **both, **dims
+        dtype=_HALF,
+        batch=1,
+        q_len=length,
+        k_len=length,
+        head_dim=dim,
+        value_dim=dim,
+        causal=True,
+        lambda_v="scalar",
+        lambda_first="scalar",
     )
     yield attention_check(case, device)
     lengths = ((length, length), (1, length + 9), (20, 5))
     yield attention_check(replace(case, lengths=lengths), device)
-    cached = KVCacheCase(lengths=(9 * length, 5), dtype=_HALF, return_lse=True, **dims)
+    cached = KVCacheCase((9 * length, 5), head_dim=dim, value_dim=dim, dtype=_HALF, return_lse=True)
     yield kvcache_check(cached, device)
     scan = ScanCase("smoke", _HALF, time=_LEAST if tiny else length)
     yield from _problems(device, "smoke", (2, length, 3, 24), [scan])
@@ -118,11 +125,12 @@ def _large(device: str, tiny: bool) -> Iterator[Check]:
     count = 1 if tiny else None
     heads = (4, 2, 16) if tiny else (32, 4, 128)
     for case in list(_large_attention(size))[:count]:
-        small = {"heads": 2, "kv_heads": 2, "head_dim": 16, "value_dim": 16} if tiny else {}
-        yield attention_check(replace(case, **small), device)
+        if tiny:
+            case = replace(case, heads=2, kv_heads=2, head_dim=16, value_dim=16)
+        yield attention_check(case, device)
     for cached in list(_large_decode(size, *heads))[:count]:
         yield kvcache_check(cached, device)
-    wide = {"time": size(8192) // (2 if tiny else 1), "channels": size(1024)}
+    wide: dict[str, Any] = {"time": size(4096), "channels": size(1024)}
     scans = [
         ScanCase("large, gates by step", _HALF, batch=1 if tiny else 4, **wide),
         ScanCase("large, constant gates, reversed", torch.float32, True, reverse=True, **wide),
@@ -149,13 +157,12 @@ def _large(device: str, tiny: bool) -> Iterator[Check]:
 
 
 def _large_attention(size: Callable[[int], int]) -> Iterator[AttentionCase]:
-    scalars = {"lambda_v": "scalar", "lambda_first": "scalar"}
+    scalars: dict[str, Any] = {"lambda_v": "scalar", "lambda_first": "scalar"}
 
     def case(heads: int, kv_heads: int, length: int, dim: int, **rest: Any) -> AttentionCase:
-        given = {"dtype": _HALF, "batch": 1, "causal": True, **scalars, **rest}
-        lengths = {"q_len": size(length), "k_len": size(length)}
-        dims = {"head_dim": dim, "value_dim": dim}
-        return AttentionCase(heads=heads, kv_heads=kv_heads, **lengths, **dims, **given)
+        given: dict[str, Any] = {"dtype": _HALF, "batch": 1, "causal": True, **scalars, **rest}
+        given |= {"q_len": size(length), "k_len": size(length)}
+        return AttentionCase(heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, **given)
 
     yield case(8, 8, 8192, 128)
     yield case(16, 4, 4096, 64, batch=2, sinks=True, return_lse=True, softcap=15.0)
@@ -226,20 +233,20 @@ def peer_cases(device: str, tiny: bool) -> Sequence[Benchmark]:
         shape = (tokens // length, heads, heads // groups, length, dim)
         return DeviceAttention(*shape, _HALF, direction, peers=DEVICE_PEERS, device=device)
 
-    def decode(*shape: int, shared: bool) -> Graphed:
-        sizes = (2, 4, 2, 64, 16) if tiny else shape
+    def decode(dim: int, *, shared: bool) -> Graphed:
+        shape = (2, 4, 2, 64, 16) if tiny else (8, 32, 8, 8192, dim)
         layers = 2 if tiny else 12
-        return Graphed(DecodeBenchmark(*sizes, _HALF, shared, layers, device=device))
+        return Graphed(DecodeBenchmark(*shape, _HALF, shared, layers, device=device))
 
     scan = (1, _LEAST, 32) if tiny else registry.SCAN_SHAPE
     mixed = (2, 16) if tiny else (16, 128)
     return [
         attention("forward", 128),
         attention("backward", 128),
-        decode(8, 32, 8, 8192, 128, shared=False),
+        decode(128, shared=False),
         attention("backward", 64),
         attention("forward", 128, groups=4),
         ScanBenchmark(*scan, _HALF, "forward", peers=(COPY,), device=device),
         MixBenchmark(2, 1, tokens, *mixed, _HALF, "forward", device=device),
-        decode(8, 32, 8, 8192, 64, shared=True),
+        decode(64, shared=True),
     ]

@@ -146,7 +146,12 @@ def _checks(run: DeviceRun) -> Sheet:
     repeated: dict[tuple[str, ...], int] = {}
     other: Counter[tuple[str, ...]] = Counter()
     for check in run.checks:
-        which = (check["kind"], check["backend"], check["op"], check["verdicts"][0]["dtype"])
+        which: tuple[str, ...] = (
+            check["kind"],
+            check["backend"],
+            check["op"],
+            check["verdicts"][0]["dtype"],
+        )
         counts[which] += 1
         repeated[which] = min(repeated.get(which, check["repeated"]), check["repeated"])
         other[which] += bool(check["differing"])
@@ -155,7 +160,7 @@ def _checks(run: DeviceRun) -> Sheet:
             tensor = verdict["tensor"].split("[")[0]
             found = share(float(verdict["error"]), float(verdict["budget"]))
             shares[tensor] = max(shares.get(tensor, 0.0), found)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for which, shares in worst.items():
         tensor, most = max(shares.items(), key=lambda item: item[1])
         same = f"{repeated[which]}x same" if repeated[which] > 1 else "not repeated"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,39 +100,37 @@ def run(args: argparse.Namespace) -> int:
     settings = common.Settings(args.device or "cuda", tiny, samples, args.repeats)
     fresh = record.fresh(settings)
     path: Path = args.out or Path("reports") / f"{record.slug(settings)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".log").open("a") as log:
-        teller = _Teller(log)
-        try:
-            found = _begin(args.resume, path, fresh, record, teller)
-            unpacked = bundle.unpack(args.bundle, found) if args.bundle else bundle.NOTHING
-        except (record.Mismatch, bundle.Unusable) as error:
-            return refuse("device-check", str(error))
-        build = None
-        if not (tiny or args.no_build or unpacked.library):
-            build = device_build.Build(torch.cuda.get_device_capability())
-        phases = plan.phases(settings, found.shortlist, everything=args.everything)
-        call = device_run.Call(
-            settings,
-            phases,
-            path,
-            teller.of,
-            workers=args.workers,
-            build=build,
-            worker=shlex.split(args.worker) if args.worker else device_run.WORKER,
-            environment=unpacked.environment,
-            begun=teller.begun,
-        )
-        teller.expect(found)
-        jobs = sum(len(phase.jobs(found.tried)) for phase in phases)
-        device = found.machine["device"]
-        teller.say(f"{device}: {jobs} jobs, {args.minutes:g} minutes, stored in {path}")
-        code = 0
-        try:
-            device_run.run(found, call, args.minutes)
-        except KeyboardInterrupt:
-            teller.say("interrupted; what was found is stored")
-            code = INTERRUPTED
+    teller = _Teller(path.with_suffix(".log"))
+    try:
+        found = _begin(args.resume, path, fresh, record, teller)
+        unpacked = bundle.unpack(args.bundle, found) if args.bundle else bundle.NOTHING
+    except (record.Mismatch, bundle.Unusable) as error:
+        return refuse("device-check", str(error))
+    build = None
+    if not (tiny or args.no_build or unpacked.library):
+        build = device_build.Build(torch.cuda.get_device_capability())
+    phases = plan.phases(settings, found.shortlist, everything=args.everything)
+    call = device_run.Call(
+        settings,
+        phases,
+        path,
+        teller.of,
+        workers=args.workers,
+        build=build,
+        worker=shlex.split(args.worker) if args.worker else device_run.WORKER,
+        environment=unpacked.environment,
+        begun=teller.begun,
+    )
+    teller.expect(found)
+    jobs = sum(len(phase.jobs(found.tried)) for phase in phases)
+    device = found.machine["device"]
+    teller.say(f"{device}: {jobs} jobs, {args.minutes:g} minutes, stored in {path}")
+    code = 0
+    try:
+        device_run.run(found, call, args.minutes)
+    except KeyboardInterrupt:
+        teller.say("interrupted; what was found is stored")
+        code = INTERRUPTED
     _print(found, report, path)
     return code or (1 if found.failures else 0)
 
@@ -181,7 +178,7 @@ def _print(found: Any, report: Any, path: Path) -> None:
 class _Teller(Teller):
     """A `Teller` that keeps its lines in a file too, and tells each finding at once."""
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Path) -> None:
         super().__init__()
         self._log = log
         self._failures = 0
@@ -191,7 +188,9 @@ class _Teller(Teller):
     def say(self, text: str) -> None:
         """Print a line with the seconds since the beginning."""
         super().say(text)
-        print(self.line(text), file=self._log, flush=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as log:
+            print(self.line(text), file=log)
 
     def expect(self, run: Any) -> None:
         """Take note of what an earlier call has told."""

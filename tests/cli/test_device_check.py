@@ -118,7 +118,9 @@ def test_only_its_like_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[
     command = [*ON_A_CPU, "--out", str(path)]
     assert main([*command, "--resume", str(other)]) == 2
     assert "other.json is no run of device-check" in capsys.readouterr().err
-    assert not path.exists()
+    assert main([*command, "--bundle", str(tmp_path)]) == 2
+    assert "is no bundle" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_a_dry_run_in_two_calls_with_kernels_that_crash_and_hang(

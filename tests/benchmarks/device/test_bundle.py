@@ -1,4 +1,4 @@
-"""The bundle for a device: kernels compiled here that a launch there finds, and what else it has."""
+"""The bundle for a device: kernels compiled here that a launch there finds, and the rest."""
 
 from __future__ import annotations
 

@@ -58,15 +58,15 @@ def test_forward_and_backward_are_recorded_and_the_same(backend: str, native: st
 
 def test_what_a_call_writes_is_put_back_before_it_runs_again(native: str) -> None:
     q, k, v = (torch.randn(2, 1, 2, 8) for _ in range(3))
-    caches = [torch.zeros(2, 9, 2, 8) for _ in range(2)]
+    k_cache, v_cache = (torch.zeros(2, 9, 2, 8) for _ in range(2))
     lengths = torch.tensor([3, 5], dtype=torch.int32)
     with Recorded() as recorded:
-        attention_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, backend=native)
+        attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, backend=native)
     (ran,) = recorded.ops
     assert len(ran.written) >= 2
     assert recorded.differing(3) == ""
     # Left as the call left them.
-    assert torch.equal(caches[0][0, 3], k[0, 0])
+    assert torch.equal(k_cache[0, 3], k[0, 0])
 
 
 def test_other_packages_ops_are_left_alone() -> None:

@@ -21,6 +21,7 @@ from benchmarks.workloads import device as device_workloads
 from benchmarks.workloads.device import (
     DEVICE_PEERS,
     FA3,
+    FA4,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
@@ -63,10 +64,11 @@ def test_contestants_compute_the_same(
     direction: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_flash_attn_3(monkeypatch, "flash_attn_interface")
+    install_flash_attn_3(monkeypatch, "flash_attn.cute")
     monkeypatch.setattr(device_workloads, "compiled", lambda function: function)
     makers = replace(CASE, direction=direction, causal=causal).makers()
     # Torch's FlexAttention has no backward on a CPU.
-    names = (OURS, SDPA_FLASH, FA3, *((FLEX,) if direction == "forward" else ()))
+    names = (OURS, SDPA_FLASH, FA3, FA4, *((FLEX,) if direction == "forward" else ()))
     found = {name: makers[name]() for name in names}
     expected = found[OURS]()
     for name, call in found.items():
@@ -77,11 +79,13 @@ def test_contestants_compute_the_same(
 
 
 def test_what_is_not_here_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("flash_attn_interface", "fa3_fwd_interface"):
+    for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     makers = CASE.makers()
     with pytest.raises(Unavailable, match="flash_attn_interface"):
         makers[FA3]()()
+    with pytest.raises(Unavailable, match="flash_attn"):
+        makers[FA4]()()
     with pytest.raises(RuntimeError):
         makers[SDPA_CUDNN]()()
     with pytest.raises(Unavailable, match="no kernel serves it"):
