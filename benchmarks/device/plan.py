@@ -57,7 +57,7 @@ class Phase:
 
 def phases(
     settings: Settings,
-    shortlist: Mapping[str, Sequence[space.Config]],
+    shortlist: Mapping[str, Sequence[Sequence[int]]],
     *,
     everything: bool = False,
 ) -> list[Phase]:
@@ -112,7 +112,7 @@ def backends(op: str) -> list[str]:
 
 
 def trials(
-    settings: Settings, shortlist: Mapping[str, Sequence[space.Config]]
+    settings: Settings, shortlist: Mapping[str, Sequence[Sequence[int]]]
 ) -> list[space.Trial]:
     """Configurations to try, each point's own first; none where Triton cannot run."""
     if available.unavailable_reason(torch.device(settings.device)) is not None:
@@ -123,7 +123,8 @@ def trials(
     for point in wanted:
         near = space.candidates(content, name, point)
         if point.name in shortlist:
-            near = [near[0], *(space.Trial(point, config) for config in shortlist[point.name])]
+            chosen = [(a, b, c, d) for a, b, c, d in shortlist[point.name]]
+            near = [near[0], *(space.Trial(point, config) for config in chosen)]
         lists.append(list(dict.fromkeys(near))[:most])
     return space.in_turn(lists)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,21 @@ def run(args: argparse.Namespace) -> int:
     device = found.machine["device"]
     teller.say(f"{device}: {jobs} jobs, {args.minutes:g} minutes, stored in {path}")
     code = 0
+    # `timeout`, and whoever ends a rented machine's command, sends this one.
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         device_run.run(found, call, args.minutes)
     except KeyboardInterrupt:
         teller.say("interrupted; what was found is stored")
         code = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _print(found, report, path)
     return code or (1 if found.failures else 0)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _begin(resume: Path | None, path: Path, fresh: Any, record: Any, teller: _Teller) -> Any:

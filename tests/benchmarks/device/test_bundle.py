@@ -84,6 +84,7 @@ def test_a_launch_finds_the_kernels_of_a_bundle(tmp_path: Path, cache: str, foun
     assert f"\n{found} " in said
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_script_prepares_one(tmp_path: Path) -> None:
     script, out = str(ROOT / "scripts" / "prepare_device_bundle.py"), tmp_path / "bundle"

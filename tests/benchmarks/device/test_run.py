@@ -371,7 +371,8 @@ def test_few_configurations_of_a_point_are_tried() -> None:
     settings = Settings("cpu")
     point = space.points((128,), ("forward",), ("causal",))[0]
     chosen = [(64, 128, 4, 3), (64, 64, 4, 2)]
-    found = plan.trials(settings, {point.name: chosen})
+    # Lists, as JSON has them.
+    found = plan.trials(settings, {point.name: [list(config) for config in chosen]})
     by_point: dict[space.Point, list[space.Config]] = {}
     for trial in found:
         by_point.setdefault(trial.point, []).append(trial.config)
