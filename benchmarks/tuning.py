@@ -37,7 +37,7 @@ _SAMPLE_SECONDS = 0.002
 _TOKENS, _LENGTH, _WIDTH, _WINDOW = 16384, 4096, 2048, 1024
 _TINY_TOKENS, _TINY_LENGTH, _TINY_WIDTH = 32, 32, 64
 """Tokens in all, of a sequence, and heads times head_dim."""
-MIX = "RESFORMERMIX"
+MIX = "RESFORMER_MIX"
 PLACES = ("inline", "prologue")
 """Where V' is mixed."""
 

@@ -96,8 +96,10 @@ def run(job: Job, settings: Settings) -> dict[str, Any]:
     assert path is not None
     program = [sys.executable, "-m", "benchmarks.device.once"]
     command = [path, *options, *program, json.dumps(asdict(settings)), kind, name]
-    # Memory of its own for each tensor, so that what lies past its end is nobody's.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = dict(os.environ)
+    if tool == SANITIZER:
+        # Memory of its own for each tensor, so that what lies past its end is nobody's.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     said = f"{done.stdout}\n{done.stderr}".strip()
     result: dict[str, Any] = {"tool": which if tool == SANITIZER else tool, "case": name}
