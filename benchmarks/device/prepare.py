@@ -19,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,7 +79,10 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int, what: s
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         waiting = {pool.submit(function, item): place for place, item in enumerate(items)}
         for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
+            try:
+                found[waiting[done]] = done.result()
+            except BrokenProcessPool:
+                sys.exit("error: a compiler's process died; --jobs 1 --cache DIR shows where")
             if time.monotonic() - told > 15 or len(found) == len(items):
                 told = time.monotonic()
                 say(f"{what}: {len(found)} of {len(items)}")
@@ -120,9 +125,10 @@ def compiled(cache: Path, place: int) -> tuple[str, str] | str:
 
 
 def pack_kernels(
-    folder: Path, trials: Sequence[space.Trial], words: str, workers: int
+    archive: Path, cache: Path, trials: Sequence[space.Trial], words: str, workers: int
 ) -> dict[str, str]:
-    """Compile and archive the kernels of the check, and of those trials."""
+    """Compile and archive the kernels of the check, and of those trials: by folder in the cache,
+    what the folder's name is made from."""
     launches = []
     for problem in ahead.problems(words):
         launches += ahead.launches(problem, CAPABILITY)
@@ -130,7 +136,6 @@ def pack_kernels(
         launches += ahead.trial_launches(trial, CAPABILITY)
     _cases[:] = ahead.cases(launches, CAPABILITY)
     say(f"{len(launches)} launches need {len(_cases)} kernels")
-    cache = folder / "cache"
     found = spread(partial(compiled, cache), range(len(_cases)), workers, "kernels compiled")
     kernels: dict[str, str] = {}
     for each in found:
@@ -138,8 +143,7 @@ def pack_kernels(
             say(f"left out: {each}")
         else:
             kernels[each[0]] = each[1]
-    bundle.pack(cache, list(kernels), folder / bundle.KERNELS)
-    shutil.rmtree(cache)
+    bundle.pack(cache, list(kernels), archive)
     return kernels
 
 
@@ -178,6 +182,12 @@ def parsed() -> argparse.Namespace:
         "--wheel", type=Path, action="append", default=[], help="a wheel to bring, such as FA3's"
     )
     parser.add_argument("--jobs", type=int, default=usable_cores(), help="processes at once")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep compiled kernels here, for the next time (default: a temporary folder)",
+    )
     parser.add_argument("--filter", default="", metavar="TEXT", help="kernels of these cases alone")
     parser.add_argument(
         "--no-configurations",
@@ -218,22 +228,24 @@ def main() -> int:
     if not args.no_library:
         build_library(folder)
     points = [] if args.no_configurations else plan.points()
-    with tempfile.TemporaryDirectory() as cache:
-        choose = partial(chosen, Path(cache))
-        configs = spread(choose, points, args.jobs, "configurations chosen, points")
-    shortlist = {point.name: found for point, found in zip(points, configs, strict=True)}
-    trials = [space.Trial(x, y) for x, found in zip(points, configs, strict=True) for y in found]
-    kernels = pack_kernels(folder, trials, args.filter, args.jobs)
+    with tempfile.TemporaryDirectory() if args.cache is None else nullcontext(args.cache) as kept:
+        cache = Path(kept)
+        configs = spread(partial(chosen, cache), points, args.jobs, "points with configurations")
+        pairs = [(x, y) for x, found in zip(points, configs, strict=True) for y in found]
+        trials = [space.Trial(point, config) for point, config in pairs]
+        archive = folder / bundle.KERNELS
+        kernels = pack_kernels(archive, cache, trials, args.filter, args.jobs)
     about = {
         "format": bundle.FORMAT,
         "capability": NUMBER,
         "sources": sources_digest(),
         "compiler": bundle.compiler(NUMBER),
         "kernels": kernels,
-        "shortlist": shortlist,
+        "shortlist": {x.name: found for x, found in zip(points, configs, strict=True)},
     }
     (folder / bundle.MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
-    say("FlashAttention 4: its compiled objects are left out, they hold for one machine's packages")
+    # Whether they load where they were not made has not been seen.
+    say("FlashAttention 4: its compiled objects are left out; --wheel brings its wheels")
     return finish(folder, args.out, args.limit_mib)
 
 

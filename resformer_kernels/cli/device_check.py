@@ -95,7 +95,25 @@ def run(args: argparse.Namespace) -> int:
     modules = checkout(*(f"device.{name}" for name in _MODULES))
     if modules is None:
         return refuse("device-check", NO_CHECKOUT)
-    common, plan, record, device_run, report, device_build, bundle = modules
+    # `timeout`, and whoever ends a rented machine's command, sends this one.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _checked(args, *modules)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _checked(
+    args: argparse.Namespace,
+    common: Any,
+    plan: Any,
+    record: Any,
+    device_run: Any,
+    report: Any,
+    device_build: Any,
+    bundle: Any,
+) -> int:
+    """The run itself, with the modules of the checkout."""
     tiny = args.device is not None
     samples = 2 if tiny else 7
     settings = common.Settings(args.device or "cuda", tiny, samples, args.repeats)
@@ -123,19 +141,16 @@ def run(args: argparse.Namespace) -> int:
         begun=teller.begun,
     )
     teller.expect(found)
-    jobs = sum(len(phase.jobs(found.tried)) for phase in phases)
-    device = found.machine["device"]
-    teller.say(f"{device}: {jobs} jobs, {args.minutes:g} minutes, stored in {path}")
+    device_run.plan(found, phases)
     code = 0
-    # `timeout`, and whoever ends a rented machine's command, sends this one.
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        about = f"{found.machine['device']}: {len(found.planned)} jobs"
+        teller.say(f"{about}, {args.minutes:g} minutes, stored in {path}")
         device_run.run(found, call, args.minutes)
     except KeyboardInterrupt:
+        found.store(path)
         teller.say("interrupted; what was found is stored")
         code = INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
     _print(found, report, path)
     return code or (1 if found.failures else 0)
 
