@@ -37,7 +37,7 @@ docs: setup ## rewrite what README and docs/ quote from the code and from stored
 	@$(PY) -m benchmarks.quotes
 
 # No set-up: on a machine with a GPU its own torch and Triton are used, and nothing is installed.
-device-check: ## on a GPU, in eight minutes: its kernels against float64, then timed beside their peers
+device-check: ## on a GPU: its kernels against float64 and themselves, then beside their peers; again goes on
 	@$(PYTHON) -m resformer_kernels.cli device-check $(ARGS)
 
 # Its own folder of packages: the pinned Triton stays what everything else uses.

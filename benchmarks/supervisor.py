@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,6 +28,8 @@ _TAIL = 600
 _STARTS = 3
 """Failed starts of a worker before it is given up."""
 _TIME_UP = "the time was up"
+_DEATH_SECONDS = 10.0
+"""A killed process that still waits for its device after this long is left behind."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Job:
     """Parts of it to leave out."""
     payload: Any = None
     """Data for the worker, which `pickle` can send."""
+    family: str = ""
+    """The kernels that it runs."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Outcome:
     """The part in progress."""
     lost: bool = False
     """Whether the process died, or was killed because the job's time was up."""
+    fatal: bool = False
+    """Whether the process could not go on after an error."""
     unfinished: bool = False
     """Whether the time of the whole run was up: no fault of the job."""
 
@@ -76,7 +83,7 @@ class Worker:
         if time.monotonic() >= until:
             return Outcome(job, error=_TIME_UP, unfinished=True)
         if self._failed_starts >= _STARTS:
-            return Outcome(job, error="its process does not start")
+            return Outcome(job, error="its process does not start", unfinished=True)
         if self._process is None:
             self._process = self._start()
             if self._message(min(until, time.monotonic() + self._start_seconds)) is None:
@@ -96,19 +103,23 @@ class Worker:
             else:
                 if message["fatal"]:
                     self.close()
-                return Outcome(job, error=message["error"], at=at)
+                return Outcome(job, error=message["error"], at=at, fatal=message["fatal"])
         return self._lost(job, at, until, self._process)
 
     def kill(self) -> None:
-        """End the process from another thread; `run` then returns."""
-        if self._process is not None:
-            self._process.kill()
+        """End the process, and those that it started, from another thread; `run` then returns."""
+        process = self._process
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
+            # A process that waits inside a driver dies when the driver lets it.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_DEATH_SECONDS)
             self._channel.close()
             self._output.close()
             self._process = None
@@ -124,6 +135,7 @@ class Worker:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
+                start_new_session=True,
             )
 
     def _message(self, deadline: float) -> dict[str, Any] | None:
@@ -155,50 +167,79 @@ class Worker:
         return Outcome(job, error=f"{error}: {said}" if said else error, at=at, lost=True)
 
 
-def supervise(
-    jobs: Sequence[Job],
-    command: Sequence[str],
-    *,
-    workers: int,
-    until: float,
-    on_outcome: Callable[[Outcome], Job | None],
-    environment: Mapping[str, str] = os.environ,
-) -> None:
-    """Do `jobs` in order, `workers` at a time, until `until` on `time.monotonic()`'s clock.
+def _itself(job: Job) -> Job | None:
+    return job
 
-    `on_outcome` is told of each, one at a time, and may return a job to do next: the same without
-    the part that broke it, say. It is also told of jobs that there is no time to begin.
-    """
-    waiting = deque(jobs)
-    lock, stop = threading.Lock(), threading.Event()
 
-    def serve(worker: Worker) -> None:
-        try:
+class Pool:
+    """Workers that stay from one list of jobs to the next, each started when it is needed."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+        self._command, self._environment = command, environment
+        self._workers: list[Worker] = []
+
+    def do(
+        self,
+        jobs: Sequence[Job],
+        *,
+        workers: int,
+        until: float,
+        on_outcome: Callable[[Outcome], Job | None],
+        ready: Callable[[Job], Job | None] = _itself,
+    ) -> None:
+        """Do `jobs` in order, `workers` at a time, until `until` on `time.monotonic()`'s clock.
+
+        `on_outcome` is told of each, one at a time, and may return a job to do next: the same
+        without the part that broke it, say. It is also told of jobs that there is no time to begin.
+        `ready` is asked about each when its turn comes: what to do in its place, or None to leave
+        it out. Workers beyond those asked for are ended first: they may hold memory.
+        """
+        waiting = deque(jobs)
+        lock, stop = threading.Lock(), threading.Event()
+
+        def following() -> Job | None:
+            while waiting:
+                job = ready(waiting.popleft())
+                if job is not None:
+                    return job
+            return None
+
+        def serve(worker: Worker) -> None:
             while not stop.is_set():
                 with lock:
-                    if not waiting:
-                        return
-                    job = waiting.popleft()
+                    job = following()
+                if job is None:
+                    return
                 outcome = worker.run(job, until)
                 with lock:
-                    following = None if stop.is_set() else on_outcome(outcome)
-                    if following is not None:
-                        waiting.appendleft(following)
-        finally:
-            worker.close()
+                    then = None if stop.is_set() else on_outcome(outcome)
+                    if then is not None:
+                        waiting.appendleft(then)
 
-    pool = [Worker(command, environment) for _ in range(max(1, min(workers, len(jobs))))]
-    with ThreadPoolExecutor(len(pool)) as threads:
-        serving = [threads.submit(serve, worker) for worker in pool]
-        try:
-            for served in as_completed(serving):
-                served.result()
-        finally:
-            stop.set()
-            # Again and again: a worker may be starting its process just now.
-            while wait(serving, timeout=0.1).not_done:
-                for worker in pool:
-                    worker.kill()
+        pool = self._sized(max(1, min(workers, len(jobs))))
+        with ThreadPoolExecutor(len(pool)) as threads:
+            serving = [threads.submit(serve, worker) for worker in pool]
+            try:
+                for served in as_completed(serving):
+                    served.result()
+            finally:
+                stop.set()
+                # Again and again: a worker may be starting its process just now.
+                while wait(serving, timeout=0.1).not_done:
+                    for worker in pool:
+                        worker.kill()
+
+    def close(self) -> None:
+        """End every process."""
+        self._sized(0)
+
+    def _sized(self, count: int) -> list[Worker]:
+        for worker in self._workers[count:]:
+            worker.close()
+        missing = count - len(self._workers)
+        new = [Worker(self._command, self._environment) for _ in range(missing)]
+        self._workers = [*self._workers[:count], *new]
+        return self._workers
 
 
 def without(job: Job, part: str) -> Job:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import tuning_space as space
-from benchmarks.device_jobs import TOLERANCE, Settings, relative_distance, tensors
-from benchmarks.device_timer import timer_for
+from benchmarks.device.common import TOLERANCE, Settings, relative_distance, tensors
+from benchmarks.device.timer import timer_for
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Trial
 from resformer_kernels import value_residual_attention
@@ -35,10 +35,10 @@ TRY, TIME, PLACE = "tune try", "tune time", "tune place"
 _TRY_SECONDS, _TIME_SECONDS, _PLACE_SECONDS = 90.0, 30.0, 60.0
 _SAMPLE_SECONDS = 0.002
 _TOKENS, _LENGTH, _WIDTH, _WINDOW = 16384, 4096, 2048, 1024
-_TINY_TOKENS, _TINY_LENGTH, _TINY_WIDTH = 64, 32, 256
+_TINY_TOKENS, _TINY_LENGTH, _TINY_WIDTH = 32, 32, 64
 """Tokens in all, of a sequence, and heads times head_dim."""
-_MIX = "RESFORMER_MIX"
-_PLACES = ("inline", "prologue")
+MIX = "RESFORMER_MIX"
+PLACES = ("inline", "prologue")
 """Where V' is mixed."""
 
 
@@ -151,7 +151,7 @@ def run_job(job: Job, settings: Settings) -> dict[str, Any]:
         head_dim, rows = job.payload
         return _place(head_dim, rows, settings)
     trial: Trial = job.payload
-    with _configured(trial, architecture(settings.device)):
+    with configured(trial, architecture(settings.device)):
         if job.kind == TRY:
             return {"wrong": _compare(trial.point, settings)}
         return {"wrong": "", "seconds": _seconds({"": _call(trial.point, settings)}, settings)[""]}
@@ -170,7 +170,7 @@ def configs() -> Any:
 
 
 @contextmanager
-def _configured(trial: Trial, architecture: str) -> Iterator[None]:
+def configured(trial: Trial, architecture: str) -> Iterator[None]:
     """Within it, the trial's configuration stands in the table of this process."""
     point = trial.point
     by_precision = configs().table()[architecture][point.direction]
@@ -184,13 +184,28 @@ def _configured(trial: Trial, architecture: str) -> Iterator[None]:
         by_mask.update(before)
 
 
-_WANTED: dict[str, tuple[int, ...]] = {"forward": (), "keys": (1, 2, 3, 4, 5), "queries": (0,)}
+WANTED: dict[str, tuple[int, ...]] = {"forward": (), "keys": (1, 2, 3, 4, 5), "queries": (0,)}
 """The leaves whose gradients each kernel makes."""
 
 
 @functools.lru_cache(maxsize=2)
 def _drawn(case: AttentionBenchmark) -> tuple[list[Tensor], Tensor]:
     return case.leaves(), case.grad()
+
+
+def benchmark(point: Point, settings: Settings, length: int | None = None) -> AttentionBenchmark:
+    """The call that a point's configurations are tried on."""
+    tokens, width = (_TINY_TOKENS, _TINY_WIDTH) if settings.tiny else (_TOKENS, _WIDTH)
+    length = length or (_TINY_LENGTH if settings.tiny else _LENGTH)
+    heads = max(1, width // point.head_dim)
+    return AttentionBenchmark(
+        *(max(1, tokens // length), heads, heads, length, point.head_dim),
+        torch.bfloat16 if point.precision == "half" else torch.float32,
+        "forward" if point.direction == "forward" else "backward",
+        window=_WINDOW if point.mask == "window" else None,
+        causal=point.mask == "causal",
+        device=settings.device,
+    )
 
 
 def _call(
@@ -202,21 +217,11 @@ def _call(
     sequences: int | None = None,
 ) -> Call:
     """Forward at a point, or the gradients of its kernel; of the first `sequences` alone."""
-    tokens, width = (_TINY_TOKENS, _TINY_WIDTH) if settings.tiny else (_TOKENS, _WIDTH)
-    length = length or (_TINY_LENGTH if settings.tiny else _LENGTH)
-    heads = max(1, width // point.head_dim)
-    case = AttentionBenchmark(
-        *(max(1, tokens // length), heads, heads, length, point.head_dim),
-        torch.bfloat16 if point.precision == "half" else torch.float32,
-        "forward" if point.direction == "forward" else "backward",
-        window=_WINDOW if point.mask == "window" else None,
-        causal=point.mask == "causal",
-        device=settings.device,
-    )
+    case = benchmark(point, settings, length)
     leaves, grad = _drawn(case)
     leaves = [x[:sequences].detach() if x.dim() else x.detach() for x in leaves]
     attend = functools.partial(value_residual_attention, *leaves, **case.options(), backend=backend)
-    wanted = [leaves[place] for place in _WANTED[point.direction]]
+    wanted = [leaves[place] for place in WANTED[point.direction]]
     return timed_call(attend, wanted, case.direction, grad[:sequences])
 
 
@@ -227,8 +232,8 @@ def _compare(point: Point, settings: Settings) -> str:
     if point.direction != "forward":
         return _difference(point, call, settings)
     wrong = ""
-    for placement in _PLACES:
-        with environment(_MIX, placement):
+    for placement in PLACES:
+        with environment(MIX, placement):
             wrong = wrong or _difference(point, call, settings)
     return wrong
 
@@ -267,10 +272,10 @@ def _place(head_dim: int, rows: int, settings: Settings) -> dict[str, Any]:
     call = _call(point, settings, length=rows)
 
     def forced(placement: str) -> object:
-        with environment(_MIX, placement):
+        with environment(MIX, placement):
             return call()
 
-    return dict(_seconds({name: functools.partial(forced, name) for name in _PLACES}, settings))
+    return dict(_seconds({name: functools.partial(forced, name) for name in PLACES}, settings))
 
 
 def load_table() -> space.Table:

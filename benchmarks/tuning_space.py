@@ -65,6 +65,14 @@ class Trial:
         return f"{self.point.name} {rows}x{keys} warps {warps} stages {stages}"
 
 
+def named(name: str) -> Trial:
+    """The trial of a `Trial.name`."""
+    direction, precision, dim, mask, tile, _, warps, _, stages = name.split()
+    rows, keys = tile.split("x")
+    point = Point(direction, precision, int(dim.removeprefix("D")), mask)
+    return Trial(point, (int(rows), int(keys), int(warps), int(stages)))
+
+
 def points(
     head_dims: Sequence[int] = HEAD_DIMS,
     directions: Sequence[str] = DIRECTIONS,

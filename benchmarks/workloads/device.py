@@ -1,4 +1,4 @@
-"""Attention to time on a GPU: ours beside torch's SDPA, FlexAttention and FlashAttention 3.
+"""Attention to time on a GPU: ours beside torch's SDPA, FlexAttention, FlashAttention 3 and 4.
 
 Every contestant mixes and attends, on equal tensors. Peers mix in one pass that torch.compile
 makes; FlexAttention's mix is compiled along with it.
@@ -26,11 +26,13 @@ SDPA_FLASH = "SDPA FlashAttention-2"
 SDPA_CUDNN = "SDPA cuDNN"
 FLEX = "FlexAttention"
 FA3 = "FlashAttention-3"
+FA4 = "FlashAttention-4"
 
-DEVICE_PEERS = (SDPA_FLASH, SDPA_CUDNN, FA3)
+DEVICE_PEERS = (SDPA_FLASH, SDPA_CUDNN, FA3, FA4)
 """Peers that compile nothing but the mix; FlexAttention compiles anew for each shape."""
 
-_FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+_MODULES = {FA3: ("flash_attn_interface", "fa3_fwd_interface"), FA4: ("flash_attn.cute",)}
+"""Where each is imported from."""
 
 
 def _sdpa(kernel: SDPBackend, case: AttentionBenchmark, leaves: list[Tensor]) -> Tensor:
@@ -41,8 +43,8 @@ def _sdpa(kernel: SDPBackend, case: AttentionBenchmark, leaves: list[Tensor]) ->
     return out.transpose(1, 2)
 
 
-def _fa3(case: AttentionBenchmark, leaves: list[Tensor]) -> Any:
-    attend = _flash_attention_3(case.direction)
+def _flash_attention(name: str, case: AttentionBenchmark, leaves: list[Tensor]) -> Any:
+    attend = _imported(name, case.direction)
     return attend(*leaves[:2], peer_mix(*leaves[2:]), causal=case.causal)
 
 
@@ -76,7 +78,8 @@ class DeviceAttention(AttentionBenchmark):
     known_peers: ClassVar[Mapping[str, Callable[[Any], Call]]] = {
         SDPA_FLASH: _peer(functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
         SDPA_CUDNN: _peer(functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
-        FA3: _peer(_fa3),
+        FA3: _peer(functools.partial(_flash_attention, FA3)),
+        FA4: _peer(functools.partial(_flash_attention, FA4)),
         FLEX: _peer(_flex),
     }
 
@@ -112,9 +115,9 @@ def _block_mask(length: int, device: str) -> Any:
     return create_block_mask(causal, None, None, length, length, device=device)
 
 
-def _flash_attention_3(direction: str) -> Callable[..., Any]:
+def _imported(peer: str, direction: str) -> Callable[..., Any]:
     missing = []
-    for name in _FA3_MODULES:
+    for name in _MODULES[peer]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:

@@ -108,7 +108,7 @@ class ScanBenchmark(Workload):
     def makers(self) -> Makers:
         """Ours, and each of `peers`."""
         return {
-            OURS: lambda: self.ours(linear_scan, self._arguments()),
+            OURS: lambda: self.ours(linear_scan, self.arguments()),
             **{name: partial(self._peer, name) for name in self.peers},
         }
 
@@ -130,9 +130,10 @@ class ScanBenchmark(Workload):
                 raise Unavailable(f"{module} runs on CUDA tensors alone")
             if self.dtype.is_complex:
                 raise Unavailable(f"{module} knows no complex numbers")
-        return self.call(_SCANS[name], self._arguments())
+        return self.call(_SCANS[name], self.arguments())
 
-    def _arguments(self) -> tuple[Tensor, Tensor]:
+    def arguments(self) -> tuple[Tensor, Tensor]:
+        """Gates and tokens."""
         shape = (self.batch, self.length, self.channels)
         drawn = torch.complex64 if self.dtype.is_complex else torch.float32
         tokens = torch.randn(shape, dtype=drawn).to(self.device, self.dtype)

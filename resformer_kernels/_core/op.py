@@ -104,7 +104,7 @@ class Op:
         self.name, self.record, self.function = name, record, function
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
-        self._fake, self.composed = fake, composed
+        self._fake, self.triton, self.composed = fake, triton, composed
         hints = get_type_hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
         OPS[name] = self

@@ -98,7 +98,7 @@ def describe_device(device: torch.device | str) -> dict[str, str | int]:
     return {**found, **versions(_DEVICE_PACKAGES), **describe()}
 
 
-_DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd")
+_DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4")
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

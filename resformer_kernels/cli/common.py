@@ -122,16 +122,21 @@ class Teller:
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every = every_seconds
-        self._begun = self._told = time.monotonic()
+        self.begun = self._told = time.monotonic()
         self._phase = ""
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        """Report a new phase, its end, and progress between them from time to time."""
+    def __call__(self, phase: str, done: int, total: int, more: str = "") -> None:
+        """Report a new phase, its end, and progress between them from time to time; `more` ends
+        the line."""
         now = time.monotonic()
         if phase != self._phase or done == total or now - self._told > self._every:
-            self.say(f"{phase}: {done} of {total}")
+            self.say(f"{phase}: {done} of {total}{more}")
             self._phase, self._told = phase, now
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the beginning."""
-        print(f"[{time.monotonic() - self._begun:4.0f} s] {text}", file=sys.stderr, flush=True)
+        print(self.line(text), file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> str:
+        """A line with the seconds since the beginning."""
+        return f"[{time.monotonic() - self.begun:4.0f} s] {text}"

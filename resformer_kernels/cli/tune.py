@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
     reason = available.unavailable_reason(device)
     if reason is not None:
         return refuse("tune", reason)
-    modules = checkout("tuning", "tuning_space", "device_jobs", "device_run", "device_report")
+    modules = checkout("tuning", "tuning_space", "device.common", "device.run", "device.report")
     if modules is None:
         return refuse("tune", NO_CHECKOUT)
-    tuning, space, device_jobs, device_run, report = modules
-    settings = device_jobs.Settings(str(device), tiny=args.device is not None)
+    tuning, space, common, device_run, report = modules
+    settings = common.Settings(str(device), tiny=args.device is not None)
     points = space.points(
         args.head_dim or space.HEAD_DIMS,
         args.direction or space.DIRECTIONS,
@@ -88,20 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(search: Any, points: Any, space: Any, report: Any) -> None:
-    winners = search.winners()
-    rows = []
-    for point in points:
-        seconds = search.seconds.get(point, {})
-        own = space.current(search.table, search.architecture, point)
-        before = seconds.get(space.Trial(point, own))
-        chosen = winners.get(point, own)
-        after = seconds.get(space.Trial(point, chosen))
-        gain = f"{before / after:.2f}x" if before and after else ""
-        times = [f"{1e3 * s:.3f} ms" if s else "" for s in (before, after)]
-        rows.append((point.name, str(len(seconds)), str(own), str(chosen), *times, gain))
-    headings = ("kernel", "timed", "before", "after", "before", "after", "gain")
-    title = f"Rows, keys, warps and stages on {search.architecture}"
-    report.show(report.Sheet(title, headings, tuple(rows)))
+    report.show(report.tuned(search, points))
     for head_dim, seconds in search.placements.items():
         found = ", ".join(f"{rows}: {a / b:.2f}" for rows, (a, b) in sorted(seconds.items()))
         limit = space.inline_rows(seconds)

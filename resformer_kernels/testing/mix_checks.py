@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from resformer_kernels.testing.problems import Arguments, Problem
 
-_SHAPE = (2, 33, 3, 24)
-_FORMS: tuple[tuple[int, ...], ...] = ((), (3, 1), (2, 33, 1, 1), (3, 24), (2, 33, 3, 1))
-"""Shapes of the coefficients."""
+Shape: TypeAlias = tuple[int, int, int, int]
+"""Batch, time, heads, head_dim."""
 
 
-def mix_problem(sources: int, dtype: torch.dtype, device: str) -> Problem:
+def mix_problem(
+    sources: int, dtype: torch.dtype, device: str, shape: Shape = (2, 33, 3, 24)
+) -> Problem:
     """`sources` values with coefficients of every form."""
+    batch, time, heads, dim = shape
+    forms: tuple[tuple[int, ...], ...] = (
+        *((), (heads, 1), (batch, time, 1, 1), (heads, dim), (batch, time, heads, 1)),
+    )
     generator = torch.Generator().manual_seed(sources)
-    values = [torch.randn(_SHAPE, generator=generator).to(device, dtype) for _ in range(sources)]
-    coefficients = [torch.randn(f, generator=generator).to(device) for f in _FORMS[:sources]]
-    grad = torch.randn(_SHAPE, generator=generator).to(device, dtype)
+    values = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(sources)]
+    coefficients = [torch.randn(f, generator=generator).to(device) for f in forms[:sources]]
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
     return Problem(
         [*values, *coefficients],
         lambda leaves: ((leaves[:sources], leaves[sources:]), {}),
         [grad],
         ["out", *(f"d{name}[{i}]" for name in ("v", "coefficient") for i in range(sources))],
-        lambda leaves, grads: ([x.expand(_SHAPE) for x in leaves], grads),
+        lambda leaves, grads: ([x.expand(shape) for x in leaves], grads),
     )
 
 
-def embedding_problem(dtype: torch.dtype, device: str) -> Problem:
-    """A gate a token and head; rows of the table that many tokens share."""
+def embedding_problem(
+    dtype: torch.dtype, device: str, shape: Shape = (2, 65, 3, 24), rows: int = 11
+) -> Problem:
+    """A gate a token and head; `rows` of the table, that many tokens share."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, 65, 3, 24)
     v = torch.randn(shape, generator=generator).to(device, dtype)
-    table = torch.randn((11, 3, 24), generator=generator).to(device)
-    token_ids = torch.randint(11, shape[:2], generator=generator).to(device)
+    table = torch.randn((rows, *shape[2:]), generator=generator).to(device)
+    token_ids = torch.randint(rows, shape[:2], generator=generator).to(device)
     gate = torch.rand((*shape[:3], 1), generator=generator).to(device)
     grad = torch.randn(shape, generator=generator).to(device, dtype)
     # A table with one row a token has, as its gradient, the terms that the table's sums up.

@@ -13,7 +13,7 @@ from torch import Tensor
 from resformer_kernels.reservoir import RingWeight
 from resformer_kernels.testing.problems import Arguments, Problem
 
-_UNITS, _BATCH, _TIME, _INPUTS = 48, 2, 40, 3
+_UNITS, _BATCH, _INPUTS = 48, 2, 3
 _NAMED = ("input_weight", "leak", "bias", "initial_state")
 _NAMES = ("out", "dinputs", "dweight", *(f"d{name}" for name in _NAMED))
 
@@ -32,6 +32,8 @@ class ReservoirCase:
     reduce: str = "none"
     activation: str = "tanh"
     units: int = _UNITS
+    time: int = 40
+    mode: str = "auto"
 
     def problem(self, device: str) -> Problem:
         """Inputs, weight, input weight, leak, bias and initial state, and a gradient of what
@@ -41,7 +43,7 @@ class ReservoirCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device)
 
-        rows = (_BATCH * _TIME,) if self.packed else (_BATCH, _TIME)
+        rows = (_BATCH * self.time,) if self.packed else (_BATCH, self.time)
         inputs = normal(*rows, _INPUTS).to(self.dtype)
         units = self.units
         dense = normal(units, units) * (_UNITS / units) ** 0.5 / 8
@@ -66,8 +68,9 @@ class ReservoirCase:
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
                 given = (weight * (weight.abs() > 0.15)).to_sparse_csr()
         options: dict[str, Any] = {"reduce": self.reduce, "activation": self.activation}
+        options["mode"] = self.mode
         if self.packed:
-            offsets = torch.tensor([0, _TIME // 3, inputs.shape[0]], dtype=torch.int32)
+            offsets = torch.tensor([0, self.time // 3, inputs.shape[0]], dtype=torch.int32)
             options["cu_seqlens"] = offsets.to(inputs.device)
         return (inputs, given), {**dict(zip(_NAMED, rest, strict=True)), **options}
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from resformer_kernels.scan.record import state_dtype
 from resformer_kernels.testing.problems import Problem
 
-_BATCH, _TIME, _CHANNELS = 2, 37, 50
 _NAMES = ("states", "final_state", "dgates", "dtokens", "dinitial_state")
 
 
@@ -26,6 +25,9 @@ class ScanCase:
     """Whether the gates are the same at every step."""
     packed: bool = False
     reverse: bool = False
+    batch: int = 2
+    time: int = 37
+    channels: int = 50
 
     def problem(self, device: str) -> Problem:
         """Gates, tokens and initial state. The terms of a tensor are those of the scan of all
@@ -36,13 +38,13 @@ class ScanCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=drawn)
 
-        rows = (_BATCH * _TIME,) if self.packed else (_BATCH, _TIME)
-        tokens, initial = normal(*rows, _CHANNELS), normal(_BATCH, _CHANNELS)
-        gates = normal(_CHANNELS) if self.constant else normal(*rows, _CHANNELS)
+        rows = (self.batch * self.time,) if self.packed else (self.batch, self.time)
+        tokens, initial = normal(*rows, self.channels), normal(self.batch, self.channels)
+        gates = normal(self.channels) if self.constant else normal(*rows, self.channels)
         gates = gates / (0.1 + gates.abs())
         options: dict[str, Any] = {"reverse": self.reverse}
         if self.packed:
-            cu_seqlens = torch.tensor([0, _TIME // 3, tokens.shape[0]], dtype=torch.int32)
+            cu_seqlens = torch.tensor([0, self.time // 3, tokens.shape[0]], dtype=torch.int32)
             options["cu_seqlens"] = cu_seqlens.to(device)
         generator.manual_seed(1)
         grads = [

@@ -41,9 +41,21 @@ class Check:
     op: str
     case: str
     dtype: str
-    refusal: Callable[[str], str | None]
-    """Why the backend of this name cannot serve the case, gradients included; None: it can."""
+    function: Callable[..., Any]
+    """The public op."""
+    arguments: Callable[[], Arguments]
+    """Its arguments, made anew at each call; leaves among them want gradients."""
     run: Callable[[str], list[Comparison]]
+
+    def refusal(self, backend: str) -> str | None:
+        """Why the backend of this name cannot serve the case, gradients included; None: it can."""
+        positional, named = self.arguments()
+        request = prepare(self.function, *positional, **named)
+        for candidate in request.backends:
+            if backend == candidate.NAME:
+                reason: str | None = candidate.unsupported_reason(request.call, MACHINE)
+                return reason
+        return f"{request.op} {_NO_SUCH}"
 
 
 @dataclass(frozen=True)
@@ -92,35 +104,27 @@ def checks(
         device: where the kernels and the reference run.
         attention: the cases of attention.
     """
-    table = [_attention_check(case, device) for case in attention if case.dtype in dtypes]
-
-    def add(
-        function: Callable[..., Any], case: str, dtype: torch.dtype, problem: Callable[[], Problem]
-    ) -> None:
-        def arguments() -> Arguments:
-            found = problem()
-            return found.arguments(found.leaves)
-
-        def run(backend: str) -> list[Comparison]:
-            return compare_problem(function, problem(), backend)
-
-        table.append(_check(function, case, dtype, arguments, run))
+    table = [attention_check(case, device) for case in attention if case.dtype in dtypes]
 
     for dtype in dtypes:
         for sources in (2, 5):
             problem = partial(mix_problem, sources, dtype, device)
-            add(mix_values, f"{sources} sources", dtype, problem)
+            table.append(problem_check(mix_values, f"{sources} sources", dtype, problem))
         problem = partial(embedding_problem, dtype, device)
-        add(mix_value_embedding, "gate by token and head", dtype, problem)
+        case = "gate by token and head"
+        table.append(problem_check(mix_value_embedding, case, dtype, problem))
         for form in reservoir_cases(dtype):
-            add(reservoir_scan, form.name, dtype, partial(form.problem, device))
-        table += [_kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
+            problem = partial(form.problem, device)
+            table.append(problem_check(reservoir_scan, form.name, dtype, problem))
+        table += [kvcache_check(replace(case, dtype=dtype), device) for case in KVCACHE]
         for scan in scan_cases(dtype):
-            add(linear_scan, scan.name, dtype, partial(scan.problem, device))
+            problem = partial(scan.problem, device)
+            table.append(problem_check(linear_scan, scan.name, dtype, problem))
     if torch.float32 in dtypes:
         for kind, mode in MODES:
             name = kind if mode == "auto" else f"{kind}, {mode}"
-            add(reservoir_scan, name, torch.float32, partial(mode_problem, kind, mode, device))
+            problem = partial(mode_problem, kind, mode, device)
+            table.append(problem_check(reservoir_scan, name, torch.float32, problem))
     return table
 
 
@@ -149,28 +153,24 @@ def refusals(table: Sequence[Check], backend: str) -> tuple[list[Check], dict[st
     return served, reasons
 
 
-def _check(
-    function: Callable[..., Any],
-    case: str,
-    dtype: torch.dtype,
-    arguments: Callable[[], Arguments],
-    run: Callable[[str], list[Comparison]],
+def problem_check(
+    function: Callable[..., Any], case: str, dtype: torch.dtype, problem: Callable[[], Problem]
 ) -> Check:
-    """The check of `function` on `arguments()`, which are made only when they are needed."""
+    """The check of `function` on `problem()`, which is made only when it is needed."""
 
-    def refusal(backend: str) -> str | None:
-        positional, named = arguments()
-        request = prepare(function, *positional, **named)
-        for candidate in request.backends:
-            if backend == candidate.NAME:
-                reason: str | None = candidate.unsupported_reason(request.call, MACHINE)
-                return reason
-        return f"{request.op} {_NO_SUCH}"
+    def arguments() -> Arguments:
+        found = problem()
+        return found.arguments([x.detach().requires_grad_() for x in found.leaves])
 
-    return Check(function.__name__, case, dtype_name(dtype), refusal, run)
+    def run(backend: str) -> list[Comparison]:
+        return compare_problem(function, problem(), backend)
+
+    return Check(function.__name__, case, dtype_name(dtype), function, arguments, run)
 
 
-def _attention_check(case: AttentionCase, device: str) -> Check:
+def attention_check(case: AttentionCase, device: str) -> Check:
+    """The check of attention on the inputs that `case` describes."""
+
     def arguments() -> Arguments:
         inputs = attention_inputs(case, device)
         leaves = {
@@ -182,10 +182,13 @@ def _attention_check(case: AttentionCase, device: str) -> Check:
     def run(backend: str) -> list[Comparison]:
         return compare_case(case, backend=backend, device=device)
 
-    return _check(case.function, _describe(case), case.dtype, arguments, run)
+    name, dtype = _describe(case), dtype_name(case.dtype)
+    return Check(case.function.__name__, name, dtype, case.function, arguments, run)
 
 
-def _kvcache_check(case: KVCacheCase, device: str) -> Check:
+def kvcache_check(case: KVCacheCase, device: str) -> Check:
+    """The check of attention over caches on the inputs that `case` describes."""
+
     def arguments() -> Arguments:
         inputs = kvcache_inputs(case, device)
         return (), {**inputs.tensors, **inputs.options}
@@ -193,7 +196,8 @@ def _kvcache_check(case: KVCacheCase, device: str) -> Check:
     def run(backend: str) -> list[Comparison]:
         return compare_kvcache(case, backend=backend, device=device)
 
-    return _check(attention_with_kvcache, _describe(case), case.dtype, arguments, run)
+    name, function = _describe(case), attention_with_kvcache
+    return Check(function.__name__, name, dtype_name(case.dtype), function, arguments, run)
 
 
 def _describe(case: AttentionCase | KVCacheCase) -> str:

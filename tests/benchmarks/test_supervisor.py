@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from benchmarks.supervisor import Job, Outcome, supervise, without
+from benchmarks.supervisor import Job, Outcome, Pool, without
 
 WORKER = """
-import os, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 from multiprocessing.connection import Connection
 channel = Connection(int(sys.argv[-1]))
 print("hello from", os.getpid(), flush=True)
@@ -31,6 +34,9 @@ while True:
             time.sleep(60)
         elif part == "leave":
             sys.exit(3)
+        elif part.startswith("spawn:"):
+            child = subprocess.Popen(["sleep", "60"])
+            pathlib.Path(part.removeprefix("spawn:")).write_text(str(child.pid))
         elif part == "pause":
             time.sleep(0.3)
         elif part in ("error", "fatal"):
@@ -58,6 +64,7 @@ def outcomes(
     seconds: float = 5.0,
     budget: float = 60.0,
     retry: bool = False,
+    ready: Callable[[Job], Job | None] = lambda job: job,
 ) -> dict[str, list[Outcome]]:
     found: dict[str, list[Outcome]] = {}
 
@@ -68,7 +75,8 @@ def outcomes(
 
     jobs = [Job("test", name, seconds) for name in names]
     until = time.monotonic() + budget
-    supervise(jobs, command, workers=workers, until=until, on_outcome=note)
+    with closing(Pool(command)) as pool:
+        pool.do(jobs, workers=workers, until=until, on_outcome=note, ready=ready)
     return found
 
 
@@ -106,6 +114,7 @@ def test_a_lost_process_is_replaced(command: tuple[str, ...], name: str, told: s
     assert lost.error.startswith(told)
     assert lost.at == name
     assert lost.lost == (name != "fatal")
+    assert lost.fatal == (name == "fatal")
     assert not lost.unfinished
     assert found["b"][0].result
     assert found["a"][0].result != found["b"][0].result
@@ -134,17 +143,65 @@ def test_a_worker_that_never_starts_is_given_up(command: tuple[str, ...]) -> Non
     told = [outcome.error for (outcome,) in found.values()]
     assert all("no such device" in error for error in told[:3])
     assert told[3:] == ["its process does not start"] * 2
+    # Nobody's fault: there may be a device again the next time.
+    assert [outcome.unfinished for (outcome,) in found.values()] == [False] * 3 + [True] * 2
 
 
 def test_an_exception_ends_every_process(command: tuple[str, ...]) -> None:
     def interrupt(_outcome: Outcome) -> None:
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
-        supervise(
-            [Job("test", "a", 5.0)],
-            command,
-            workers=1,
-            until=time.monotonic() + 5,
-            on_outcome=interrupt,
-        )
+    jobs, until = [Job("test", "a", 5.0)], time.monotonic() + 5
+    with pytest.raises(RuntimeError, match="stop"), closing(Pool(command)) as pool:
+        pool.do(jobs, workers=1, until=until, on_outcome=interrupt)
+
+
+def test_jobs_are_asked_for_when_their_turn_comes(command: tuple[str, ...]) -> None:
+    seen: list[str] = []
+
+    def ready(job: Job) -> Job | None:
+        seen.append(job.name)
+        return None if "b" in job.name else without(job, "crash")
+
+    found = outcomes(command, ["a crash", "b crash", "c"], ready=ready)
+    assert seen == ["a crash", "b crash", "c"]
+    assert [outcome.result is not None for (outcome,) in found.values()] == [True, True]
+    assert list(found) == ["a crash", "c"]
+
+
+def test_processes_stay_from_one_list_to_the_next(command: tuple[str, ...]) -> None:
+    by: list[list[int]] = []
+
+    def note(outcome: Outcome) -> None:
+        assert outcome.result is not None
+        by[-1].append(outcome.result["by"])
+
+    with closing(Pool(command)) as pool:
+        for workers in (3, 1):
+            by.append([])
+            jobs = [Job("test", f"pause {i}", 5.0) for i in range(3)]
+            until = time.monotonic() + 30
+            pool.do(jobs, workers=workers, until=until, on_outcome=note)
+        first, second = map(set, by)
+        assert len(first) == 3
+        assert len(second) == 1
+        assert second < first
+        # Those that were not asked for are gone, with what they held.
+        for process in first - second:
+            with pytest.raises(ProcessLookupError):
+                os.kill(process, 0)
+
+
+def test_what_a_process_started_ends_with_it(command: tuple[str, ...], tmp_path: Path) -> None:
+    at = tmp_path / "child"
+    found = outcomes(command, [f"spawn:{at} hang"], seconds=2.0)
+    assert found[f"spawn:{at} hang"][0].lost
+    child = int(at.read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and Path(f"/proc/{child}").exists():
+        state = Path(f"/proc/{child}/stat").read_text().split()[2]
+        if state == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{child}").exists()

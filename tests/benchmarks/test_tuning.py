@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import tuning
 from benchmarks import tuning_space as space
-from benchmarks.device_jobs import Settings
+from benchmarks.device.common import Settings
 from benchmarks.supervisor import Job, Outcome
 from benchmarks.tuning_space import Config, Point, Table, Trial
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import device_timer
-from benchmarks.device_timer import DeviceTimer, timer_for
+from benchmarks.device import timer as device_timer
+from benchmarks.device.timer import DeviceTimer, timer_for
 from benchmarks.workloads import device as device_workloads
 from benchmarks.workloads.device import (
     DEVICE_PEERS,
     FA3,
+    FA4,
     FLEX,
     SDPA_CUDNN,
     SDPA_FLASH,
@@ -61,10 +64,11 @@ def test_contestants_compute_the_same(
     direction: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_flash_attn_3(monkeypatch, "flash_attn_interface")
+    install_flash_attn_3(monkeypatch, "flash_attn.cute")
     monkeypatch.setattr(device_workloads, "compiled", lambda function: function)
     makers = replace(CASE, direction=direction, causal=causal).makers()
     # Torch's FlexAttention has no backward on a CPU.
-    names = (OURS, SDPA_FLASH, FA3, *((FLEX,) if direction == "forward" else ()))
+    names = (OURS, SDPA_FLASH, FA3, FA4, *((FLEX,) if direction == "forward" else ()))
     found = {name: makers[name]() for name in names}
     expected = found[OURS]()
     for name, call in found.items():
@@ -75,11 +79,13 @@ def test_contestants_compute_the_same(
 
 
 def test_what_is_not_here_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("flash_attn_interface", "fa3_fwd_interface"):
+    for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     makers = CASE.makers()
     with pytest.raises(Unavailable, match="flash_attn_interface"):
         makers[FA3]()()
+    with pytest.raises(Unavailable, match="flash_attn"):
+        makers[FA4]()()
     with pytest.raises(RuntimeError):
         makers[SDPA_CUDNN]()()
     with pytest.raises(Unavailable, match="no kernel serves it"):
@@ -129,13 +135,33 @@ def test_other_devices_are_timed_by_the_host() -> None:
     assert timer_for("cpu") is host_timer
 
 
-def test_readings_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda _name: None)
-    assert device_timer.readings() == {}
-    line = "580.1, 1980 MHz, 3201 MHz, 40, 120 W\n"
-    done = SimpleNamespace(returncode=0, stdout=line)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: done)
-    assert device_timer.readings()["clocks.sm"] == "1980 MHz"
-    done.returncode = 9
-    assert device_timer.readings() == {}
+SMI = """#!/bin/sh
+case "$1" in
+*clocks_event_reasons*) [ -n "$OLD_DRIVER" ] && echo "not a valid field" && exit 2 ;;
+esac
+[ -n "$NO_DRIVER" ] && echo "no devices were found" && exit 9
+echo "580.1, 1980 MHz, 3201 MHz, 40, 120 W, 0x0000000000000064"
+"""
+
+
+def test_readings_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert device_timer.readings() == {"unread": device_timer.NO_READINGS}
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    found = device_timer.readings()
+    assert (found["clocks.sm"], found["power.draw"]) == ("1980 MHz", "120 W")
+    assert found["throttled"] == "power cap, temperature, temperature (hardware)"
+    monkeypatch.setenv("OLD_DRIVER", "1")
+    assert device_timer.readings() == found
+    monkeypatch.setenv("NO_DRIVER", "1")
+    assert device_timer.readings() == {"unread": "nvidia-smi failed: no devices were found"}
+
+
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [("0x0", "no"), ("0x1", "no"), ("0x8", "hardware slowdown"), ("N/A", "N/A")],
+)
+def test_only_what_slows_it_under_load_is_throttling(active: str, expected: str) -> None:
+    assert device_timer.throttled(active) == expected

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.device_build import Build
-from benchmarks.device_jobs import Settings
-from benchmarks.device_run import DeviceRun
+from benchmarks.device.build import Build
+from benchmarks.device.record import DeviceRun
 
 
 @pytest.fixture
@@ -46,10 +45,10 @@ def test_a_source_that_does_not_compile_is_a_failure() -> None:
     outcome, failed = finished(build(program))
     assert failed
     assert "x.cu(3): error" in outcome
-    run = DeviceRun(Settings("cuda"), 1.0, "now")
+    run = DeviceRun({}, {}, "sm90")
     run.built(outcome, failed)
     assert run.failures[0]["job"] == "build"
-    assert run.as_json()["cuda_library"] == outcome
+    assert run.as_json()["notes"]["CUDA library"] == outcome
 
 
 @pytest.mark.usefixtures("nvcc")

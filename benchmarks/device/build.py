@@ -11,9 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _FAILED = "compiling the native library failed"
 _TAIL = 600
+_DEATH_SECONDS = 30.0
 
 
 class Build:
@@ -71,6 +72,6 @@ class Build:
             return
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._process.wait(_DEATH_SECONDS)
         self._process = None
         self._output.close()

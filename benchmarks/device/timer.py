@@ -13,7 +13,19 @@ from resformer_kernels.bench.timing import Timer, host_timer
 _MIN_SCRATCH_BYTES = 256 * 2**20
 _HEAD_START_CYCLES = 2_000_000
 """About a millisecond, for the host to get a few launches ahead of the device."""
-_QUERY = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+_QUERY = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""The query for what holds the clocks back, as newer and as older drivers call it."""
+_SLOWDOWNS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "temperature",
+    0x40: "temperature (hardware)",
+    0x80: "power brake",
+}
+"""Reasons that lower the clocks under load, by their bits in NVML."""
+_SMI_SECONDS = 10.0
+NO_READINGS = "nvidia-smi is not here: clocks, temperature, power and throttling are not recorded"
 
 
 class DeviceTimer:
@@ -53,12 +65,33 @@ def timer_for(device: torch.device | str) -> Timer:
 
 
 def readings() -> dict[str, str]:
-    """Driver, clocks, temperature and power of the first GPU, as nvidia-smi reads them now."""
+    """Driver, clocks, temperature, power and throttling of the first GPU, as nvidia-smi reads them
+    now; without it, or where it does not answer, that alone."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return {}
-    command = [tool, f"--query-gpu={_QUERY}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    if done.returncode:
-        return {}
-    return dict(zip(_QUERY.split(","), (x.strip() for x in done.stdout.split(",")), strict=True))
+        return {"unread": NO_READINGS}
+    said = ""
+    for reasons in _REASONS:
+        names = [*_QUERY, reasons]
+        command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=_SMI_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return {"unread": f"nvidia-smi did not answer in {_SMI_SECONDS:.0f} s"}
+        said = (done.stdout or done.stderr).strip()
+        if done.returncode == 0:
+            *values, active = (value.strip() for value in done.stdout.split(","))
+            return {**dict(zip(_QUERY, values, strict=True)), "throttled": throttled(active)}
+    return {"unread": f"nvidia-smi failed: {said[:100]}"}
+
+
+def throttled(active: str) -> str:
+    """What lowers the clocks, from NVML's bits in hexadecimal: "no", reasons, or the text given
+    where it is no number."""
+    try:
+        bits = int(active, 16)
+    except ValueError:
+        return active
+    return ", ".join(name for bit, name in _SLOWDOWNS.items() if bits & bit) or "no"
