@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.device.record import DeviceRun
 from resformer_kernels._core import extension
 from resformer_kernels._triton import available
-from resformer_kernels._triton.arch import WARP
+from resformer_kernels._triton.cases import gpu_target
 
 MANIFEST, KERNELS, WHEELS = "bundle.json", "kernels.tar.xz", "wheels"
 FORMAT = 1
@@ -70,10 +70,9 @@ def compiler(capability: int) -> dict[str, str]:
 
 
 def _backend(capability: int) -> Any:
-    from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
-    return make_backend(GPUTarget("cuda", capability, WARP))
+    return make_backend(gpu_target(capability))
 
 
 def folder_of(rest: str, build: str | None = None) -> str:
@@ -93,7 +92,6 @@ def compiled(case: Any, capability: int, cache: Path) -> tuple[str, str]:
     """Compile a `CompileCase`: (its folder in `cache`, the rest of the hash's text)."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature, case.constants, case.attrs)
@@ -104,7 +102,7 @@ def compiled(case: Any, capability: int, cache: Path) -> tuple[str, str]:
     rest = f"{source.hash()}-{backend.hash()}-{options.hash()}-{variables}"
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(cache)
-        triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=given)
+        triton.compile(source, target=gpu_target(capability), options=given)
     folder = folder_of(rest)
     if not (cache / folder).is_dir():
         raise RuntimeError(f"Triton {triton.__version__} names the folders of its cache otherwise")
