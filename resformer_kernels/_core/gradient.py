@@ -6,7 +6,9 @@ order; or, where there are many, `Parts`. A leaf is found by its field's name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -17,6 +19,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from resformer_kernels._core.op import Op, vmap_error
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def signed(forward: F) -> F:
+    """Mark the `forward` of an autograd.Function: torch asks for its signature in every call, and
+    takes what the function carries."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def refuse_forward_mode(function: str, leaves: Iterable[Tensor | None]) -> None:
@@ -54,19 +64,19 @@ class Parts:
 
     def __init__(self, record: Any, tensors: Sequence[str]) -> None:
         self.record, self.tensors = record, tuple(tensors)
-        self._tensors = [record._fields.index(name) for name in tensors]
-        self._rest = [i for i in range(len(record._fields)) if i not in self._tensors]
-        both = self._tensors + self._rest
-        self._order = [both.index(i) for i in range(len(both))]
+        places = [record._fields.index(name) for name in tensors]
+        rest = [i for i in range(len(record._fields)) if i not in places]
+        both = places + rest
+        self._tensors, self._rest = itemgetter(*places), itemgetter(*rest)
+        self._in_order = itemgetter(*[both.index(i) for i in range(len(both))])
 
     def split(self, call: Any) -> tuple[Any, ...]:
         """(rest, *tensors) of a record."""
-        return (tuple(call[i] for i in self._rest), *[call[i] for i in self._tensors])
+        return (self._rest(call), *self._tensors(call))
 
     def join(self, rest: Sequence[Any], tensors: Sequence[Any]) -> Any:
         """The record: the inverse of `split`."""
-        both = (*tensors, *rest)
-        return self.record(*[both[i] for i in self._order])
+        return self.record._make(self._in_order((*tensors, *rest)))
 
     def wanted(self, ctx: Any, leaves: Sequence[str]) -> tuple[bool, ...]:
         """Which leaves want a gradient, in their order."""
@@ -141,6 +151,7 @@ class _Undifferentiable(torch.autograd.Function):
     """apply(function, missing, run, *leaves) -> run(*leaves)."""
 
     @staticmethod
+    @signed
     def forward(
         _function: str, _missing: str, run: Callable[..., Any], *leaves: Any
     ) -> tuple[Tensor, ...]:

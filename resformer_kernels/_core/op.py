@@ -121,7 +121,7 @@ class Op:
         if self.composed is not None:
             made = self._lazy(self.composed, namespace)
         elif namespace == TRITON and self._triton is not None:
-            made = self._lazy(self._triton)
+            made = self._replayed(self._triton)
         # CPU tensors are for Triton's interpreter.
         for key in ("CPU", "CUDA") if made is not None else ():
             library.impl(self.name, made, key)
@@ -135,7 +135,10 @@ class Op:
         """The op's arguments: the record's fields, those of nested records in place."""
         if not self._nested:
             return tuple(call)
-        return tuple(y for x in call for y in (x if _is_record(x) else (x,)))
+        given = list(call)
+        for place, _ in reversed(self._nested):
+            given[place : place + 1] = given[place]
+        return tuple(given)
 
     def read(self, arguments: tuple[Any, ...]) -> Any:
         """The record of the op's arguments: the inverse of `flatten`."""
@@ -156,6 +159,18 @@ class Op:
 
         def implementation(*arguments: Any) -> Any:
             return getattr(importlib.import_module(module), name)(*first, self.read(arguments))
+
+        return implementation
+
+    def _replayed(self, target: str) -> Callable[..., Any]:
+        """The Triton launcher, and Triton with it, from the first call on."""
+        launcher, made = self._lazy(target), []
+
+        def implementation(*arguments: Any) -> Any:
+            if not made:
+                tape = importlib.import_module("resformer_kernels._triton.tape")
+                made.append(tape.Replayed(launcher))
+            return made[0](*arguments)
 
         return implementation
 
