@@ -104,7 +104,7 @@ class Op:
         self.name, self.record, self.function = name, record, function
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
-        self._fake, self._triton, self.composed = fake, triton, composed
+        self._fake, self.triton, self.composed = fake, triton, composed
         hints = get_type_hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
         OPS[name] = self
@@ -120,8 +120,8 @@ class Op:
         made = None
         if self.composed is not None:
             made = self._lazy(self.composed, namespace)
-        elif namespace == TRITON and self._triton is not None:
-            made = self._replayed(self._triton)
+        elif namespace == TRITON and self.triton is not None:
+            made = self._replayed(self.triton)
         # CPU tensors are for Triton's interpreter.
         for key in ("CPU", "CUDA") if made is not None else ():
             library.impl(self.name, made, key)
@@ -169,7 +169,7 @@ class Op:
         def implementation(*arguments: Any) -> Any:
             if not made:
                 tape = importlib.import_module("resformer_kernels._triton.tape")
-                made.append(tape.Replayed(launcher))
+                made.append(tape.Replayed(self.name, launcher))
             return made[0](*arguments)
 
         return implementation

@@ -31,7 +31,8 @@ _MOST = 1024
 _WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 _SEVERAL = (list, tuple)
-_replayed: list[Replayed] = []
+LAUNCHERS: dict[str, Replayed] = {}
+"""Of each op that was called, by its name."""
 _everywhere = False
 
 
@@ -49,29 +50,40 @@ def everywhere() -> Iterator[None]:
 
 def forget() -> None:
     """Record anew: after a change of what launchers decide by, such as the table of tiles."""
-    for each in _replayed:
-        each.clear()
+    for launcher in LAUNCHERS.values():
+        launcher.clear()
 
 
 class Replayed:
-    """A launcher, called with an op's arguments, whose calls are replayed.
+    """A launcher whose calls are replayed.
 
     Args:
-        run: the launcher of the op's arguments.
+        name: of its op.
+        run: the launcher, of the op's arguments.
     """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
         self._run = run
         self._replays: dict[Any, Callable[..., Any] | None] = {}
-        """By metadata. None: called once, or not to be recorded."""
+        """By metadata; None after the first call."""
         self._plain: dict[Any, str] = {}
-        """Why what is not to be recorded is not."""
-        _replayed.append(self)
+        """By metadata, why a call is not recorded."""
+        LAUNCHERS[name] = self
 
     def clear(self) -> None:
         """Forget all calls."""
         self._replays.clear()
         self._plain.clear()
+
+    @property
+    def recorded(self) -> int:
+        """Number of recordings."""
+        return sum(replay is not None for replay in self._replays.values())
+
+    @property
+    def problems(self) -> list[str]:
+        """Why calls are not recorded."""
+        return list(self._plain.values())
 
     def __call__(self, *arguments: Any) -> Any:
         tensors: list[Tensor] = []
@@ -105,15 +117,12 @@ class Replayed:
         recording = Recording(tensors)
         with launch.taken_by(recording), recording:
             result = self._run(*arguments)
+        replay = recording.function(result)
         if recording.problem is None:
-            self._replays[key] = recording.function(result)
-        if recording.problem is not None:
+            self._replays[key] = replay
+        else:
             self._plain[key] = recording.problem
         return result
-
-    def problems(self) -> list[str]:
-        """Why calls cannot be replayed."""
-        return list(self._plain.values())
 
 
 def _metadata(arguments: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
@@ -180,7 +189,7 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        if any(tag in func.tags for tag in _WAITS):
+        if _waits(func, given):
             self.problem = f"{func} waits for the device"
         if any(x.device != self._device for x in made):
             self.problem = f"{func} leaves the device"
@@ -272,11 +281,13 @@ class Recording(TorchDispatchMode):
         lines = [f"return {self._written(result, needed)}"]
         for step in reversed(self._steps):
             if step.kept or needed & step.makes:
-                needed |= step.reads
+                # Memory is free for others from its last use on.
+                last = sorted(step.reads - needed - set(range(self._count)))
+                lines += [f"del {', '.join(f't{i}' for i in last)}"] * bool(last)
                 lines.append(step.line)
+                needed |= step.reads
         names = ", ".join(f"t{i}" for i in range(self._count))
         body = "\n    ".join(reversed(lines))
-        print(f"def replay({names}):\n    {body}") if os.environ.get("SHOW") else 0
         exec(f"def replay({names}):\n    {body}", self._constants)
         replay: Callable[..., Any] = self._constants["replay"]
         return replay
@@ -292,6 +303,13 @@ class Based:
         made = object.__new__(TensorDescriptor)
         vars(made).update(self._fields, base=base)
         return made
+
+
+def _waits(func: Any, given: list[Tensor]) -> bool:
+    """Whether an op reads numbers from the device, as for the size of its result."""
+    if func is torch.ops.aten.index.Tensor and all(x.dtype is not torch.bool for x in given):
+        return False
+    return any(tag in func.tags for tag in _WAITS)
 
 
 def _memory(tensor: Tensor) -> int:
