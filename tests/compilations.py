@@ -236,7 +236,8 @@ def identity(launch: Launch) -> tuple[str, str]:
     """(a kernel and its tile, everything else that it is compiled for)."""
     case = case_from_launch("", launch, capability=CAPABILITY)
     arguments = [launch.kwargs.get(name) for name in case.signature]
-    tile, rest = [], []
+    tile: list[Any] = []
+    rest: list[Any] = []
     for path, constant in case.constants.items():
         name = list(case.signature)[path[0]] if len(path) == 1 else _names(arguments, path)
         (tile if name in TILE else rest).append((path, str(constant)))

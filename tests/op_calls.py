@@ -55,14 +55,16 @@ class OpCall(NamedTuple):
 def _attention() -> Iterator[OpCall]:
     offsets = torch.tensor([0, 7, 20, 20, 33], dtype=torch.int32)
     mask = torch.rand(2, 1, 17, 19) > 0.3
-    for name, rows, heads, form in (
+    forms: tuple[tuple[str, tuple[int, ...], int, dict[str, Any]], ...] = (
         ("full", (2, 17), 2, {}),
         ("causal, grouped, sinks", (2, 17), 4, {"window_right": 0, "sinks": torch.randn(4)}),
         ("mask", (2, 17), 2, {"attn_bias": mask}),
         ("bias", (2, 17), 2, {"attn_bias": torch.randn(1, 2, 17, 19)}),
         ("packed", (33,), 2, {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}),
-    ):
-        keys = rows if len(rows) == 1 else (2, 19)
+    )
+    for name, rows, heads, form in forms:
+        packed = len(rows) == 1
+        keys = rows if packed else (2, 19)
         own = torch.randn(*(1,) * len(rows), 2, 1)
         k, v, first = (torch.randn(*keys, 2, 16, dtype=HALF) for _ in range(3))
         defaults: dict[str, Any] = {
@@ -86,12 +88,13 @@ def _attention() -> Iterator[OpCall]:
             lambda_first=None,
             lambda_v_value=1.0,
             lambda_first_value=0.5,
-            max_seqlen_q=20 if len(rows) == 1 else rows[1],
-            max_seqlen_k=20 if len(rows) == 1 else keys[1],
+            max_seqlen_q=20 if packed else rows[-1],
+            max_seqlen_k=20 if packed else keys[-1],
             **{**defaults, **form},
         )
         yield OpCall(f"attention {name}", attention.FORWARD, call)
-        lse = torch.rand(*rows[:-1], heads, rows[-1])
+        *batch, time = rows
+        lse = torch.rand(*batch, heads, time)
         out = torch.randn_like(call.q)
         back = attention.BackwardCall(out, None, None, call, out, lse, 0b11111111)
         yield OpCall(f"attention {name}, backward", attention.BACKWARD, back)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,28 @@ Record = TypeVar("Record", bound=tuple[Any, ...])
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class _Given(NamedTuple):
+    """Arguments that are bound as they are given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _AsGiven(inspect.Signature):
+    """The signature of a function without defaults, called by position."""
+
+    def bind(self, /, *args: object, **kwargs: object) -> Any:
+        return _Given(args, kwargs)
+
+
 def signed(forward: F) -> F:
-    """Mark the `forward` of an autograd.Function: torch asks for its signature in every call, and
-    takes what the function carries."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    """Mark the `forward` of an autograd.Function, which has no defaults: torch binds its arguments
+    to its signature in every call, and takes the signature that a function carries."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    forward.__signature__ = _AsGiven(parameters)  # type: ignore[attr-defined]
     return forward
 
 

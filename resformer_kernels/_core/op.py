@@ -164,13 +164,14 @@ class Op:
 
     def _replayed(self, target: str) -> Callable[..., Any]:
         """The Triton launcher, and Triton with it, from the first call on."""
-        launcher, made = self._lazy(target), []
+        launcher = self._lazy(target)
+        made: list[Callable[..., Any]] = []
 
         def implementation(*arguments: Any) -> Any:
             if not made:
                 tape = importlib.import_module("resformer_kernels._triton.tape")
                 made.append(tape.Replayed(self.name, launcher))
-            return made[0](*arguments)
+            return made[0](arguments)
 
         return implementation
 

@@ -106,7 +106,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
     else:
         found = specialised(kernel, arguments)
         with on(device):
-            run, values = _compile(found, device)[(*grid, 1, 1)[:3]], found.arguments
+            run, values = _compiled_runner(_compile(found, device), grid, device), found.arguments
     taker: Taker | None = getattr(_thread, "taker", None)
     with on(device):
         if taker is None:
@@ -138,6 +138,25 @@ def _compile(found: Specialised, device: torch.device) -> Any:
         options = {"debug": triton.knobs.runtime.debug, **found.options}
         compiled = _compiled[key] = triton.compile(source, target=target, options=options)
     return compiled
+
+
+def _compiled_runner(
+    compiled: Any, grid: tuple[int, ...], device: torch.device
+) -> Callable[..., None]:
+    """`compiled[grid]`, without what Triton prepares for profilers where there are none."""
+    x, y, z = (*grid, 1, 1)[:3]
+    for_profilers, hooks = compiled[x, y, z], triton.knobs.runtime
+    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of, index = driver.active.get_current_stream, device.index
+
+    def run(*values: object) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            for_profilers(*values)
+        else:
+            stream = stream_of(index)
+            launcher(x, y, z, stream, function, metadata, None, None, None, *values)
+
+    return run
 
 
 def compiled_kernels() -> Iterable[Any]:

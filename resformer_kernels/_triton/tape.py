@@ -85,10 +85,14 @@ class Replayed:
         """Why calls are not recorded."""
         return list(self._plain.values())
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+        """Serve a call of the op."""
         tensors: list[Tensor] = []
         found = _metadata(arguments, tensors)
-        found.append(launch.assumed())
+        if not tensors:
+            return self._run(*arguments)
+        device = tensors[0].device
+        found += device, launch.assumed()
         found += map(os.environ.get, SWITCHES)
         if len(set(map(id, tensors))) != len(tensors):
             # One tensor in several places is one argument.
@@ -99,14 +103,14 @@ class Replayed:
         replay = self._replays.get(key)
         if replay is None or launch.recorded():
             return self._remembered(key, tensors, arguments)
-        if launch.current(tensors[0].device):
+        if launch.current(device):
             return replay(*tensors)
-        with launch.on(tensors[0].device):
+        with launch.on(device):
             return replay(*tensors)
 
     def _remembered(self, key: Any, tensors: list[Tensor], arguments: tuple[Any, ...]) -> Any:
         """A call that is not replayed, yet."""
-        served = bool(tensors) and (tensors[0].is_cuda or _everywhere)
+        served = tensors[0].is_cuda or _everywhere
         if not served or launch.recorded() or key in self._plain:
             return self._run(*arguments)
         if key not in self._replays:
@@ -133,8 +137,7 @@ def _metadata(arguments: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
             found.append(None)
         elif isinstance(x, Tensor):
             tensors.append(x)
-            alignment = x.data_ptr() & 15
-            found.append((x.shape, x.stride(), x.dtype, x.get_device(), alignment))
+            found.append((x.shape, x.stride(), x.dtype, x.data_ptr() & 15))
         elif type(x) in _SEVERAL:
             found.append(tuple(_metadata(x, tensors)))
         else:
@@ -215,9 +218,7 @@ class Recording(TorchDispatchMode):
         for x in given:
             if x is not made and _memory(x) == _memory(made):
                 root, before = self._root(x)
-                start = made.storage_offset() * made.element_size()
-                start -= x.storage_offset() * x.element_size()
-                self._roots[self._number(made)] = root, before + start
+                self._roots[self._number(made)] = root, before + _start(made) - _start(x)
                 return
 
     def _root(self, tensor: Tensor) -> tuple[int, int]:
@@ -310,6 +311,11 @@ def _waits(func: Any, given: list[Tensor]) -> bool:
     if func is torch.ops.aten.index.Tensor and all(x.dtype is not torch.bool for x in given):
         return False
     return any(tag in func.tags for tag in _WAITS)
+
+
+def _start(tensor: Tensor) -> int:
+    """Bytes from the start of its memory."""
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _memory(tensor: Tensor) -> int:

@@ -91,7 +91,7 @@ def _mask_span(mask: Tensor | None) -> Tensor | None:
         mask_span_kernel,
         (mask.shape[0],),
         mask.device,
-        mask=Mask(*matrix_of(mask)),
+        mask=Mask(mask.view(torch.uint8), *mask.stride()),
         span=span,
         columns=mask.shape[1],
         BLOCK=4096,
