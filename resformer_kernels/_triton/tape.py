@@ -27,7 +27,7 @@ from resformer_kernels._triton.available import interpreted
 SWITCHES = (launch.POISON, "RESFORMER_MIX")
 """Variables of the environment that launchers look at."""
 _MOST = 1024
-"""Calls that are remembered of a launcher."""
+"""Calls of a launcher that are remembered."""
 _WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 _SEVERAL = (list, tuple)
@@ -114,9 +114,7 @@ class Replayed:
         if not served or launch.recorded() or key in self._plain:
             return self._run(*arguments)
         if key not in self._replays:
-            if len(self._replays) >= _MOST:
-                del self._replays[next(iter(self._replays))]
-            self._replays[key] = None
+            _put(self._replays, key, None)
             return self._run(*arguments)
         recording = Recording(tensors)
         with launch.taken_by(recording), recording:
@@ -125,8 +123,15 @@ class Replayed:
         if recording.problem is None:
             self._replays[key] = replay
         else:
-            self._plain[key] = recording.problem
+            _put(self._plain, key, recording.problem)
         return result
+
+
+def _put(found: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remember a call, and forget the oldest where there are too many."""
+    if len(found) >= _MOST:
+        found.pop(next(iter(found)), None)
+    found[key] = value
 
 
 def _metadata(arguments: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
