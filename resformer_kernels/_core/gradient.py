@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -82,19 +81,19 @@ class Parts:
 
     def __init__(self, record: Any, tensors: Sequence[str]) -> None:
         self.record, self.tensors = record, tuple(tensors)
-        places = [record._fields.index(name) for name in tensors]
-        rest = [i for i in range(len(record._fields)) if i not in places]
-        both = places + rest
-        self._tensors, self._rest = itemgetter(*places), itemgetter(*rest)
-        self._in_order = itemgetter(*[both.index(i) for i in range(len(both))])
+        self._tensors = [record._fields.index(name) for name in tensors]
+        self._rest = [i for i in range(len(record._fields)) if i not in self._tensors]
+        both = self._tensors + self._rest
+        self._order = [both.index(i) for i in range(len(both))]
 
     def split(self, call: Any) -> tuple[Any, ...]:
         """(rest, *tensors) of a record."""
-        return (self._rest(call), *self._tensors(call))
+        return (tuple(call[i] for i in self._rest), *[call[i] for i in self._tensors])
 
     def join(self, rest: Sequence[Any], tensors: Sequence[Any]) -> Any:
         """The record: the inverse of `split`."""
-        return self.record._make(self._in_order((*tensors, *rest)))
+        both = (*tensors, *rest)
+        return self.record(*[both[i] for i in self._order])
 
     def wanted(self, ctx: Any, leaves: Sequence[str]) -> tuple[bool, ...]:
         """Which leaves want a gradient, in their order."""

@@ -135,10 +135,7 @@ class Op:
         """The op's arguments: the record's fields, those of nested records in place."""
         if not self._nested:
             return tuple(call)
-        given = list(call)
-        for place, _ in reversed(self._nested):
-            given[place : place + 1] = given[place]
-        return tuple(given)
+        return tuple(y for x in call for y in (x if _is_record(x) else (x,)))
 
     def read(self, arguments: tuple[Any, ...]) -> Any:
         """The record of the op's arguments: the inverse of `flatten`."""
