@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
+from resformer_kernels._triton.specialise import identity as known
 
 BATCHES = (1, 3, 16)
 HEADS = (1, 2, 3, 12, 16)
@@ -30,6 +31,7 @@ TILE = (
 """Constants of a tile, which launchers choose by length, and of forms: a kernel for each."""
 
 Run = Callable[[int, int, int], None]
+_found: dict[Any, str] = {}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -243,7 +245,11 @@ def identity(launch: Launch) -> tuple[str, str]:
         (tile if name in TILE else rest).append((path, str(constant)))
     kernel = launch.kernel.__name__.removesuffix("_kernel")
     at = f"{kernel} {tile} {case.num_warps} {case.num_stages}"
-    return at, f"{case.signature} {rest} {case.attrs} {case.options}"
+    rest_of = f"{case.signature} {rest} {case.attrs} {case.options}"
+    known_by = known(launch.kernel, launch.kwargs)
+    # What launches find a compiled kernel by must tell apart what is compiled apart.
+    assert _found.setdefault(known_by, at + rest_of) == at + rest_of, launch
+    return at, rest_of
 
 
 def count() -> dict[tuple[str, str, str], int]:

@@ -13,7 +13,13 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from resformer_kernels._triton.specialise import Specialised, Stride, Unit, specialised
+from resformer_kernels._triton.specialise import (
+    Specialised,
+    Stride,
+    Unit,
+    identity,
+    specialised,
+)
 
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -31,11 +37,23 @@ class Matrix(NamedTuple):
     SIZE: tl.constexpr
 
 
+class Kernel:
+    """A kernel of one argument."""
+
+    params = (SimpleNamespace(name="x", is_constexpr=False, default=None),)
+
+
+KERNEL = Kernel()
+
+
 def of(value: Any) -> Specialised:
-    """Of a kernel with one argument, and num_warps."""
-    parameter = SimpleNamespace(name="x", is_constexpr=False, default=None)
-    kernel = SimpleNamespace(params=[parameter], fn=of)
-    return specialised(kernel, {"x": value, "num_warps": 8})
+    """Of an argument, and num_warps."""
+    return specialised(KERNEL, {"x": value, "num_warps": 8})
+
+
+def known_by(value: Any) -> Any:
+    """What the compiled kernel is found by."""
+    return identity(KERNEL, {"x": value, "num_warps": 8})
 
 
 @pytest.mark.parametrize("number", [-1, 0, 1, 2, 15, 16, 4096, 2**31 - 1])
@@ -43,7 +61,7 @@ def test_a_number_is_a_number(number: int) -> None:
     found = of(number)
     assert (found.signature, found.constants, found.attrs) == ({"x": "i32"}, {}, {})
     assert found.options == {"num_warps": 8}
-    assert of((number,)).identity == of((7,)).identity
+    assert known_by((number,)) == known_by((7,))
 
 
 def test_types() -> None:
@@ -75,6 +93,25 @@ def test_strides_count_where_the_innermost_is_one() -> None:
     assert set(unit.constants) == {(0, 1), (0, 2)}
     assert other.attrs == {}
     assert set(other.constants) == {(0, 2)}
-    assert unit.identity != other.identity
-    assert other.identity == of(Matrix(17, 48, tl.constexpr(4))).identity
-    assert other.identity != of(Matrix(16, 32, tl.constexpr(8))).identity
+    assert known_by(Matrix(16, 1, size)) != known_by(Matrix(16, 32, size))
+    assert known_by(Matrix(17, 1, size)) != known_by(Matrix(17, 32, size))
+    assert known_by(Matrix(16, 32, size)) == known_by(Matrix(17, 48, tl.constexpr(4)))
+    assert known_by(Matrix(16, 32, size)) != known_by(Matrix(16, 32, tl.constexpr(8)))
+
+
+def test_all_that_is_compiled_apart_is_known_apart() -> None:
+    x, wide = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
+    size = tl.constexpr(4)
+    values: list[Any] = [
+        *(None, 1, 2**31, -(2**31) - 1, 1.0, x, x[1:], wide, tl.constexpr(1), tl.constexpr(None)),
+        *((x,), (x, x), (1, x), (x, 1), (1.0,), ((1,),), (None,), (tl.constexpr(1),)),
+        *(Rows(None, 1, 16, 16), Rows(None, 1, 16, 1), Rows(x, 1, 16, 16), Rows(None, 1, 2**31, 1)),
+        *(Matrix(16, 1, size), Matrix(17, 1, size), Matrix(16, 2, size), Matrix(1, 1, tl.float32)),
+    ]
+    for a in values:
+        for b in values:
+            compiled = of(a)[:3], of(b)[:3]
+            # A kernel may be compiled twice, but none may serve what is not its own.
+            assert known_by(a) != known_by(b) or repr(compiled[0]) == repr(compiled[1]), (a, b)
+    assert known_by(2) == known_by(1)
+    assert known_by(True) != known_by(1)

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from resformer_kernels._triton.arch import STAND_IN
-from resformer_kernels._triton.specialise import Specialised, specialised
+from resformer_kernels._triton.specialise import identity, specialised
 
 
 class Launch(NamedTuple):
@@ -104,9 +104,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
     if triton.knobs.runtime.interpret:
         run, values = _interpreted(kernel, grid, tuple(arguments)), tuple(arguments.values())
     else:
-        found = specialised(kernel, arguments)
         with on(device):
-            run, values = _compiled_runner(_compile(found, device), grid, device), found.arguments
+            run = _compiled_runner(_compile(kernel, arguments, device), grid, device)
+        values = tuple(arguments.get(x.name, x.default) for x in kernel.params)
     taker: Taker | None = getattr(_thread, "taker", None)
     with on(device):
         if taker is None:
@@ -128,12 +128,13 @@ def _interpreted(kernel: Any, grid: tuple[int, ...], names: tuple[str, ...]) -> 
     return run
 
 
-def _compile(found: Specialised, device: torch.device) -> Any:
+def _compile(kernel: Any, arguments: dict[str, Any], device: torch.device) -> Any:
     """The kernel that Triton compiles for a GPU, once."""
-    key = (found.identity, device)
+    key = (identity(kernel, arguments), device)
     compiled = _compiled.get(key)
     if compiled is None:
-        source = ASTSource(found.kernel, found.signature, found.constants, found.attrs)
+        found = specialised(kernel, arguments)
+        source = ASTSource(kernel, found.signature, found.constants, found.attrs)
         target = driver.active.get_current_target()
         options = {"debug": triton.knobs.runtime.debug, **found.options}
         compiled = _compiled[key] = triton.compile(source, target=target, options=options)

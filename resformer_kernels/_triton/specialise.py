@@ -25,51 +25,95 @@ Unit: TypeAlias = Annotated[int, _UNIT]
 
 ALIGNMENT = 16
 """Of addresses in bytes, and of strides in elements, that the compiler is told of."""
+_LARGE = 2**31
 _DIVISIBLE = [["tt.divisibility", ALIGNMENT]]
 Path: TypeAlias = tuple[int, ...]
 """The place of a number among nested arguments."""
 
 
 class Specialised(NamedTuple):
-    """A kernel and what it is compiled for, in Triton's terms."""
+    """What a kernel is compiled for, in Triton's terms."""
 
-    kernel: Any
     signature: dict[str, Any]
     """Types by name; "constexpr" for constants."""
     constants: dict[Path, Any]
     attrs: dict[Path, list[list[Any]]]
     options: dict[str, Any]
     """Of the compiler, such as num_warps."""
-    arguments: tuple[Any, ...]
-    """In the kernel's order."""
-
-    @property
-    def identity(self) -> Any:
-        """Equal where a compiled kernel may serve both."""
-        constants = tuple((path, plain(x)) for path, x in self.constants.items())
-        types, options = tuple(self.signature.values()), tuple(sorted(self.options.items()))
-        return self.kernel.fn, types, constants, tuple(self.attrs), options
 
 
-def plain(value: Any) -> Any:
+class _Notes(NamedTuple):
+    """What a record's fields say is worth a compilation."""
+
+    fields: tuple[str, ...]
+    """Each field's annotation; "" where nothing is."""
+    units: tuple[int, ...]
+    """Places of units."""
+    strides: tuple[tuple[int, ...], ...]
+    """Places of strides, those together that are multiples of 16 together."""
+
+
+def identity(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """Equal where one compiled kernel serves both launches: in short what `specialised` says."""
+    names, constants = _parameters(kernel)
+    found: list[Any] = [kernel]
+    for name, value in arguments.items():
+        if name in constants or name not in names:
+            found.append((name, _plain(value)))
+        else:
+            found.append((name, _form(value, "")))
+    return tuple(found)
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """(names of parameters, those that are constants)."""
+    constants = (x.name for x in kernel.params if x.is_constexpr)
+    return frozenset(x.name for x in kernel.params), frozenset(constants)
+
+
+def _form(value: Any, note: str) -> Any:
+    """What `_type_of` would find, without its place."""
+    kind: Any = type(value)
+    if kind is int:
+        return _UNIT if note == _UNIT and value == 1 else -_LARGE <= value < _LARGE
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % ALIGNMENT
+    if isinstance(value, tuple):
+        notes = _notes(kind)
+        if notes is None:
+            return tuple([_form(x, "") for x in value])
+        even = [_even(value, notes, places) for places in notes.strides]
+        return (kind, *even, *map(_form, value, notes.fields))
+    if kind is TensorDescriptor:
+        return value.base.dtype, *value.block_shape
+    return kind if kind is float else (kind, _plain(value))
+
+
+def _plain(value: Any) -> Any:
     """A constant without Triton's wrapper."""
     return value.value if isinstance(value, tl.constexpr) else value
 
 
+def _even(record: tuple[Any, ...], notes: _Notes, places: tuple[int, ...]) -> bool:
+    """Whether the compiler is told that strides are multiples of ALIGNMENT."""
+    for i in notes.units:
+        if record[i] != 1:
+            return False
+    return all(record[i] % ALIGNMENT == 0 for i in places)
+
+
 def specialised(kernel: Any, arguments: dict[str, Any]) -> Specialised:
     """What `kernel[grid](**arguments)` needs compiled."""
-    given = dict(arguments)
-    found = Specialised(kernel, {}, {}, {}, given, ())
-    values = []
+    found = Specialised({}, {}, {}, dict(arguments))
     for place, parameter in enumerate(kernel.params):
-        value = given.pop(parameter.name) if parameter.name in given else parameter.default
-        values.append(value)
+        value = found.options.pop(parameter.name, parameter.default)
         if parameter.is_constexpr:
             found.constants[place,] = value
             found.signature[parameter.name] = "constexpr"
         else:
             found.signature[parameter.name] = _type_of(value, (place,), "", found)
-    return found._replace(arguments=tuple(values))
+    return found
 
 
 def _type_of(value: Any, path: Path, note: str, found: Specialised) -> Any:
@@ -96,21 +140,31 @@ def _type_of(value: Any, path: Path, note: str, found: Specialised) -> Any:
 def _types_of(record: tuple[Any, ...], path: Path, found: Specialised) -> Any:
     """The types of a tuple's or record's members, in one of its kind."""
     kind = type(record)
-    notes = _notes(kind) if hasattr(kind, "_fields") else ("",) * len(record)
-    groups = {note for note in notes if note not in ("", _UNIT)}
-    noted = list(zip(notes, record, strict=True))
-    uneven = {note for note, x in noted if note in groups and x % ALIGNMENT}
-    if any(note == _UNIT and x != 1 for note, x in noted):
-        uneven = groups
+    notes = _notes(kind)
+    if notes is None:
+        return tuple(_type_of(x, (*path, i), "", found) for i, x in enumerate(record))
+    fields = list(notes.fields)
+    for places in notes.strides:
+        for i in places:
+            fields[i] = _EVEN if _even(record, notes, places) else ""
     types = [
-        _type_of(x, (*path, i), _EVEN if note in groups - uneven else note, found)
-        for i, (note, x) in enumerate(noted)
+        _type_of(x, (*path, i), note, found)
+        for i, (x, note) in enumerate(zip(record, fields, strict=True))
     ]
-    return kind(*types) if hasattr(kind, "_fields") else tuple(types)
+    return kind(*types)
 
 
 @functools.cache
-def _notes(record: Any) -> tuple[str, ...]:
-    """What each field's annotation says is worth a compilation; "" where nothing is."""
+def _notes(record: Any) -> _Notes | None:
+    """What the fields of a type of record say; None for a plain tuple."""
+    if not hasattr(record, "_fields"):
+        return None
     hints = get_type_hints(record, include_extras=True).values()
-    return tuple(getattr(hint, "__metadata__", ("",))[0] for hint in hints)
+    fields = tuple(getattr(hint, "__metadata__", ("",))[0] for hint in hints)
+    strides = [
+        tuple(i for i, field in enumerate(fields) if field == group)
+        for group in dict.fromkeys(fields)
+        if group not in ("", _UNIT)
+    ]
+    units = tuple(i for i, field in enumerate(fields) if field == _UNIT)
+    return _Notes(fields, units, tuple(strides))
