@@ -78,7 +78,7 @@ def _form(value: Any, note: str) -> Any:
     if kind is int:
         return _UNIT if note == _UNIT and value == 1 else -_LARGE <= value < _LARGE
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % ALIGNMENT
+        return value.dtype, value.data_ptr() % ALIGNMENT == 0
     if isinstance(value, tuple):
         notes = _notes(kind)
         if notes is None:
