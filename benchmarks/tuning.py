@@ -177,11 +177,14 @@ def configured(trial: Trial, architecture: str) -> Iterator[None]:
     by_mask: dict[str, list[int]] = by_precision[point.precision][str(point.head_dim)]
     before = dict(by_mask)
     by_mask[point.mask] = list(trial.config)
+    tape = importlib.import_module("resformer_kernels._triton.tape")
+    tape.forget()
     try:
         yield
     finally:
         by_mask.clear()
         by_mask.update(before)
+        tape.forget()
 
 
 WANTED: dict[str, tuple[int, ...]] = {"forward": (), "keys": (1, 2, 3, 4, 5), "queries": (0,)}

@@ -125,6 +125,8 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def alone(value: Any) -> bool:
     """Whether `value` is one thing, not several: it has no axis to walk along."""
+    if type(value) in (int, float):
+        return True
     return not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
 
 
@@ -174,6 +176,12 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if dtype is torch.float64 or not dtype.is_floating_point or kind == "meta":
         return dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def autocast(x: Tensor) -> Tensor:
+    """An argument in the dtype in which autocast wants it."""
+    wanted = autocast_dtype(x.device, x.dtype)
+    return x if x.dtype is wanted else x.to(wanted)
 
 
 def readable(tensor: Tensor) -> bool:

@@ -6,8 +6,9 @@ order; or, where there are many, `Parts`. A leaf is found by its field's name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,32 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from resformer_kernels._core.op import Op, vmap_error
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Given(NamedTuple):
+    """Arguments that are bound as they are given."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _AsGiven(inspect.Signature):
+    """The signature of a function without defaults, called by position."""
+
+    def bind(self, /, *args: object, **kwargs: object) -> Any:
+        return _Given(args, kwargs)
+
+
+def signed(forward: F) -> F:
+    """Mark the `forward` of an autograd.Function, which has no defaults: torch binds its arguments
+    to its signature in every call, and takes the signature that a function carries."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    forward.__signature__ = _AsGiven(parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def refuse_forward_mode(function: str, leaves: Iterable[Tensor | None]) -> None:
@@ -141,6 +168,7 @@ class _Undifferentiable(torch.autograd.Function):
     """apply(function, missing, run, *leaves) -> run(*leaves)."""
 
     @staticmethod
+    @signed
     def forward(
         _function: str, _missing: str, run: Callable[..., Any], *leaves: Any
     ) -> tuple[Tensor, ...]:

@@ -122,7 +122,7 @@ class Op:
         if self.composed is not None:
             made = self._lazy(self.composed, namespace)
         elif launcher is not None:
-            made = self._lazy(launcher)
+            made = (self._replayed if namespace == TRITON else self._lazy)(launcher)
         # CPU tensors are for Triton's interpreter, and for what stands in for a package in tests.
         for key in ("CPU", "CUDA") if made is not None else ():
             library.impl(self.name, made, key)
@@ -157,6 +157,19 @@ class Op:
 
         def implementation(*arguments: Any) -> Any:
             return getattr(importlib.import_module(module), name)(*first, self.read(arguments))
+
+        return implementation
+
+    def _replayed(self, target: str) -> Callable[..., Any]:
+        """The Triton launcher, and Triton with it, from the first call on."""
+        launcher = self._lazy(target)
+        made: list[Callable[..., Any]] = []
+
+        def implementation(*arguments: Any) -> Any:
+            if not made:
+                tape = importlib.import_module("resformer_kernels._triton.tape")
+                made.append(tape.Replayed(self.name, launcher))
+            return made[0](arguments)
 
         return implementation
 

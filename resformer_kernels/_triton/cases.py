@@ -4,7 +4,7 @@ A `CompileCase` is one kernel in one configuration, specialised exactly as its l
 op lists its cases in `triton/cases.py`, as `compile_cases(capability) -> Iterator[CompileCase]`.
 They come from the launchers themselves: `launch.recorded_launches` records what a launcher passes
 when it is called on meta tensors, and `case_from_launch` derives types, constants and divisibility
-with the code that Triton runs at a launch. Nobody maintains a second list.
+with the code that runs at a launch. Nobody maintains a second list.
 
 Triton is imported when a function is called, not with this module.
 """
@@ -65,24 +65,21 @@ def case_from_launch(
     >>> case = case_from_launch("forward D128", launches[0], capability=90)  # doctest: +SKIP
     """
     from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    kernel, kwargs = launch.kernel, launch.kwargs
-    backend = make_backend(gpu_target(capability))
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, extra = binder(**kwargs)
-    options, signature, constants, attrs = kernel._pack_args(
-        backend, dict(kwargs), bound, specialization, extra
-    )
+    from resformer_kernels._triton.specialise import specialised
+
+    found = specialised(launch.kernel, launch.kwargs)
+    options = make_backend(gpu_target(capability)).parse_options(found.options)
+    extra = {key: x for key, x in found.options.items() if key not in ("num_warps", "num_stages")}
     return CompileCase(
         name,
-        kernel,
-        signature,
-        constants,
-        attrs,
+        launch.kernel,
+        found.signature,
+        found.constants,
+        found.attrs,
         options.num_warps,
         options.num_stages,
         main,
         expects_mma,
-        {key: value for key, value in extra.items() if key not in ("num_warps", "num_stages")},
+        extra,
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from resformer_kernels._triton.arch import STAND_IN
+from resformer_kernels._triton.specialise import identity, specialised
 
 
 class Launch(NamedTuple):
@@ -23,8 +27,18 @@ class Launch(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Taker(Protocol):
+    """What runs this thread's launches, and takes note of them: see `tape`."""
+
+    def take(self, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Do `run(*arguments)`."""
+
+
 _assumed: tuple[int, int] | None = None
 _recorder: list[Launch] | None = None
+_compiled: dict[Any, Any] = {}
+_thread = threading.local()
+POISON = "RESFORMER_POISON"
 
 
 @contextmanager
@@ -36,6 +50,11 @@ def assumed_capability(capability: tuple[int, int]) -> Iterator[None]:
         yield
     finally:
         _assumed = before
+
+
+def assumed() -> tuple[int, int] | None:
+    """The compute capability of `assumed_capability`."""
+    return _assumed
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -60,6 +79,21 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorder = before
 
 
+def recorded() -> bool:
+    """Whether launches are recorded and do not run."""
+    return _recorder is not None
+
+
+@contextmanager
+def taken_by(taker: Taker) -> Iterator[None]:
+    """Within it `taker` runs this thread's launches."""
+    _thread.taker = taker
+    try:
+        yield
+    finally:
+        _thread.taker = None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Run `kernel` on `device`, or record the launch; nothing where the grid is empty."""
     if 0 in grid:
@@ -68,21 +102,82 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
         _recorder.append(Launch(kernel, grid, arguments))
         return
     if triton.knobs.runtime.interpret:
+        run, values = _interpreted(kernel, grid, tuple(arguments)), tuple(arguments.values())
+    else:
+        with on(device):
+            run = _compiled_runner(_compile(kernel, arguments, device), grid, device)
+        values = tuple(arguments.get(x.name, x.default) for x in kernel.params)
+    taker: Taker | None = getattr(_thread, "taker", None)
+    with on(device):
+        if taker is None:
+            run(*values)
+        else:
+            taker.take(run, values)
+
+
+def _interpreted(kernel: Any, grid: tuple[int, ...], names: tuple[str, ...]) -> Callable[..., None]:
+    def run(*values: object) -> None:
         import numpy
 
         # numpy warns where a GPU goes on (inf - inf, an overflowing exponential, a NaN), and about
         # the interpreter's use of it.
         with numpy.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kernel[grid](**arguments)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments)
+            kernel[grid](**dict(zip(names, values, strict=True)))
+
+    return run
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], device: torch.device) -> Any:
+    """The kernel that Triton compiles for a GPU, once."""
+    key = (identity(kernel, arguments), device)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        found = specialised(kernel, arguments)
+        source = ASTSource(kernel, found.signature, found.constants, found.attrs)
+        target = driver.active.get_current_target()
+        options = {"debug": triton.knobs.runtime.debug, **found.options}
+        compiled = _compiled[key] = triton.compile(source, target=target, options=options)
+    return compiled
+
+
+def _compiled_runner(
+    compiled: Any, grid: tuple[int, ...], device: torch.device
+) -> Callable[..., None]:
+    """`compiled[grid]`, without what Triton prepares for profilers where there are none."""
+    x, y, z = (*grid, 1, 1)[:3]
+    for_profilers, hooks = compiled[x, y, z], triton.knobs.runtime
+    launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of, index = driver.active.get_current_stream, device.index
+
+    def run(*values: object) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            for_profilers(*values)
+        else:
+            stream = stream_of(index)
+            launcher(x, y, z, stream, function, metadata, None, None, None, *values)
+
+    return run
+
+
+def compiled_kernels() -> Iterable[Any]:
+    """Every kernel that was compiled for a launch of this process, as Triton has it."""
+    return _compiled.values()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which `device` is the current one, if it is a GPU."""
+    return nullcontext() if current(device) else torch.cuda.device(device)
+
+
+def current(device: torch.device) -> bool:
+    """Whether launches go to `device` as things are."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a kernel to write: uninitialised, or NaN under RESFORMER_POISON=1."""
     fresh = like.new_empty(shape, dtype=dtype)
-    if os.environ.get("RESFORMER_POISON"):
+    if os.environ.get(POISON):
         fresh.fill_(torch.nan)
     return fresh

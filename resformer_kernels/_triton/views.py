@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from resformer_kernels._triton import device
+from resformer_kernels._triton.specialise import Stride, Unit
 
 
 class View(NamedTuple):
@@ -14,9 +15,9 @@ class View(NamedTuple):
     table has its rows along time."""
 
     pointer: Tensor | None
-    batch: int
-    time: int
-    head: int
+    batch: Stride
+    time: Stride
+    head: Stride
 
 
 class Coefficient(NamedTuple):
@@ -24,10 +25,10 @@ class Coefficient(NamedTuple):
 
     pointer: Tensor | None
     number: float
-    batch: int
-    time: int
-    head: int
-    column: int
+    batch: Stride
+    time: Stride
+    head: Stride
+    column: Unit
 
 
 NOTHING = View(None, 0, 0, 0)

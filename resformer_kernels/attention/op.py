@@ -19,6 +19,7 @@ from resformer_kernels._core.gradient import (
     mask_of,
     refuse_forward_mode,
     run_backward,
+    signed,
     wants_gradient,
 )
 from resformer_kernels._core.op import Op, vmap_error
@@ -95,6 +96,7 @@ class ValueResidualAttention(torch.autograd.Function):
     """apply(namespace, *parts of a call) -> (out, lse, mixed); mixed is empty if not asked for."""
 
     @staticmethod
+    @signed
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # One parameter: torch binds the signature at every call.
         namespace, rest, *tensors = arguments

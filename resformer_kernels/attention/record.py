@@ -15,7 +15,7 @@ from torch import Tensor
 from resformer_kernels._core.checks import (
     DTYPES,
     alone,
-    autocast_dtype,
+    autocast,
     check_cu_seqlens,
     check_dense,
     check_flag,
@@ -144,9 +144,7 @@ def check_call(
         if tensor is not None:
             check_tensor(name, tensor, rank, f"{axes_k} or None")
     refuse_vmap(FIXED, (q,))
-    q, k, v, v_first = (
-        x if x is None else x.to(autocast_dtype(x.device, x.dtype)) for x in (q, k, v, v_first)
-    )
+    q, k, v, v_first = (x if x is None else autocast(x) for x in (q, k, v, v_first))
     check_values(q, k, v, v_first)
     own, first, own_value, first_value = coefficients(
         v, v_first, lambda_v, lambda_first, q.shape[-2]

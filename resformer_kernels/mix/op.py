@@ -141,6 +141,7 @@ class MixValues(torch.autograd.Function):
     """apply(namespace, coefficient_values, *values, *coefficients) -> out."""
 
     @staticmethod
+    @gradient.signed
     def forward(*arguments: Any) -> Tensor:
         # One parameter: torch binds the signature at every call.
         namespace, *flat = arguments
@@ -175,6 +176,7 @@ class MixValueEmbedding(torch.autograd.Function):
     """apply(namespace, *call) -> out."""
 
     @staticmethod
+    @gradient.signed
     def forward(*arguments: Any) -> Tensor:
         namespace, *call = arguments
         out: Tensor = EMBEDDING_FORWARD(namespace, call)

@@ -10,7 +10,7 @@ from torch import Tensor
 from resformer_kernels._core.checks import (
     DTYPES,
     alone,
-    autocast_dtype,
+    autocast,
     check_flag,
     check_tensor,
     describe,
@@ -120,7 +120,7 @@ def check_mix(values: Any, coefficients: Any) -> MixCall:
     for i, value in enumerate(values):
         _check_value(f"values[{i}]", value)
     refuse_vmap(VALUES, (*values, *coefficients))
-    values = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in values)
+    values = tuple(autocast(x) for x in values)
     first = values[0]
     for i, value in enumerate(values):
         if value.shape != first.shape:
@@ -153,7 +153,7 @@ def check_embedding(
     check_tensor("table", table, 3, "(vocab, kv_heads, head_dim)")
     check_flag("sparse_grad", sparse_grad)
     refuse_vmap(EMBEDDING, (v, table, token_ids, gate))
-    v = v.to(autocast_dtype(v.device, v.dtype))
+    v = autocast(v)
     if table.shape[1:] != v.shape[-2:]:
         raise ValueError(
             f"table must be (vocab, kv_heads, head_dim) with v's last axes {tuple(v.shape[-2:])}, "

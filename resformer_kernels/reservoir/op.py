@@ -21,6 +21,7 @@ from resformer_kernels._core.gradient import (
     mask_of,
     refuse_forward_mode,
     run_backward,
+    signed,
     wants_gradient,
 )
 from resformer_kernels._core.op import Op, vmap_error
@@ -112,6 +113,7 @@ class ReservoirScan(torch.autograd.Function):
     """apply(namespace, *parts of a ReservoirCall) -> (states, final_state, info)."""
 
     @staticmethod
+    @signed
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # One parameter: torch binds the signature at every call.
         namespace, rest, *tensors = arguments

@@ -78,6 +78,7 @@ class LinearScan(torch.autograd.Function):
     """apply(namespace, *call) -> (states, final state)."""
 
     @staticmethod
+    @gradient.signed
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         # One parameter: torch binds the signature at every call.
         namespace, *call = arguments

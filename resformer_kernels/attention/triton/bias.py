@@ -47,7 +47,7 @@ class Sums(NamedTuple):
     OVER: tl.constexpr
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def bias_gradient_kernel(
     q,
     k,
@@ -172,10 +172,10 @@ def bias_gradient(call: AttentionCall, incoming: Incoming, bias: Tensor) -> Tens
     q_tiles, k_tiles = -(-call.max_seqlen_q // config.rows), -(-call.max_seqlen_k // config.keys)
     sequences, heads = call.sequences, call.q.shape[-2]
     inner = (1, 1)
-    if bias.shape[3] == 1:
+    if bias.shape[3] == 1 and call.max_seqlen_k > 1:
         over, shape = OVER_KEYS, (sequences, heads, call.max_seqlen_q, 1)
         k_tiles = 1
-    elif bias.shape[2] == 1:
+    elif bias.shape[2] == 1 and call.max_seqlen_q > 1:
         over, shape = OVER_QUERIES, (sequences, heads, 1, call.max_seqlen_k)
         q_tiles = 1
     else:

@@ -6,6 +6,8 @@ V' = lambda_v V + lambda_first V1 (arXiv 2410.17897) is mixed in the loop over t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from resformer_kernels._triton.device import dot, round_to
 from resformer_kernels._triton.launch import capability, empty, launch
+from resformer_kernels._triton.specialise import Stride
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton import configs
@@ -49,7 +52,7 @@ from resformer_kernels.attention.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def forward_kernel(
     q,
     k,
@@ -247,15 +250,25 @@ def premix(call: AttentionCall) -> Tensor:
     return mixed
 
 
+class Packed(NamedTuple):
+    """A contiguous packed tensor, and the number of its sequences."""
+
+    pointer: Tensor
+    sequences: int
+    total: int
+    row_size: Stride
+
+
 @triton.jit
-def clear_tail_kernel(x, cu_seqlens, sequences, total, row_size, BLOCK: tl.constexpr):
-    """Zeros for the rows of a contiguous packed tensor that lie after its last sequence."""
-    at = tl.load(cu_seqlens + sequences).to(tl.int64) * row_size
-    end = tl.cast(total, tl.int64) * row_size
+def clear_tail_kernel(x, cu_seqlens, BLOCK: tl.constexpr):
+    """Zeros for the rows that lie after the last sequence."""
+    at = tl.load(cu_seqlens + x.sequences).to(tl.int64) * x.row_size
+    end = tl.cast(x.total, tl.int64) * x.row_size
     at += tl.program_id(0) * BLOCK
     while at < end:
         offsets = at + tl.arange(0, BLOCK)
-        tl.store(x + offsets, tl.zeros([BLOCK], x.dtype.element_ty), mask=offsets < end)
+        zeros = tl.zeros([BLOCK], x.pointer.dtype.element_ty)
+        tl.store(x.pointer + offsets, zeros, mask=offsets < end)
         at += tl.num_programs(0) * BLOCK
 
 
@@ -266,10 +279,7 @@ def clear_tail(cu_seqlens: Tensor | None, x: Tensor) -> None:
         clear_tail_kernel,
         (64 if x.numel() else 0,),
         x.device,
-        x=x,
+        x=Packed(x, cu_seqlens.shape[0] - 1, x.shape[0], x.shape[1] * x.shape[2]),
         cu_seqlens=cu_seqlens,
-        sequences=cu_seqlens.shape[0] - 1,
-        total=x.shape[0],
-        row_size=x.shape[1] * x.shape[2],
         BLOCK=1024,
     )

@@ -101,7 +101,7 @@ def _write_value_gradient(gradient, to, at, first_key, tile, k_total, KEYS: tl.c
             tl.store(cells, terms, mask=inside)
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def keys_gradient_kernel(
     q,
     k,

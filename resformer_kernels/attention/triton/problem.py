@@ -1,8 +1,7 @@
 """A call in the terms of the Triton kernels: the records that several launches share.
 
-Fields in capitals are compile-time constants. Lengths and window sizes are no record's fields:
-Triton specialises the integers of a tuple whatever `do_not_specialize` says, and lengths change
-with every call.
+Fields in capitals are compile-time constants. Of the numbers, `specialise` says which are worth a
+compilation.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resformer_kernels._triton.arch import has_tensor_descriptors
 from resformer_kernels._triton.device import NUMBER
 from resformer_kernels._triton.launch import capability
+from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import View, coefficient_of, form_over_tile, view_of
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton import configs
@@ -33,10 +33,10 @@ class Bias(NamedTuple):
     """attn_bias by strides, 0 where it broadcasts."""
 
     pointer: Tensor | None
-    batch: int
-    head: int
-    query: int
-    key: int
+    batch: Stride
+    head: Stride
+    query: Stride
+    key: Unit
 
 
 class Scoring(NamedTuple):
@@ -101,10 +101,10 @@ class Factor(NamedTuple):
 
     pointer: Tensor | None
     number: float
-    batch: int
-    time: int
-    head: int
-    column: int
+    batch: Stride
+    time: Stride
+    head: Stride
+    column: Unit
     FORM: tl.constexpr
 
 
@@ -162,7 +162,7 @@ def shared(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
 
 def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
     """How the scores of a call of attention, or over a cache, are made."""
-    bias, kind, index = _bias(attn_bias)
+    bias, kind, index = _bias(attn_bias, 0 if attn_bias is None else call.max_seqlen_k)
     precise = call.q.dtype is torch.float32
     capped = call.softcap > 0
     alpha = call.scale / call.softcap if capped else call.scale
@@ -177,14 +177,17 @@ def scoring(call: Any, attn_bias: Tensor | None = None) -> Scoring:
     return Scoring(bias, alpha, call.softcap, *(tl.constexpr(flag) for flag in flags))
 
 
-def _bias(tensor: Tensor | None) -> tuple[Bias, tl.constexpr, Any]:
+def _bias(tensor: Tensor | None, keys: int) -> tuple[Bias, tl.constexpr, Any]:
     """attn_bias, its kind, and the integer type that holds its offsets."""
     if tensor is None:
-        return Bias(None, 0, 0, 0, 0), NO_BIAS, tl.int32
+        return Bias(None, 0, 0, 0, 1), NO_BIAS, tl.int32
     strides = [
         0 if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
+    if keys == 1:
+        # A single key broadcasts or not: as of most calls.
+        strides[3] = 1
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     index = tl.int32 if span < 2**31 else tl.int64
     if tensor.dtype is torch.bool:
@@ -212,11 +215,20 @@ def _factor(tensor: Tensor | None, number: float, mixes: bool) -> Factor:
     return Factor(*c, tl.constexpr(form))
 
 
-def lse_view(lse: Tensor | None) -> View:
-    """(B, Hq, Tq), or (Hq, total), by strides; time is contiguous."""
+class Numbers(NamedTuple):
+    """A number for each query and head, by strides."""
+
+    pointer: Tensor | None
+    batch: int
+    time: Unit
+    head: int
+
+
+def lse_view(lse: Tensor | None) -> Numbers:
+    """(B, Hq, Tq), or (Hq, total)."""
     if lse is None:
-        return View(None, 0, 0, 0)
-    return View(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
+        return Numbers(None, 0, 1, 0)
+    return Numbers(lse, lse.stride(0) if lse.dim() == 3 else 0, lse.stride(-1), lse.stride(-2))
 
 
 def padded(dim: int) -> int:

@@ -35,7 +35,7 @@ from resformer_kernels.attention.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def queries_gradient_kernel(
     q,
     k,

@@ -59,7 +59,7 @@ class Incoming(NamedTuple):
         return {"base": self.base, "delta": self.delta, "rest": self.rest, "slots": self.slots}
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def rows_kernel(
     grad_out,
     out,
@@ -115,7 +115,7 @@ def rows_kernel(
         tl.store(row_cells(sink_rows, at, rows, GROUP), term, mask=there)
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def split_lse_kernel(
     q,
     k,

@@ -274,7 +274,7 @@ def spans_of_rows(tile, at, geometry, sizes):
     return rows, key_tiles(first, last, at, geometry, sizes.KEYS)
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "window_left", "window_right"])
+@triton.jit
 def open_tiles_kernel(
     work,
     scoring,

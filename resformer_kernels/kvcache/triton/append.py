@@ -36,7 +36,7 @@ def _append(side, new, source, heads, place):
         tl.store(side.scales.pointer + at, scales, mask=place.inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "pages", "page_size"])
+@triton.jit
 def append_kernel(
     keys,
     values,

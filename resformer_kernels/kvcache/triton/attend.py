@@ -17,7 +17,8 @@ from torch import Tensor
 from resformer_kernels._triton.arch import multiprocessors
 from resformer_kernels._triton.device import dot, round_to
 from resformer_kernels._triton.launch import empty, launch
-from resformer_kernels._triton.views import NOTHING, view_of
+from resformer_kernels._triton.specialise import Stride, Unit
+from resformer_kernels._triton.views import view_of
 from resformer_kernels.attention.triton.loads import Source, load_row_tile
 from resformer_kernels.attention.triton.problem import FAR, lse_view, padded, scoring
 from resformer_kernels.attention.triton.softmax import Seen, scores, softmax_step
@@ -56,7 +57,15 @@ class Walk(NamedTuple):
     mask_columns: Any
 
 
-@triton.jit(do_not_specialize=["columns"])
+class Mask(NamedTuple):
+    """key_mask, one byte per key."""
+
+    pointer: Tensor
+    row: Stride
+    column: Unit
+
+
+@triton.jit
 def mask_span_kernel(mask, span, columns, BLOCK: tl.constexpr):
     """The first open key of a sequence's key_mask, and one past the last."""
     sequence = tl.program_id(0)
@@ -82,7 +91,7 @@ def _mask_span(mask: Tensor | None) -> Tensor | None:
         mask_span_kernel,
         (mask.shape[0],),
         mask.device,
-        mask=matrix_of(mask),
+        mask=Mask(mask.view(torch.uint8), *mask.stride()),
         span=span,
         columns=mask.shape[1],
         BLOCK=4096,
@@ -141,12 +150,7 @@ def _load_step(cache, walk, step, tile):
     return shown, k_codes, v_codes, k_scale, _load_scales(cache.v, walk.head, place)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "q_len", "tokens", "capacity", "mask_columns", "pages", "page_size", "row_tiles", "splits",
-        "least", "window_left", "window_right",
-    ]
-)  # fmt: skip
+@triton.jit
 def attend_kernel(
     q,
     cache,
@@ -288,7 +292,7 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
         partials = Partials(*(empty(call.q, shape, torch.float32) for shape in shapes))
     result = Result(
         out=view_of(out),
-        lse=lse_view(lse) if call.return_lse else NOTHING,
+        lse=lse_view(lse if call.return_lse else None),
         sinks=call.sinks,
         WIDTH=values.WIDTH,
         BLOCK=values.BLOCK,

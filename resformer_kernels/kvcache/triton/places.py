@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resformer_kernels._triton.specialise import Unit
 from resformer_kernels._triton.views import View
 
 
@@ -37,7 +38,7 @@ class Matrix(NamedTuple):
 
     pointer: Tensor | None
     row: int
-    column: int
+    column: Unit
 
 
 class Cache(NamedTuple):

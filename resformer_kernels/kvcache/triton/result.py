@@ -11,7 +11,7 @@ from torch import Tensor
 from resformer_kernels._triton.launch import launch
 from resformer_kernels._triton.views import View
 from resformer_kernels.attention.triton.loads import Source, row_cells, store_rows
-from resformer_kernels.attention.triton.problem import Geometry
+from resformer_kernels.attention.triton.problem import Geometry, Numbers
 from resformer_kernels.attention.triton.softmax import close_rows, exponential
 from resformer_kernels.attention.triton.tiles import Limits, place
 from resformer_kernels.kvcache.triton.problem import Problem
@@ -21,7 +21,7 @@ class Result(NamedTuple):
     """Results of a row: out, and the LSE if its view has a pointer."""
 
     out: View
-    lse: View
+    lse: Numbers
     sinks: Tensor | None
     WIDTH: Any
     """Channels of out."""
@@ -53,7 +53,7 @@ def store_result(result, geometry, at, rows, softmax):
         tl.store(row_cells(result.lse, at, rows, geometry.GROUP), logarithm, mask=rows < at.count)
 
 
-@triton.jit(do_not_specialize=["q_len", "splits"])
+@triton.jit
 def merge_kernel(
     partials, result, geometry, q_len, splits, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr
 ):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resformer_kernels._triton import device
 from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.specialise import Stride
 from resformer_kernels._triton.views import NOTHING, view_of
 from resformer_kernels.mix.op import MixBackwardCall
 from resformer_kernels.mix.record import absent_like
@@ -27,10 +28,20 @@ class Sums(NamedTuple):
     """(Partial) sums by strides of sequence, row or row tile, window and column tile."""
 
     pointer: Tensor | None
-    sequence: int
-    row: int
-    window: int
-    tile: int
+    sequence: Stride
+    row: Stride
+    window: Stride
+    tile: Stride
+
+
+class Parts(NamedTuple):
+    """Partial sums (sources, groups, parts, width), and how programs share them."""
+
+    pointer: Tensor
+    groups: int
+    parts: int
+    width: Stride
+    width_tiles: int
 
 
 class Gradient(NamedTuple):
@@ -154,29 +165,27 @@ def backward_kernel(
 def sum_kernel(
     partials,
     outs,
-    groups,
-    parts,
-    width,
-    width_tiles,
     SOURCES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """outs[i] (groups, width) = partials (SOURCES, groups, parts, width), added over parts in
-    float64 and in a fixed order."""
-    tile, group = tl.program_id(0) % width_tiles, tl.program_id(0) // width_tiles
+    """outs[i] (groups, width) = partials of a source, added over parts in float64 and in a fixed
+    order."""
+    width = partials.width
+    tile = tl.program_id(0) % partials.width_tiles
+    group = tl.program_id(0) // partials.width_tiles
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     total = tl.zeros((PARTS, BLOCK), tl.float64)
-    for first in range(0, parts, PARTS):
+    for first in range(0, partials.parts, PARTS):
         part = first + tl.arange(0, PARTS)
-        at = (group.to(tl.int64) * parts + part)[:, None] * width + columns[None, :]
-        present = (part < parts)[:, None] & mask[None, :]  # (PARTS, BLOCK)
-        total += tl.load(partials + at, mask=present, other=0.0)
+        at = (group.to(tl.int64) * partials.parts + part)[:, None] * width + columns[None, :]
+        present = (part < partials.parts)[:, None] & mask[None, :]  # (PARTS, BLOCK)
+        total += tl.load(partials.pointer + at, mask=present, other=0.0)
     found = tl.sum(total, 0).to(tl.float32)
     for i in tl.static_range(SOURCES):
-        if group // groups == i:
-            at = (group % groups).to(tl.int64) * width + columns
+        if group // partials.groups == i:
+            at = (group % partials.groups).to(tl.int64) * width + columns
             tl.store(outs[i] + at, device.round_to(found, outs[i].dtype.element_ty), mask=mask)
 
 
@@ -252,12 +261,8 @@ def _add_parts(partials: Tensor, parts: Partition, outs: list[Tensor | None]) ->
         sum_kernel,
         (len(outs) * parts.split.sequences * width_tiles,),
         partials.device,
-        partials=partials,
+        partials=Parts(partials, parts.split.sequences, parts.parts, parts.sum_width, width_tiles),
         outs=tuple(outs),
-        groups=parts.split.sequences,
-        parts=parts.parts,
-        width=parts.sum_width,
-        width_tiles=width_tiles,
         SOURCES=len(outs),
         PARTS=min(size.rows, _SUMS // size.columns),
         BLOCK=size.columns,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
+from resformer_kernels._triton.specialise import Stride
 from resformer_kernels.mix.triton.tiles import Shape, Size, size_of, tiles_of
 
 
@@ -28,7 +29,7 @@ class Split(NamedTuple):
     """Sequences of the batch, or one of all rows; no tile spans two."""
     rows: int
     """Rows per sequence."""
-    window: int
+    window: Stride
     """Columns per window: all, or those of one head."""
     windows: int
     row_tiles: int

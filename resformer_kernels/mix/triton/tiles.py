@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels._triton import device
+from resformer_kernels._triton.specialise import Stride
 from resformer_kernels._triton.views import Coefficient, View, coefficient_of, form_over_tile
 
 ELEMENTS = 4096
@@ -54,7 +55,7 @@ class Layout(NamedTuple):
     """How kernels see V's axes."""
 
     time: int
-    width: int
+    width: Stride
     DIM: tl.constexpr
     JOINED: tl.constexpr
 

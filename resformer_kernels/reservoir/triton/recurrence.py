@@ -208,7 +208,8 @@ def _run(
     split = _split(size)
     part = -(-size // (split * DEPTH.value)) * DEPTH.value
     tiles = -(-size // tile.units)
-    padded, direction = tiles * tile.units, -1 if adjoint else 1
+    padded = -(-tiles * tile.units // DEPTH.value) * DEPTH.value
+    direction = -1 if adjoint else 1
     sizes = Sizes(
         units=units,
         size=size,

@@ -7,13 +7,14 @@ bit of that.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels._triton import device
+from resformer_kernels._triton.specialise import Stride
 from resformer_kernels.reservoir import record
 
 GROUPS: tl.constexpr = tl.constexpr(0)
@@ -69,17 +70,21 @@ class Weights(NamedTuple):
     bias: Tensor | None
 
 
+Padded: TypeAlias = Annotated[int, "padded"]
+"""A stride in which each group's units are padded: `specialise.Stride` of its own."""
+
+
 class Sizes(NamedTuple):
     """Run-time lengths and strides."""
 
-    units: int
-    size: int
+    units: Stride
+    size: Stride
     """Units of a group."""
-    padded: int
-    """The same, in whole tiles."""
-    width: int
+    padded: Padded
+    """The same, in whole tiles and in multiples of DEPTH."""
+    width: Padded
     """Padded units of all groups."""
-    part: int
+    part: Padded
     """Neighbours of one part of the sum over k."""
     inputs: int
     input_step: int
@@ -118,7 +123,7 @@ class Rows(NamedTuple):
 @triton.jit
 def tile_at(number, sizes, UNITS: tl.constexpr):
     """The tile of that number."""
-    tiles = sizes.padded // UNITS
+    tiles = tl.cdiv(sizes.size, UNITS)
     group = tl.full((), 0, tl.int32) + number // tiles
     local = number % tiles * UNITS + tl.arange(0, UNITS)
     return Tile(group, local, group * sizes.size + local, local < sizes.size)

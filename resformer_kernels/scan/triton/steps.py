@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels._triton import device
+from resformer_kernels._triton.specialise import Stride
 
 # Bits of `Packing.kinds`.
 INSIDE: tl.constexpr = tl.constexpr(1)
@@ -29,8 +30,8 @@ class View(NamedTuple):
     """(track, time, channels) by strides in elements, those of a complex number being two."""
 
     pointer: Tensor | None
-    track: int
-    time: int
+    track: Stride
+    time: Stride
 
 
 class Packing(NamedTuple):
@@ -45,7 +46,7 @@ class Work(NamedTuple):
 
     packing: Packing
     time: int
-    width: int
+    width: Stride
     chunk: int
     chunks: int
     column_tiles: int
