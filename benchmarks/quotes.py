@@ -22,6 +22,9 @@ from benchmarks import curves, page, record, runner
 from benchmarks.report import ceilings
 from benchmarks.workloads.decode import OWN_VALUES, TIME_FIRST
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
+from build_support import cuda
+from resformer_kernels._core import extension
+from resformer_kernels._triton import arch
 from resformer_kernels.bench.tables import duration, markdown_rows, rate_and_share
 from resformer_kernels.bench.timing import OURS
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
@@ -56,6 +59,38 @@ Run = dict[str, Any]
 @cache
 def _support() -> tuple[Matrix, ...]:
     return tuple(matrices(answers()))
+
+
+_GPUS = {
+    80: "A100",
+    86: "RTX 30, A10, A40",
+    89: "RTX 40, L4, L40S",
+    90: "H100, H200",
+    100: "B200; B300 from Triton 3.9 on",
+    120: "RTX 50, RTX PRO Blackwell",
+    942: "MI300, MI325",
+    950: "MI350, MI355",
+}
+"""Products of each architecture that the Triton kernels are compiled for."""
+
+
+def gpu_table() -> str:
+    """What each GPU is served by, and whether a stored run shows it."""
+    rows = []
+    for number, about in arch.ARCHITECTURES.items():
+        capability = divmod(number, 10)
+        amd = arch.is_amd(capability)
+        built = cuda.holds(cuda.ARCHITECTURES)
+        serving = [name for name in built if extension.runs_on(name, capability)]
+        rows.append(
+            (
+                f"{_GPUS[number]} ({arch.label(number)})",
+                'by name: `backend="triton"`, without `reservoir_scan`' if amd else "`auto`",
+                "none" if amd else "PTX" if serving[0].endswith(cuda.PTX) else "machine code",
+                "run" if about.name in arch.RAN else "compiled, never run",
+            )
+        )
+    return markdown_rows(("GPU", "Triton kernels", "CUDA library", "state"), rows)
 
 
 def runs() -> dict[str, Run]:
@@ -224,6 +259,7 @@ QUOTES: dict[str, Callable[[], str]] = {
     **{suite: partial(suite_table, suite) for suite in ("mix", "decode", "scan", "reservoir")},
     "models": model_table,
     "every-case": every_case,
+    "gpus": gpu_table,
     "support": lambda: summary(_support()),
     "support-by-form": lambda: whole(_support()),
 }

@@ -42,6 +42,21 @@ def test_a_name_never_falls_back() -> None:
     assert select("op", "reference", backends, None) is backends[1]
 
 
+class ByName(Fake):
+    def reason_against_auto(self, _call: Any, _hardware: Any) -> str | None:
+        return "nobody tried it"
+
+
+def test_auto_leaves_out_what_its_name_takes() -> None:
+    backends = [ByName("first"), Fake("reference")]
+    assert select("op", "auto", backends, None) is backends[1]
+    assert select("op", "first", backends, None) is backends[0]
+    with pytest.raises(RuntimeError, match="first: nobody tried it"):
+        select("op", "auto", backends[:1], None)
+    with pytest.raises(RuntimeError, match="cannot serve this call: is ill"):
+        select("op", "first", [ByName("first", "is ill")], None)
+
+
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="'auto' or one of 'first', 'reference', got 'second'"):
         select("op", "second", [Fake("first"), Fake("reference")], None)

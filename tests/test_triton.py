@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from resformer_kernels._triton import arch, available
 from resformer_kernels._triton.available import interpreted, unavailable_reason
 
 CUDA = torch.device("cuda", 0)
@@ -18,6 +19,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device of capability 9.0, as far as anyone asks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+
+
+def amd(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The GPU is AMD's, as far as anyone asks."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = types.SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
 
 
 def reason(device: torch.device) -> str:
@@ -40,8 +48,30 @@ def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MPS" in reason(torch.device("mps"))
     assert "xpu" in reason(torch.device("xpu"))
     assert "meta" in reason(torch.device("meta"))
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "ROCm" in reason(CUDA)
+    amd(monkeypatch, "gfx90a")
+    assert reason(CUDA) == (
+        "of AMD's GPUs it is compiled for gfx942 and gfx950 alone, cuda:0 is another"
+    )
+    amd(monkeypatch, "gfx1100")
+    assert "compiled for gfx942 and gfx950 alone" in reason(CUDA)
+
+
+def test_gpus_of_amd_serve_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for name in ("gfx942:sramecc+:xnack-", "gfx950"):
+        amd(monkeypatch, name)
+        assert unavailable_reason(CUDA) is None
+        assert "backend='triton' takes them" in str(available.reason_against_auto(CUDA))
+        assert available.notes(CUDA) == ["compiled for gfx9, and not yet run on such a GPU"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_no_run_shows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert available.reason_against_auto(CUDA) is None
+    assert available.notes(torch.device("cpu")) == []
+    assert available.notes(CUDA) == ["compiled for sm90, and not yet run on such a GPU"]
+    monkeypatch.setattr(arch, "RAN", frozenset({"sm90"}))
+    assert available.notes(CUDA) == []
 
 
 @pytest.mark.usefixtures("gpu")

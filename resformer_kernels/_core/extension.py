@@ -105,7 +105,7 @@ def _version(number: int) -> str:
 
 def _architecture_reason(capability: tuple[int, int]) -> str | None:
     built: list[str] = torch.ops.resformer.cuda_architectures().split()
-    if any(_runs_on(name, capability) for name in built):
+    if any(runs_on(name, capability) for name in built):
         return None
     wanted = ".".join(str(part) for part in capability)
     return (
@@ -114,7 +114,8 @@ def _architecture_reason(capability: tuple[int, int]) -> str | None:
     )
 
 
-def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what a library holds for an architecture, such as "9.0a" or "10.0+PTX"."""
     # Machine code runs on later minor versions too, that of a variant such as 9.0a does not; PTX is
     # compiled by the driver, for every later version.
     name, ptx, _ = architecture.partition("+PTX")

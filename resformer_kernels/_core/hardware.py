@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from resformer_kernels._core import extension
-from resformer_kernels._triton import available
+from resformer_kernels._triton import arch, available
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,12 +47,17 @@ class Hardware:
     @_constant
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Compute capability of a CUDA device."""
-        return torch.cuda.get_device_capability(device)
+        return arch.capability_of(device)
 
     @_constant
     def triton_reason(self, device: torch.device) -> str | None:
         """Why Triton kernels cannot run on tensors of `device`."""
         return available.unavailable_reason(device)
+
+    @_constant
+    def triton_reason_against_auto(self, device: torch.device) -> str | None:
+        """Why `auto` leaves Triton kernels out that can run on tensors of `device`."""
+        return available.reason_against_auto(device)
 
     @_constant
     def package(self, name: str, load: Callable[[str], Any]) -> str | tuple[str, ...]:

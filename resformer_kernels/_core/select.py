@@ -3,7 +3,8 @@
 A backend is a module, or any object, with the three names of `Backend`. An op lists its backends in
 order of preference. The last is "reference", which serves every call and has `is_large(call)`:
 whether `auto` should warn that it fell back. A backend may have `notes(call) -> list[str]`: what it
-does beside the kernel, for `explain`.
+does beside the kernel, for `explain`; and `reason_against_auto(call, hardware)`: why only its name
+takes it.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def select(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Bac
     if backend == "auto":
         reasons: list[str] = []
         for candidate in backends:
-            reason = candidate.unsupported_reason(call, MACHINE)
+            reason = _reason(candidate, backend, call)
             if reason is None:
                 if reasons and candidate.NAME == "reference" and candidate.is_large(call):  # type: ignore[attr-defined]
                     _announce_fallback(op, "; ".join(reasons))
@@ -109,6 +110,15 @@ def select(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Bac
             return candidate
     names = ", ".join(repr(candidate.NAME) for candidate in backends)
     raise ValueError(f"{op}: backend must be 'auto' or one of {names}, got {backend!r}")
+
+
+def _reason(candidate: Backend, backend: str, call: Any) -> str | None:
+    """Why a candidate does not serve a call that asks for `backend`."""
+    reason = candidate.unsupported_reason(call, MACHINE)
+    against = getattr(candidate, "reason_against_auto", None)
+    if reason is None and backend == "auto" and against is not None:
+        reason = against(call, MACHINE)
+    return reason
 
 
 def _announce_fallback(op: str, reasons: str) -> None:
@@ -168,7 +178,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     chosen = None
     reasons: dict[str, str] = {}
     for candidate in request.backends:
-        reason = candidate.unsupported_reason(request.call, MACHINE)
+        reason = _reason(candidate, request.backend, request.call)
         if reason is not None:
             reasons[candidate.NAME] = reason
         elif request.backend not in ("auto", candidate.NAME):

@@ -44,6 +44,8 @@ ARCHITECTURES = {
 """Architectures that every kernel is compiled for, by compute capability: major * 10 + minor. Those
 of AMD are numbered as they name them: gfx942 is (94, 2)."""
 _FIRST_OF_AMD = (90, 0)
+RAN: frozenset[str] = frozenset()
+"""Names of the architectures on which a stored run in benchmarks/results/ shows the kernels."""
 
 
 def architecture(capability: tuple[int, int]) -> Architecture:
@@ -75,6 +77,15 @@ def has_tensor_descriptors(capability: tuple[int, int]) -> bool:
     GeForces of 12.x have them too, but Triton 3.6 gives their kernels local memory there.
     """
     return (9, 0) <= capability < (12, 0)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; (90, 0) for one of AMD whose name has letters."""
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    number = name.removeprefix("gfx")
+    return divmod(int(number), 10) if number.isdecimal() else _FIRST_OF_AMD
 
 
 @functools.cache

@@ -29,16 +29,36 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "it runs on CUDA tensors, these are on Apple's MPS, which Triton does not support"
     if kind != "cuda":
         return f"it runs on CUDA tensors, these are on {device}"
-    if torch.version.hip is not None:
-        return "it is written for NVIDIA GPUs and was never run on ROCm, which these tensors are on"
-    capability = torch.cuda.get_device_capability(device)
+    capability = arch.capability_of(device)
+    if arch.is_amd(capability):
+        compiled = [number for number in arch.ARCHITECTURES if arch.is_amd(divmod(number, 10))]
+        if 10 * capability[0] + capability[1] in compiled:
+            return version_reason()
+        names = " and ".join(map(arch.label, compiled))
+        return f"of AMD's GPUs it is compiled for {names} alone, {device} is another"
     if capability < arch.OLDEST:
         found = ".".join(str(part) for part in capability)
         return f"it needs compute capability 8.0 or newer, {device} has {found}"
     return version_reason(capability)
 
 
-# torch.compile must see the answer as a constant: it cannot trace an import.
+def reason_against_auto(device: torch.device) -> str | None:
+    """Why `auto` does not take kernels that can run on tensors of `device`; None where it does."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "no AMD GPU has run its kernels yet: backend='triton' takes them"
+    return None
+
+
+def notes(device: torch.device) -> list[str]:
+    """What `explain` says of a GPU that no stored run shows."""
+    if device.type != "cuda":
+        return []
+    name = arch.architecture(arch.capability_of(device)).name
+    return [] if name in arch.RAN else [f"compiled for {name}, and not yet run on such a GPU"]
+
+
+# torch.compile must see the answers as constants: it cannot trace an import.
+reason_against_auto._dynamo_marked_constant = True  # type: ignore[attr-defined]
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from resformer_kernels._triton.arch import STAND_IN
+from resformer_kernels._triton.arch import STAND_IN, capability_of
 from resformer_kernels._triton.specialise import identity, specialised
 
 
@@ -61,7 +61,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability to choose for; without a GPU the interpreter plays an H100."""
     if _assumed is not None:
         return _assumed
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else STAND_IN
+    return capability_of(device) if device.type == "cuda" else STAND_IN
 
 
 @contextmanager

@@ -236,6 +236,9 @@ class _Supposed(Hardware):
     def triton_reason(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else "it runs on CUDA tensors"
 
+    def triton_reason_against_auto(self, device: torch.device) -> None:
+        del device
+
     def package(self, name: str, load: Callable[[str], Any]) -> tuple[str, ...]:
         del name, load
         return ()

@@ -260,7 +260,9 @@ def test_where_triton_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     assert "capability 8.0 or newer, cuda:0 has 7.5" in reason(on_device("cuda:0"))
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "never run on ROCm" in reason(on_device("cuda:0"))
+    properties = types.SimpleNamespace(gcnArchName="gfx90a")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    assert "gfx942 and gfx950 alone" in reason(on_device("cuda:0"))
 
 
 def test_an_absent_or_old_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend: NVIDIA GPUs, and Triton's interpreter. Imports without Triton."""
+"""The Triton backend: NVIDIA GPUs, AMD's by name, its interpreter. Imports without Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels._core.op import TRITON
+from resformer_kernels._triton import available
 from resformer_kernels.attention import op
 from resformer_kernels.attention.record import AttentionCall
 
@@ -30,5 +31,14 @@ def unsupported_reason(call: AttentionCall, hardware: Hardware) -> str | None:
     return None
 
 
-notes = op.copy_notes
+def reason_against_auto(call: AttentionCall, hardware: Hardware) -> str | None:
+    """Why only the backend's name takes these kernels; None where `auto` does."""
+    return hardware.triton_reason_against_auto(call.q.device)
+
+
+def notes(call: AttentionCall) -> list[str]:
+    """What is copied, and whether a GPU like this one has run the kernels."""
+    return [*op.copy_notes(call), *available.notes(call.q.device)]
+
+
 run = partial(op.run, TRITON)
