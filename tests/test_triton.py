@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._triton import arch, available
 from resformer_kernels._triton.available import interpreted, unavailable_reason
 
@@ -62,16 +63,16 @@ def test_gpus_of_amd_serve_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         amd(monkeypatch, name)
         assert unavailable_reason(CUDA) is None
         assert "backend='triton' takes them" in str(available.reason_against_auto(CUDA))
-        assert available.notes(CUDA) == ["compiled for gfx9, and not yet run on such a GPU"]
+        assert MACHINE.triton_notes(CUDA) == ["compiled for gfx9, and not yet run on such a GPU"]
 
 
 @pytest.mark.usefixtures("gpu")
 def test_what_no_run_shows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available.reason_against_auto(CUDA) is None
-    assert available.notes(torch.device("cpu")) == []
-    assert available.notes(CUDA) == ["compiled for sm90, and not yet run on such a GPU"]
+    assert MACHINE.triton_notes(torch.device("cpu")) == []
+    assert MACHINE.triton_notes(CUDA) == ["compiled for sm90, and not yet run on such a GPU"]
     monkeypatch.setattr(arch, "RAN", frozenset({"sm90"}))
-    assert available.notes(CUDA) == []
+    assert MACHINE.triton_notes(CUDA) == []
 
 
 @pytest.mark.usefixtures("gpu")

@@ -59,6 +59,10 @@ class Hardware:
         """Why `auto` leaves Triton kernels out that can run on tensors of `device`."""
         return available.reason_against_auto(device)
 
+    def triton_notes(self, device: torch.device) -> list[str]:
+        """What `explain` says where Triton kernels serve tensors of `device`."""
+        return available.notes(self.capability(device)) if device.type == "cuda" else []
+
     @_constant
     def package(self, name: str, load: Callable[[str], Any]) -> str | tuple[str, ...]:
         """Why an optional package cannot be used, or what its build `lacks`.

@@ -49,11 +49,9 @@ def reason_against_auto(device: torch.device) -> str | None:
     return None
 
 
-def notes(device: torch.device) -> list[str]:
+def notes(capability: tuple[int, int]) -> list[str]:
     """What `explain` says of a GPU that no stored run shows."""
-    if device.type != "cuda":
-        return []
-    name = arch.architecture(arch.capability_of(device)).name
+    name = arch.architecture(capability).name
     return [] if name in arch.RAN else [f"compiled for {name}, and not yet run on such a GPU"]
 
 

@@ -6,9 +6,8 @@ from functools import partial
 
 import torch
 
-from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels._triton import available
 from resformer_kernels.attention import op
 from resformer_kernels.attention.record import AttentionCall
 
@@ -38,7 +37,7 @@ def reason_against_auto(call: AttentionCall, hardware: Hardware) -> str | None:
 
 def notes(call: AttentionCall) -> list[str]:
     """What is copied, and whether a GPU like this one has run the kernels."""
-    return [*op.copy_notes(call), *available.notes(call.q.device)]
+    return [*op.copy_notes(call), *MACHINE.triton_notes(call.q.device)]
 
 
 run = partial(op.run, TRITON)

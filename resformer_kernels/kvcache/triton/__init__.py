@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels._triton import available
 from resformer_kernels.kvcache import op
 from resformer_kernels.kvcache.record import KVCacheCall, copy_notes, kernel_reason
 
@@ -31,7 +30,7 @@ def reason_against_auto(call: KVCacheCall, hardware: Hardware) -> str | None:
 
 def notes(call: KVCacheCall) -> list[str]:
     """What is copied, and whether a GPU like this one has run the kernels."""
-    return [*copy_notes(call), *available.notes(call.q.device)]
+    return [*copy_notes(call), *MACHINE.triton_notes(call.q.device)]
 
 
 run = partial(op.run, TRITON)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels._triton import available
 from resformer_kernels.mix import op
 from resformer_kernels.mix.record import EmbeddingCall, MixCall, copy_notes, dtype_reason
 
@@ -25,7 +24,7 @@ def reason_against_auto(call: MixCall | EmbeddingCall, hardware: Hardware) -> st
 
 def notes(call: MixCall | EmbeddingCall) -> list[str]:
     """What is copied, and whether a GPU like this one has run the kernels."""
-    return [*copy_notes(call), *available.notes(call.like.device)]
+    return [*copy_notes(call), *MACHINE.triton_notes(call.like.device)]
 
 
 run = partial(op.run, TRITON)

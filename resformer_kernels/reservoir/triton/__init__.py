@@ -6,9 +6,8 @@ from functools import partial
 
 import torch
 
-from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels._triton import available
 from resformer_kernels.reservoir import op
 from resformer_kernels.reservoir.record import ReducedCall, couples_units
 
@@ -28,7 +27,7 @@ def unsupported_reason(call: ReducedCall, hardware: Hardware) -> str | None:
 
 def notes(call: ReducedCall) -> list[str]:
     """What is copied, and whether a GPU like this one has run the kernels."""
-    return [*op.notes(call), *available.notes(call.scan.inputs.device)]
+    return [*op.notes(call), *MACHINE.triton_notes(call.scan.inputs.device)]
 
 
 run = partial(op.run, TRITON)

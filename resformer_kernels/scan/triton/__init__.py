@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from resformer_kernels._core.hardware import Hardware
+from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels._triton import available
 from resformer_kernels.scan import op
 from resformer_kernels.scan.record import ScanCall, copy_notes, dtype_reason
 
@@ -25,7 +24,7 @@ def reason_against_auto(call: ScanCall, hardware: Hardware) -> str | None:
 
 def notes(call: ScanCall) -> list[str]:
     """What is copied, and whether a GPU like this one has run the kernels."""
-    return [*copy_notes(call), *available.notes(call.tokens.device)]
+    return [*copy_notes(call), *MACHINE.triton_notes(call.tokens.device)]
 
 
 run = partial(op.run, TRITON)
