@@ -177,13 +177,13 @@ def test_what_is_copied_is_told() -> None:
 
 def test_splits_fill_the_gpu() -> None:
     choose = plan.choose_splits
-    assert choose(tiles=0, blocks=100, processors=132) == 1
+    assert choose(tiles=0, blocks=100, slots=132) == 1
     # Enough tiles as it is, and too few keys to share.
-    assert choose(tiles=106, blocks=1000, processors=132) == 1
-    assert choose(tiles=8, blocks=4, processors=132) == 1
-    assert choose(tiles=8, blocks=8, processors=132) == 2
+    assert choose(tiles=106, blocks=1000, slots=132) == 1
+    assert choose(tiles=8, blocks=4, slots=132) == 1
+    assert choose(tiles=8, blocks=8, slots=132) == 2
     # 33 splits of 8 tiles fill two waves, 15 fill nine tenths of one.
-    assert choose(tiles=8, blocks=1000, processors=132) == 15
+    assert choose(tiles=8, blocks=1000, slots=132) == 15
     for tiles in (1, 3, 8, 32, 100):
         for blocks in (1, 7, 64, 1000):
             splits = choose(tiles, blocks, 132)
