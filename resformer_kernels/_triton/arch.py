@@ -77,6 +77,11 @@ def has_tensor_descriptors(capability: tuple[int, int]) -> bool:
     return (9, 0) <= capability < (12, 0)
 
 
+def has_dependent_launches(capability: tuple[int, int]) -> bool:
+    """Whether a kernel may be launched before those that it waits for have ended."""
+    return capability >= (9, 0) and not is_amd(capability)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU, or those of the stand-in."""

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resformer_kernels._triton.device import let_next_start
 from resformer_kernels._triton.launch import launch
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.kvcache.triton.codes import PLAIN, quantised
@@ -54,12 +55,14 @@ def append_kernel(
     head_tiles,
     row_tiles,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Some heads of one new token of a sequence, written after the `seqlens` that it has.
 
     A token beyond the capacity, or whose page does not exist, is not written. k and v may be None.
     `counters`, one per head and tile of rows, become 0 for the attention that follows, or are None.
     """
+    let_next_start(DEPENDENT)
     program = tl.program_id(0)
     rows = program % head_tiles * HEADS + tl.arange(0, HEADS)
     token = program // head_tiles % tokens
@@ -72,10 +75,10 @@ def append_kernel(
     if v.pointer is not None:
         _append(values, v, (sequence, token), rows, place)
     if counters is not None:
-        if token == 0:
-            for i in tl.range(0, row_tiles):
-                counter = counters + (sequence * heads + rows) * row_tiles + i
-                tl.store(counter, tl.zeros([HEADS], tl.int32), mask=rows < heads)
+        # By the programs of the first token.
+        for i in tl.range(0, tl.where(token == 0, row_tiles, 0)):
+            counter = counters + (sequence * heads + rows) * row_tiles + i
+            tl.store(counter, tl.zeros([HEADS], tl.int32), mask=rows < heads)
 
 
 def append(p: Problem, counters: Tensor | None) -> None:
@@ -100,6 +103,7 @@ def append(p: Problem, counters: Tensor | None) -> None:
         row_tiles=0 if counters is None else counters.shape[2],
         head_tiles=head_tiles,
         HEADS=at_once,
+        DEPENDENT=p.dependent,
         num_warps=4 if at_once * widest >= 1024 else 1,
         heads=p.heads,
         **p.lengths(),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels._triton.arch import multiprocessors
-from resformer_kernels._triton.device import dot, round_to
+from resformer_kernels._triton.device import dot, round_to, wait_for_last
 from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import view_of
@@ -179,6 +179,7 @@ def attend_kernel(
     least,
     window_left,
     window_right,
+    DEPENDENT: tl.constexpr,
 ):
     """One split of the keys of one tile of rows of one sequence and KV head.
 
@@ -188,6 +189,7 @@ def attend_kernel(
     AHEAD: copies to shared memory, which the compiler makes of other loads, cannot carry an
     eviction policy; a tile loaded into registers ahead of its use can.
     """
+    wait_for_last(DEPENDENT)
     ROWS: tl.constexpr = tile.ROWS
     KEYS: tl.constexpr = tile.KEYS
     STORED: tl.constexpr = cache.k.STORED
@@ -270,23 +272,22 @@ def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     lse = empty(call.q, lse_shape, torch.float32)
     blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
     tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
-    splits, least = _splits(p, tiles)
+    splits = _splits(p, tiles)
     partials = _partials(p, tiles, splits)
     append(p, partials.counters)
-    _attend(p, tiles, splits, least, partials, out, lse)
+    _attend(p, tiles, splits, partials, (out, lse))
     return out, lse
 
 
-def _splits(p: Problem, tiles: plan.Tiles) -> tuple[int, int]:
-    """(splits of the keys, the fewest tiles of keys of one)."""
+def _splits(p: Problem, tiles: plan.Tiles) -> int:
+    """Number of splits of the keys."""
     call = p.call
     if call.num_splits:
-        return call.num_splits, 1
+        return call.num_splits
     reach = plan.keys_in_reach(call.capacity, p.queries, call.window_left)
     slots = multiprocessors(call.q.device) * tiles.resident
     programs = p.sequences * p.heads * -(-p.rows // tiles.rows)
-    splits = plan.choose_splits(programs, -(-reach // tiles.keys), slots)
-    return splits, plan.LEAST_BLOCKS if splits > 1 else 1
+    return plan.choose_splits(programs, -(-reach // tiles.keys), slots)
 
 
 def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
@@ -304,14 +305,10 @@ def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
 
 
 def _attend(
-    p: Problem,
-    tiles: plan.Tiles,
-    splits: int,
-    least: int,
-    partials: Partials,
-    out: Tensor,
-    lse: Tensor,
+    p: Problem, tiles: plan.Tiles, splits: int, partials: Partials, results: tuple[Tensor, Tensor]
 ) -> None:
+    """Attention, whose results are (out, LSE)."""
+    out, lse = results
     call = p.call
     # A single tile of rows reads keys once. Values are read again where a layer shares them with
     # others, as one that appends keys alone does.
@@ -344,11 +341,13 @@ def _attend(
         mask_columns=0 if call.key_mask is None else call.key_mask.shape[1],
         row_tiles=row_tiles,
         splits=splits,
-        least=least,
+        least=1 if call.num_splits or splits == 1 else plan.LEAST_BLOCKS,
         window_left=min(call.window_left, FAR),
         window_right=min(call.window_right, FAR),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         maxnreg=tiles.registers,
+        DEPENDENT=p.dependent,
+        launch_pdl=p.dependent,
         **p.lengths(),
     )

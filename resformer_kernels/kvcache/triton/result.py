@@ -26,8 +26,9 @@ from resformer_kernels.attention.triton.softmax import close_rows, exponential
 
 _ROWS: tl.constexpr = tl.constexpr(8)
 """Rows that are merged together: their sums of one split are few enough for registers."""
-_PEAKS: tl.constexpr = tl.constexpr(16)
-"""Splits whose peaks are loaded together."""
+_PEAKS: tl.constexpr = tl.constexpr(64)
+_AT_ONCE: tl.constexpr = tl.constexpr(4)
+"""Splits whose peaks, and whose sums, are loaded together."""
 
 
 class Result(NamedTuple):
@@ -100,31 +101,48 @@ def merge(partials, result, geometry, at, first_row, end_row, first_slot, splits
         rows = start + tl.arange(0, _ROWS)
         inside = rows < end_row
         slots = first_slot + rows.to(tl.int64) * splits
-        peak = tl.full([_ROWS], float("-inf"), tl.float32)
+        peaks = tl.full([_ROWS, _PEAKS], float("-inf"), tl.float32)
         for some in tl.range(0, splits, _PEAKS):
             split = some + tl.arange(0, _PEAKS)
-            known = inside[:, None] & (split < splits)[None, :]
-            at_split = partials.peaks + slots[:, None] + split[None, :]
-            found = tl.load(at_split, mask=known, other=float("-inf"), cache_modifier=".cg")
-            peak = tl.maximum(peak, tl.max(found, 1))
+            found = tl.load(
+                partials.peaks + slots[:, None] + split[None, :],
+                mask=inside[:, None] & (split < splits)[None, :],
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            peaks = tl.maximum(peaks, found)
+        peak = tl.max(peaks, 1)
         base = tl.where(peak == float("-inf"), 0.0, peak)
         columns = tl.arange(0, result.BLOCK)
         acc = tl.zeros([_ROWS, result.BLOCK], tl.float32)
         total = tl.zeros([_ROWS], tl.float32)
-        # Unrolled, loads of several splits are under way together.
-        for split in tl.range(0, splits, loop_unroll_factor=4):
-            own = tl.load(
-                partials.peaks + slots + split, mask=inside, other=0.0, cache_modifier=".cg"
-            )
-            part = tl.load(
-                partials.totals + slots + split, mask=inside, other=0.0, cache_modifier=".cg"
-            )
-            # A split without keys has no sums. Its total is 0; that of a NaN is not.
-            mask = (inside & (part != 0.0))[:, None] & (columns < result.WIDTH)[None, :]
-            cells = partials.sums + (slots + split)[:, None] * result.WIDTH + columns[None, :]
-            # (ROWS, BLOCK)
-            sums = tl.load(cells, mask=mask, other=0.0, cache_modifier=".cg")
-            weight = exponential(own - base, result.PRECISE)
-            acc += weight[:, None] * sums
-            total += weight * part
+        for some in tl.range(0, splits, _AT_ONCE):
+            # Independent loads, which are under way together.
+            for i in tl.static_range(_AT_ONCE):
+                known = inside & (some + i < splits)
+                own = tl.load(
+                    partials.peaks + slots + (some + i),
+                    mask=known,
+                    other=float("-inf"),
+                    cache_modifier=".cg",
+                )
+                part = tl.load(
+                    partials.totals + slots + (some + i),
+                    mask=known,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                cells = (slots + (some + i))[:, None] * result.WIDTH + columns[None, :]
+                # (_ROWS, BLOCK)
+                sums = tl.load(
+                    partials.sums + cells,
+                    mask=known[:, None] & (columns < result.WIDTH)[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                # A split without keys has no sums. Its total is 0; that of a NaN is not.
+                sums = tl.where((part != 0.0)[:, None], sums, 0.0)
+                weight = exponential(own - base, result.PRECISE)
+                acc += weight[:, None] * sums
+                total += weight * part
         store_result(result, geometry, at, rows, (peak, total, acc))
