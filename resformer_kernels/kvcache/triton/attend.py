@@ -297,11 +297,10 @@ def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
     call = p.call
     slots = (p.sequences, p.heads, p.rows, splits)
     shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
+    sums, peaks, totals = (empty(call.q, shape, torch.float32) for shape in shapes)
     make = call.q.new_empty if call.new_tokens else call.q.new_zeros
-    return Partials(
-        *(empty(call.q, shape, torch.float32) for shape in shapes),
-        make((p.sequences, p.heads, -(-p.rows // tiles.rows)), dtype=torch.int32),
-    )
+    counters = make((p.sequences, p.heads, -(-p.rows // tiles.rows)), dtype=torch.int32)
+    return Partials(sums, peaks, totals, counters)
 
 
 def _attend(
