@@ -88,6 +88,11 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return divmod(int(number), 10) if number.isdecimal() else _FIRST_OF_AMD
 
 
+def has_dependent_launches(capability: tuple[int, int]) -> bool:
+    """Whether a kernel may be launched before those that it waits for have ended."""
+    return capability >= (9, 0) and not is_amd(capability)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU, or those of the stand-in."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -18,6 +19,23 @@ PER_TILE: tl.constexpr = tl.constexpr(1)
 PER_ROW: tl.constexpr = tl.constexpr(2)
 PER_COLUMN: tl.constexpr = tl.constexpr(3)
 PER_ELEMENT: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit
+def let_next_start(DEPENDENT: tl.constexpr):
+    """Let the next launch of the stream start, if it is one that calls `wait_for_last`."""
+    if DEPENDENT and not INTERPRETED:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(DEPENDENT: tl.constexpr):
+    """Wait until the stream's launch before this one has ended and its stores are seen.
+
+    Of a kernel that is launched with `launch_pdl`, before it loads or stores anything.
+    """
+    if DEPENDENT and not INTERPRETED:
+        gdc_wait()
 
 
 @triton.jit

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from resformer_kernels import attention_with_kvcache, explain
 from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._core.op import TRITON
+from resformer_kernels._triton.launch import Launch, launch, recorded_launches
 from resformer_kernels.kvcache import triton
 from resformer_kernels.kvcache.op import OP, op_arguments
 from resformer_kernels.kvcache.triton import plan
@@ -177,17 +180,103 @@ def test_what_is_copied_is_told() -> None:
 
 def test_splits_fill_the_gpu() -> None:
     choose = plan.choose_splits
-    assert choose(tiles=0, blocks=100, processors=132) == 1
+    assert choose(tiles=0, blocks=100, slots=264) == 1
     # Enough tiles as it is, and too few keys to share.
-    assert choose(tiles=106, blocks=1000, processors=132) == 1
-    assert choose(tiles=8, blocks=4, processors=132) == 1
-    assert choose(tiles=8, blocks=8, processors=132) == 2
-    # 33 splits of 8 tiles fill two waves, 15 fill nine tenths of one.
-    assert choose(tiles=8, blocks=1000, processors=132) == 15
+    assert choose(tiles=212, blocks=1000, slots=264) == 1
+    assert choose(tiles=8, blocks=4, slots=264) == 1
+    assert choose(tiles=8, blocks=8, slots=264) == 2
+    # 33 splits of 8 tiles fill a wave, 29 fill seven eighths of it.
+    assert choose(tiles=8, blocks=1000, slots=264) == 29
     for tiles in (1, 3, 8, 32, 100):
         for blocks in (1, 7, 64, 1000):
-            splits = choose(tiles, blocks, 132)
+            splits = choose(tiles, blocks, 264)
             assert splits == 1 or splits * plan.LEAST_BLOCKS <= blocks
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("block", [16, 64, 128, 256])
+def test_registers_hold_the_programs_that_splits_count_on(stored: torch.dtype, block: int) -> None:
+    for rows in (1, 4, 32, 2048):
+        tiles = plan.choose_tiles(rows, block, block, torch.bfloat16, stored)
+        assert tiles.resident in ((2, 3) if rows <= 32 else (1,))
+        assert tiles.resident * tiles.warps * 32 * tiles.registers <= 65536
+        assert tiles.registers >= 168
+
+
+def _launches(inputs: KVCacheInputs) -> list[Launch]:
+    with recorded_launches() as launches:
+        run_copied(inputs, "triton")
+    return launches
+
+
+def _again(recorded: Launch) -> None:
+    launch(recorded.kernel, recorded.grid, torch.device("cpu"), **recorded.kwargs)
+
+
+@pytest.mark.parametrize("append", ["both", "k", "none"])
+def test_a_call_is_two_launches_at_most(append: str) -> None:
+    for splits in (1, 3):
+        case = KVCacheCase(lengths=(150,), append=append, num_splits=splits)
+        launches = _launches(kvcache_inputs(case))
+        assert len(launches) == (1 if append == "none" else 2)
+        # Where nothing is appended torch has set the counters.
+        counters = launches[-1].kwargs["partials"].counters
+        assert (counters is None) == (splits == 1)
+        if append == "none" and counters is not None:
+            assert not counters.any()
+
+
+@pytest.mark.parametrize("queries", [2, 90])
+def test_any_program_may_be_the_last_and_merges_to_the_same_bits(queries: int) -> None:
+    """Partials that are stored already are merged by the first, second or third program."""
+    inputs = kvcache_inputs(dataclasses.replace(SPLIT, q_len=queries, dtype=torch.bfloat16))
+    expected, _ = run_copied(inputs, "triton")
+    append, attend = _launches(inputs)
+    counters, out = attend.kwargs["partials"].counters, attend.kwargs["result"].out.pointer
+    counters.fill_(77)
+    _again(append)
+    assert not counters.any()
+    _again(attend)
+    assert (counters == 3).all()
+    assert torch.equal(out, expected["out"])
+    for earlier in (2, 1, 0):
+        out.fill_(torch.nan)
+        counters.fill_(earlier)
+        _again(attend)
+        assert torch.equal(out, expected["out"])
+    # Of six arrivals none is the third.
+    out.fill_(torch.nan)
+    counters.fill_(3)
+    _again(attend)
+    assert out.isnan().all()
+
+
+def test_splits_are_merged_in_their_order() -> None:
+    """The bits of a sum from the first split to the last, more of them than are loaded together."""
+    case = dataclasses.replace(
+        SPLIT, lengths=(150,), num_splits=7, sinks=False, dtype=torch.bfloat16
+    )
+    append, attend = _launches(kvcache_inputs(case))
+    _again(append)
+    _again(attend)
+    partials, result = attend.kwargs["partials"], attend.kwargs["result"]
+    peaks, totals = partials.peaks[0], partials.totals[0]
+    highest = peaks.amax(-1)
+    weights = numpy.exp2((peaks - highest[..., None]).numpy())
+    total = acc = torch.zeros(())
+    for i in range(case.num_splits):
+        weight = torch.from_numpy(weights[..., i])
+        total = total + weight * totals[..., i]
+        sums = torch.where(totals[..., i, None] != 0, partials.sums[0, :, :, i], 0.0)
+        acc = acc + weight[..., None] * sums
+    # (KV heads, rows, channels), rows being queries times their group.
+    heads, rows, channels = acc.shape
+    shape = (heads, case.q_len, rows // case.q_len)
+    merged = (acc * (1 / total)[..., None]).bfloat16().view(*shape, channels).transpose(0, 1)
+    assert torch.equal(result.out.pointer[0].view(merged.shape), merged)
+    logarithm = (highest.numpy() + numpy.log2(total.numpy())) * numpy.float32(math.log(2))
+    merged = torch.from_numpy(logarithm).view(shape).transpose(1, 2)
+    assert torch.equal(result.lse.pointer[0].view(merged.shape), merged)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +291,8 @@ def test_splits_fill_the_gpu() -> None:
 def test_what_is_read_once_leaves_the_second_level_cache_first(
     queries: int, append: str, hints: tuple[str, str]
 ) -> None:
-    from resformer_kernels._triton.launch import recorded_launches
-
     inputs = kvcache_inputs(KVCacheCase(q_len=queries, append=append, dtype=torch.bfloat16))
-    with recorded_launches() as launches:
-        run_copied(inputs, "triton")
-    attend = launches[-1]
+    attend = _launches(inputs)[-1]
     cache, tile = attend.kwargs["cache"], attend.kwargs["tile"]
     assert (cache.k.POLICY.value, cache.v.POLICY.value) == hints
     # Loads that the compiler turns into copies to shared memory would lose them.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from resformer_kernels._triton.device import let_next_start
 from resformer_kernels._triton.launch import launch
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.kvcache.triton.codes import PLAIN, quantised
@@ -43,6 +45,7 @@ def append_kernel(
     k,
     v,
     table,
+    counters,
     seqlens,
     tokens,
     capacity,
@@ -50,12 +53,16 @@ def append_kernel(
     page_size,
     heads,
     head_tiles,
+    row_tiles,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Some heads of one new token of a sequence, written after the `seqlens` that it has.
 
     A token beyond the capacity, or whose page does not exist, is not written. k and v may be None.
+    `counters`, one per head and tile of rows, become 0 for the attention that follows, or are None.
     """
+    let_next_start(DEPENDENT)
     program = tl.program_id(0)
     rows = program % head_tiles * HEADS + tl.arange(0, HEADS)
     token = program // head_tiles % tokens
@@ -67,10 +74,15 @@ def append_kernel(
         _append(keys, k, (sequence, token), rows, place)
     if v.pointer is not None:
         _append(values, v, (sequence, token), rows, place)
+    if counters is not None:
+        # By the programs of the first token.
+        for i in tl.range(0, tl.where(token == 0, row_tiles, 0)):
+            counter = counters + (sequence * heads + rows) * row_tiles + i
+            tl.store(counter, tl.zeros([HEADS], tl.int32), mask=rows < heads)
 
 
-def append(p: Problem) -> None:
-    """Write k and v into the caches."""
+def append(p: Problem, counters: Tensor | None) -> None:
+    """Write k and v into the caches, and 0 into the counters, (sequences, KV heads, any)."""
     call = p.call
     if call.new_tokens == 0:
         return
@@ -87,8 +99,11 @@ def append(p: Problem) -> None:
         k=view_of(call.k),
         v=view_of(call.v),
         table=p.table,
+        counters=counters,
+        row_tiles=0 if counters is None else counters.shape[2],
         head_tiles=head_tiles,
         HEADS=at_once,
+        DEPENDENT=p.dependent,
         num_warps=4 if at_once * widest >= 1024 else 1,
         heads=p.heads,
         **p.lengths(),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resformer_kernels._triton.arch import multiprocessors
-from resformer_kernels._triton.device import dot, round_to
+from resformer_kernels._triton.device import dot, round_to, wait_for_last
 from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import view_of
@@ -29,7 +29,14 @@ from resformer_kernels.kvcache.triton.append import append
 from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
 from resformer_kernels.kvcache.triton.places import Cache, Place, Pool, matrix_of, place_of, rows_of
 from resformer_kernels.kvcache.triton.problem import Problem
-from resformer_kernels.kvcache.triton.result import Partials, Result, merge, store_result
+from resformer_kernels.kvcache.triton.result import (
+    Partials,
+    Result,
+    finish_split,
+    merge,
+    store_result,
+    store_split,
+)
 
 # Beyond every key that a row may see.
 _NOWHERE: tl.constexpr = tl.constexpr(2147483647)
@@ -172,15 +179,17 @@ def attend_kernel(
     least,
     window_left,
     window_right,
+    DEPENDENT: tl.constexpr,
 ):
     """One split of the keys of one tile of rows of one sequence and KV head.
 
-    Without splits it writes the result, else its part of `partials`. `least` is the fewest tiles
-    of keys that a split has.
+    Without splits it writes the result, else its part of `partials`, and the result if all splits
+    have by then. `least` is the fewest tiles of keys that a split has.
 
     AHEAD: copies to shared memory, which the compiler makes of other loads, cannot carry an
     eviction policy; a tile loaded into registers ahead of its use can.
     """
+    wait_for_last(DEPENDENT)
     ROWS: tl.constexpr = tile.ROWS
     KEYS: tl.constexpr = tile.KEYS
     STORED: tl.constexpr = cache.k.STORED
@@ -244,52 +253,68 @@ def attend_kernel(
             shown, k_codes, v_codes, k_scale, v_scale = following
 
     if partials.sums is not None:
-        inside = rows < at.count
-        columns = tl.arange(0, result.BLOCK)
-        slots = (tl.cast(sequence_head, tl.int64) * at.count + rows) * splits + split
-        tl.store(partials.peaks + slots, peak, mask=inside)
-        tl.store(partials.totals + slots, total, mask=inside)
-        if start < stop:
-            cells = partials.sums + slots[:, None] * result.WIDTH + columns[None, :]
-            tl.store(cells, acc, mask=inside[:, None] & (columns < result.WIDTH)[None, :])
+        first_slot = tl.cast(sequence_head, tl.int64) * at.count * splits
+        slots = first_slot + rows.to(tl.int64) * splits + split
+        softmax = (peak, total, acc)
+        store_split(partials, slots, rows < at.count, softmax, start < stop, result.WIDTH)
+        counter = partials.counters + sequence_head * row_tiles + program % row_tiles
+        if finish_split(counter, splits):
+            merge(partials, result, geometry, at, first_row, last_row + 1, first_slot, splits)
     else:
         store_result(result, geometry, at, rows, (peak, total, acc))
 
 
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
-    """The implementation of the op: append, then attention, then the merge of its splits."""
+    """The implementation of the op: append, then attention, and the merge of its splits."""
     p = Problem(call)
     out = empty(call.q, (*call.q.shape[:-1], call.v_cache.shape[-1]))
     lse_shape = (p.sequences, call.q.shape[2], p.queries) if call.return_lse else (0,)
     lse = empty(call.q, lse_shape, torch.float32)
-    append(p)
-    _attend(p, out, lse)
+    blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
+    tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
+    splits = _splits(p, tiles)
+    partials = _partials(p, tiles, splits)
+    append(p, partials.counters)
+    _attend(p, tiles, splits, partials, (out, lse))
     return out, lse
 
 
-def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
+def _splits(p: Problem, tiles: plan.Tiles) -> int:
+    """Number of splits of the keys."""
     call = p.call
-    blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
-    tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
+    if call.num_splits:
+        return call.num_splits
+    reach = plan.keys_in_reach(call.capacity, p.queries, call.window_left)
+    slots = multiprocessors(call.q.device) * tiles.resident
+    programs = p.sequences * p.heads * -(-p.rows // tiles.rows)
+    return plan.choose_splits(programs, -(-reach // tiles.keys), slots)
+
+
+def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
+    """Memory of the splits; its counters are set to 0 here, or by `append`."""
+    if splits == 1:
+        return Partials(None, None, None, None)
+    call = p.call
+    slots = (p.sequences, p.heads, p.rows, splits)
+    shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
+    sums, peaks, totals = (empty(call.q, shape, torch.float32) for shape in shapes)
+    make = call.q.new_empty if call.new_tokens else call.q.new_zeros
+    counters = make((p.sequences, p.heads, -(-p.rows // tiles.rows)), dtype=torch.int32)
+    return Partials(sums, peaks, totals, counters)
+
+
+def _attend(
+    p: Problem, tiles: plan.Tiles, splits: int, partials: Partials, results: tuple[Tensor, Tensor]
+) -> None:
+    """Attention, whose results are (out, LSE)."""
+    out, lse = results
+    call = p.call
     # A single tile of rows reads keys once. Values are read again where a layer shares them with
     # others, as one that appends keys alone does.
     shared = call.k is not None and call.v is None
     policies = ("evict_first", "evict_last" if shared else "")
-    policies = policies if tiles.ahead else ("", "")
-    keys, values = p.sides(*policies)
+    keys, values = p.sides(*(policies if tiles.ahead else ("", "")))
     row_tiles = -(-p.rows // tiles.rows)
-    programs = p.sequences * p.heads * row_tiles
-    splits, least = call.num_splits, 1
-    if splits == 0:
-        reach = plan.keys_in_reach(call.capacity, p.queries, call.window_left)
-        processors = multiprocessors(call.q.device)
-        splits = plan.choose_splits(programs, -(-reach // tiles.keys), processors)
-        least = plan.LEAST_BLOCKS if splits > 1 else 1
-    partials = Partials(None, None, None)
-    if splits > 1:
-        slots = (p.sequences, p.heads, p.rows, splits)
-        shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
-        partials = Partials(*(empty(call.q, shape, torch.float32) for shape in shapes))
     result = Result(
         out=view_of(out),
         lse=lse_view(lse if call.return_lse else None),
@@ -298,11 +323,10 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
         BLOCK=values.BLOCK,
         PRECISE=tl.constexpr(call.q.dtype is torch.float32),
     )
-    geometry = p.geometry()
     whole_pages = call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0
     launch(
         attend_kernel,
-        (programs * splits,),
+        (p.sequences * p.heads * row_tiles * splits,),
         call.q.device,
         q=view_of(call.q),
         cache=Cache(keys, values, p.table, matrix_of(call.key_mask)),
@@ -310,18 +334,19 @@ def _attend(p: Problem, out: Tensor, lse: Tensor) -> None:
         partials=partials,
         result=result,
         scoring=scoring(call),
-        geometry=geometry,
+        geometry=p.geometry(),
         tile=Tile(*map(tl.constexpr, (tiles.rows, tiles.keys, whole_pages, tiles.ahead))),
         q_len=p.queries,
         mask_columns=0 if call.key_mask is None else call.key_mask.shape[1],
         row_tiles=row_tiles,
         splits=splits,
-        least=least,
+        least=1 if call.num_splits or splits == 1 else plan.LEAST_BLOCKS,
         window_left=min(call.window_left, FAR),
         window_right=min(call.window_right, FAR),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
+        DEPENDENT=p.dependent,
+        launch_pdl=p.dependent,
         **p.lengths(),
     )
-    if splits > 1:
-        merge(p, partials, result, splits, geometry)

@@ -93,7 +93,7 @@ def _name(dtype: torch.dtype) -> str:
 def _calls() -> Iterator[_Call]:
     for head_dim in (64, 128, 256):
         yield _Call("split", head_dim=head_dim, main=True)
-        yield _Call("whole", head_dim=head_dim, batch=32, main=True)
+        yield _Call("whole", head_dim=head_dim, batch=64, main=True)
         yield _Call("prefill 256", head_dim=head_dim, queries=256, main=True)
         yield _Call("split, shared V", head_dim=head_dim, shared=True, main=True)
     for stored in (torch.int8, torch.float8_e4m3fn):

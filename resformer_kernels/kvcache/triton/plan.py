@@ -14,8 +14,12 @@ _STAGE_BYTES = 32 * 1024
 """Bytes of K and V in a tile: with two or three programs per multiprocessor, as many in flight
 cover the latency of memory."""
 
+_SMALL_BYTES = 16 * 1024
+"""Bytes of K and V in a tile that a thread loads ahead without more than 168 registers."""
+_REGISTERS = 65536
+"""Of a multiprocessor."""
 _BUSY = 0.8
-"""Tiles that keep this share of the multiprocessors busy are not split."""
+"""Tiles that are this share of the programs that the GPU holds at once are not split."""
 _ENOUGH = 0.85
 """The fewest splits with this share of the best efficiency are taken."""
 _MOST = 128
@@ -33,6 +37,15 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     ahead: bool
+    resident: int = 1
+    """Programs that a multiprocessor holds at once. The compiler is held to it, by `registers`: the
+    splits, and with them the bits, depend on no version of it."""
+
+    @property
+    def registers(self) -> int:
+        """The most of a thread, for as many programs to be resident."""
+        share = _REGISTERS // (self.resident * self.warps * 32)
+        return min(255, share // 8 * 8)
 
 
 def choose_tiles(
@@ -55,25 +68,29 @@ def choose_tiles(
     if wanted <= 32:
         # Float8 codes occupy registers beside the numbers decoded from them.
         most = 32 if stored in (torch.float8_e4m3fn, torch.float8_e5m2) else 64
-        return Tiles(wanted, min(most, keys), 4, 1, True)
+        keys = min(most, keys)
+        # Half of the registers is 255 a thread and always enough, a third for small tiles alone.
+        small = wanted == 16 and max(block_k, block_v) <= 128 and stored is not torch.int8
+        third = small and keys * (block_k + block_v) * stored.itemsize <= _SMALL_BYTES
+        return Tiles(wanted, keys, 4, 1, True, resident=3 if third else 2)
     return Tiles(min(64 if block_v > 128 else 128, wanted), min(64, keys), 8, 2, False)
 
 
-def choose_splits(tiles: int, blocks: int, processors: int) -> int:
+def choose_splits(tiles: int, blocks: int, slots: int) -> int:
     """Number of splits of the keys.
 
     Args:
         tiles: programs without a split: sequences, KV heads and tiles of rows.
         blocks: the most tiles of keys that a program may have.
-        processors: multiprocessors of the GPU.
+        slots: programs that the GPU holds at once.
     """
-    if tiles == 0 or tiles >= _BUSY * processors:
+    if tiles == 0 or tiles >= _BUSY * slots:
         return 1
-    most = max(1, min(_MOST, processors, blocks // LEAST_BLOCKS))
+    most = max(1, min(_MOST, slots, blocks // LEAST_BLOCKS))
 
     def efficiency(splits: int) -> float:
-        waves = tiles * splits / processors
-        return waves / -(-tiles * splits // processors)
+        waves = tiles * splits / slots
+        return waves / -(-tiles * splits // slots)
 
     best = max(efficiency(splits) for splits in range(1, most + 1))
     return next(n for n in range(1, most + 1) if efficiency(n) >= _ENOUGH * best)

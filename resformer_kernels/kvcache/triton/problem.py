@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from resformer_kernels._triton.arch import has_dependent_launches
+from resformer_kernels._triton.launch import capability
 from resformer_kernels._triton.views import NOTHING, View, view_of
 from resformer_kernels.attention.triton.problem import Geometry, padded
 from resformer_kernels.kvcache.record import KVCacheCall, largest_code
@@ -32,6 +34,8 @@ class Problem:
         self.rows = self.queries * self.group
         """Rows of a KV head: the queries of its whole group."""
         self.table = matrix_of(call.block_table)
+        self.dependent = call.new_tokens > 0 and has_dependent_launches(capability(call.q.device))
+        """Whether attention is launched while tokens are appended, and waits on the GPU."""
 
     def sides(self, key_policy: str = "", value_policy: str = "") -> tuple[Side, Side]:
         """Keys and values, and the eviction policies of their loads."""

@@ -1,4 +1,15 @@
-"""Results of attention, and the merge of splits (split-KV) into them."""
+"""Results of attention, and the merge of splits (split-KV) into them.
+
+No program waits for another: the last one of a tile of rows to finish merges all of its splits, in
+their order, so that the bits do not depend on which one that is. The protocol between programs:
+
+- A counter per tile of rows is 0 before the launch: a launch before it on the stream writes that.
+- A program stores its partials; a barrier; one thread adds 1 to the counter, as release and acquire
+  at the scope of the GPU. A release covers what its thread has observed, so, past the barrier, the
+  stores of all threads.
+- The program that finds `splits - 1` before its own has acquired what all the others released. Past
+  a second barrier its threads load the partials, from the second-level cache.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import launch
 from resformer_kernels._triton.views import View
 from resformer_kernels.attention.triton.loads import Source, row_cells, store_rows
-from resformer_kernels.attention.triton.problem import Geometry, Numbers
+from resformer_kernels.attention.triton.problem import Numbers
 from resformer_kernels.attention.triton.softmax import close_rows, exponential
-from resformer_kernels.attention.triton.tiles import Limits, place
-from resformer_kernels.kvcache.triton.problem import Problem
+
+_ROWS: tl.constexpr = tl.constexpr(8)
+"""Rows that are merged together: their sums of one split are few enough for registers."""
+_PEAKS: tl.constexpr = tl.constexpr(64)
+_AT_ONCE: tl.constexpr = tl.constexpr(4)
+"""Splits whose peaks, and whose sums, are loaded together."""
 
 
 class Result(NamedTuple):
@@ -39,6 +53,8 @@ class Partials(NamedTuple):
     peaks: Tensor | None
     totals: Tensor | None
     """0 where a split has no keys."""
+    counters: Tensor | None
+    """Finished splits of a tile of rows, (sequences, KV heads, tiles of rows)."""
 
 
 @triton.jit
@@ -54,53 +70,79 @@ def store_result(result, geometry, at, rows, softmax):
 
 
 @triton.jit
-def merge_kernel(
-    partials, result, geometry, q_len, splits, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr
-):
-    """One row from its splits, by their LSEs: each counts by exp(its peak - the highest peak)."""
-    program = tl.program_id(0)
-    count = q_len * geometry.GROUP
-    row = program % count
-    sequence_head = program // count
-    sequence = sequence_head // geometry.heads
-    at = place(geometry, Limits(q_len, 0, 0, 0), sequence, sequence_head % geometry.heads)
-    first = tl.cast(program, tl.int64) * splits
-    every = tl.arange(0, SPLITS)
-    found = tl.load(partials.peaks + first + every, mask=every < splits, other=float("-inf"))
-    peak = tl.max(found[None, :], 1)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    columns = tl.arange(0, result.BLOCK)
-    acc = tl.zeros([1, result.BLOCK], tl.float32)
-    total = tl.zeros([1], tl.float32)
-    for start in tl.range(0, splits, AT_ONCE):
-        some = start + tl.arange(0, AT_ONCE)
-        inside = some < splits
-        weight = tl.load(partials.peaks + first + some, mask=inside, other=float("-inf"))
-        weight = exponential(weight - base, result.PRECISE)
-        part = tl.load(partials.totals + first + some, mask=inside, other=0.0)
-        cells = partials.sums + (first + some)[:, None] * result.WIDTH + columns[None, :]
-        # A split without keys has no sums. Its total is 0; that of a NaN is not.
-        mask = (inside & (part != 0.0))[:, None] & (columns < result.WIDTH)[None, :]
-        # (AT_ONCE, BLOCK)
-        sums = tl.load(cells, mask=mask, other=0.0)
-        acc += tl.sum(weight[:, None] * sums, 0)[None, :]
-        total += tl.sum((weight * part)[None, :], 1)
-    store_result(result, geometry, at, row + tl.arange(0, 1), (peak, total, acc))
+def store_split(partials, slots, inside, softmax, any_keys, WIDTH: tl.constexpr):
+    """Store one split of a tile of rows; softmax: (peak, total, acc), whose sums count if it has
+    `any_keys`."""
+    peak, total, acc = softmax
+    columns = tl.arange(0, acc.shape[1])
+    tl.store(partials.peaks + slots, peak, mask=inside)
+    tl.store(partials.totals + slots, total, mask=inside)
+    if any_keys:
+        cells = partials.sums + slots[:, None] * WIDTH + columns[None, :]
+        tl.store(cells, acc, mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
-def merge(p: Problem, partials: Partials, result: Result, splits: int, geometry: Geometry) -> None:
-    """Results of all rows from their splits."""
-    every = 1 << (splits - 1).bit_length()
-    launch(
-        merge_kernel,
-        (p.sequences * p.heads * p.rows,),
-        p.call.q.device,
-        partials=partials,
-        result=result,
-        geometry=geometry,
-        q_len=p.queries,
-        splits=splits,
-        SPLITS=every,
-        AT_ONCE=min(16, every),
-        num_warps=4,
-    )
+@triton.jit
+def finish_split(counter, splits):
+    """Whether all splits are stored, after this program has stored its own: see above."""
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before == splits - 1
+
+
+@triton.jit
+def merge(partials, result, geometry, at, first_row, end_row, first_slot, splits):
+    """Results of rows from all of their splits, `first_slot` being the first of row 0.
+
+    Each split counts by exp(its peak - the highest peak).
+    """
+    for start in tl.range(first_row, end_row, _ROWS):
+        rows = start + tl.arange(0, _ROWS)
+        inside = rows < end_row
+        slots = first_slot + rows.to(tl.int64) * splits
+        peaks = tl.full([_ROWS, _PEAKS], float("-inf"), tl.float32)
+        for some in tl.range(0, splits, _PEAKS):
+            split = some + tl.arange(0, _PEAKS)
+            found = tl.load(
+                partials.peaks + slots[:, None] + split[None, :],
+                mask=inside[:, None] & (split < splits)[None, :],
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            peaks = tl.maximum(peaks, found)
+        peak = tl.max(peaks, 1)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        columns = tl.arange(0, result.BLOCK)
+        acc = tl.zeros([_ROWS, result.BLOCK], tl.float32)
+        total = tl.zeros([_ROWS], tl.float32)
+        for some in tl.range(0, splits, _AT_ONCE):
+            # Independent loads, which are under way together.
+            for i in tl.static_range(_AT_ONCE):
+                known = inside & (some + i < splits)
+                own = tl.load(
+                    partials.peaks + slots + (some + i),
+                    mask=known,
+                    other=float("-inf"),
+                    cache_modifier=".cg",
+                )
+                part = tl.load(
+                    partials.totals + slots + (some + i),
+                    mask=known,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                cells = (slots + (some + i))[:, None] * result.WIDTH + columns[None, :]
+                # (_ROWS, BLOCK)
+                sums = tl.load(
+                    partials.sums + cells,
+                    mask=known[:, None] & (columns < result.WIDTH)[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                # A split without keys has no sums. Its total is 0; that of a NaN is not.
+                sums = tl.where((part != 0.0)[:, None], sums, 0.0)
+                weight = exponential(own - base, result.PRECISE)
+                acc += weight[:, None] * sums
+                total += weight * part
+        store_result(result, geometry, at, rows, (peak, total, acc))
