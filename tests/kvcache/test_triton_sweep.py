@@ -37,6 +37,7 @@ TILES = st.builds(
     warps=st.just(4),
     stages=st.just(1),
     ahead=st.booleans(),
+    resident=st.just(2),
 )
 
 
