@@ -14,7 +14,10 @@ META = torch.device("meta")
 
 
 @triton.jit
-def matmul(a, b, out, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr):
+def matmul(
+    a, b, out, n: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    IEEE: tl.constexpr,
+):  # fmt: skip
     """out (M, N) = a (M, n) b (n, N), all contiguous."""
     i = tl.arange(0, M)
     j = tl.arange(0, N)

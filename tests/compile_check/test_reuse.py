@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -113,32 +115,40 @@ def test_slots_of_a_ring_are_apart_in_one_iteration_alone() -> None:
     assert len(found("st.shared.b32 [%r6], %r30;", slot=f"bar.sync 0;{RING}")) == 1
 
 
-def _compiled(folder: Path, **constants: bool) -> str:
-    """PTX of a kernel that multiplies twice with the same shared memory, filled anew between."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
+COMPILED = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from tests.compile_check.gluon_kernels import multiply_twice
 
-    from tests.compile_check import gluon_kernels
+constants = {"EARLY": True, "LATE": sys.argv[2] == "True"}
+types = {"out": "*fp32"} | dict.fromkeys(constants, "constexpr")
+triton.knobs.cache.dir = sys.argv[1]
+artifact = triton.compile(
+    GluonASTSource(multiply_twice, types, constants),
+    target=GPUTarget("cuda", 90, 32),
+    options={"num_warps": 8},
+)
+print(artifact.asm["ptx"])
+"""
+"""Prints the PTX of a kernel that multiplies twice with the same shared memory, filled between."""
 
-    kernel: Any = gluon_kernels.multiply_twice
-    source = GluonASTSource(
-        kernel, {"out": "*fp32"} | dict.fromkeys(constants, "constexpr"), constants
-    )
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(folder)
-        artifact = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
-        )
-    return str(artifact.asm["ptx"])
+
+def _compiled(folder: Path, *, late: bool) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-c", COMPILED, str(folder), str(late)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, env=environment
+    ).stdout
 
 
 def test_the_compilers_own_omission_is_named(tmp_path: Path) -> None:
-    named = early_writes(_compiled(tmp_path, EARLY=True, LATE=False))
+    named = early_writes(_compiled(tmp_path, late=False))
     source = (Path(__file__).with_name("gluon_kernels.py")).read_text().splitlines()
     assert named
     for sentence in named:
         line = re.match(r"gluon_kernels.py:(\d+) writes", sentence)
         assert line is not None, sentence
         assert "right.store(" in source[int(line[1]) - 1]
-    assert early_writes(_compiled(tmp_path, EARLY=True, LATE=True)) == []
+    assert early_writes(_compiled(tmp_path, late=True)) == []

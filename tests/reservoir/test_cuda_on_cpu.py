@@ -191,6 +191,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda _device: None)
     monkeypatch.setattr(extension, "cuda_memory", lambda _device: (132, 227 * 1024))
     monkeypatch.setattr(available, "unavailable_reason", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
 
 
 @pytest.mark.parametrize(

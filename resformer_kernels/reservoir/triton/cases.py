@@ -56,7 +56,8 @@ def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Each form of the weight, and the adjoint of the first. Only CSR may spill.
+    """Each form of the weight, and the adjoint of the first. CSR may spill, and on sm_120 float32
+    keeps 8 bytes of a dense weight's loop in local memory.
 
     None for AMD: Triton's compiler ends with an error at a choice between two pointers there.
     """
@@ -68,5 +69,5 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
         parts = ("forward", "adjoint") if (kind, dtype, mode) == _FORMS[0] else ("forward",)
         for launch, part in zip(launches, parts, strict=False):
             name = f"{part} {kind} {MODES[mode]} {str(dtype).removeprefix('torch.')}"
-            main = kind != "csr"
+            main = kind != "csr" and not (capability == 120 and dtype is torch.float32)
             yield case_from_launch(name, launch, capability=capability, main=main)

@@ -26,10 +26,11 @@ needs_triton = pytest.mark.skipif(available.version_reason() is not None, reason
 FOUND = """
 import shutil, sys
 from pathlib import Path
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from benchmarks.device import ahead, bundle
+from resformer_kernels._triton.launch import _compile
 
 class Sm90:
     # What a launch asks a driver before it looks for the kernel.
@@ -57,7 +58,7 @@ triton.knobs.compilation.listener = listen
 triton.knobs.cache.dir = str(folder / sys.argv[2])
 driver.set_active(Sm90())
 for launch in launches:
-    launch.kernel.warmup(grid=launch.grid, **launch.kwargs)
+    _compile(launch.kernel, launch.kwargs, torch.device("cuda", 0))
 print(sorted({hit for _, hit in hits}), len(hits))
 """
 
