@@ -17,8 +17,8 @@ pull requests 2888 and 2889 (H200) and 2605 (B200); Zadouri et al., arXiv 2603.0
 Triton). Each is of as many queries as keys, full or causal.
 
 `_ROWS` counts the mix too, which is a pass of its own before their kernel: about 170/T of a forward
-of T keys (3 passes over V), so short forwards of D64 stay ours. Nobody has published windows, a
-softcap, D256 on B200 or a head_dim below 64: those stay ours too.
+of T keys (modelled: 3 passes over V), so short forwards of D64 stay ours. Nobody has published
+windows, a softcap, D256 on B200 or a head_dim below 64: those stay ours too.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from resformer_kernels.cli.compile.ptx import Block, Instruction, Place
+from resformer_kernels.cli.compile.ptx import Block, Instruction, Place, threads_of
 
-_THREADS = re.compile(r"\.(?:reqntid|maxntid) (\d+)")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)")
 _ROUNDS = 12
 """Rounds after which an end that still moves is taken for unbounded: rings have fewer slots."""
@@ -159,9 +158,8 @@ class Addresses:
 
     def __init__(self, blocks: list[Block], ptx: str) -> None:
         self._blocks = blocks
-        threads = _THREADS.search(ptx)
         self._special = {"global_smem": exactly(0)}
-        self._special["%tid.x"] = _tight(Range(0, int(threads[1]) - 1)) if threads else ANY
+        self._special["%tid.x"] = _tight(Range(0, threads_of(ptx) - 1))
         self._before: list[list[int]] = [[] for _ in blocks]
         for number, block in enumerate(blocks):
             for after in block.after:

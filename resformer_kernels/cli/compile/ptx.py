@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import PurePath
 _REGISTER = re.compile(r"%\w+(?:\.[xyz])?")
 _OPERAND = re.compile(r"(?:\{[^}]*\}|\[(?:\{[^}]*\}|[^\]])*\]|[^,;{\[])+")
 _BULK_LOAD = re.compile(r"cp\.async\.bulk\.tensor\.\w+\.shared::\w+\.global")
+_THREADS = re.compile(r"\.(?:reqntid|maxntid) (\d+)")
 _BARRIERS = ("bar.sync", "barrier.sync", "barrier.cta.sync")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
@@ -54,6 +56,15 @@ class Block:
     after: list[int] = field(default_factory=list)
 
 
+def threads_of(ptx: str) -> int:
+    """Threads of a program; ValueError where the kernel does not tell."""
+    threads = _THREADS.search(ptx)
+    if threads is None:
+        raise ValueError("the PTX has neither .reqntid nor .maxntid")
+    return int(threads[1])
+
+
+@functools.lru_cache(maxsize=1)
 def blocks_of(ptx: str) -> list[Block]:
     """The blocks of the only kernel in `ptx`."""
     files = {number: PurePath(path).name for number, path in _FILE.findall(ptx)}

@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from resformer_kernels.cli.compile.addresses import Addresses, Range, hull
-from resformer_kernels.cli.compile.ptx import Block, Instruction, Place, accesses, blocks_of
+from resformer_kernels.cli.compile.ptx import (
+    Block,
+    Instruction,
+    Place,
+    accesses,
+    blocks_of,
+    threads_of,
+)
 
 WARP_GROUP = 128
 """Threads that run one `wgmma` together."""
@@ -28,7 +35,7 @@ _WRITES = (
     "mbarrier.inval",
 )
 _ADDRESS = re.compile(r"\[\s*(%\w+|\w+)(?:\s*\+\s*(-?\d+))?")
-_SHAPE = re.compile(r"m64n(\d+)k(\d+)\.\w+\.(\w+)")
+_COLUMNS = re.compile(r"m64n(\d+)k")
 _WIDTH = re.compile(r"\.(?:v(\d))?\.?[bufs](\d+)$")
 _MOST_GROUPS = 8
 """Groups of products that are counted; a wait that leaves more in flight does not occur."""
@@ -50,8 +57,7 @@ def early_writes(ptx: str) -> list[str]:
     In one iteration of a loop the slots of a ring are taken to be different ones: that is how
     loops are pipelined. From one iteration to the next they may be the same.
     """
-    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
-    if threads is None or int(threads[1]) <= WARP_GROUP or "wgmma.mma_async" not in ptx:
+    if threads_of(ptx) <= WARP_GROUP or "wgmma.mma_async" not in ptx:
         return []
     blocks = blocks_of(ptx)
     addresses = Addresses(blocks, ptx)
@@ -94,21 +100,20 @@ def _written_bytes(write: Instruction) -> int:
 
 def _products(blocks: list[Block], addresses: Addresses) -> Iterator[Access]:
     for place, each in accesses(blocks, "wgmma.mma_async"):
-        shape = _SHAPE.search(each.opcode)
-        if shape is None:
+        columns = _COLUMNS.search(each.opcode)
+        if columns is None:
             raise ValueError(f"no shape in {each.opcode}")
-        columns, bits = int(shape[1]), int(re.sub(r"\D.*", "", shape[3].lstrip("bftseu")) or 16)
         operands = each.operands
         flags = operands[-2:] if len(operands) > 6 else ["0", "0"]
-        for operand, rows, flag in zip(operands[1:3], (64, columns), flags, strict=True):
+        for operand, rows, flag in zip(operands[1:3], (64, int(columns[1])), flags, strict=True):
             if operand.startswith("%rd"):
                 value = addresses.of(place, operand)
-                memory = _matrix(value, rows, bits, across=flag == "1")
+                memory = _matrix(value, rows, across=flag == "1")
                 yield Access(place, each, memory, addresses.varies(place, operand))
 
 
-def _matrix(descriptor: Range, rows: int, bits: int, *, across: bool) -> Range:
-    """Bytes of a matrix of 16 or 32 bytes a row, or with its rows `across`.
+def _matrix(descriptor: Range, rows: int, *, across: bool) -> Range:
+    """Bytes of a matrix of 32 bytes a row, or with its rows `across`, as numbers of 16 bits may be.
 
     Fields of the descriptor, in units of 16 bytes: the start in bits 0 to 13, leading and stride
     offsets from bits 16 and 32; bits 62 and 63 are the swizzle's kind.
@@ -119,7 +124,7 @@ def _matrix(descriptor: Range, rows: int, bits: int, *, across: bool) -> Range:
     leading, stride = (((descriptor.low >> bit) & 0x3FFF) << 4 for bit in (16, 32))
     swizzle = {0: 16, 1: 128, 2: 64, 3: 32}[(descriptor.low >> 62) & 3]
     if across:
-        chunks = -(-rows * bits // (8 * swizzle))
+        chunks = -(-rows * 2 // swizzle)
         size = (chunks - 1) * leading + stride + 8 * swizzle
     else:
         # Rows take turns within the swizzle: slices of them start in the same bytes.
