@@ -38,6 +38,9 @@ _assumed: tuple[int, int] | None = None
 _recorder: list[Launch] | None = None
 _compiled: dict[Any, Any] = {}
 _thread = threading.local()
+MOST_REGISTERS = 255
+"""The option `maxnreg` of kernels of few warps: without it ptxas spills registers to reach 128 or
+168 of them, as if more warps a multiprocessor were worth that."""
 POISON = "RESFORMER_POISON"
 
 

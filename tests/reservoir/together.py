@@ -35,13 +35,9 @@ def _run_one(run: Callable[..., None], place: int, count: int, arguments: dict[s
         run(grid=(1,), device=torch.device("cpu"), **arguments)
 
 
-@contextmanager
-def together(programs: int) -> Iterator[list[int]]:
-    """Within it, up to `programs` run at once; yields how many each launch had."""
+def launch_at_once(launched: list[int]) -> Callable[..., None]:
+    """What takes the place of `launch`: all programs of a grid run at once. It appends how many."""
     from resformer_kernels._triton.launch import launch as run_launch
-    from resformer_kernels.reservoir.triton import recurrence
-
-    launched: list[int] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], _device: object, **arguments: Any) -> None:
         for value in tree_leaves(arguments):
@@ -63,8 +59,17 @@ def together(programs: int) -> Iterator[list[int]]:
         assert codes == [0] * len(workers), codes
         launched.append(grid[0])
 
+    return launch
+
+
+@contextmanager
+def together(programs: int) -> Iterator[list[int]]:
+    """Within it, up to `programs` run at once; yields how many each launch had."""
+    from resformer_kernels.reservoir.triton import recurrence
+
+    launched: list[int] = []
     with (
         mock.patch.object(recurrence, "_programs", return_value=programs),
-        mock.patch.object(recurrence, "launch", launch),
+        mock.patch.object(recurrence, "launch", launch_at_once(launched)),
     ):
         yield launched

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resformer_kernels._triton.arch import is_amd
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
-from resformer_kernels._triton.launch import recorded_launches
+from resformer_kernels._triton.launch import assumed_capability, recorded_launches
 from resformer_kernels.reservoir.record import (
     CHUNKED,
     MODES,
@@ -56,18 +56,16 @@ def _launch(kind: str, dtype: torch.dtype, mode: int) -> None:
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Each form of the weight, and the adjoint of the first. CSR may spill, and on sm_120 float32
-    keeps 8 bytes of a dense weight's loop in local memory.
+    """Each form of the weight, and the adjoint of the first; none of them may spill.
 
     None for AMD: Triton's compiler ends with an error at a choice between two pointers there.
     """
     if is_amd(divmod(capability, 10)):
         return
     for kind, dtype, mode in _FORMS:
-        with recorded_launches() as launches:
+        with assumed_capability(divmod(capability, 10)), recorded_launches() as launches:
             _launch(kind, dtype, mode)
         parts = ("forward", "adjoint") if (kind, dtype, mode) == _FORMS[0] else ("forward",)
         for launch, part in zip(launches, parts, strict=False):
             name = f"{part} {kind} {MODES[mode]} {str(dtype).removeprefix('torch.')}"
-            main = kind != "csr" and not (capability == 120 and dtype is torch.float32)
-            yield case_from_launch(name, launch, capability=capability, main=main)
+            yield case_from_launch(name, launch, capability=capability, main=True)

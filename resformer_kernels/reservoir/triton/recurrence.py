@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.launch import MOST_REGISTERS, capability, empty, launch
 from resformer_kernels.reservoir.record import (
     IDENTITY,
     AdjointCall,
@@ -25,6 +25,7 @@ from resformer_kernels.reservoir.record import (
 from resformer_kernels.reservoir.triton.plan import plan_chunks
 from resformer_kernels.reservoir.triton.steps import (
     CHECK_EVERY,
+    CSR,
     DEPTH,
     Form,
     Rows,
@@ -261,7 +262,9 @@ def _run(
         limits=Limits(tolerance * _MEETING, tolerance * _ACCEPTED),
         form=form,
         num_warps=8 if tile.rows * tile.units >= 256 else 4,
-        num_stages=3,
+        # On 12.x the third stage is what spills a register.
+        num_stages=2 if capability(inputs.device) >= (12, 0) else 3,
+        maxnreg=MOST_REGISTERS if weight.kind == CSR.value else None,
         launch_cooperative_grid=True,
     )
     return info_of(plan, count, sweeps)

@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.launch import MOST_REGISTERS, empty, launch
 from resformer_kernels.scan.op import WANTS_GATES, WANTS_INITIAL, WANTS_TOKENS, BackwardCall
+from resformer_kernels.scan.triton import lookback, steps
 from resformer_kernels.scan.triton import partition as split
-from resformer_kernels.scan.triton import steps
-from resformer_kernels.scan.triton.carry import entering_states
 
 
 @triton.jit
@@ -23,7 +22,7 @@ def backward_kernel(
     d_tokens,
     d_gates,
     sums,
-    entering,
+    words,
     d_final,
     initial,
     d_initial,
@@ -32,47 +31,44 @@ def backward_kernel(
     """a = dh + c, dx = a, dg = conj(h before) a, c = conj(g) a. The state before a step is that of
     the row visited next; `states` is there where a gradient of the gates is wanted. `sums`: dg
     summed over a chunk, in float64, where gates are constant."""
-    place = steps.place_of(work)
-    c = steps.first_state(entering, d_final, work, place)
+    place = steps.place_of(work, words)
+    c = steps.first_state(d_final, work, place)
     gate = constant
     if constant is not None:
         gate = steps.load(work, place, constant, place.mask, 0.0)
     sum_re = tl.zeros((work.BLOCK,), tl.float64)
     sum_im = tl.zeros((work.BLOCK,), tl.float64)
     for start in range(place.begin, place.end, work.STEPS):
-        loaded = ()
-        for u in tl.static_range(work.STEPS):
-            step = steps.step_of(work, place, start + u)
-            loaded += (steps.row_of(grad, work, place, step, 0.0),)
-            loaded += (steps.row_of(gates, work, place, step, 1.0),)
-            if states.pointer is not None:
+        loaded = steps.load_steps(grad, gates, work, place, start)
+        before = ()
+        if states.pointer is not None:
+            for u in tl.static_range(work.STEPS):
+                step = steps.step_of(work, place, start + u)
                 mask = place.mask & step.inside
                 at = steps.row_at(states, place, steps.row_number(work, start + u + 1))
-                before = steps.load(work, place, at, mask & ~step.leaves, 0.0)
+                left = steps.load(work, place, at, mask & ~step.leaves, 0.0)
                 first = steps.state_of(initial, work, place, step.owner, mask & step.leaves)
-                loaded += (steps.select(step.leaves, first, before),)
-            else:
-                loaded += (steps.zeros(place),)
+                before += (steps.select(step.leaves, first, left),)
+        c, begin = lookback.state_before(words, c, loaded, gate, d_final, work, place, start, True)
         for u in tl.static_range(work.STEPS):
-            step = steps.step_of(work, place, start + u)
+            step = steps.step_of(work, place, begin + u)
             mask = place.mask & step.exists
             if work.packing.kinds is not None:
-                entered = steps.state_of(d_final, work, place, step.owner, place.mask & step.enters)
-                c = steps.select(step.enters, entered, c)
-            x = loaded[3 * u]
+                c = steps.entered(d_final, work, place, step, c)
+            x = loaded[2 * u]
             a = (c[0] + x[0], c[1] + x[1])
             if d_tokens.pointer is not None:
                 at = steps.row_at(d_tokens, place, step.row)
                 steps.store(work, place, at, mask, steps.select(step.inside, a, steps.zeros(place)))
             if states.pointer is not None:
-                d = steps.conj_mul(loaded[3 * u + 2], a, work.COMPLEX)
+                d = steps.conj_mul(before[u], a, work.COMPLEX)
                 d = steps.select(step.inside, d, steps.zeros(place))
                 if sums is not None:
                     sum_re += d[0].to(tl.float64)
                     sum_im += d[1].to(tl.float64)
                 else:
                     steps.store(work, place, steps.row_at(d_gates, place, step.row), mask, d)
-            c = steps.conj_mul(steps.gate_of(gate, loaded[3 * u + 1], step), a, work.COMPLEX)
+            c = steps.conj_mul(steps.gate_of(gate, loaded[2 * u + 1], step), a, work.COMPLEX)
             if work.packing.kinds is not None and d_initial is not None:
                 last = place.mask & step.leaves
                 steps.store(work, place, steps.state_at(d_initial, work, step.owner), last, c)
@@ -102,8 +98,9 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
             d_initial.zero_() if call.grad_final is None else d_initial.copy_(call.grad_final)
     if states.numel() == 0 or call.sequences == 0:
         return d_tokens.zero_(), d_gates.zero_(), d_initial
-    programs, work = split.partition(states, call.cu_seqlens, reverse=not call.reverse)
     by_step, constant = split.gates_of(gates)
+    read = [states] * (1 + wants_gates) + ([gates] if constant is None else [])
+    programs, work = split.partition(states, call.cu_seqlens, read, reverse=not call.reverse)
     grad, d_final = split.view_of(call.grad_states), split.flat(call.grad_final)
     sums = None
     if wants_gates and constant is not None:
@@ -119,12 +116,13 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         d_tokens=split.view_of(d_tokens) if call.grad_mask & WANTS_TOKENS else split.NO_VIEW,
         d_gates=split.view_of(d_gates) if wants_gates and sums is None else split.NO_VIEW,
         sums=sums,
-        entering=entering_states(gates, grad, d_final, programs, work, backward=True),
+        words=lookback.new_words(states, programs, work),
         d_final=d_final,
         initial=split.flat(call.initial_state),
         d_initial=split.parts_of(d_initial) if call.grad_mask & WANTS_INITIAL else None,
         work=work,
         num_warps=1,
+        maxnreg=MOST_REGISTERS,
     )
     if sums is not None:
         total = split.parts_of(d_gates)

@@ -6,29 +6,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.launch import MOST_REGISTERS, empty, launch
 from resformer_kernels.scan.record import ScanCall, state_dtype
+from resformer_kernels.scan.triton import lookback, steps
 from resformer_kernels.scan.triton import partition as split
-from resformer_kernels.scan.triton import steps
-from resformer_kernels.scan.triton.carry import entering_states
 
 
 @triton.jit
-def forward_kernel(gates, constant, tokens, states, entering, initial, final, work):
-    """h = g h + x. `entering`: the state before each chunk, where there are several."""
-    place = steps.place_of(work)
-    h = steps.first_state(entering, initial, work, place)
+def forward_kernel(gates, constant, tokens, states, words, initial, final, work):
+    """h = g h + x. `words`: those of `lookback`, where a chunk is what is loaded at once."""
+    place = steps.place_of(work, words)
+    h = steps.first_state(initial, work, place)
     gate = constant
     if constant is not None:
         gate = steps.load(work, place, constant, place.mask, 0.0)
     for start in range(place.begin, place.end, work.STEPS):
         loaded = steps.load_steps(tokens, gates, work, place, start)
+        h, begin = lookback.state_before(words, h, loaded, gate, initial, work, place, start, False)
         for u in tl.static_range(work.STEPS):
-            step = steps.step_of(work, place, start + u)
+            step = steps.step_of(work, place, begin + u)
             mask = place.mask & step.exists
             if work.packing.kinds is not None:
-                entered = steps.state_of(initial, work, place, step.owner, place.mask & step.enters)
-                h = steps.select(step.enters, entered, h)
+                h = steps.entered(initial, work, place, step, h)
             g = steps.gate_of(gate, loaded[2 * u + 1], step)
             h = steps.fma(g, h, loaded[2 * u], work.COMPLEX)
             at = steps.row_at(states, place, step.row)
@@ -54,21 +53,22 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
         final.zero_() if call.initial_state is None else final.copy_(call.initial_state)
     if states.numel() == 0 or call.sequences == 0:
         return states.zero_(), final
-    programs, work = split.partition(tokens, call.cu_seqlens, reverse=call.reverse)
     gates, constant = split.gates_of(call.gates)
-    x = split.view_of(tokens)
+    read = (tokens,) if constant is not None else (tokens, call.gates)
+    programs, work = split.partition(tokens, call.cu_seqlens, read, reverse=call.reverse)
     launch(
         forward_kernel,
         (programs,),
         tokens.device,
         gates=gates,
         constant=constant,
-        tokens=x,
+        tokens=split.view_of(tokens),
         states=split.view_of(states),
-        entering=entering_states(call.gates, x, initial, programs, work, backward=False),
+        words=lookback.new_words(tokens, programs, work),
         initial=initial,
         final=split.parts_of(final),
         work=work,
         num_warps=1,
+        maxnreg=MOST_REGISTERS,
     )
     return states, final

@@ -1,60 +1,68 @@
 """The split of a scan over programs, and its tensors as the kernels take them.
 
-Where channels and tracks alone occupy a GPU, a program takes all steps of its channels. Otherwise
-time is split into chunks: one kernel finds what each chunk does to a state (a product and a sum),
-one runs through the chunks with that, and one scans every chunk from the state that enters it. The
-split depends on shapes alone, and nothing is added atomically: the same bits every time.
+Where channels and tracks alone keep a GPU's memory busy, a program takes all steps of its channels.
+Otherwise time is split into chunks of as many steps as a program holds in registers, and programs
+tell one another what enters them (`lookback`). The split depends on shapes alone, and nothing is
+added atomically: the same bits every time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import empty
+from resformer_kernels._triton.arch import architecture
+from resformer_kernels._triton.launch import capability, empty
 from resformer_kernels.scan.triton.steps import FIRST, INSIDE, LAST, Packing, View, Work
 
-PROGRAMS = 2048
-"""Programs of one warp that occupy any GPU."""
-LEAST_CHUNK = 256
-"""Steps of the shortest chunk."""
-STEPS = 8
-"""Steps loaded before the first is processed; half of that for complex numbers, whose parts take
-twice the registers, and a quarter for packed ones."""
-CHANNELS = 128
-"""Most channels of a program; half of that for complex numbers."""
+PROGRAMS = 512
+"""Programs of one warp that keep any GPU's memory busy with what they load at once."""
+LEAST_TIME = 256
+"""Most steps that are never split."""
+STEPS = 32
+"""Most steps loaded before the first is processed."""
+HELD = 64
+"""Registers of a thread for what is loaded; half of them for packed rows, each of which needs
+others to say where it belongs."""
+CHANNELS = 32
+"""Least channels of a program of one warp, a thread each."""
+WINDOW = 16
+"""Chunks that are combined without waiting for the state after any of them."""
 
 
 def check_constants() -> None:
     """AssertionError where a constant has a value that kernels cannot be compiled for."""
     assert PROGRAMS >= 1
-    assert LEAST_CHUNK >= 1
-    assert STEPS >= 4, "complex packed tokens are loaded a quarter as many steps at once"
-    assert CHANNELS >= 2
+    assert LEAST_TIME >= 1
+    assert STEPS >= 1
+    assert HELD >= 12, "three operands of complex packed rows take six registers a step"
+    assert WINDOW >= 2
+    assert CHANNELS >= 32, "no channel may have copies in several threads"
     assert CHANNELS & (CHANNELS - 1) == 0, "tiles have powers of two"
 
 
 NO_VIEW = View(None, 0, 0)
 
 
-def partition(like: Tensor, cu_seqlens: Tensor | None, *, reverse: bool) -> tuple[int, Work]:
-    """(number of programs, their argument) for tokens like these."""
+def partition(
+    like: Tensor, cu_seqlens: Tensor | None, read: Sequence[Tensor], *, reverse: bool
+) -> tuple[int, Work]:
+    """(number of programs, their argument) for tokens like these; `read`: what is read at every
+    step."""
     tracks, time, width = like.shape if like.dim() == 3 else (1, *like.shape)
-    most = CHANNELS // 2 if like.is_complex() else CHANNELS
-    block = min(most, 1 << (max(1, width) - 1).bit_length())
+    block = max(CHANNELS, architecture(capability(like.device)).warp)
     column_tiles = -(-width // block)
-    without_chunks = max(1, tracks * column_tiles)
-    chunks = 1
-    if 2 * without_chunks <= PROGRAMS:
-        chunks = max(1, min(-(-PROGRAMS // without_chunks), time // LEAST_CHUNK))
-    steps = STEPS
-    if like.is_complex():
-        steps = max(1, STEPS // (2 if like.dim() == 3 else 4))
-    chunk = -(-max(1, time) // chunks)
-    chunk = -(-chunk // steps) * steps
-    chunks = max(1, -(-time // chunk))
-    constants = (tl.constexpr(x) for x in (like.is_complex(), reverse, steps, block))
+    held = HELD if cu_seqlens is None else HELD // 2
+    registers = sum(2 if x.is_complex() else 1 for x in read)
+    steps = min(STEPS, 1 << ((held // registers).bit_length() - 1))
+    chunk = max(1, time)
+    if tracks * column_tiles < PROGRAMS and time > LEAST_TIME:
+        chunk = steps
+    chunks = -(-max(1, time) // chunk)
+    constants = (tl.constexpr(x) for x in (like.is_complex(), reverse, steps, block, WINDOW))
     packing = _packing(cu_seqlens, time)
     work = Work(packing, time, width, chunk, chunks, column_tiles, *constants)
     return tracks * chunks * column_tiles, work

@@ -54,12 +54,15 @@ class Work(NamedTuple):
     REVERSED: tl.constexpr
     STEPS: tl.constexpr
     BLOCK: tl.constexpr
+    WINDOW: tl.constexpr
 
 
 class Place(NamedTuple):
     """Channels of one program, and its steps [begin, end)."""
 
     track: Any
+    number: Any
+    """Chunk of its track."""
     index: Any
     """Chunk, counted over all tracks."""
     begin: Any
@@ -81,16 +84,21 @@ class Step(NamedTuple):
 
 
 @triton.jit
-def place_of(work):
-    """The place of this program."""
+def place_of(work, words):
+    """The place of this program. Where programs wait for those of earlier chunks, they take places
+    in the order in which they start, by the ticket in `words`: earlier chunks first."""
     program = tl.program_id(0)
-    columns = program % work.column_tiles * work.BLOCK + tl.arange(0, work.BLOCK)
-    number = program // work.column_tiles % work.chunks
+    if words is not None:
+        program = tl.atomic_add(words, 1, sem="relaxed").to(tl.int32)
+    lanes = tl.num_programs(0) // work.chunks
+    number = program // lanes
+    lane = program % lanes
+    track = lane // work.column_tiles
+    columns = lane % work.column_tiles * work.BLOCK + tl.arange(0, work.BLOCK)
     begin = number * work.chunk
-    track = program // work.column_tiles // work.chunks
     end = min(begin + work.chunk, work.time)
     index = track * work.chunks + number
-    return Place(track, index, begin, end, columns, columns < work.width)
+    return Place(track, number, index, begin, end, columns, columns < work.width)
 
 
 @triton.jit
@@ -188,15 +196,21 @@ def state_of(rows, work, place, index, mask):
 
 
 @triton.jit
-def first_state(entering, initial, work, place):
-    """The state before a program's first step. Packed sequences replace it where they begin."""
-    if entering is not None:
-        value = state_of(entering, work, place, place.index, place.mask)
-    elif work.packing.kinds is not None:
+def first_state(initial, work, place):
+    """The state before a track's first step. Packed sequences replace it where they begin."""
+    if work.packing.kinds is not None:
         value = zeros(place)
     else:
         value = state_of(initial, work, place, place.track, place.mask)
     return value
+
+
+@triton.jit
+def entered(states, work, place, step, h):
+    """h, or the state with which a packed sequence begins at this step. A branch, as few begin."""
+    if step.enters:
+        h = state_of(states, work, place, step.owner, place.mask)
+    return h
 
 
 @triton.jit
