@@ -15,19 +15,21 @@ from resformer_kernels.kvcache.record import KVCacheCall
 
 def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
     """ValueError where lengths (`given` as cache_seqlens), the mask or page numbers do not fit."""
-    offsets = call.cu_seqlens_k_new
-    if offsets is None or not readable(offsets):
-        # Of offsets that cannot be read it is known that they add nothing or more.
-        new = call.new_rows if offsets is None else 0
-        added = [new] * (call.sequences if isinstance(given, Tensor) else min(call.sequences, 1))
-    else:
-        added = [b - a for a, b in pairwise(offsets.tolist())]
-    if not isinstance(given, Tensor):
-        lengths = [given] * len(added)
-    elif readable(call.cache_seqlens):
-        lengths = call.cache_seqlens.tolist()
-    else:
+    if isinstance(given, Tensor) and not readable(call.cache_seqlens):
         return
+    offsets = call.cu_seqlens_k_new
+    added = None
+    if offsets is not None and readable(offsets):
+        added = [b - a for a, b in pairwise(offsets.tolist())]
+    if isinstance(given, Tensor):
+        lengths = call.cache_seqlens.tolist()
+    elif added is not None:
+        lengths = [given] * len(added)
+    else:
+        lengths = [given] if call.sequences > 0 else []
+    if added is None:
+        # Of offsets that cannot be read it is known that they add nothing or more.
+        added = [call.new_rows if offsets is None else 0] * len(lengths)
     for b, (length, new) in enumerate(zip(lengths, added, strict=True)):
         _check_length(call, b, length, new)
     for name, table, cache in (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from resformer_kernels import attention_with_kvcache
+from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.testing.kvcache import (
     KVCacheCase,
     KVCacheInputs,
@@ -89,29 +90,50 @@ def test_opcheck(native: str, name: str) -> None:
     opcheck("resformer", case)
 
 
+def ints(numbers: Any) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+UNSET: dict[str, Any] = {
+    **dict.fromkeys(KVCacheCall._fields),
+    "max_seqlen_q": 1,
+    "window_left": -1,
+    "window_right": 0,
+    "scale": 1.0,
+    "softcap": 0.0,
+    "num_splits": 0,
+    "return_lse": False,
+}
+"""The arguments of a call that asks for nothing special."""
+
+
 def test_the_op_checks_for_itself(native: str) -> None:
     del native
     q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
     cache = torch.zeros(2, 8, 2, 8)
-    pages = torch.tensor([[0, 1], [2, 9]], dtype=torch.int32)
-    op = torch.ops.resformer.attention_with_kvcache.default
+    paged = cache.view(4, 4, 2, 8)
+    right = {"cache_seqlens": ints([3, 5]), "block_table": ints([[0, 1], [2, 3]])}
+    whole = {"q": q, "k_cache": cache, "v_cache": cache.clone(), "k": k, "v": k}
+    pages = {**whole, **right, "k_cache": paged, "v_cache": paged.clone()}
+    rows = {"q": q.view(1, 2, 4, 8), "k": k.view(1, 2, 2, 8), "v": k.view(1, 2, 2, 8)}
+    packed = {**pages, **rows, "cu_seqlens_q": ints([0, 1, 2]), "cu_seqlens_k_new": ints([0, 1, 2])}
 
-    def call(lengths: list[int], table: torch.Tensor | None = None, mask: Any = None) -> None:
-        at = torch.tensor(lengths, dtype=torch.int32)
-        rows = cache.view(4, 4, 2, 8) if table is not None else cache
-        op(
-            q, rows, rows.clone(), k, k, at, table, mask,
-            -1, 0, 1.0, 0.0, None, None, None, 0, False,
-        )  # fmt: skip
-
-    with pytest.raises(RuntimeError, match="sequence 1 has 8 tokens and 1 are appended"):
-        call([3, 8])
-    with pytest.raises(RuntimeError, match="sequence 0 has -1"):
-        call([-1, 3])
-    with pytest.raises(RuntimeError, match="names page 9 for page 1 of sequence 1, takes 0 to 3"):
-        call([3, 5], pages)
-    with pytest.raises(RuntimeError, match="key_mask must be a bool"):
-        call([3, 5], mask=torch.ones(1, 8).bool())
+    for given, change, said in (
+        (whole, {"cache_seqlens": ints([3, 8])}, "sequence 1 has 8 tokens and 1 are appended"),
+        (whole, {"cache_seqlens": ints([-1, 3])}, "sequence 0 has -1"),
+        (pages, {"block_table": ints([[0, 1], [2, 9]])}, "block_table names page 9 for page 1 of"),
+        (pages, {"v_block_table": ints([[0, 1], [2, 9]])}, "v_block_table names page 9 for page 1"),
+        (whole, {"v_block_table": ints([[0], [1]])}, "v_block_table comes with block_table"),
+        (pages, {"key_mask": torch.ones(1, 8).bool()}, "key_mask must be a bool"),
+        (packed, {"cu_seqlens_q": ints([0, 1, 3])}, "cu_seqlens_q has 1 and then 3 at index 1"),
+        (packed, {"cu_seqlens_q": ints([0, 2, 1])}, "cu_seqlens_q has 2 and then 1"),
+        (packed, {"cu_seqlens_k_new": ints([-1, 1, 2])}, "cu_seqlens_k_new has -1 and then 1"),
+        (packed, {"cu_seqlens_k_new": ints([0, 2])}, "cu_seqlens_k_new must be a contiguous"),
+        (pages, {"out": torch.zeros(2, 1, 4, 7)}, "out"),
+    ):
+        call = KVCacheCall(**{**UNSET, "cache_seqlens": ints([3, 5]), **given, **change})
+        with pytest.raises(RuntimeError, match=said):
+            torch.ops.resformer.attention_with_kvcache.default(*call)
     assert (cache == 0).all()
 
 
