@@ -35,7 +35,7 @@ def register() -> None:
             _register()
         else:
             _LOGGER.warning("resformer_kernels registers no models with vLLM: %s", reason)
-    except Exception:  # noqa: BLE001
+    except Exception:
         _LOGGER.exception("resformer_kernels could not register its models with vLLM")
 
 

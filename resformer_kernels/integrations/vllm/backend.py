@@ -1,13 +1,13 @@
 """vLLM's attention backend over pages of keys, and over one set of pages of values.
 
 To vLLM a page has no halves here: the keys of a layer are one layer of its cache, and SVFormer's V
-is another (`layers.ValuePages`), each (pages, Hkv, page_size, D).
+is another (`pages.ValuePages`), each (pages, Hkv, page_size, D).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from resformer_kernels import attention_with_kvcache
-
-if TYPE_CHECKING:
-    from resformer_kernels.integrations.vllm.layers import ValuePages
+from resformer_kernels.integrations.vllm.pages import ValuePages
 
 NAME = "RESFORMER"
 
@@ -155,7 +153,8 @@ class Implementation(AttentionImpl[Step]):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, keys: Tensor, step: Step) -> Tensor:
         """One call for all requests of the step, (tokens, Hq, D)."""
-        self.values.check_table(step)
+        if step_of(self.values.layer_name).block_table is not step.block_table:
+            raise RuntimeError("vLLM put keys and values into groups with tables of their own")
         return attention_with_kvcache(
             q,
             keys.transpose(1, 2),

@@ -1,72 +1,19 @@
-"""Layers whose values vLLM keeps once, and coefficients of a rank's own heads."""
+"""Attention over values that vLLM keeps once, and the coefficients of a rank's own heads."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from resformer_kernels.integrations.transformers.config import build_value_mix
-from resformer_kernels.integrations.vllm.backend import ResFormerBackend, Step, step_of
+from resformer_kernels.integrations.vllm.backend import ResFormerBackend
+from resformer_kernels.integrations.vllm.pages import ValuePages
 from resformer_kernels.nn import ValueMix
-
-
-class ValuePages(AttentionLayerBase):
-    """The pages of the one V of an SVFormer: to vLLM, one more layer of its cache.
-
-    Args:
-        prefix: a name of its own, which holds the number of one layer.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.layer_name = prefix
-        self.kv_cache = torch.empty(0)
-        self.readers: list[SharedValueAttention] = []
-        layers = get_current_vllm_config().compilation_config.static_forward_context
-        if prefix in layers:
-            raise ValueError(f"two layers are called {prefix}")
-        layers[prefix] = self
-
-    @property
-    def num_heads(self) -> int:
-        """Hq of the layers that read the values, which vLLM's builders ask for."""
-        return int(self.readers[0].num_heads)
-
-    def check_table(self, step: Step) -> None:
-        """Raise RuntimeError unless `step`, of a layer's keys, is that of the values too."""
-        if step_of(self.layer_name).block_table is not step.block_table:
-            raise RuntimeError("vLLM put keys and values into groups with tables of their own")
-
-    def get_attn_backend(self) -> type[ResFormerBackend]:
-        """The backend of the layers that read the values."""
-        found: type[ResFormerBackend] = self.readers[0].get_attn_backend()
-        return found
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        """Those of the keys of the layer that sees furthest: V must be there as long as they."""
-        furthest = max(self.readers, key=lambda layer: layer.sliding_window or math.inf)
-        return furthest.get_kv_cache_spec(vllm_config)
-
-
-def check_one_window(pages: list[ValuePages]) -> None:
-    """Raise ValueError where a model's layers have different windows.
-
-    vLLM then makes groups with a table of pages each, and V may lie in another one than keys.
-    """
-    windows = {reader.sliding_window for values in pages for reader in values.readers}
-    if len(windows) > 1:
-        raise ValueError(
-            "an SVFormer's layers must all have the same window, because its values are read by one "
-            f"table of pages together with keys; got windows of {windows} tokens (None: full "
-            "attention). Convert a model with layers of one kind, or serve a ResFormer"
-        )
 
 
 class SharedValueAttention(Attention):
@@ -79,6 +26,9 @@ class SharedValueAttention(Attention):
     The others are vLLM's. ValueError where the cache has another dtype than the model.
     """
 
+    pages_backend: ClassVar[Any] = ResFormerBackend
+    """The backend that reads the pages."""
+
     def __init__(
         self,
         num_heads: int,
@@ -89,8 +39,7 @@ class SharedValueAttention(Attention):
         owns_values: bool,
         **options: Any,
     ) -> None:
-        options.setdefault("attn_backend", ResFormerBackend)
-        super().__init__(num_heads, head_size, scale, **options)
+        super().__init__(num_heads, head_size, scale, attn_backend=self.pages_backend, **options)
         if self.kv_cache_torch_dtype != self.dtype:
             raise ValueError(
                 f"an SVFormer's cache must have the model's dtype, {self.dtype}, got "
@@ -133,4 +82,3 @@ class _Rows:
 
     def __call__(self, parameter: nn.Parameter, loaded: Tensor) -> None:
         parameter.data.copy_(loaded.reshape(self.shape)[self.rows])
-

@@ -16,12 +16,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from resformer_kernels.integrations.transformers.config import SVFORMER
 from resformer_kernels.integrations.vllm.backend import refuse
-from resformer_kernels.integrations.vllm.layers import (
-    SharedValueAttention,
-    ValuePages,
-    check_one_window,
-    value_mix_of_rank,
-)
+from resformer_kernels.integrations.vllm.layers import SharedValueAttention, value_mix_of_rank
+from resformer_kernels.integrations.vllm.pages import ValuePages, check_one_window
 from resformer_kernels.nn.value_mix import ValueSources
 
 
@@ -59,8 +55,8 @@ class ValueResidualAttention(nn.Module):
         self.head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.v_mix = value_mix_of_rank(config, layer)
         projects = self.v_mix.projects_values
-        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads if projects else 0)
-        self.sizes = [self.head_dim * size for size in sizes]
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads if projects else 0)
+        self.widths = [self.head_dim * count for count in heads]
         self.qkv_proj = QKVParallelLinear(
             hidden_size,
             self.head_dim,
@@ -86,24 +82,22 @@ class ValueResidualAttention(nn.Module):
         )
         kinds = getattr(config, "layer_types", None)
         slides = kinds is not None and kinds[layer] == "sliding_attention"
-        make = partial(
-            Attention if pages is None else SharedValueAttention,
-            self.num_heads,
-            self.head_dim,
-            self.head_dim**-0.5,
-            num_kv_heads=self.num_kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
-            per_layer_sliding_window=config.sliding_window if slides else None,
-            prefix=f"{prefix}.attn",
-        )
+        sizes = (self.num_heads, self.head_dim, self.head_dim**-0.5)
+        options = {
+            "num_kv_heads": self.num_kv_heads,
+            "cache_config": cache_config,
+            "quant_config": quant_config,
+            "per_layer_sliding_window": config.sliding_window if slides else None,
+            "prefix": f"{prefix}.attn",
+        }
         self.keeps_values = layer == 0 or config.value_residual == "dense"
         if pages is None:
-            self.attn = make()
+            self.attn = Attention(*sizes, **options)
             return
         if projects:
             pages.append(ValuePages(f"{prefix}.values"))
-        self.attn = make(values=pages[-1 if projects else 0], owns_values=projects)
+        values = pages[-1 if projects else 0]
+        self.attn = SharedValueAttention(*sizes, **options, values=values, owns_values=projects)
 
     def forward(self, positions: Tensor, hidden_states: Tensor, earlier: list[Tensor]) -> Tensor:
         """Attend.
@@ -118,7 +112,7 @@ class ValueResidualAttention(nn.Module):
             (tokens, dim).
         """
         qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        q, k, v = qkv.split(self.widths, dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         own = v.unflatten(-1, (-1, self.head_dim)) if self.v_mix.projects_values else None
         mixed = self.v_mix(ValueSources(own, tuple(earlier), hidden_states, None))
