@@ -33,6 +33,10 @@ test-fa4: ## compile FlashAttention 4's kernels for two GPUs that need not be th
 test-vllm: setup ## serve tiny models with vLLM on a CPU and hold their tokens to transformers'
 	@scripts/test_vllm.sh $(PYTHON) .venv-vllm $(ARGS)
 
+serve: setup ## serve a tiny SVFormer and a Llama with vLLM's OpenAI server on this machine, and compare
+	@scripts/vllm_env.sh $(PYTHON) .venv-vllm
+	@.venv-vllm/bin/python examples/serve_svformer.py $(ARGS)
+
 bench: setup ## time every registered case against its peers
 	@$(VENV)/bin/resformer-kernels bench $(ARGS)
 
