@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,14 +83,25 @@ def test_versions_that_are_served(
     for name in ("v1", "v1.attention", "v1.attention.backends"):
         _supposed(monkeypatch, f"vllm.{name}")
     registry = "vllm.v1.attention.backends.registry"
-    _supposed(monkeypatch, registry, register_backend=registered.__setitem__)
+    backends = SimpleNamespace(__members__={})
+    _supposed(
+        monkeypatch,
+        registry,
+        register_backend=registered.__setitem__,
+        AttentionBackendEnum=backends,
+    )
     plugin.register()
     assert caplog.records == []
-    assert registered.keys() == {"RESFORMER", *plugin.MODELS}
+    assert registered.keys() == {plugin.BACKEND, *plugin.MODELS}
     for target in registered.values():
         module, name = re.fullmatch(r"([\w.]+)[:.](\w+)", target).groups()  # type: ignore[union-attr]
         tree = ast.parse((FOLDER / f"{module.rpartition('.')[2]}.py").read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    # vLLM loads plugins again: what is there is left alone.
+    backends.__members__[plugin.BACKEND] = None
+    registered.clear()
+    plugin.register()
+    assert registered == {}
 
 
 def test_a_vllm_that_moved_its_parts(

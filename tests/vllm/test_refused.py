@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from resformer_kernels.integrations.vllm import BELOW, LEAST
+from resformer_kernels.integrations.vllm import BACKEND, BELOW, LEAST, register
 from tests.vllm.process import Engines
 from tests.vllm.tiny import Saved
+
+
+def test_registering_again_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for _ in range(2):
+        register()
+    assert caplog.records == []
+    assert AttentionBackendEnum[BACKEND].get_path().endswith(".ResFormerBackend")
+
 
 NAMES = ("llama", "svformer")
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -41,6 +52,13 @@ def test_options_of_attention(name: str, value: Any) -> None:
 
     with pytest.raises(ValueError, match=name):
         Implementation(2, 32, 1.0, **{name: value})
+
+
+def test_the_backend_of_another_model() -> None:
+    from resformer_kernels.integrations.vllm.backend import Implementation
+
+    with pytest.raises(ValueError, match="serves an SVFormer's layers alone"):
+        Implementation(2, 32, 1.0).process_weights_after_loading(torch.float32)
 
 
 @pytest.mark.parametrize(

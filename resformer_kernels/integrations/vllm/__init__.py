@@ -13,6 +13,8 @@ import re
 LEAST, BELOW = (0, 32), (0, 33)
 """Versions of vLLM that are served: from the first to below the second."""
 
+BACKEND = "RESFORMER"
+"""The attention backend's name in vLLM."""
 MODELS = {
     f"{kind}{family}ForCausalLM": f"{kind}ForCausalLM"
     for kind in ("ResFormer", "SVFormer")
@@ -54,11 +56,13 @@ def _text(version: tuple[int, int]) -> str:
 
 
 def _register() -> None:
+    from vllm import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND in AttentionBackendEnum.__members__:
+        return
     # Its classes of configs are what AutoConfig reads a checkpoint's config with.
     importlib.import_module("resformer_kernels.integrations.transformers")
-    from vllm import ModelRegistry
-    from vllm.v1.attention.backends.registry import register_backend
-
-    register_backend("RESFORMER", f"{__name__}.backend.ResFormerBackend")
+    register_backend(BACKEND, f"{__name__}.backend.ResFormerBackend")
     for architecture, served_by in MODELS.items():
         ModelRegistry.register_model(architecture, f"{__name__}.models:{served_by}")

@@ -22,9 +22,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from resformer_kernels import attention_with_kvcache
+from resformer_kernels.integrations.vllm import BACKEND
 from resformer_kernels.integrations.vllm.pages import ValuePages
-
-NAME = "RESFORMER"
 
 
 @dataclass
@@ -63,7 +62,9 @@ class Builder(AttentionMetadataBuilder[Step]):
         del common_prefix_len, fast_build
         given = common_attn_metadata
         if given.causal is not True:
-            raise ValueError(f"{NAME} serves causal attention alone, got causal {given.causal!r}")
+            raise ValueError(
+                f"{BACKEND} serves causal attention alone, got causal {given.causal!r}"
+            )
         return Step(
             tokens=given.num_actual_tokens,
             offsets=given.query_start_loc,
@@ -89,7 +90,7 @@ class Implementation(AttentionImpl[Step]):
     """
 
     values: ValuePages
-    """Where the values lie; set by the layer."""
+    """Where the values lie; set by `SharedValueAttention`."""
     owns_values: bool
     """Whether this layer appends the values, which the others read; set by the layer."""
 
@@ -116,6 +117,12 @@ class Implementation(AttentionImpl[Step]):
         self.kv_cache_dtype = kv_cache_dtype
         self.window = (-1 if sliding_window is None else sliding_window - 1, -1)
         self.softcap = logits_soft_cap or 0.0
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Raise ValueError where the backend was asked for by name, for a model of another kind."""
+        del act_dtype
+        if not hasattr(self, "values"):
+            raise ValueError(f"attention backend {BACKEND} serves an SVFormer's layers alone")
 
     def forward(
         self,
@@ -196,7 +203,7 @@ class ResFormerBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """Its name in vLLM's registry."""
-        return NAME
+        return BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[Implementation]:
