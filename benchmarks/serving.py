@@ -26,6 +26,8 @@ os.environ.update(
     DO_NOT_TRACK="1",
     HF_HUB_OFFLINE="1",
 )
+# It would replace the memory that an engine is given.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch

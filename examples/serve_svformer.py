@@ -39,8 +39,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # vLLM would otherwise reserve a part of the machine's memory.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
 
@@ -118,11 +116,14 @@ def server(model: Path, memory: int) -> Iterator[int]:
     command += ["--port", str(port), "--model", str(model), "--served-model-name", "tiny"]
     command += ["--kv-cache-memory-bytes", str(memory), "--max-model-len", "2048"]
     command += ["--max-num-seqs", "16", "--enforce-eager", "--generation-config", "vllm"]
+    environment = {**os.environ, **ENVIRONMENT}
+    # It would replace the memory that the command names.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     with log.open("wb") as out:
         # A session of its own, so that all its processes can be ended, and Ctrl-C comes here alone.
         process = subprocess.Popen(
             command,
-            env={**os.environ, **ENVIRONMENT},
+            env=environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

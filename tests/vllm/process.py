@@ -79,7 +79,7 @@ class Engines:
         path.write_text(json.dumps(described))
         done = subprocess.run(
             [sys.executable, "-m", "tests.vllm.engine", str(path)],
-            env={**os.environ, **self._environment(), **environment},
+            env={**self._environment(), **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -91,7 +91,10 @@ class Engines:
         return found, done.stderr
 
     def _environment(self) -> dict[str, str]:
+        # It would replace `kv_cache_memory_bytes`.
+        outer = {name: x for name, x in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
         return {
+            **outer,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",

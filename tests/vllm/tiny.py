@@ -74,6 +74,7 @@ MODELS = {
         "qwen2", "svformer", None, {**_SLIDES, "max_window_layers": 2}
     ),
     "identity": Tiny(variant="identity"),
+    "constant": Tiny(variant="constant"),
     "sparse": Tiny(variant="sparse"),
     "learnable": Tiny(variant="learnable"),
     "learnable-plus": Tiny(variant="learnable-plus"),
