@@ -5,7 +5,7 @@ from resformer_kernels.attention.api import (
     value_residual_attention,
     value_residual_attention_varlen,
 )
-from resformer_kernels.kvcache.api import attention_with_kvcache
+from resformer_kernels.kvcache.api import attention_with_kvcache, plan_kvcache
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
 from resformer_kernels.kvcache.cache.layout import KVLayout
 from resformer_kernels.mix.api import mix_value_embedding, mix_values
@@ -24,6 +24,7 @@ __all__ = [
     "linear_scan",
     "mix_value_embedding",
     "mix_values",
+    "plan_kvcache",
     "reservoir_scan",
     "value_residual_attention",
     "value_residual_attention_varlen",

@@ -83,7 +83,10 @@ def _cache(**form: Any) -> Run:
             rows = (batch * -(-length // pages), pages)
         cache = _meta(*rows, heads, 128, dtype=dtype)
         scale = _meta(*rows, heads) if dtype is torch.int8 else None
-        new = _meta(batch, form.get("queries", 1), heads, 128, dtype=torch.bfloat16)
+        queries = form.get("queries", 1)
+        time = (1, batch * queries) if form.get("packed") else (batch, queries)
+        offsets = _meta(batch + 1, dtype=torch.int32) if form.get("packed") else None
+        new = _meta(*time, heads, 128, dtype=torch.bfloat16)
         table = _meta(batch, -(-length // pages), dtype=torch.int32) if pages else None
         call = KVCacheCall(
             q=new.repeat(1, 1, form.get("group", 1), 1),
@@ -93,6 +96,10 @@ def _cache(**form: Any) -> Run:
             v=new,
             cache_seqlens=_meta(batch, dtype=torch.int32),
             block_table=table,
+            v_block_table=None,
+            cu_seqlens_q=offsets,
+            max_seqlen_q=queries,
+            cu_seqlens_k_new=offsets,
             key_mask=_meta(batch, length, dtype=torch.bool) if form.get("mask") else None,
             window_left=-1,
             window_right=0,
@@ -103,6 +110,7 @@ def _cache(**form: Any) -> Run:
             v_scale=scale,
             num_splits=form.get("splits", 0),
             return_lse=True,
+            out=None,
         )
         attend(call)
 
@@ -210,6 +218,7 @@ def forms() -> Iterator[tuple[str, str, Run, tuple[int, ...]]]:
         yield "attention", name, _attention(causal=False, bias=bias), SQUARES
     yield "kvcache", "decode", _cache(), LENGTHS
     yield "kvcache", "decode, 4 splits, groups of 4", _cache(splits=4, group=4), LENGTHS
+    yield "kvcache", "packed, pages of 16", _cache(packed=True, page_size=16, queries=2), LENGTHS
     yield "kvcache", "int8", _cache(dtype=torch.int8), LENGTHS
     yield "kvcache", "pages of 256", _cache(page_size=256), LENGTHS
     yield "kvcache", "key_mask, 3 queries", _cache(mask=True, queries=3), LENGTHS

@@ -103,10 +103,25 @@ def _attention() -> Iterator[OpCall]:
 def _kvcache() -> Iterator[OpCall]:
     table = torch.tensor([[2, 0, 3], [1, 4, 5]], dtype=torch.int32)
     codes = torch.randint(-127, 128, (2, 40, 2, 16), dtype=torch.int8)
+    offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
+    packed: dict[str, Any] = {
+        **{name: torch.randn(1, 5, 2, 16, dtype=HALF) for name in ("k", "v")},
+        "q": torch.randn(1, 5, 4, 16, dtype=HALF),
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k_new": offsets,
+        "max_seqlen_q": 3,
+        "block_table": table,
+    }
     for name, k_cache, form in (
         ("whole", torch.randn(2, 40, 2, 16, dtype=HALF), {}),
         ("split", torch.randn(2, 40, 2, 16, dtype=HALF), {"num_splits": 2}),
         ("pages", torch.randn(6, 16, 2, 16, dtype=HALF), {"block_table": table}),
+        (
+            "packed",
+            torch.randn(6, 16, 2, 16, dtype=HALF),
+            packed | {"v_block_table": table.flip(0)},
+        ),
+        ("packed, split", torch.randn(6, 16, 2, 16, dtype=HALF), {**packed, "num_splits": 2}),
         ("int8", codes, {"k_scale": torch.rand(2, 40, 2), "v_scale": torch.rand(2, 40, 2)}),
         (
             "key_mask",
@@ -115,18 +130,22 @@ def _kvcache() -> Iterator[OpCall]:
         ),
     ):
         defaults: dict[str, Any] = {
+            "q": torch.randn(2, 1, 4, 16, dtype=HALF),
+            "k": torch.randn(2, 1, 2, 16, dtype=HALF),
+            "v": torch.randn(2, 1, 2, 16, dtype=HALF),
             "block_table": None,
+            "v_block_table": None,
+            "cu_seqlens_q": None,
+            "max_seqlen_q": 0,
+            "cu_seqlens_k_new": None,
             "key_mask": None,
             "k_scale": None,
             "v_scale": None,
             "num_splits": 1,
         }
         call = KVCacheCall(
-            q=torch.randn(2, 1, 4, 16, dtype=HALF),
             k_cache=k_cache,
             v_cache=k_cache.clone(),
-            k=torch.randn(2, 1, 2, 16, dtype=HALF),
-            v=torch.randn(2, 1, 2, 16, dtype=HALF),
             cache_seqlens=torch.tensor([5, 30], dtype=torch.int32),
             window_left=-1,
             window_right=0,
@@ -134,6 +153,7 @@ def _kvcache() -> Iterator[OpCall]:
             softcap=0.0,
             sinks=None,
             return_lse=True,
+            out=None,
             **{**defaults, **form},
         )
         yield OpCall(f"kvcache {name}", kvcache.OP, call)

@@ -1,6 +1,8 @@
 // Writes new tokens into the cache: copied as they are, or quantised to int8 with a scale per token and head.
 #pragma once
 
+#include <algorithm>
+
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "kvcache/kvcache.h"
@@ -32,7 +34,10 @@ class Append {
 
   void run() const {
     constexpr int64_t kSerialBytes = 1 << 16;
-    const int64_t batch = static_cast<int64_t>(p_.sequences.size()), tokens = batch * p_.added;
+    // Tokens of the sequences before each one.
+    std::vector<int64_t> before{0};
+    for (const CacheSequence& s : p_.sequences) before.push_back(before.back() + s.added.count);
+    const int64_t tokens = before.back();
     const int64_t bytes =
         p_.heads_kv * static_cast<int64_t>(sizeof(T)) *
         ((p_.keys.added.data ? p_.keys.dim : 0) + (p_.values.added.data ? p_.values.dim : 0));
@@ -40,7 +45,12 @@ class Append {
     const int64_t chunk = larger(kSerialBytes / bytes, 1), chunks = (tokens + chunk - 1) / chunk;
     const auto write_chunk = [&](int64_t unit, int) {
       const int64_t end = smaller((unit + 1) * chunk, tokens);
-      for (int64_t i = unit * chunk; i < end; ++i) token(i / p_.added, i % p_.added);
+      int64_t i = unit * chunk;
+      int64_t b = std::upper_bound(before.begin(), before.end(), i) - before.begin() - 1;
+      for (; i < end; ++i) {
+        while (i >= before[b + 1]) ++b;
+        token(b, i - before[b]);
+      }
     };
     // A decoded token is one chunk: waking threads would cost more.
     if (chunks == 1) return write_chunk(0, 0);
@@ -49,22 +59,22 @@ class Append {
 
  private:
   void token(int64_t b, int64_t i) const {
-    int64_t row, at;
-    p_.place(b, p_.sequences[b].length - p_.added + i, &row, &at);
-    write(p_.keys, b, i, row, at);
-    write(p_.values, b, i, row, at);
+    const CacheSequence& s = p_.sequences[b];
+    const int64_t to = s.length - s.added.count + i;
+    write(p_.keys, b, s.added.first + i, p_.keys.table.place(b, to));
+    write(p_.values, b, s.added.first + i, p_.values.table.place(b, to));
   }
 
-  void write(const CacheSide& side, int64_t b, int64_t i, int64_t row, int64_t at) const {
+  void write(const CacheSide& side, int64_t b, int64_t i, const CacheRow& to) const {
     if (!side.added.data) return;
     for (int64_t h = 0; h < p_.heads_kv; ++h) {
       const T* src = side.added.row<const T>(b, i, h);
       if (p_.quantised) {
         const int64_t* s = side.scale_stride;
-        quantise_row(src, side.dim, side.cache.row<int8_t>(row, at, h),
-                     side.scale + row * s[0] + at * s[1] + h * s[2]);
+        quantise_row(src, side.dim, side.cache.row<int8_t>(to.row, to.at, h),
+                     side.scale + to.row * s[0] + to.at * s[1] + h * s[2]);
       } else {
-        memcpy(side.cache.row<T>(row, at, h), src, side.dim * sizeof(T));
+        memcpy(side.cache.row<T>(to.row, to.at, h), src, side.dim * sizeof(T));
       }
     }
   }

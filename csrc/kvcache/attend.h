@@ -58,6 +58,9 @@ class CacheAttend {
 
   int64_t words() const { return row_words<Dot>(p_.keys.dim); }
   int64_t query(const CacheGroup& g, int64_t row) const { return (g.row + row) / p_.group; }
+  int64_t time(const CacheGroup& g, int64_t query) const {
+    return p_.sequences[g.sequence].queries.first + query;
+  }
   int64_t head(const CacheGroup& g, int64_t h, int64_t row) const {
     return (g.head + h) * p_.group + (g.row + row) % p_.group;
   }
@@ -77,7 +80,7 @@ class CacheAttend {
         store(state.l, zero());
         float* q = q_of(g, h, own) + r * words();
         if (r < g.rows) {
-          pack_row<Dot>(p_.q.row<T>(g.sequence, query(g, r), head(g, h, r)), p_.keys.dim, q);
+          pack_row<Dot>(p_.q.row<T>(g.sequence, time(g, query(g, r)), head(g, h, r)), p_.keys.dim, q);
         } else {
           memset(q, 0, words() * sizeof(float));
         }
@@ -95,15 +98,15 @@ class CacheAttend {
   void attend(const CacheGroup& g, int64_t split, int64_t following, Own& own) const {
     start(g, own);
     const CacheRange keys = plan_.keys_of(g, split);
-    if (!own.filled) own.now->fill(p_, g.sequence, keys.begin, keys.end, plan_.tokens());
+    if (!own.filled) own.now->fill(p_, g.sequence, keys.begin, keys.end, g.tiling.tokens);
     own.filled = false;
     while (own.now->count > 0) {
       const CacheGroup* owner = &g;
-      own.next->fill(p_, g.sequence, own.now->end, keys.end, plan_.tokens());
+      own.next->fill(p_, g.sequence, own.now->end, keys.end, g.tiling.tokens);
       if (own.next->count == 0 && following < plan_.units()) {
         owner = &plan_.groups()[plan_.group_of(following)];
         const CacheRange then = plan_.keys_of(*owner, following - owner->first_unit);
-        own.next->fill(p_, owner->sequence, then.begin, then.end, plan_.tokens());
+        own.next->fill(p_, owner->sequence, then.begin, then.end, owner->tiling.tokens);
         own.filled = true;
       }
       attend_block(g, *own.now, *own.next, *owner, own);
@@ -119,7 +122,7 @@ class CacheAttend {
       own.hi[r] = block.before(own.to[r]);
     }
     const Following<C> then{next, owner.head - g.head};
-    switch (plan_.streams() ? padded(g.rows) : 0) {
+    switch (g.tiling.streams ? padded(g.rows) : 0) {
       case 1:
         return stream<1>(g, block, then, own);
       case 2:
@@ -136,7 +139,7 @@ class CacheAttend {
   // Few rows: all heads of a token, then the next token.
   template <int R>
   void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
-    const int64_t width = round_up(g.heads * R, 16), tokens = plan_.tokens();
+    const int64_t width = round_up(g.heads * R, 16), tokens = g.tiling.tokens;
     float *by_token = own.by_token.get(), *s = own.scores.get();
     // K is read once a layer, V again by every layer that shares it: a large K is prefetched non-temporally.
     if (plan_.keys_once()) {
@@ -178,7 +181,7 @@ class CacheAttend {
   template <int R, int W>
   void stream_block_values(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t from,
                            int64_t end, Own& own) const {
-    const int64_t stride = p_.values.cache.stride[2], tokens = plan_.tokens();
+    const int64_t stride = p_.values.cache.stride[2], tokens = g.tiling.tokens;
     const float* p = own.scores.get();
     int64_t t = from;
     const auto pass = [&](auto abreast) {
@@ -205,7 +208,7 @@ class CacheAttend {
 
   // Many rows: the products take most of the time, so transposing a head's keys pays.
   void tiles(const CacheGroup& g, const Block<C>& block, Own& own) const {
-    const int64_t tokens = plan_.tokens(), rows = padded(g.rows), columns = lane_ceil(block.count);
+    const int64_t tokens = g.tiling.tokens, rows = padded(g.rows), columns = lane_ceil(block.count);
     float* s = own.scores.get();
     Span spans[kUnitRows];
     for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -265,7 +268,7 @@ class CacheAttend {
     const float* scales = nullptr;
     if constexpr (kCodes)
       scales = gather(block.key_scales, block.count, p_.keys.scale_stride[2] * (g.head + h), own);
-    for (int64_t i = 0; i < R; ++i, s += plan_.tokens()) {
+    for (int64_t i = 0; i < R; ++i, s += g.tiling.tokens) {
       for (int64_t t = from; t < to; t += kLanes) {
         Vec x = load(s + t);
         if constexpr (kCodes) x = mul(x, load(scales + t));
@@ -279,7 +282,7 @@ class CacheAttend {
   template <int R>
   void softmax(const CacheGroup& g, int64_t h, int64_t r, const Block<C>& block, float* s, int64_t from,
                int64_t to, Own& own) const {
-    const int64_t tokens = plan_.tokens();
+    const int64_t tokens = g.tiling.tokens;
     softmax_rows<Dot, kPrecision, R>(s, tokens, from, to, own.lo + r, own.hi + r, 0,
                                      own.state + h * padded(g.rows) + r,
                                      acc_of(g, h, own) + r * plan_.columns(), plan_.columns());
@@ -299,23 +302,23 @@ class CacheAttend {
              float* acc, const Own& own) const {
     const int64_t offset = (g.head + h) * p_.values.cache.stride[2];
     const int64_t whole = (end - from) / Dot::kPack * Dot::kPack;
-    multiply<R>(p + from / Dot::kPack, block.values + from, offset, whole, acc);
+    multiply<R>(g, p + from / Dot::kPack, block.values + from, offset, whole, acc);
     if (whole == end - from) return;
     const C* last[2] = {block.values[end - 1] + offset, reinterpret_cast<const C*>(own.zeros.get())};
-    multiply<R>(p + (end - 1) / Dot::kPack, last, 0, Dot::kPack, acc);
+    multiply<R>(g, p + (end - 1) / Dot::kPack, last, 0, Dot::kPack, acc);
   }
 
   template <int R>
-  void multiply(const float* p, const C* const* values, int64_t offset, int64_t tokens, float* acc) const {
+  void multiply(const CacheGroup& g, const float* p, const C* const* values, int64_t offset, int64_t tokens,
+                float* acc) const {
     constexpr int kMost = kTileVecs == 4 ? (R == 4 ? 4 : 8) : (R == 4 ? 2 : 4), kLeast = M::kStep / kLanes;
-    const int64_t dim = p_.values.dim, columns = plan_.columns();
+    const int64_t dim = p_.values.dim, columns = plan_.columns(), stride = g.tiling.tokens;
     int64_t d = 0;
     for (; d + kMost * kLanes <= dim; d += kMost * kLanes)
-      value_tile<M, R, kMost>(p, plan_.tokens(), values, offset + d, tokens, 0, acc + d, columns);
+      value_tile<M, R, kMost>(p, stride, values, offset + d, tokens, 0, acc + d, columns);
     for (; d + M::kStep <= dim; d += M::kStep)
-      value_tile<M, R, kLeast>(p, plan_.tokens(), values, offset + d, tokens, 0, acc + d, columns);
-    if (d < dim)
-      value_tile<M, R, kLeast>(p, plan_.tokens(), values, offset + d, tokens, dim - d, acc + d, columns);
+      value_tile<M, R, kLeast>(p, stride, values, offset + d, tokens, 0, acc + d, columns);
+    if (d < dim) value_tile<M, R, kLeast>(p, stride, values, offset + d, tokens, dim - d, acc + d, columns);
   }
 
   float* partial_of(const CacheGroup& g, int64_t split, int64_t h, int64_t r, float* partial) const {
@@ -383,9 +386,9 @@ class CacheAttend {
       m = top;
     }
     const bool empty = l == 0.0f;
-    scale_row(acc, empty ? 0.0f : weight / l, p_.values.dim, p_.out.row<T>(g.sequence, i, head_q));
+    scale_row(acc, empty ? 0.0f : weight / l, p_.values.dim, p_.out.row<T>(g.sequence, time(g, i), head_q));
     if (!p_.lse) return;
-    float& lse = p_.lse[(g.sequence * p_.heads_q + head_q) * p_.queries + i];
+    float& lse = p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + time(g, i)];
     lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head_q] : kMinusInf;
   }
 

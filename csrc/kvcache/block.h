@@ -21,15 +21,14 @@ struct Block {
     const uint8_t* mask = p.mask ? p.mask + sequence * p.mask_stride[0] : nullptr;
     for (; t < end_of_split && count < most; ++t) {
       if (mask && !mask[t * p.mask_stride[1]]) continue;
-      int64_t row, within;
-      p.place(sequence, t, &row, &within);
+      const CacheRow k = p.keys.table.place(sequence, t), v = p.values.table.place(sequence, t);
       at[count] = t;
-      keys[count] = p.keys.cache.row<const C>(row, within, 0);
-      values[count] = p.values.cache.row<const C>(row, within, 0);
+      keys[count] = p.keys.cache.row<const C>(k.row, k.at, 0);
+      values[count] = p.values.cache.row<const C>(v.row, v.at, 0);
       if (p.quantised) {
-        key_scales[count] = p.keys.scale + row * p.keys.scale_stride[0] + within * p.keys.scale_stride[1];
+        key_scales[count] = p.keys.scale + k.row * p.keys.scale_stride[0] + k.at * p.keys.scale_stride[1];
         value_scales[count] =
-            p.values.scale + row * p.values.scale_stride[0] + within * p.values.scale_stride[1];
+            p.values.scale + v.row * p.values.scale_stride[0] + v.at * p.values.scale_stride[1];
       }
       ++count;
     }

@@ -9,17 +9,40 @@
 
 namespace resformer {
 
+// Where a token lies on the first two axes of a cache.
+struct CacheRow {
+  int64_t row, at;
+};
+
+// Pages of each sequence by number; without `pages` the cache is contiguous.
+struct BlockTable {
+  const int32_t* pages = nullptr;
+  int64_t stride[2] = {0, 0}, page_size = 1;
+
+  RESFORMER_INLINE CacheRow place(int64_t sequence, int64_t token) const {
+    if (!pages) return {sequence, token};
+    return {pages[sequence * stride[0] + token / page_size * stride[1]], token % page_size};
+  }
+};
+
 // Keys or values: rows of (batch or page, time, head), floats, or int8 codes with a scale per row.
 struct CacheSide {
   View cache, added;  // added has no data where the call appends none
+  BlockTable table;
   float* scale = nullptr;
   int64_t scale_stride[3] = {0, 0, 0};
   int64_t dim = 0;
 };
 
+// Rows of one sequence in time: `first` counts from its own first row, or where packed from that of all.
+struct TimeRange {
+  int64_t first = 0, count = 0;
+};
+
 // One sequence: `length` tokens after the append. The mask leaves keys in [first, last).
 struct CacheSequence {
   int64_t length = 0, first = 0, last = 0;
+  TimeRange queries, added;
 };
 
 struct CacheProblem {
@@ -28,10 +51,7 @@ struct CacheProblem {
   View q, out;
   CacheSide keys, values;
   std::vector<CacheSequence> sequences;
-  int64_t queries = 0, added = 0;  // lengths in time
   int64_t heads_q = 0, heads_kv = 0, group = 1;
-  const int32_t* table = nullptr;  // pages of each sequence; nullptr: contiguous
-  int64_t table_stride[2] = {0, 0}, page_size = 1;
   const uint8_t* mask = nullptr;  // nullptr: every key
   int64_t mask_stride[2] = {0, 0};
   int64_t window_left = -1, window_right = -1;
@@ -39,23 +59,16 @@ struct CacheProblem {
   const float* sinks = nullptr;
   int64_t splits = 0;  // 0: by length
   float* lse = nullptr;
+  int64_t lse_stride[2] = {0, 0};  // of sequences and heads; queries are contiguous
 
   // Keys [lo, hi) that the window opens to a query: query i stands at key i + length - queries.
   RESFORMER_INLINE int64_t key_lo(const CacheSequence& s, int64_t i) const {
-    const int64_t lo = window_left < 0 ? 0 : i + s.length - queries - window_left;
+    const int64_t lo = window_left < 0 ? 0 : i + s.length - s.queries.count - window_left;
     return lo < 0 ? 0 : lo > s.length ? s.length : lo;
   }
   RESFORMER_INLINE int64_t key_hi(const CacheSequence& s, int64_t i) const {
-    const int64_t hi = window_right < 0 ? s.length : i + s.length - queries + window_right + 1;
+    const int64_t hi = window_right < 0 ? s.length : i + s.length - s.queries.count + window_right + 1;
     return hi < 0 ? 0 : hi > s.length ? s.length : hi;
-  }
-  // Indices of token t of sequence b on the first two axes of the caches.
-  RESFORMER_INLINE void place(int64_t b, int64_t t, int64_t* row, int64_t* at) const {
-    *row = b;
-    *at = t;
-    if (!table) return;
-    *row = table[b * table_stride[0] + t / page_size * table_stride[1]];
-    *at = t % page_size;
   }
 };
 

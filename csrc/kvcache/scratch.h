@@ -13,19 +13,22 @@ namespace resformer::RESFORMER_ISA {
 template <class C, class Dot>
 struct WorkerScratch {
   WorkerScratch(const CacheProblem& p, const CachePlan& plan)
-      : rows(plan.most_heads() * padded(plan.most_rows())),
+      : rows(plan.most([](const CacheTiling& t) { return t.heads * padded(t.rows); })),
         q(rows * row_words<Dot>(p.keys.dim)),
         acc(rows * plan.columns()),
-        scores(larger(padded(plan.most_rows()), round_up(rows, 16)) * plan.tokens()),
-        by_token(plan.streams() ? round_up(rows, 16) * plan.tokens() : 0),
-        key_rows(plan.streams() ? 0 : kLanes * row_words<Dot>(p.keys.dim)),
-        panels(plan.streams() ? 0 : plan.tokens() * row_words<Dot>(p.keys.dim)),
+        scores(plan.most([](const CacheTiling& t) { return score_rows(t) * t.tokens; })),
+        by_token(plan.most([](const CacheTiling& t) { return t.streams ? score_rows(t) * t.tokens : 0; })),
+        key_rows(kLanes * row_words<Dot>(p.keys.dim)),
+        panels(plan.most([](const CacheTiling& t) { return t.streams ? 0 : t.tokens; }) *
+               row_words<Dot>(p.keys.dim)),
         scales(kMostTokens),
         zeros(p.values.dim),
         states(rows * sizeof(RowState) / sizeof(float)) {
     memset(zeros.get(), 0, p.values.dim * sizeof(float));
     state = reinterpret_cast<RowState*>(states.get());
   }
+  static int64_t score_rows(const CacheTiling& t) { return round_up(t.heads * padded(t.rows), 16); }
+
   int64_t rows;
   Scratch q, acc, scores, by_token, key_rows, panels, scales, zeros, states;
   RowState* state;

@@ -96,9 +96,10 @@ def _decode(
 
 
 def _decode_packed(make: _Make) -> Call:
-    function, (q, *caches), named = _decode(make, time=2, appends=0)
+    function, (q, *caches, k, v), named = _decode(make, time=2)
     named |= {"cu_seqlens_q": make.lengths(2 * _B), "max_seqlen_q": 2}
-    return function, (q.flatten(0, 1), *caches), named
+    named["cu_seqlens_k_new"] = named["cu_seqlens_q"]
+    return function, (q.flatten(0, 1), *caches, k.flatten(0, 1), v.flatten(0, 1)), named
 
 
 def _mix(make: _Make, count: int, *shape: int) -> Call:
@@ -177,7 +178,10 @@ FEATURES: dict[str, dict[str, Callable[[_Make], Call]]] = {
         "K appended alone": lambda m: _decode(m, appends=1),
         "nothing appended": lambda m: _decode(m, appends=0),
         "several queries": lambda m: _decode(m, time=3),
-        "packed queries": _decode_packed,
+        "packed queries and new tokens": _decode_packed,
+        "V's own block table": lambda m: _decode(
+            m, block_table=torch.zeros(_B, 2).int(), v_block_table=torch.zeros(_B, 2).int()
+        ),
         "padding mask": lambda m: _decode(m, key_mask=torch.ones(_B, _T).bool()),
         "window": lambda m: _decode(m, window=(3, 0)),
         "softcap": lambda m: _decode(m, softcap=30.0),

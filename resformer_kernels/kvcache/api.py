@@ -1,4 +1,4 @@
-"""The public function: append to a cache of keys and values, then attend over it."""
+"""The public functions: append to a cache of keys and values, then attend over it; plan that."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from resformer_kernels._core.checks import check_tensor
-from resformer_kernels._core.op import refuse_vmap
-from resformer_kernels._core.select import explainable, explaining, serve
-from resformer_kernels.kvcache import checks, native, packed, reference, triton
+from resformer_kernels._core.select import explainable, explaining, select, serve
+from resformer_kernels.kvcache import checks, native, reference, triton
+from resformer_kernels.kvcache.prepared import KVCachePlan
 from resformer_kernels.kvcache.record import ATTEND
 
 BACKENDS = (native, triton, reference)
-
-_ROWS = (4, "(batch, time, heads, head_dim)")
-_PACKED = (3, "(total_q, heads, head_dim)")
 
 
 @explainable
@@ -26,8 +22,9 @@ def attention_with_kvcache(
     k: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    cache_seqlens: Tensor | int,
+    cache_seqlens: Tensor | int | None = None,
     block_table: Tensor | None = None,
+    v_block_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
     cu_seqlens_k_new: Tensor | None = None,
@@ -41,6 +38,8 @@ def attention_with_kvcache(
     v_scale: Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    plan: KVCachePlan | None = None,
     backend: str = "auto",
 ) -> Any:
     """Append new tokens to a cache of keys and values, in place, then attend over it.
@@ -65,12 +64,14 @@ def attention_with_kvcache(
             k_cache before attending; None appends no keys.
             With `cu_seqlens_k_new` (total_new, Hkv, Dk).
         v: (B, Tnew, Hkv, Dv), likewise; None where those positions' values are in v_cache already.
-        cache_seqlens: (B,) int32, or one int for all: tokens in the cache before the append.
+        cache_seqlens: (B,) int32, or one int for all: tokens in the cache before the append. Given
+            unless `plan` is.
         block_table: (B, max_pages) int32: page block_table[b, i] holds tokens i * page_size and
             on of sequence b. Entries past a sequence's end are never read.
+        v_block_table: the same of v_cache, whose number of pages is then its own; None: both
+            caches have block_table's pages.
         cu_seqlens_q: (B + 1,) int32: the queries of sequence b are rows cu_seqlens_q[b] to
-            cu_seqlens_q[b + 1] of q. They are attended as a batch of max_seqlen_q queries a
-            sequence, in memory and in work.
+            cu_seqlens_q[b + 1] of q. Prompts and decoded tokens go in one call.
         max_seqlen_q: an upper bound of the query lengths, in tokens. Goes with cu_seqlens_q.
         cu_seqlens_k_new: the same for the rows of k and v.
         key_mask: (B, T') or (B, 1, 1, T') bool, True = attend; T' at least the length after the
@@ -89,6 +90,10 @@ def attention_with_kvcache(
             their LSE; 0 chooses by length. The result differs by rounding alone.
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), or (Hq, total_q), float32 (float64 for float64 inputs).
+        out: takes the result: its shape, q's dtype, a contiguous last axis, memory that no other
+            argument has.
+        plan: of `plan_kvcache`, for this call and those of other layers. Then q, the caches, k, v,
+            k_scale, v_scale, sinks, return_lse and out are given, and nothing else.
         backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
@@ -106,44 +111,118 @@ def attention_with_kvcache(
 
     Under autocast q, k and v are cast to the cache's dtype (quantised caches: to autocast's).
     """
-    queries = None
-    check_tensor("q", q, *(_ROWS if cu_seqlens_q is None else _PACKED))
-    refuse_vmap(ATTEND, (q,))
-    if cu_seqlens_q is not None:
-        queries = packed.queries(q, cu_seqlens_q, max_seqlen_q)
-        q = queries.batch
-    cache: dict[str, Any] = {
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-    }
-    tokens = None
-    if cu_seqlens_k_new is not None:
-        tokens = packed.new_tokens(k, v, cu_seqlens_k_new, q.shape[0])
-        lengths = checks.check_lengths(cache_seqlens, q)
-        k, v, cache_seqlens = None, None, lengths + tokens.packed.lengths
+    if plan is not None:
+        tensors = (cache_seqlens, block_table, v_block_table, cu_seqlens_q, cu_seqlens_k_new)
+        others = (key_mask, max_seqlen_q, scale)
+        options = (causal, window, softcap, num_splits, backend)
+        if options != _DEFAULTS or any(x is not None for x in (*tensors, *others)):
+            raise ValueError(
+                "plan must be given with q, k_cache, v_cache, k, v, k_scale, v_scale, sinks, "
+                "return_lse and out alone: it has the other arguments"
+            )
+        scales = (k_scale, v_scale)
+        call = plan.call_of(
+            q, k_cache, v_cache, k, v, scales=scales, sinks=sinks, return_lse=return_lse, out=out
+        )
+        found = serve(ATTEND, plan.backend, BACKENDS, call) if explaining() else plan.run(call)
+    else:
+        call = checks.check_call(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            cache_seqlens=cache_seqlens,
+            block_table=block_table,
+            v_block_table=v_block_table,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            key_mask=key_mask,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            num_splits=num_splits,
+            return_lse=return_lse,
+            out=out,
+        )
+        found = serve(ATTEND, backend, BACKENDS, call)
+    result, lse = found
+    if call.cu_seqlens_q is not None:
+        result, lse = result[0], None if lse is None else lse[0]
+    result = result if out is None else out
+    return (result, lse) if return_lse else result
+
+
+_DEFAULTS = (True, (-1, -1), 0.0, 0, "auto")
+
+
+@explainable
+def plan_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int,
+    block_table: Tensor | None = None,
+    v_block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    backend: str = "auto",
+) -> KVCachePlan:
+    """Check and plan a call of `attention_with_kvcache` once, for all layers of a step.
+
+    Lengths, block tables, offsets and masks are checked here, and the backend is chosen. A layer
+    then calls `attention_with_kvcache(q, k_cache, v_cache, k, v, plan=plan)`, which looks at
+    shapes, dtypes and devices alone. Nothing is computed here, and nothing written.
+
+    Args:
+        q, k_cache, v_cache, k, v, k_scale, v_scale: those of any layer: what counts is their
+            shapes, dtypes and devices, which all layers share. A layer may leave out one of k and
+            v, as SVFormer's do, where the plan has new tokens.
+        others: as `attention_with_kvcache` takes them. The plan keeps these tensors: what they hold
+            must not change before the last call, except on a GPU, within the same bounds, as a
+            replayed CUDA graph changes them.
+
+    Raises:
+        What `attention_with_kvcache` raises.
+    """
     call = checks.check_call(
         q,
-        **cache,
-        k=k,
-        v=v,
+        k_cache,
+        v_cache,
+        k,
+        v,
         cache_seqlens=cache_seqlens,
         block_table=block_table,
+        v_block_table=v_block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
         key_mask=key_mask,
         causal=causal,
         window=window,
         scale=scale,
         softcap=softcap,
-        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
         num_splits=num_splits,
-        return_lse=return_lse,
     )
-    if tokens is not None:
-        append = checks.check_call(**tokens.append(q, lengths, block_table), **cache)
-        if not explaining():
-            serve(ATTEND, backend, BACKENDS, append)
-    out, lse = serve(ATTEND, backend, BACKENDS, call)
-    if queries is not None:
-        out, lse = queries.unpack(out, lse)
-    return (out, lse) if return_lse else out
+    if explaining():
+        serve(ATTEND, backend, BACKENDS, call)
+    return KVCachePlan(call, select(ATTEND, backend, BACKENDS, call))

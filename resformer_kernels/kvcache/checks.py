@@ -1,7 +1,7 @@
 """Checks of the arguments of `attention_with_kvcache`.
 
-They read metadata alone, except lengths and page numbers where these lie in host memory. Nothing
-is written before every check has passed.
+They read metadata alone, except what `contents` reads. Nothing is written before every check has
+passed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from resformer_kernels._core.checks import (
     check_flag,
     check_tensor,
     integer,
-    readable,
 )
+from resformer_kernels._core.op import refuse_vmap
 from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
+from resformer_kernels.kvcache import packed
+from resformer_kernels.kvcache.contents import check_contents
 from resformer_kernels.kvcache.record import ATTEND, QUANTISED, KVCacheCall
 
 MOST_SPLITS = 1024
+
+_ROWS = (4, "(batch, time, heads, head_dim)")
+_PACKED = (3, "(total_q, heads, head_dim)")
 
 
 def check_call(
@@ -36,6 +41,10 @@ def check_call(
     *,
     cache_seqlens: Any,
     block_table: Any,
+    v_block_table: Any = None,
+    cu_seqlens_q: Any = None,
+    max_seqlen_q: Any = None,
+    cu_seqlens_k_new: Any = None,
     key_mask: Any = None,
     causal: Any = False,
     window: Any = (-1, -1),
@@ -46,12 +55,27 @@ def check_call(
     v_scale: Any,
     num_splits: Any = 0,
     return_lse: Any = False,
+    out: Any = None,
 ) -> KVCacheCall:
-    """Check and normalise the arguments of the public function, whose q is a batch."""
+    """Check and normalise the arguments of the public function."""
+    check_tensor("q", q, *(_ROWS if cu_seqlens_q is None else _PACKED))
+    refuse_vmap(ATTEND, (q,))
+    batch, longest = q.shape[0], 0
+    if cu_seqlens_q is not None:
+        longest = packed.check_queries(q, cu_seqlens_q, max_seqlen_q)
+        batch = cu_seqlens_q.shape[0] - 1
+        q = q[None]
+    if cu_seqlens_k_new is not None:
+        packed.check_new_tokens(k, v, cu_seqlens_k_new, batch)
+        k, v = (x if x is None else x[None] for x in (k, v))
     q, k, v = check_tensors(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    _check_shapes(q, (k_cache, v_cache), (k, v), v_block_table is not None)
+    for name, x in (("k", k), ("v", v)) if cu_seqlens_k_new is None else ():
+        if x is not None:
+            _check_batch(name, x, batch)
     check_scales("k_scale", k_scale, k_cache)
     check_scales("v_scale", v_scale, v_cache)
-    capacity = check_table(block_table, q, k_cache)
+    _check_tables(block_table, v_block_table, q, k_cache, batch)
     left, right = check_window(window, causal)
     check_sinks(sinks, q)
     check_flag("return_lse", return_lse)
@@ -61,9 +85,13 @@ def check_call(
         v_cache=v_cache,
         k=k,
         v=v,
-        cache_seqlens=check_lengths(cache_seqlens, q),
+        cache_seqlens=check_lengths(cache_seqlens, q, batch),
         block_table=block_table,
-        key_mask=check_mask(key_mask, q, capacity),
+        v_block_table=v_block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=longest,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        key_mask=key_mask,
         window_left=left,
         window_right=right,
         scale=check_scale(scale, q.shape[-1]),
@@ -73,6 +101,10 @@ def check_call(
         v_scale=v_scale,
         num_splits=check_splits(num_splits),
         return_lse=return_lse,
+        out=None,
+    )
+    call = call._replace(
+        key_mask=check_mask(key_mask, q, batch, call.capacity), out=check_out(out, call)
     )
     check_contents(call, cache_seqlens)
     refuse_gradients(call)
@@ -91,8 +123,6 @@ def check_tensors(
             check_tensor(name, new, 4, f"(batch, new_tokens, kv_heads, {dim}) or None")
     q, k, v = _autocast(q, k_cache), *(x if x is None else _autocast(x, k_cache) for x in (k, v))
     _check_dtypes(q, k_cache, v_cache, k, v)
-    _check_caches(q, k_cache, v_cache)
-    _check_new_tokens(q, {"k": (k, k_cache), "v": (v, v_cache)})
     return q, k, v
 
 
@@ -129,16 +159,25 @@ def _check_dtypes(
             check_device(name, x, q.device)
 
 
-def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def _check_shapes(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    added: tuple[Tensor | None, Tensor | None],
+    own_table: bool,
+) -> None:
+    """Shapes of the caches (keys, values) and of what is added; `own_table`: V has pages of its own
+    number."""
+    k_cache, v_cache = caches
     if q.shape[-1] != k_cache.shape[-1] or q.shape[-1] < 1:
         raise ValueError(
             f"k_cache must have q's head_dim {q.shape[-1]}, at least 1, on its last axis, "
             f"got shape {tuple(k_cache.shape)}"
         )
-    if v_cache.shape[:-1] != k_cache.shape[:-1] or v_cache.shape[-1] < 1:
+    first = 1 if own_table else 0
+    if v_cache.shape[first:-1] != k_cache.shape[first:-1] or v_cache.shape[-1] < 1:
         raise ValueError(
-            f"v_cache must have k_cache's axes {tuple(k_cache.shape[:-1])} and a head_dim of at "
-            f"least 1, got shape {tuple(v_cache.shape)}"
+            f"v_cache must have k_cache's axes {tuple(k_cache.shape[first:-1])} and a head_dim of "
+            f"at least 1, got shape {tuple(v_cache.shape)}"
         )
     heads, kv_heads = q.shape[2], k_cache.shape[2]
     if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
@@ -146,13 +185,13 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
             f"q must have a multiple of k_cache's heads: q has {heads} (shape {tuple(q.shape)}), "
             f"k_cache has {kv_heads} (shape {tuple(k_cache.shape)})"
         )
+    _check_new_tokens(dict(zip("kv", zip(added, caches, strict=True), strict=True)))
 
 
-def _check_new_tokens(q: Tensor, pairs: dict[str, tuple[Tensor | None, Tensor]]) -> None:
+def _check_new_tokens(pairs: dict[str, tuple[Tensor | None, Tensor]]) -> None:
     """Shapes of k and v, each given with its cache, and that both caches can be written."""
     given = {name: (new, cache) for name, (new, cache) in pairs.items() if new is not None}
     for name, (new, cache) in given.items():
-        _check_batch(name, new, q)
         if new.shape[2:] != cache.shape[2:]:
             raise ValueError(
                 f"{name} must have {name}_cache's heads and head_dim {tuple(cache.shape[2:])}, "
@@ -164,19 +203,21 @@ def _check_new_tokens(q: Tensor, pairs: dict[str, tuple[Tensor | None, Tensor]])
             f"{tuple(given['v'][0].shape)} (k alone appends keys only, v alone values only)"
         )
     for name, (_, cache) in pairs.items() if given else ():
-        if any(n > 1 and step == 0 for n, step in zip(cache.shape, cache.stride(), strict=True)):
-            raise ValueError(
-                f"{name}_cache is expanded (shape {tuple(cache.shape)}, strides "
-                f"{cache.stride()}): several of its elements share one memory location and cannot "
-                "be appended to"
-            )
+        check_writable(f"{name}_cache", cache)
 
 
-def _check_batch(name: str, x: Tensor, q: Tensor) -> None:
-    if x.shape[0] != q.shape[0]:
+def check_writable(name: str, cache: Tensor) -> None:
+    """ValueError where elements of a cache share memory."""
+    if any(n > 1 and step == 0 for n, step in zip(cache.shape, cache.stride(), strict=True)):
         raise ValueError(
-            f"{name} must have q's batch size {q.shape[0]}, got shape {tuple(x.shape)}"
+            f"{name} is expanded (shape {tuple(cache.shape)}, strides {cache.stride()}): several "
+            "of its elements share one memory location and cannot be appended to"
         )
+
+
+def _check_batch(name: str, x: Tensor, batch: int) -> None:
+    if x.shape[0] != batch:
+        raise ValueError(f"{name} must have q's batch size {batch}, got shape {tuple(x.shape)}")
 
 
 def check_scales(name: str, scales: Any, cache: Tensor) -> None:
@@ -199,31 +240,33 @@ def check_scales(name: str, scales: Any, cache: Tensor) -> None:
     check_device(name, scales, cache.device)
 
 
-def check_table(block_table: Any, q: Tensor, k_cache: Tensor) -> int:
-    """Check block_table, or the batch of a contiguous cache; return a sequence's capacity."""
-    if block_table is not None:
-        _check_int32_rows("block_table", block_table, 2, "(batch, max_pages), int32", q)
-        return int(block_table.shape[1]) * k_cache.shape[1]
-    if k_cache.shape[0] != q.shape[0]:
+def _check_tables(
+    block_table: Any, v_block_table: Any, q: Tensor, k_cache: Tensor, batch: int
+) -> None:
+    """Check the block tables, or the batch of a contiguous cache."""
+    if block_table is None and v_block_table is not None:
+        raise ValueError("v_block_table must be None where block_table is: it is V's own beside it")
+    for name, table in (("block_table", block_table), ("v_block_table", v_block_table)):
+        if table is not None:
+            _check_int32_rows(name, table, 2, "(batch, max_pages), int32", q, batch)
+    if block_table is None and k_cache.shape[0] != batch:
         raise ValueError(
-            f"k_cache must have q's batch size {q.shape[0]}, got shape {tuple(k_cache.shape)} "
+            f"k_cache must have q's batch size {batch}, got shape {tuple(k_cache.shape)} "
             "(a paged cache comes with block_table)"
         )
-    return k_cache.shape[1]
 
 
-def _check_int32_rows(name: str, x: Any, rank: int, axes: str, q: Tensor) -> None:
+def _check_int32_rows(name: str, x: Any, rank: int, axes: str, q: Tensor, batch: int) -> None:
     """An int32 tensor with a row for each of q's sequences."""
     check_tensor(name, x, rank, axes)
     if x.dtype is not torch.int32:
         raise TypeError(f"{name} must be int32, got {x.dtype}")
     check_device(name, x, q.device)
-    _check_batch(name, x, q)
+    _check_batch(name, x, batch)
 
 
-def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
+def check_lengths(cache_seqlens: Any, q: Tensor, batch: int) -> Tensor:
     """cache_seqlens as an int32 tensor (B,)."""
-    batch = q.shape[0]
     if alone(cache_seqlens):
         number: Any = integer("cache_seqlens", cache_seqlens)
         if not -(2**31) <= number < 2**31:
@@ -231,16 +274,15 @@ def check_lengths(cache_seqlens: Any, q: Tensor) -> Tensor:
         return q.new_empty((batch,), dtype=torch.int32).fill_(number)
     # A number in the text would be a constant of a compiled graph.
     axes = "(batch,), int32, one length per sequence, or an int for all"
-    _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q)
+    _check_int32_rows("cache_seqlens", cache_seqlens, 1, axes, q, batch)
     lengths: Tensor = cache_seqlens
     return lengths
 
 
-def check_mask(key_mask: Any, q: Tensor, capacity: int) -> Tensor | None:
+def check_mask(key_mask: Any, q: Tensor, batch: int, capacity: int) -> Tensor | None:
     """key_mask as (B, T') or None."""
     if key_mask is None:
         return None
-    batch = q.shape[0]
     rank = 4 if isinstance(key_mask, Tensor) and key_mask.dim() == 4 else 2
     # A number in this text would be a constant of a compiled graph.
     check_tensor("key_mask", key_mask, rank, "(batch, T) or (batch, 1, 1, T), bool")
@@ -267,55 +309,34 @@ def check_splits(num_splits: Any) -> int:
     return int(num_splits)
 
 
-def check_contents(call: KVCacheCall, given: Tensor | int) -> None:
-    """Lengths (`given` as cache_seqlens), mask and page numbers, where they lie in host memory."""
-    if not isinstance(given, Tensor):
-        lengths = [given] if call.q.shape[0] > 0 else []
-    elif readable(call.cache_seqlens):
-        lengths = call.cache_seqlens.tolist()
-    else:
-        return
-    new, capacity = call.new_tokens, call.capacity
-    for b, length in enumerate(lengths):
-        if length < 0:
-            raise ValueError(f"cache_seqlens must be 0 or more, got {length} at index {b}")
-        if length + new > capacity:
-            raise ValueError(
-                f"the cache is full: sequence {b} has {length} tokens (cache_seqlens) and "
-                f"{new} are appended, its capacity is {capacity}{_pages_of(call)}"
-            )
-        if call.key_mask is not None and length + new > call.key_mask.shape[1]:
-            raise ValueError(
-                f"key_mask must cover sequence {b}'s {length + new} tokens, "
-                f"got {call.key_mask.shape[1]} columns"
-            )
-    if call.block_table is not None and readable(call.block_table):
-        _check_pages(call.block_table.cpu(), call.cache_seqlens.cpu() + new, call.k_cache)
-
-
-def _pages_of(call: KVCacheCall) -> str:
-    if call.block_table is None:
-        return ""
-    return f", the {call.block_table.shape[1]} pages of its row of block_table"
-
-
-def _check_pages(table: Tensor, ends: Tensor, k_cache: Tensor) -> None:
-    pages, page_size = k_cache.shape[:2]
-    used = torch.arange(table.shape[1]) * page_size < ends[:, None]
-    wrong = (used & ((table < 0) | (table >= pages))).nonzero()
-    if len(wrong):
-        b, i = wrong[0].tolist()
+def check_out(out: Any, call: KVCacheCall) -> Tensor | None:
+    """out as (batch, time, heads, value_head_dim), where results are written."""
+    if out is None:
+        return None
+    packed_rows = call.cu_seqlens_q is not None
+    wanted = call.out_shape[1:] if packed_rows else call.out_shape
+    # A number in this text would be a constant of a compiled graph.
+    check_tensor("out", out, len(wanted), "of the result's shape")
+    if tuple(out.shape) != wanted:
+        raise ValueError(f"out must have the result's shape {wanted}, got {tuple(out.shape)}")
+    if out.dtype != call.q.dtype:
+        raise TypeError(f"out must have q's dtype {call.q.dtype}, got {out.dtype}")
+    check_device("out", out, call.q.device)
+    steps = tuple(zip(out.shape, out.stride(), strict=True))
+    if any(n > 1 and step == 0 for n, step in steps) or (out.shape[-1] > 1 and steps[-1][1] != 1):
         raise ValueError(
-            f"block_table must name pages 0 to {pages - 1} for every token, "
-            f"got {int(table[b, i])} for page {i} of sequence {b}"
+            "out must have a contiguous last axis, and memory of its own for each element, got "
+            f"strides {out.stride()}"
         )
+    written: Tensor = out[None] if packed_rows else out
+    return written
 
 
 def refuse_gradients(call: KVCacheCall) -> None:
     """RuntimeError where an argument requires a gradient."""
     if not torch.is_grad_enabled():
         return
-    for name, value in call._asdict().items():
+    for name, value in zip(call._fields, call, strict=True):
         if isinstance(value, Tensor) and value.requires_grad:
             raise RuntimeError(
                 f"{ATTEND} has no gradient, and {name} requires one: call it under "

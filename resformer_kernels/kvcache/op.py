@@ -1,7 +1,7 @@
 """The op of `attention_with_kvcache`, in torch alone.
 
-It writes the caches and their scales in place, at the positions of appended tokens alone. An LSE
-that was not asked for has no elements. There is no gradient.
+It writes the caches and their scales in place, at the positions of appended tokens alone, and `out`
+where it is given. An LSE that was not asked for has no elements. There is no gradient.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from resformer_kernels.kvcache.record import ATTEND, READ_ONLY, KVCacheCall
 
 
 def _fake(call: KVCacheCall) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = call.q.shape
-    lse_shape = (batch, heads, length) if call.return_lse else (0,)
     return (
-        call.q.new_empty((batch, length, heads, call.v_cache.shape[-1])),
-        call.q.new_empty(lse_shape, dtype=float32),
+        call.q.new_empty(call.out_shape if call.out is None else (0,)),
+        call.q.new_empty(call.lse_shape, dtype=float32),
     )
 
 
@@ -35,9 +33,9 @@ OP = Op(
 def run(namespace: str, call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of `call`, by the op of `namespace`; the caches have the new tokens."""
     out, lse = OP(namespace, op_arguments(call))
-    return out, lse if call.return_lse else None
+    return out if call.out is None else call.out, lse if call.return_lse else None
 
 
 def op_arguments(call: KVCacheCall) -> KVCacheCall:
     """The call as kernels take it: tensors that they only read have a contiguous last axis."""
-    return with_unit_strides(call, (*READ_ONLY, "cache_seqlens"))
+    return with_unit_strides(call, READ_ONLY)

@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core import strides
+from resformer_kernels._core.op import SymInt
 
 ATTEND = "attention_with_kvcache"
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes of a cache with a scale per token and head: value = code * scale."""
 
-READ_ONLY = ("q", "k", "v")
+READ_ONLY = ("q", "k", "v", "cache_seqlens", "cu_seqlens_q", "cu_seqlens_k_new")
 """Arguments that are copied where their last axis is not contiguous; caches never are."""
 
 
 class KVCacheCall(NamedTuple):
     """A validated call, its fields in the order of the op's arguments.
 
-    `block_table` None: caches (B, T, Hkv, D); else (pages, page_size, Hkv, D). `cache_seqlens` is
-    int32 (B,) on q's device, the lengths before k and v are appended. `key_mask` is bool (B, T'),
-    T' at most the capacity; keys from T' on are masked. `causal` is folded into window_right; -1
-    is unbounded on either side.
+    q is (B, Tq, Hq, Dk), or with `cu_seqlens_q` (1, total_q, Hq, Dk), of at most `max_seqlen_q`
+    queries a sequence (0 otherwise); k and v likewise, with `cu_seqlens_k_new`. `block_table` None:
+    caches (B, T, Hkv, D); else (pages, page_size, Hkv, D), V's in `v_block_table` where that is
+    not None. `cache_seqlens` is int32 (B,) on q's device, the lengths before k and v are appended.
+    `key_mask` is bool (B, T'), T' at most the capacity; keys from T' on are masked. `causal` is
+    folded into window_right; -1 is unbounded on either side. `out`, of the result's shape, takes
+    the result; the op's own then has no elements.
     """
 
     q: Tensor
@@ -34,6 +38,10 @@ class KVCacheCall(NamedTuple):
     v: Tensor | None
     cache_seqlens: Tensor
     block_table: Tensor | None
+    v_block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: SymInt
+    cu_seqlens_k_new: Tensor | None
     key_mask: Tensor | None
     window_left: int
     window_right: int
@@ -44,18 +52,54 @@ class KVCacheCall(NamedTuple):
     v_scale: Annotated[Tensor | None, "Tensor(d!)?"]
     num_splits: int
     return_lse: bool
+    out: Annotated[Tensor | None, "Tensor(e!)?"]
 
     @property
-    def new_tokens(self) -> int:
-        """Tokens appended to each sequence."""
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.cache_seqlens.shape[0]
+
+    @property
+    def queries(self) -> int:
+        """The most queries of a sequence."""
+        return self.q.shape[1] if self.cu_seqlens_q is None else self.max_seqlen_q
+
+    @property
+    def new_rows(self) -> int:
+        """The extent of k and v in time: of each sequence, or packed, of all."""
         new = self.k if self.k is not None else self.v
         return 0 if new is None else new.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 (B,): tokens of each sequence after the append."""
+        if self.cu_seqlens_k_new is None:
+            return self.cache_seqlens + self.new_rows
+        return self.cache_seqlens + self.cu_seqlens_k_new.diff()
+
+    @property
+    def value_table(self) -> Tensor | None:
+        """The block table of V."""
+        return self.block_table if self.v_block_table is None else self.v_block_table
 
     @property
     def capacity(self) -> int:
         """The most tokens that a sequence of this cache can have."""
         pages = 1 if self.block_table is None else self.block_table.shape[1]
+        if self.v_block_table is not None:
+            pages = min(pages, self.v_block_table.shape[1])
         return pages * self.k_cache.shape[1]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        return (*self.q.shape[:-1], self.v_cache.shape[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """The shape of the LSE: no elements where it is not asked for."""
+        batch, time, heads, _ = self.q.shape
+        return (batch, heads, time) if self.return_lse else (0,)
 
 
 def largest_code(dtype: torch.dtype) -> float:

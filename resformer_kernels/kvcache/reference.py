@@ -21,6 +21,7 @@ from torch import Tensor
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.reference import allowed_positions, attend
+from resformer_kernels.kvcache.packed import as_batch, rows_of
 from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 
 NAME = "reference"
@@ -35,33 +36,66 @@ def unsupported_reason(_call: KVCacheCall, _hardware: Hardware) -> str | None:
 
 def is_large(call: KVCacheCall) -> bool:
     """Whether it materialises so many scores that a fallback deserves a warning."""
-    return call.q[..., 0].numel() * call.capacity >= _LARGE
+    queries = call.sequences * call.queries
+    return queries * call.q.shape[2] * call.capacity >= _LARGE
 
 
 def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None); the caches have the new tokens in them."""
     kind = call.q.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        where = (call.cache_seqlens, call.cu_seqlens_k_new)
         if call.k is not None:
-            append(call.k_cache, call.k_scale, call.k, call.cache_seqlens, call.block_table)
+            append(call.k_cache, call.k_scale, call.k, call.block_table, *where)
         if call.v is not None:
-            append(call.v_cache, call.v_scale, call.v, call.cache_seqlens, call.block_table)
-        return _attend(call)
+            append(call.v_cache, call.v_scale, call.v, call.value_table, *where)
+        if call.cu_seqlens_q is None:
+            out, lse = _attend(call)
+        else:
+            queries = as_batch(call)
+            out, lse = queries.unpack(*_attend(call._replace(q=queries.batch, cu_seqlens_q=None)))
+        if call.out is not None:
+            out = call.out.copy_(out)
+        return out, lse if call.return_lse else None
 
 
 def append(
-    cache: Tensor, scale: Tensor | None, new: Tensor, lengths: Tensor, table: Tensor | None
+    codes: Tensor,
+    scale: Tensor | None,
+    new: Tensor,
+    table: Tensor | None,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
-    """Write `new` (B, Tnew, Hkv, D) after the `lengths` tokens of every sequence."""
-    at = lengths[:, None] + torch.arange(new.shape[1], device=new.device)
-    rows = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(at)
-    if table is not None:
-        page_size = cache.shape[1]
-        rows, at = table.gather(1, at // page_size).long(), at % page_size
-    if scale is None:
-        cache[rows, at] = new
+    """Write `new` (B, Tnew, Hkv, D), or packed (1, total_new, Hkv, D), into a cache and its scales,
+    after the `lengths` tokens of every sequence."""
+    if 0 in (new.numel(), codes.numel(), lengths.numel()):
+        return
+    time = torch.arange(new.shape[1], device=new.device)
+    exists = None
+    if cu_seqlens is None:
+        at = lengths[:, None] + time
+        rows = torch.arange(new.shape[0], device=new.device)[:, None].expand_as(at)
     else:
-        cache[rows, at], scale[rows, at] = quantise(new, cache.dtype)
+        packed = rows_of(cu_seqlens, new.shape[1])
+        # A row after the last sequence writes the last token again, or where there is none what
+        # is there.
+        pick = time.minimum(packed.lengths.sum() - 1).clamp(min=0)
+        rows, new, exists = packed.sequence[pick], new[0, pick], packed.left[pick] >= 1
+        at = torch.where(exists, lengths[rows] + packed.place[pick], 0)
+    if table is not None:
+        rows, at = table[rows, at // codes.shape[1]].long(), at % codes.shape[1]
+    written = [(codes, new)] if scale is None else _quantised(codes, scale, new)
+    for cache, x in written:
+        if exists is not None:
+            x = torch.where(exists.view(-1, *[1] * (x.dim() - 1)), x, cache[rows, at])
+        cache[rows, at] = x
+
+
+def _quantised(codes: Tensor, scale: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(cache, what is written to it): codes, as their bits, and scales."""
+    found, scales = quantise(new, codes.dtype)
+    return [(codes.view(torch.int8), found.view(torch.int8)), (scale, scales)]
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -86,30 +120,32 @@ def dequantise(codes: Tensor, scales: Tensor, compute: torch.dtype) -> Tensor:
     return codes.to(compute) * scales.to(compute)[..., None]
 
 
-def held(cache: Tensor, scale: Tensor | None, call: KVCacheCall, seen: Tensor) -> Tensor:
-    """The cache as (B, capacity, Hkv, D), dequantised; zeros outside of `seen` (B, capacity)."""
+def held(
+    cache: Tensor, scale: Tensor | None, table: Tensor | None, seen: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The cache as (B, capacity, Hkv, D), dequantised to `wide`; zeros outside of `seen` (B,
+    capacity)."""
     rows = [cache] if scale is None else [cache, scale]
-    if call.block_table is not None:
+    if table is not None:
         # Entries of the table past a sequence's end may hold anything.
-        table = call.block_table.clamp(0, max(cache.shape[0] - 1, 0)).long()
-        rows = [x[table].flatten(1, 2) for x in rows]
+        pages = table.clamp(0, max(cache.shape[0] - 1, 0)).long()
+        rows = [x[pages].flatten(1, 2)[:, : seen.shape[1]] for x in rows]
     codes, *scales = rows
     if scales:
-        wide = torch.float64 if call.q.dtype is torch.float64 else torch.float32
         codes = dequantise(codes, scales[0], wide)
     # Memory past the end may hold NaN, and zero times NaN is NaN.
     return codes.masked_fill(~seen[:, :, None, None], 0)
 
 
-def _attend(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
-    capacity = call.capacity
-    lengths = call.cache_seqlens + call.new_tokens
+def _attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    capacity, lengths = call.capacity, call.lengths
     seen = torch.arange(capacity, device=call.q.device) < lengths[:, None]
     if call.key_mask is not None:
         rest = call.key_mask.new_zeros(seen.shape[0], capacity - call.key_mask.shape[1])
         seen = seen & torch.cat([call.key_mask, rest], dim=1)
-    k = held(call.k_cache, call.k_scale, call, seen)
-    v = held(call.v_cache, call.v_scale, call, seen)
+    wide = torch.float64 if call.q.dtype is torch.float64 else torch.float32
+    k = held(call.k_cache, call.k_scale, call.block_table, seen, wide)
+    v = held(call.v_cache, call.v_scale, call.value_table, seen, wide)
     options = AttentionCall(
         q=call.q,
         k=k,
@@ -135,5 +171,4 @@ def _attend(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
     placed = allowed_positions(
         options, call.q.shape[1], lengths[:, None, None, None], call.q.device
     )
-    out, lse = attend(options, call.q, k, v, placed & seen[:, None, None, :])
-    return out, lse if call.return_lse else None
+    return attend(options, call.q, k, v, placed & seen[:, None, None, :])

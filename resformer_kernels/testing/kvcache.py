@@ -16,7 +16,7 @@ from resformer_kernels.testing.inputs import laid_out
 from resformer_kernels.testing.poison import poisoned
 
 CACHES = ("k_cache", "v_cache", "k_scale", "v_scale")
-"""The arguments that a call writes."""
+"""The arguments that a call writes and reads."""
 APPENDS = ("both", "k", "v", "none")
 MASKS = ("none", "left", "random", "empty")
 """key_mask: none; each sequence's first few tokens masked; any masked; all of them masked."""
@@ -46,6 +46,12 @@ class KVCacheCase:
     """The cache's dtype where it is not `dtype`."""
     page_size: int = 0
     """0: contiguous."""
+    own_table: bool = False
+    """Whether V's pages have a block table of their own."""
+    packed: bool = False
+    """q, k and v are packed: sequence b has b fewer queries and new tokens than the first."""
+    out: bool = False
+    """Whether a tensor for the result is given."""
     slack: int = 3
     """Capacity beyond the longest sequence."""
     mask: str = "none"
@@ -73,6 +79,9 @@ REPRESENTATIVE: tuple[KVCacheCase, ...] = (
     KVCacheCase(lengths=(400, 60), quantised=torch.int8, head_dim=64, value_dim=64),
     KVCacheCase(lengths=(400, 60), quantised=torch.float8_e4m3fn, head_dim=64, value_dim=64),
     KVCacheCase(lengths=(60, 33), quantised=torch.float8_e5m2, page_size=16),
+    KVCacheCase(
+        lengths=(130, 40, 7), q_len=50, new_tokens=50, page_size=16, packed=True, own_table=True
+    ),
 )
 """The cases of `verify` and the demo: every argument at least once."""
 
@@ -117,7 +126,12 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
         tensors["cache_seqlens"] = torch.tensor(case.lengths, dtype=torch.int32)
     inputs = KVCacheInputs(tensors, options)
     if case.page_size:
-        inputs = paginated(inputs, case.page_size, case.seed)
+        inputs = paginated(inputs, case.page_size, case.seed, own_table=case.own_table)
+    if case.packed:
+        inputs = _packed(inputs, case)
+    if case.out:
+        shape = (*inputs.tensors["q"].shape[:-1], case.value_dim)
+        inputs.tensors["out"] = laid_out(torch.full(shape, torch.nan, dtype=case.dtype), "sliced")
     caches = {
         name: x
         if x.dim() < 4 and case.cache_layout == "heads_first"
@@ -125,7 +139,7 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
         for name, x in inputs.caches().items()
     }
     tensors = {name: x.to(device) for name, x in {**inputs.tensors, **caches}.items()}
-    return KVCacheInputs(tensors, options)
+    return replace(inputs, tensors=tensors)
 
 
 def _mask(case: KVCacheCase, longest: int, draw: torch.Generator) -> Tensor:
@@ -163,25 +177,49 @@ def _caches(case: KVCacheCase, capacity: int, draw: torch.Generator) -> dict[str
     return found
 
 
-def paginated(inputs: KVCacheInputs, page_size: int, seed: int = 0) -> KVCacheInputs:
+def _packed(inputs: KVCacheInputs, case: KVCacheCase) -> KVCacheInputs:
+    """The same call with packed rows, and two rows after the last sequence."""
+    tensors, options = dict(inputs.tensors), dict(inputs.options)
+    for names, offsets in ((("q",), "cu_seqlens_q"), (("k", "v"), "cu_seqlens_k_new")):
+        for name in names:
+            if name not in tensors:
+                continue
+            x = tensors[name]
+            counts = [max(0, x.shape[1] - b) for b in range(x.shape[0])]
+            rows = [x[b, :count] for b, count in enumerate(counts)]
+            after = x.new_full((2, *x.shape[2:]), torch.nan)
+            tensors[name] = laid_out(torch.cat([*rows, after]), case.layout)
+            tensors[offsets] = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+    options["max_seqlen_q"] = case.q_len + 1
+    return KVCacheInputs(tensors, options)
+
+
+def paginated(
+    inputs: KVCacheInputs, page_size: int, seed: int = 0, *, own_table: bool = False
+) -> KVCacheInputs:
     """The same call on a paged cache, its pages in random order among unused ones."""
     draw = torch.Generator().manual_seed(seed)
     tensors = dict(inputs.tensors)
     batch, capacity = tensors["k_cache"].shape[:2]
     most = -(-capacity // page_size)
-    pages = batch * most + 2
-    table = torch.randperm(pages, generator=draw)[: batch * most].view(batch, most).int()
     t = torch.arange(capacity)
+    tables: dict[str, Tensor] = {}
+    for name, unused in (("block_table", 2), ("v_block_table", 5))[: 1 + own_table]:
+        pages = batch * most + unused
+        tables[name] = torch.randperm(pages, generator=draw)[: batch * most].view(batch, most).int()
     for name, x in inputs.caches().items():
+        own = own_table and name.startswith("v")
+        table = tables["v_block_table" if own else "block_table"]
         fill = torch.nan if x.is_floating_point() else 77
-        paged = torch.full((pages, page_size, *x.shape[2:]), fill).to(x.dtype)
+        paged = torch.full((batch * most + (5 if own else 2), page_size, *x.shape[2:]), fill)
+        paged = paged.to(x.dtype)
         paged[table[:, t // page_size].long(), (t % page_size).expand(batch, -1)] = x
         tensors[name] = paged
     one = torch.tensor(inputs.options.get("cache_seqlens", 0))
     lengths = tensors.get("cache_seqlens", one)
     new = next((tensors[name].shape[1] for name in ("k", "v") if name in tensors), 0)
     used = torch.arange(most) * page_size < (lengths.expand(batch) + new)[:, None]
-    tensors["block_table"] = table.masked_fill(~used, -7)
+    tensors |= {name: table.masked_fill(~used, -7) for name, table in tables.items()}
     return replace(inputs, tensors=tensors)
 
 
@@ -220,11 +258,15 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
 def run_copied(inputs: KVCacheInputs, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({"out": ..., "lse": ...}, caches after) of a call on copies of the caches."""
     copies = {name: _copy(x) for name, x in inputs.caches().items()}
+    arguments: dict[str, Any] = {**inputs.tensors, **copies, **inputs.options}
+    if "out" in arguments:
+        arguments["out"] = _copy(arguments["out"])
     with torch.no_grad():
-        arguments: dict[str, Any] = {**inputs.tensors, **copies, **inputs.options}
         result = attention_with_kvcache(**arguments, backend=backend)
     named = dict(zip(("out", "lse"), result, strict=True)) if isinstance(result, tuple) else {}
-    return named or {"out": result}, copies
+    named = named or {"out": result}
+    assert "out" not in arguments or named["out"] is arguments["out"]
+    return named, copies
 
 
 def _copy(x: Tensor) -> Tensor:

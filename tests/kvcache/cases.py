@@ -95,6 +95,9 @@ def kvcache_cases(
         dtype=dtype,
         quantised=quantised,
         page_size=draw(PAGE_SIZES),
+        own_table=draw(st.sampled_from((False, False, True))),
+        packed=draw(st.sampled_from((False, False, True))),
+        out=draw(st.sampled_from((False, False, True))),
         slack=draw(st.sampled_from((0, 3))),
         mask=draw(st.sampled_from(("none", "none", *MASKS))),
         mask_rank=draw(st.sampled_from((2, 4))),
@@ -144,6 +147,20 @@ TABLE: dict[str, KVCacheCase] = {
     "many heads": KVCacheCase(heads=24, kv_heads=24, lengths=(40, 33)),
     "wide values": KVCacheCase(head_dim=8, value_dim=256),
     "wide keys": KVCacheCase(head_dim=256, value_dim=8),
+    "prompts beside decoded tokens": KVCacheCase(
+        lengths=(64, 0, 130), q_len=40, new_tokens=40, page_size=16, packed=True, return_lse=True
+    ),
+    "packed, split": KVCacheCase(
+        lengths=(300, 200, 7), q_len=2, packed=True, num_splits=3, sinks=True, return_lse=True
+    ),
+    "packed, no sequence": KVCacheCase(lengths=(), packed=True, return_lse=True),
+    "packed, a mask": KVCacheCase(
+        lengths=(90, 60), q_len=3, new_tokens=3, packed=True, mask="random", out=True
+    ),
+    "a table of V's own": KVCacheCase(lengths=(90, 0, 33), page_size=4, own_table=True),
+    "keys alone beside V's own table": KVCacheCase(
+        lengths=(90, 33), page_size=16, own_table=True, append="k", out=True, return_lse=True
+    ),
     "every argument": KVCacheCase(
         lengths=(150, 77),
         q_len=3,

@@ -69,19 +69,21 @@ class Spans(NamedTuple):
 
 @triton.jit
 def place(geometry, limits, sequence, head):
-    """The place of a sequence and KV head."""
+    """The place of a sequence and KV head. Queries may be packed where keys are not."""
     if geometry.PACKED:
         q_start = tl.load(geometry.cu_q + sequence)
-        k_start = tl.load(geometry.cu_k + sequence)
         q_len = tl.load(geometry.cu_q + sequence + 1) - q_start
-        k_len = tl.load(geometry.cu_k + sequence + 1) - k_start
         batch = sequence * 0
     else:
         q_start = sequence * 0
-        k_start = sequence * 0
         q_len = limits.q_len
-        k_len = limits.k_len
         batch = sequence
+    if geometry.cu_k is not None:
+        k_start = tl.load(geometry.cu_k + sequence)
+        k_len = tl.load(geometry.cu_k + sequence + 1) - k_start
+    else:
+        k_start = sequence * 0
+        k_len = limits.k_len
     return Place(
         batch,
         sequence,

@@ -185,7 +185,7 @@ class SharedValueCache:
             assert step is not None
             for name, x in new.items():
                 codes, scales = steps.slots[name].slot(steps.slot(name, layer))
-                append(codes, scales, x, step.lengths, step.table)
+                append(codes, scales, x, step.table, step.lengths)
 
     def attend(
         self,

@@ -10,7 +10,7 @@ from resformer_kernels._triton.device import let_next_start
 from resformer_kernels._triton.launch import launch
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.kvcache.triton.codes import PLAIN, quantised
-from resformer_kernels.kvcache.triton.places import Place, Pool, place_of, rows_of
+from resformer_kernels.kvcache.triton.places import Place, place_of, rows_of
 from resformer_kernels.kvcache.triton.problem import Problem
 
 _ELEMENTS = 2048
@@ -39,18 +39,33 @@ def _append(side, new, source, heads, place):
 
 
 @triton.jit
+def _sequence_of(offsets, sequences, row):
+    """(the sequence of a packed row, its offset); the last one for rows after it."""
+    low = row * 0
+    high = sequences + low
+    first = tl.load(offsets + low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        offset = tl.load(offsets + middle)
+        after = offset <= row
+        first = tl.where(after, offset, first)
+        low = tl.where(after, middle, low)
+        high = tl.where(after, high, middle)
+    return low, first
+
+
+@triton.jit
 def append_kernel(
     keys,
     values,
     k,
     v,
-    table,
     counters,
     seqlens,
+    cu_new,
     tokens,
     capacity,
-    pages,
-    page_size,
+    sequences,
     heads,
     head_tiles,
     row_tiles,
@@ -60,20 +75,32 @@ def append_kernel(
     """Some heads of one new token of a sequence, written after the `seqlens` that it has.
 
     A token beyond the capacity, or whose page does not exist, is not written. k and v may be None.
-    `counters`, one per head and tile of rows, become 0 for the attention that follows, or are None.
+    They have `tokens` rows a sequence; or in all, of which sequence b has those between `cu_new[b]`
+    and `cu_new[b + 1]`. `counters`, one per head and tile of rows, become 0 for the attention that
+    follows, or are None.
     """
     let_next_start(DEPENDENT)
     program = tl.program_id(0)
     rows = program % head_tiles * HEADS + tl.arange(0, HEADS)
-    token = program // head_tiles % tokens
-    sequence = program // head_tiles // tokens
+    row = program // head_tiles
+    batch = row // tokens
+    time = row % tokens
+    if cu_new is not None:
+        sequence, first = _sequence_of(cu_new, sequences, time)
+        token = time - first
+        inside = time < tl.load(cu_new + sequence + 1)
+    else:
+        sequence = batch
+        token = time
+        inside = token >= 0
     key = tl.load(seqlens + sequence) + token
-    at = place_of(Pool(table, pages, page_size), sequence, key, (key >= 0) & (key < capacity))
-    place = Place(at.row, at.token, (rows < heads) & at.inside)
+    inside = inside & (key >= 0) & (key < capacity)
     if k.pointer is not None:
-        _append(keys, k, (sequence, token), rows, place)
+        at = place_of(keys.pool, sequence, key, inside)
+        _append(keys, k, (batch, time), rows, Place(at.row, at.token, (rows < heads) & at.inside))
     if v.pointer is not None:
-        _append(values, v, (sequence, token), rows, place)
+        at = place_of(values.pool, sequence, key, inside)
+        _append(values, v, (batch, time), rows, Place(at.row, at.token, (rows < heads) & at.inside))
     if counters is not None:
         # By the programs of the first token.
         for i in tl.range(0, tl.where(token == 0, row_tiles, 0)):
@@ -84,7 +111,8 @@ def append_kernel(
 def append(p: Problem, counters: Tensor | None) -> None:
     """Write k and v into the caches, and 0 into the counters, (sequences, KV heads, any)."""
     call = p.call
-    if call.new_tokens == 0:
+    rows = call.new_rows * (1 if call.cu_seqlens_k_new is not None else p.sequences)
+    if rows == 0 or p.sequences == 0:
         return
     keys, values = p.sides()
     widest = max(keys.BLOCK.value, values.BLOCK.value)
@@ -92,13 +120,12 @@ def append(p: Problem, counters: Tensor | None) -> None:
     head_tiles = -(-p.heads // at_once)
     launch(
         append_kernel,
-        (p.sequences * call.new_tokens * head_tiles,),
+        (rows * head_tiles,),
         call.q.device,
         keys=keys,
         values=values,
         k=view_of(call.k),
         v=view_of(call.v),
-        table=p.table,
         counters=counters,
         row_tiles=0 if counters is None else counters.shape[2],
         head_tiles=head_tiles,
@@ -106,5 +133,6 @@ def append(p: Problem, counters: Tensor | None) -> None:
         DEPENDENT=p.dependent,
         num_warps=4 if at_once * widest >= 1024 else 1,
         heads=p.heads,
+        sequences=p.sequences,
         **p.lengths(),
     )

@@ -19,6 +19,7 @@ from resformer_kernels._triton.device import dot, round_to, wait_for_last
 from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import view_of
+from resformer_kernels.attention.triton.forward import clear_tail
 from resformer_kernels.attention.triton.loads import Source, load_row_tile
 from resformer_kernels.attention.triton.problem import FAR, lse_view, padded, scoring
 from resformer_kernels.attention.triton.softmax import Seen, scores, softmax_step
@@ -27,7 +28,7 @@ from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import plan
 from resformer_kernels.kvcache.triton.append import append
 from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
-from resformer_kernels.kvcache.triton.places import Cache, Place, Pool, matrix_of, place_of, rows_of
+from resformer_kernels.kvcache.triton.places import Cache, Place, matrix_of, place_of, rows_of
 from resformer_kernels.kvcache.triton.problem import Problem
 from resformer_kernels.kvcache.triton.result import (
     Partials,
@@ -56,7 +57,6 @@ class Tile(NamedTuple):
 class Walk(NamedTuple):
     """The keys of a program: those of one sequence and KV head, up to tile `stop`."""
 
-    pool: Any
     sequence: Any
     head: Any
     k_len: Any
@@ -132,6 +132,17 @@ def _load_scales(side, head, place):
 
 
 @triton.jit
+def _place(pool, walk, step, keys, inside, tile):
+    """The place of the keys of tile `step`."""
+    if tile.WHOLE_PAGES:
+        page = place_of(pool, walk.sequence, step * tile.KEYS, step < walk.stop)
+        place = Place(page.row, keys % pool.page_size, inside & page.inside)
+    else:
+        place = place_of(pool, walk.sequence, keys, inside)
+    return place
+
+
+@triton.jit
 def _load_step(cache, walk, step, tile):
     """(keys, K, V, K's scales, V's) of tile `step`, which is empty from `stop` on.
 
@@ -139,11 +150,7 @@ def _load_step(cache, walk, step, tile):
     """
     keys = step * tile.KEYS + tl.arange(0, tile.KEYS)
     inside = keys < tl.minimum(walk.k_len, walk.stop * tile.KEYS)
-    if tile.WHOLE_PAGES:
-        page = place_of(walk.pool, walk.sequence, step * tile.KEYS, step < walk.stop)
-        place = Place(page.row, keys % walk.pool.page_size, inside & page.inside)
-    else:
-        place = place_of(walk.pool, walk.sequence, keys, inside)
+    place = _place(cache.k.pool, walk, step, keys, inside, tile)
     mask = cache.mask
     if mask.pointer is not None:
         at = tl.cast(walk.sequence, tl.int64) * mask.row + keys.to(tl.int64) * mask.column
@@ -152,8 +159,10 @@ def _load_step(cache, walk, step, tile):
         place = Place(place.row, place.token, known & seen)
     shown = tl.where(place.inside, keys, _NOWHERE)
     k_codes = _load_codes(cache.k, walk.head, place)
-    v_codes = _load_codes(cache.v, walk.head, place)
     k_scale = _load_scales(cache.k, walk.head, place)
+    if cache.OWN:
+        place = _place(cache.v.pool, walk, step, keys, place.inside, tile)
+    v_codes = _load_codes(cache.v, walk.head, place)
     return shown, k_codes, v_codes, k_scale, _load_scales(cache.v, walk.head, place)
 
 
@@ -162,6 +171,7 @@ def attend_kernel(
     q,
     cache,
     seqlens,
+    cu_new,
     span,
     partials,
     result,
@@ -172,8 +182,6 @@ def attend_kernel(
     tokens,
     capacity,
     mask_columns,
-    pages,
-    page_size,
     row_tiles,
     splits,
     least,
@@ -199,9 +207,14 @@ def attend_kernel(
     sequence_head = program // row_tiles // splits
     head = sequence_head % geometry.heads
     sequence = sequence_head // geometry.heads
+    if cu_new is not None:
+        tokens = tl.load(cu_new + sequence + 1) - tl.load(cu_new + sequence)
     # A length out of range must not lead outside of the cache.
     k_len = tl.minimum(tl.maximum(tl.load(seqlens + sequence) + tokens, 0), capacity)
     at = place(geometry, Limits(q_len, k_len, window_left, window_right), sequence, head)
+    # Of packed sequences others may have more rows.
+    if geometry.PACKED and first_row >= at.count:
+        return
     rows = first_row + tl.arange(0, ROWS)
     # (ROWS, BLOCK)
     q_tile = load_row_tile(
@@ -221,7 +234,7 @@ def attend_kernel(
     start = tl.minimum(begin + split * share, end)
     stop = tl.minimum(start + share, end)
 
-    walk = Walk(Pool(cache.table, pages, page_size), sequence, head, k_len, stop, mask_columns)
+    walk = Walk(sequence, head, k_len, stop, mask_columns)
     acc = tl.zeros([ROWS, result.BLOCK], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -253,7 +266,10 @@ def attend_kernel(
             shown, k_codes, v_codes, k_scale, v_scale = following
 
     if partials.sums is not None:
-        first_slot = tl.cast(sequence_head, tl.int64) * at.count * splits
+        rows_before = at.q_start * geometry.GROUP
+        if not geometry.PACKED:
+            rows_before = sequence * at.count
+        first_slot = tl.cast(rows_before * geometry.heads + head * at.count, tl.int64) * splits
         slots = first_slot + rows.to(tl.int64) * splits + split
         softmax = (peak, total, acc)
         store_split(partials, slots, rows < at.count, softmax, start < stop, result.WIDTH)
@@ -267,16 +283,26 @@ def attend_kernel(
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """The implementation of the op: append, then attention, and the merge of its splits."""
     p = Problem(call)
-    out = empty(call.q, (*call.q.shape[:-1], call.v_cache.shape[-1]))
-    lse_shape = (p.sequences, call.q.shape[2], p.queries) if call.return_lse else (0,)
-    lse = empty(call.q, lse_shape, torch.float32)
+    direct = call.out is not None and (not p.packed or call.out.is_contiguous())
+    out = call.out if direct else empty(call.q, call.out_shape)
+    assert out is not None
+    # Packed rows that belong to no sequence see nothing.
+    lse = empty(call.q, call.lse_shape, torch.float32)
+    if p.packed:
+        lse.fill_(-torch.inf)
     blocks = (padded(call.q.shape[-1]), padded(call.v_cache.shape[-1]))
     tiles = plan.choose_tiles(p.rows, *blocks, call.q.dtype, call.k_cache.dtype)
     splits = _splits(p, tiles)
     partials = _partials(p, tiles, splits)
-    append(p, partials.counters)
+    append(p, partials.counters if p.counts_in_append else None)
     _attend(p, tiles, splits, partials, (out, lse))
-    return out, lse
+    if p.packed:
+        clear_tail(call.cu_seqlens_q, out[0])
+    if call.out is None:
+        return out, lse
+    if not direct:
+        call.out.copy_(out)
+    return call.q.new_empty((0,)), lse
 
 
 def _splits(p: Problem, tiles: plan.Tiles) -> int:
@@ -295,10 +321,10 @@ def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
     if splits == 1:
         return Partials(None, None, None, None)
     call = p.call
-    slots = (p.sequences, p.heads, p.rows, splits)
+    slots = (call.q.shape[0], p.heads, call.q.shape[1] * p.group, splits)
     shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
     sums, peaks, totals = (empty(call.q, shape, torch.float32) for shape in shapes)
-    make = call.q.new_empty if call.new_tokens else call.q.new_zeros
+    make = call.q.new_empty if p.counts_in_append else call.q.new_zeros
     counters = make((p.sequences, p.heads, -(-p.rows // tiles.rows)), dtype=torch.int32)
     return Partials(sums, peaks, totals, counters)
 
@@ -329,7 +355,9 @@ def _attend(
         (p.sequences * p.heads * row_tiles * splits,),
         call.q.device,
         q=view_of(call.q),
-        cache=Cache(keys, values, p.table, matrix_of(call.key_mask)),
+        cache=Cache(
+            keys, values, matrix_of(call.key_mask), tl.constexpr(call.v_block_table is not None)
+        ),
         span=_mask_span(call.key_mask),
         partials=partials,
         result=result,

@@ -36,6 +36,10 @@ class _Call:
     dtype: torch.dtype = torch.bfloat16
     stored: torch.dtype | None = None
     page_size: int = 0
+    packed: bool = False
+    """Whether queries and new tokens are, as an engine has them."""
+    own_table: bool = False
+    """Whether V has a block table of its own."""
     window: int = -1
     mask: bool = False
     softcap: float = 0.0
@@ -64,17 +68,26 @@ class _Call:
             table = tensor(self.batch, pages, dtype=torch.int32)
         heads_q = self.heads * self.group
         cache, scales = (*rows, self.heads, self.head_dim), (*rows, self.heads)
-        new = (self.batch, self.queries, self.heads, self.head_dim)
+        time: tuple[int, ...] = (self.batch, self.queries)
+        offsets, longest = None, None
+        if self.packed:
+            time, longest = (self.batch * self.queries,), self.queries
+            offsets = tensor(self.batch + 1, dtype=torch.int32)
+        new = (*time, self.heads, self.head_dim)
         stored, coded = self.stored or self.dtype, self.stored is not None
         call: KVCacheCall = prepare(
             attention_with_kvcache,
-            tensor(self.batch, self.queries, heads_q, self.head_dim),
+            tensor(*time, heads_q, self.head_dim),
             tensor(*cache, dtype=stored),
             tensor(*cache, dtype=stored),
             tensor(*new),
             None if self.shared else tensor(*new),
             cache_seqlens=tensor(self.batch, dtype=torch.int32),
             block_table=table,
+            v_block_table=table if self.own_table else None,
+            cu_seqlens_q=offsets,
+            max_seqlen_q=longest,
+            cu_seqlens_k_new=offsets,
             key_mask=tensor(self.batch, _CAPACITY, dtype=torch.bool) if self.mask else None,
             window=(self.window, 0),
             softcap=self.softcap,
@@ -100,6 +113,12 @@ def _calls() -> Iterator[_Call]:
         yield _Call("split", stored=stored, main=True)
     yield _Call("pages of 256", page_size=256, main=True)
     yield _Call("pages of 16", page_size=16, main=True)
+    for head_dim in (64, 128):
+        served = _Call("packed", head_dim=head_dim, page_size=16, packed=True, main=True)
+        yield replace(served, batch=64)
+        yield replace(served, what="packed, shared V", batch=64, shared=True)
+        yield replace(served, what="packed prompts", batch=8, queries=256)
+    yield _Call("V's own table", page_size=16, packed=True, own_table=True, main=True)
     yield _Call("left padding", mask=True, main=True)
     yield _Call("window, softcap, sinks, LSE", window=1024, softcap=30.0, sinks=True, lse=True)
     yield _Call("whole, sinks, LSE", sinks=True, lse=True, batch=32)

@@ -13,9 +13,30 @@ from resformer_kernels._triton.specialise import Unit
 from resformer_kernels._triton.views import View
 
 
+class Matrix(NamedTuple):
+    """key_mask, a row per sequence, by strides in elements, with one byte per key. Without a
+    pointer every key is open."""
+
+    pointer: Tensor | None
+    row: int
+    column: Unit
+
+
+class Pool(NamedTuple):
+    """The pages of keys or of values: block_table by strides in elements, without which the cache
+    is contiguous."""
+
+    table: Tensor | None
+    row: int
+    column: Unit
+    pages: int
+    page_size: int
+
+
 class Side(NamedTuple):
     """Keys or values of a cache, and how kernels load them."""
 
+    pool: Pool
     codes: View
     """(row or page, token, KV head, channel)."""
     scales: View
@@ -32,30 +53,14 @@ class Side(NamedTuple):
     """Eviction policy of loads."""
 
 
-class Matrix(NamedTuple):
-    """block_table or key_mask, a row per sequence, by strides in elements; a mask has one byte per
-    key. Without a pointer the cache is contiguous, or every key open."""
-
-    pointer: Tensor | None
-    row: int
-    column: Unit
-
-
 class Cache(NamedTuple):
     """Keys, values, and where attention finds them."""
 
     k: Side
     v: Side
-    table: Matrix
     mask: Matrix
-
-
-class Pool(NamedTuple):
-    """The pages of a cache."""
-
-    table: Any
-    pages: Any
-    page_size: Any
+    OWN: Any
+    """Whether values have a block table of their own."""
 
 
 class Place(NamedTuple):
@@ -66,24 +71,27 @@ class Place(NamedTuple):
     inside: Any
 
 
-def matrix_of(tensor: Tensor | None) -> Matrix:
-    """block_table or key_mask as kernels take it."""
-    if tensor is None:
-        return Matrix(None, 0, 0)
-    data = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-    return Matrix(data, *tensor.stride())
+def matrix_of(mask: Tensor | None) -> Matrix:
+    """key_mask as kernels take it."""
+    return Matrix(None, 0, 0) if mask is None else Matrix(mask.view(torch.uint8), *mask.stride())
+
+
+def pool_of(table: Tensor | None, cache: Tensor) -> Pool:
+    """The pages of a cache, by its block table."""
+    steps = (0, 0) if table is None else table.stride()
+    return Pool(table, *steps, *cache.shape[:2])
 
 
 @triton.jit
 def place_of(pool, sequence, keys, inside):
     """The place of keys of a sequence; not inside where their page does not exist."""
-    if pool.table.pointer is None:
+    if pool.table is None:
         place = Place(sequence, keys, inside)
     else:
         # The interpreter leaves an int times a constant a constant, which has no `to`.
-        column = tl.cast(keys // pool.page_size, tl.int64) * pool.table.column
-        at = tl.cast(sequence, tl.int64) * pool.table.row + column
-        page = tl.load(pool.table.pointer + at, mask=inside, other=0)
+        column = tl.cast(keys // pool.page_size, tl.int64) * pool.column
+        at = tl.cast(sequence, tl.int64) * pool.row + column
+        page = tl.load(pool.table + at, mask=inside, other=0)
         inside = inside & (page >= 0) & (page < pool.pages)
         place = Place(page, keys % pool.page_size, inside)
     return place
