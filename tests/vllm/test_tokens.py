@@ -11,8 +11,6 @@ import pytest
 from tests.vllm.process import Answer, Engines
 from tests.vllm.tiny import HEAD_DIM, KV_HEADS, LAYERS, MODELS, PROMPTS, Saved
 
-REFUSED = "svformer, sliding and full"
-SERVED = [name for name in MODELS if name != REFUSED]
 MEMORY = 32 << 20
 
 
@@ -42,7 +40,7 @@ def test_models_differ(models: dict[str, Saved]) -> None:
     assert windowed[4] != models["svformer of Qwen2"].tokens[4]
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_equal(name: str, eager: dict[str, Answer], models: dict[str, Saved]) -> None:
     answer = eager[name]
     equal(answer, models[name])
@@ -85,10 +83,6 @@ def test_blocks_in_the_same_memory(eager: dict[str, Answer]) -> None:
     # Layers 0 and 1 keep values of their own.
     assert eager["svformer of two layers"].blocks == blocks(LAYERS + 2)
     assert eager["learnable"].blocks == llama.blocks
-
-
-def test_sliding_beside_full_layers_are_refused(eager: dict[str, Answer]) -> None:
-    assert "must all have the same window" in eager[REFUSED].error
 
 
 def test_caches_of_other_dtypes_are_refused(eager: dict[str, Answer]) -> None:

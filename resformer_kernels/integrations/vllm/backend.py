@@ -21,9 +21,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from resformer_kernels import attention_with_kvcache
+from resformer_kernels import attention_with_kvcache, plan_kvcache
 from resformer_kernels.integrations.vllm import BACKEND
 from resformer_kernels.integrations.vllm.pages import ValuePages
+from resformer_kernels.kvcache.prepared import KVCachePlan
 
 
 @dataclass
@@ -40,8 +41,8 @@ class Step:
     """(requests,) int32: tokens of each request before the step."""
     block_table: Tensor
     """(requests, pages) int32."""
-    plans: dict[Any, Any] = field(default_factory=dict)
-    """What the first layer of a kind prepared, for those after it."""
+    plans: dict[tuple[tuple[int, int], str], KVCachePlan] = field(default_factory=dict)
+    """Calls that the first layer of a kind prepared: by its window and the name of its values."""
 
 
 class Builder(AttentionMetadataBuilder[Step]):
@@ -155,28 +156,35 @@ class Implementation(AttentionImpl[Step]):
             return output.zero_()
         rows = slice(attn_metadata.tokens)
         new = value[rows] if self.owns_values else None
-        output[rows] = self._attend(query[rows], key[rows], new, kv_cache, attn_metadata)
+        self._attend(query[rows], key[rows], new, kv_cache, attn_metadata, output[rows])
         return output
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, keys: Tensor, step: Step) -> Tensor:
-        """One call for all requests of the step, (tokens, Hq, D)."""
-        if step_of(self.values.layer_name).block_table is not step.block_table:
-            raise RuntimeError("vLLM put keys and values into groups with tables of their own")
-        return attention_with_kvcache(
-            q,
-            keys.transpose(1, 2),
-            self.values.kv_cache.transpose(1, 2),
-            k,
-            v,
-            cache_seqlens=step.cached,
-            block_table=step.block_table,
-            cu_seqlens_q=step.offsets,
-            max_seqlen_q=step.longest,
-            cu_seqlens_k_new=step.offsets,
-            window=self.window,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, keys: Tensor, step: Step, out: Tensor
+    ) -> None:
+        """One call for all requests of the step, into out (tokens, Hq, D)."""
+        caches = keys.transpose(1, 2), self.values.kv_cache.transpose(1, 2)
+        kind = self.window, self.values.layer_name
+        plan = step.plans.get(kind)
+        if plan is None:
+            found = step_of(self.values.layer_name).block_table
+            plan = step.plans[kind] = plan_kvcache(
+                q,
+                *caches,
+                k,
+                # No values need be there to plan for layers that have some.
+                k if v is None else v,
+                cache_seqlens=step.cached,
+                block_table=step.block_table,
+                v_block_table=None if found is step.block_table else found,
+                cu_seqlens_q=step.offsets,
+                max_seqlen_q=step.longest,
+                cu_seqlens_k_new=step.offsets,
+                window=self.window,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+        attention_with_kvcache(q, *caches, k, v, out=out, plan=plan)
 
 
 def refuse(name: str, given: Any, served: Any) -> None:

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from resformer_kernels.integrations.transformers.config import SVFORMER
 from resformer_kernels.integrations.vllm.backend import refuse
 from resformer_kernels.integrations.vllm.layers import SharedValueAttention, value_mix_of_rank
-from resformer_kernels.integrations.vllm.pages import ValuePages, check_one_window
+from resformer_kernels.integrations.vllm.pages import ValuePages
 from resformer_kernels.nn.value_mix import ValueSources
 
 
@@ -172,7 +172,6 @@ class ValueResidualModel(LlamaModel):
         pages: list[ValuePages] | None = [] if shares else None
         layer = partial(ValueResidualLayer, pages=pages)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
-        check_one_window(pages or [])
 
     def forward(
         self,

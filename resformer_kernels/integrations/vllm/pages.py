@@ -42,17 +42,3 @@ class ValuePages(AttentionLayerBase):
         """Those of the keys of the layer that sees furthest: V must be there as long as they."""
         furthest = max(self.readers, key=lambda layer: layer.sliding_window or math.inf)
         return furthest.get_kv_cache_spec(vllm_config)
-
-
-def check_one_window(pages: list[ValuePages]) -> None:
-    """Raise ValueError where a model's layers have different windows.
-
-    vLLM then makes groups with a table of pages each, and V may lie in another one than keys.
-    """
-    windows = {reader.sliding_window for values in pages for reader in values.readers}
-    if len(windows) > 1:
-        raise ValueError(
-            "an SVFormer's layers must all have the same window, because one table of pages is "
-            f"read for keys and values; got windows of {windows} tokens (None: full attention). "
-            "Convert a model with layers of one kind, or serve a ResFormer"
-        )
