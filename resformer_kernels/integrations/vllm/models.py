@@ -80,9 +80,9 @@ class ValueResidualAttention(nn.Module):
             max_position=max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
+        self.keeps_values = layer == 0 or config.value_residual == "dense"
         kinds = getattr(config, "layer_types", None)
         slides = kinds is not None and kinds[layer] == "sliding_attention"
-        sizes = (self.num_heads, self.head_dim, self.head_dim**-0.5)
         options = {
             "num_kv_heads": self.num_kv_heads,
             "cache_config": cache_config,
@@ -90,14 +90,20 @@ class ValueResidualAttention(nn.Module):
             "per_layer_sliding_window": config.sliding_window if slides else None,
             "prefix": f"{prefix}.attn",
         }
-        self.keeps_values = layer == 0 or config.value_residual == "dense"
+        self.attn = self._attention(pages, f"{prefix}.values", options)
+
+    def _attention(
+        self, pages: list[ValuePages] | None, name: str, options: dict[str, Any]
+    ) -> Attention:
+        """vLLM's attention; in an SVFormer over new pages called `name`, or the first layer's."""
+        sizes = (self.num_heads, self.head_dim, self.head_dim**-0.5)
         if pages is None:
-            self.attn = Attention(*sizes, **options)
-            return
-        if projects:
-            pages.append(ValuePages(f"{prefix}.values"))
-        values = pages[-1 if projects else 0]
-        self.attn = SharedValueAttention(*sizes, **options, values=values, owns_values=projects)
+            return Attention(*sizes, **options)
+        owns = self.v_mix.projects_values
+        if owns:
+            pages.append(ValuePages(name))
+        values = pages[-1 if owns else 0]
+        return SharedValueAttention(*sizes, **options, values=values, owns_values=owns)
 
     def forward(self, positions: Tensor, hidden_states: Tensor, earlier: list[Tensor]) -> Tensor:
         """Attend.
