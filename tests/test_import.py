@@ -9,7 +9,9 @@ BLOCK = """
 import sys, time
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "flash_attn", "flash_attn_interface", "transformers"):
+        package = name.split(".")[0]
+        others = ("triton", "flash_attn", "flash_attn_interface", "transformers", "vllm")
+        if package in others:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 import torch
