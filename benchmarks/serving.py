@@ -98,8 +98,10 @@ def _pages_read_by(backend: Any) -> Iterator[None]:
 
     before = SharedValueAttention.pages_backend
     SharedValueAttention.pages_backend = backend
-    yield
-    SharedValueAttention.pages_backend = before
+    try:
+        yield
+    finally:
+        SharedValueAttention.pages_backend = before
 
 
 class Contestant:
