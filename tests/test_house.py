@@ -150,15 +150,19 @@ def _replaced(tree: ast.Module) -> list[str]:
     return [name for name, owner in owners.items() if ast.unparse(owner).split(".")[0] in imported]
 
 
-def test_the_package_replaces_one_function_at_run_time() -> None:
+def test_the_package_replaces_functions_of_transformers_alone_at_run_time() -> None:
     assert _replaced(ast.parse("import os\nos.path.join = None")) == ["os.path.join"]
     found = {name: replaced for name, tree in MODULES.items() if (replaced := _replaced(tree))}
     settings = found.pop("resformer_kernels.cli.compile.artifacts")
     assert all(name.startswith("triton.knobs.") for name in settings)
     assert found == {
+        "resformer_kernels.integrations.transformers.batching": [
+            "ContinuousBatchingManager.switch_to_cb_friendly_attn",
+            "paged_cache.PagedAttentionMemoryHandler.__init__",
+        ],
         "resformer_kernels.integrations.transformers.support": [
             "PreTrainedModel.get_correct_attn_implementation"
-        ]
+        ],
     }
     mocking = [
         name

@@ -266,11 +266,6 @@ def test_attention_weights_are_none_and_said_once(
     assert caplog.text.count("output_attentions=True are None") == 1
 
 
-def test_continuous_batching_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not take the cache of continuous batching"):
-        attend(None, cache=object())
-
-
 def test_packed_sequences_need_to_know_their_order() -> None:
     lengths = torch.tensor([0, 3, 7], dtype=torch.int32)
     packing: dict[str, Any] = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}

@@ -6,6 +6,8 @@ a query may attend to (`masks.py`). Where there is none, `is_causal` does, as wi
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import is_torchdynamo_compiling, logging
 
 from resformer_kernels._core.gradient import wants_gradient
-from resformer_kernels.attention.api import (
-    value_residual_attention,
-    value_residual_attention_varlen,
-)
+from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.integrations.transformers.masks import KeyMask, Window, resformer_mask
+from resformer_kernels.integrations.transformers.packed import attend_in_pages, attend_packed
 from resformer_kernels.integrations.transformers.support import check_models
 from resformer_kernels.kvcache.api import attention_with_kvcache
 
@@ -38,18 +38,12 @@ def scoring(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     output_attentions: bool = False,
-    cache: Any = None,
     **_: Any,
 ) -> dict[str, Any]:
     """The op's options, from those of an attention function of transformers.
 
-    The arguments are those of `resformer_attention`; ValueError for a `cache`.
+    The arguments are those of `resformer_attention`.
     """
-    if cache is not None:
-        raise ValueError(
-            f"attn_implementation='{NAME}' does not take the cache of continuous batching, got "
-            f"{type(cache).__name__}"
-        )
     if output_attentions:
         _log.warning_once(
             f"attn_implementation='{NAME}' computes no attention weights, so those of "
@@ -100,17 +94,21 @@ def resformer_attention(
             `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` for packed
             sequences, with B = 1. As with FlashAttention, packed sequences have no mask, but
             `is_causal` and `sliding_window`, the number of keys that a query sees on either side
-            with its own.
+            with its own. `cache`, `read_index` and `write_index` of continuous batching.
 
     Returns:
         (B, Tq, Hq, Dv), and None for the weights; `output_attentions=True` warns once.
 
     Raises:
         ValueError: dropout together with softcap, sinks or packed sequences, none of which torch's
-            SDPA has; or a cache of continuous batching.
+            SDPA has; or, in continuous batching, anything but causal attention.
+        TypeError: `cache` is not continuous batching's.
     """
     options = scoring(**kwargs)
     packed = kwargs.get("cu_seq_lens_q") is not None
+    paged = kwargs.get("cache") is not None
+    if paged:
+        _check_paged(is_causal, position_bias, indices, block_indices)
     if indices is not None:
         attention_mask = _select(attention_mask, indices, key.shape[2])
     if block_indices is not None:
@@ -131,8 +129,10 @@ def resformer_attention(
             position_bias=position_bias,
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if paged:
+        return attend_in_pages(module, q, k, v, options, kwargs), None
     if packed:
-        return _attend_packed(module, q, k, v, is_causal, options, kwargs), None
+        return attend_packed(module, q, k, v, is_causal, options, kwargs), None
     if q.shape[0] != k.shape[0]:
         batch = max(q.shape[0], k.shape[0])
         q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
@@ -171,6 +171,19 @@ def _select_blocks(
     return built
 
 
+def _check_paged(
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+) -> None:
+    if is_causal is False:
+        raise ValueError("is_causal must be True in continuous batching, got False")
+    others = {"position_bias": position_bias, "indices": indices, "block_indices": block_indices}
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} must be None in continuous batching")
+
+
 def _check_dropout(dropout: float, packed: bool, options: dict[str, Any]) -> None:
     missing = {
         "softcap": options["softcap"],
@@ -183,37 +196,6 @@ def _check_dropout(dropout: float, packed: bool, options: dict[str, Any]) -> Non
                 f"attn_implementation='{NAME}' leaves dropout to torch's SDPA, which has no "
                 f"{name}; got dropout {dropout}: set config.attention_dropout to 0"
             )
-
-
-def _attend_packed(
-    module: torch.nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    is_causal: bool | None,
-    options: dict[str, Any],
-    packing: dict[str, Any],
-) -> Tensor:
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if causal is None:
-        raise ValueError(
-            f"packed sequences need is_causal: {type(module).__name__} has no such attribute, and "
-            "the call does not give it"
-        )
-    sliding_window = packing.get("sliding_window")
-    reach = -1 if sliding_window is None else sliding_window - 1
-    packed: Tensor = value_residual_attention_varlen(
-        q.squeeze(0),
-        k.squeeze(0),
-        v.squeeze(0),
-        cu_seqlens_q=packing["cu_seq_lens_q"],
-        cu_seqlens_k=packing["cu_seq_lens_k"],
-        max_seqlen_q=packing["max_length_q"],
-        max_seqlen_k=packing["max_length_k"],
-        window=(reach, 0 if causal else reach),
-        **options,
-    )
-    return packed.unsqueeze(0)
 
 
 class Seen(NamedTuple):
@@ -293,3 +275,7 @@ def register() -> None:
     AttentionInterface.register(NAME, resformer_attention)
     AttentionMaskInterface.register(NAME, resformer_mask)
     check_models(NAME)
+    # transformers before 5.19 keeps the pages of continuous batching in another way, and refuses
+    # implementations that it does not know.
+    if find_spec("transformers.generation.continuous_batching.cache_allocators"):
+        import_module("resformer_kernels.integrations.transformers.batching").register(NAME)
