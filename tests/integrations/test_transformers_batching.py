@@ -11,20 +11,18 @@ from torch import Tensor
 from tests.integrations.tiny import (
     DECODERS,
     QUIET,
+    block_table,
     convert_to_resformer,
     converted,
     kernel,
     stock,
     tokens,
     transformers,
+    version,
 )
 
-batching = pytest.importorskip(
-    "resformer_kernels.integrations.transformers.batching",
-    reason="transformers keeps the pages of continuous batching in another way before 5.19",
-)
-
-from resformer_kernels.integrations.transformers.packed import block_table  # noqa: E402
+if version.installed() < version.BATCHING[0]:
+    pytest.skip("continuous batching was another before 5.19", allow_module_level=True)
 
 continuous = transformers.generation.continuous_batching
 paged_cache = continuous.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.tiny import QUIET, integration
+from tests.integrations.tiny import QUIET, version
 
 pytestmark = [*QUIET]
 
@@ -31,10 +31,21 @@ def test_a_missing_or_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ImportError, match=r"needs transformers: pip install 'resformer-kernels\["):
-        integration._check_version()
+        version.installed()
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.9.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.17 or newer, got 5\.9\.1"):
-        integration._check_version()
+        version.installed()
+
+
+@pytest.mark.parametrize(
+    ("installed", "served"),
+    [("5.18.0", False), ("5.19.0", True), ("5.23.1", True), ("5.24.0.dev0", False)],
+)
+def test_continuous_batching_is_served_where_its_pages_are_known(
+    installed: str, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: installed)
+    assert version.serves_batching() is served
 
 
 def test_the_example_runs(

@@ -21,9 +21,11 @@ from resformer_kernels.integrations.transformers import (  # noqa: E402
     convert_to_resformer,
     families,
     kernel,
+    version,
 )
 from resformer_kernels.integrations.transformers import masks as mask_forms  # noqa: E402
 from resformer_kernels.integrations.transformers.config import build_value_mix  # noqa: E402
+from resformer_kernels.integrations.transformers.packed import block_table  # noqa: E402
 
 # Tests import these from here, so that they are skipped where transformers is not installed.
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "QUIET",
     "ResFormerCache",
     "attention_layers",
+    "block_table",
     "build_value_mix",
     "causal",
     "convert_to_resformer",
@@ -48,6 +51,7 @@ __all__ = [
     "tokens",
     "transformers",
     "two_sided",
+    "version",
 ]
 
 transformers.logging.set_verbosity_error()

@@ -6,27 +6,9 @@ Importing this package registers the classes with transformers' Auto classes, an
 
 from __future__ import annotations
 
-import importlib.metadata
+from resformer_kernels.integrations.transformers.version import installed
 
-_NEEDED = (5, 17)
-
-
-def _check_version() -> None:
-    advice = "pip install 'resformer-kernels[transformers]'"
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(
-            f"resformer_kernels.integrations.transformers needs transformers: {advice}"
-        ) from None
-    if tuple(int(part) for part in version.split(".")[:2]) < _NEEDED:
-        raise ImportError(
-            "resformer_kernels.integrations.transformers needs transformers "
-            f"{'.'.join(map(str, _NEEDED))} or newer, got {version}: {advice}"
-        )
-
-
-_check_version()
+installed()
 
 from resformer_kernels.integrations.transformers import families, kernel  # noqa: E402
 from resformer_kernels.integrations.transformers.cache import ResFormerCache  # noqa: E402

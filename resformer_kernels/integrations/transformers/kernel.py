@@ -7,7 +7,6 @@ a query may attend to (`masks.py`). Where there is none, `is_causal` does, as wi
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.integrations.transformers.masks import KeyMask, Window, resformer_mask
 from resformer_kernels.integrations.transformers.packed import attend_in_pages, attend_packed
 from resformer_kernels.integrations.transformers.support import check_models
+from resformer_kernels.integrations.transformers.version import serves_batching
 from resformer_kernels.kvcache.api import attention_with_kvcache
 
 NAME = "resformer"
@@ -275,7 +275,5 @@ def register() -> None:
     AttentionInterface.register(NAME, resformer_attention)
     AttentionMaskInterface.register(NAME, resformer_mask)
     check_models(NAME)
-    # transformers before 5.19 keeps the pages of continuous batching in another way, and refuses
-    # implementations that it does not know.
-    if find_spec("transformers.generation.continuous_batching.cache_allocators"):
+    if serves_batching():
         import_module("resformer_kernels.integrations.transformers.batching").register(NAME)
