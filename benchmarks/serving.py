@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,8 +31,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 
-LLAMA, STOCK, OURS = "Llama, vLLM's kernel", "SVFormer, vLLM's kernel", "SVFormer, ours"
-CONTESTANTS = (LLAMA, STOCK, OURS)
+from benchmarks.serving_table import CONTESTANTS, LLAMA, STOCK, table
+
 PAGE, CHUNK, WARM_UP = 128, 2048, 3
 SIZES = {
     "vocab_size": 1024,
@@ -226,19 +225,17 @@ def main() -> None:
         fits = {
             name: largest_batch(path, 1024, options.memory << 20) for name, path in folders.items()
         }
-    here = machine()
-    print(f"| {here} | {' | '.join(CONTESTANTS)} | Llama / ours |")
-    print("| --- | --- | --- | --- | --- |")
-    for label, found in rows.items():
-        medians = [statistics.median(found[name]) * 1e3 for name in CONTESTANTS]
-        cells = " | ".join(f"{median:.1f} ms" for median in medians)
-        print(f"| {label}, {options.layers} layers | {cells} | {medians[0] / medians[2]:.2f} |")
-    llama, svformer = fits["LlamaForCausalLM"], fits["SVFormerLlamaForCausalLM"]
-    print(f"| largest batch of T1024 in {options.memory} MiB | {llama} ", end="")
-    print(f"| {svformer} | {svformer} | {svformer / llama:.2f} |")
+    run = {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "layers": options.layers,
+        "memory": options.memory,
+        "seconds": rows,
+        "largest": fits,
+    }
+    print(table(run))
     if options.json is not None:
-        stored = {"machine": here, "layers": options.layers, "seconds": rows, "largest": fits}
-        options.json.write_text(json.dumps(stored))
+        options.json.write_text(json.dumps(run))
 
 
 if __name__ == "__main__":
