@@ -141,12 +141,7 @@ class CacheAttend {
   void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
     const int64_t width = round_up(g.heads * R, 16), tokens = g.tiling.tokens;
     float *by_token = own.by_token.get(), *s = own.scores.get();
-    // K is read once a layer, V again by every layer that shares it: a large K is prefetched non-temporally.
-    if (plan_.keys_once()) {
-      stream_keys<R, Prefetch::non_temporal>(g, block, then, width, own);
-    } else {
-      stream_keys<R, Prefetch::temporal>(g, block, then, width, own);
-    }
+    stream_keys<R>(g, block, then, width, own);
     for (int64_t t = 0; t < block.count; t += kLanes) {
       for (int64_t i = 0; i < width; i += kLanes) {
         transpose_block(reinterpret_cast<const uint32_t*>(by_token + t * width + i), width,
@@ -165,15 +160,15 @@ class CacheAttend {
     });
   }
 
-  template <int R, Prefetch hint>
+  template <int R>
   void stream_keys(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t width,
                    Own& own) const {
     const int64_t stride = p_.keys.cache.stride[2];
     by_width<M>(p_.keys.dim, [&](auto steps) {
       for (int64_t t = 0; t < block.count; ++t) {
-        stream_scores<M, R, steps(), hint>(own.q.get(), words(), block.keys[t] + g.head * stride, stride,
-                                           g.heads, p_.keys.dim, then.key(block, t, stride), alpha(),
-                                           own.by_token.get() + t * width);
+        stream_scores<M, R, steps()>(own.q.get(), words(), block.keys[t] + g.head * stride, stride, g.heads,
+                                     p_.keys.dim, then.key(block, t, stride), alpha(),
+                                     own.by_token.get() + t * width);
       }
     });
   }

@@ -42,7 +42,6 @@ class CachePlan {
         tiling = tiling_of(queries * p.group);
         tilings_.push_back(tiling);
       }
-      key_bytes_ += (s.last - s.first) * p.heads_kv * p.keys.dim * element_bytes;
       add_groups(static_cast<int64_t>(b), queries * p.group, tiling);
     }
   }
@@ -59,9 +58,6 @@ class CachePlan {
   }
   int64_t columns() const { return round_up(p_.values.dim, 2 * kLanes); }
   int64_t partial_row() const { return columns() + 2; }
-
-  // Whether K is too large to stay in a cache until the next call.
-  bool keys_once() const { return key_bytes_ >= kOnceBytes; }
 
   // Range of keys visible to any row of a group.
   int64_t first(const CacheGroup& g) const {
@@ -90,7 +86,7 @@ class CachePlan {
 
  private:
   static constexpr int64_t kStateBytes = 1 << 18, kBlockBytes = 1 << 16, kWidestBytes = 1 << 17;
-  static constexpr int64_t kSplitBytes = 1 << 20, kMostSplits = 128, kOnceBytes = 1 << 22;
+  static constexpr int64_t kSplitBytes = 1 << 20, kMostSplits = 128;
 
   CacheTiling tiling_of(int64_t rows) const {
     CacheTiling t;
@@ -132,7 +128,7 @@ class CachePlan {
 
   const CacheProblem& p_;
   const int64_t token_bytes_;
-  int64_t units_ = 0, partial_ = 0, key_bytes_ = 0;
+  int64_t units_ = 0, partial_ = 0;
   std::vector<CacheTiling> tilings_;
   std::vector<CacheGroup> groups_;
 };

@@ -13,17 +13,15 @@ namespace resformer::RESFORMER_ISA {
 // Tokens (bfloat16: pairs of tokens) whose V one pass over the accumulators adds.
 constexpr int kAbreast = 2;
 
-// Cache hint of a prefetch.
-enum class Prefetch { temporal, non_temporal };
-
-template <Prefetch hint, class C>
+// Prefetches into the second level: a non-temporal hint passes it by, and with it the hardware prefetcher.
+template <class C>
 static RESFORMER_INLINE void fetch(const C* at, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, hint == Prefetch::temporal ? 3 : 0);
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, 2);
 }
 
 // sum[r] = q[r] . row for R rows of q (words), lane by lane. W: steps of a row where known
 // at compile time, else 0.
-template <class M, int R, int W, Prefetch hint>
+template <class M, int R, int W>
 static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const typename M::C* row, int64_t dim,
                                          int64_t ahead, Vec* sum) {
   constexpr int kBytes = M::kStep * sizeof(typename M::C);
@@ -35,7 +33,7 @@ static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const ty
 #pragma GCC unroll 8
   for (int64_t w = 0; w < whole; ++w) {
     const Vec k = M::load_row(row + w * M::kStep);
-    if (w * kBytes % 64 == 0) fetch<hint>(row + w * M::kStep, ahead);
+    if (w * kBytes % 64 == 0) fetch(row + w * M::kStep, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r] = M::Dot::dot(load(q + r * words + w * kLanes), k, acc[r]);
   }
@@ -50,7 +48,7 @@ static RESFORMER_INLINE void stream_head(const float* q, int64_t words, const ty
 
 // Scores of one token: R rows of q for each of its heads, to out[head * R + row]. `q` has R rows of `words` a
 // head.
-template <class M, int R, int W, Prefetch hint>
+template <class M, int R, int W>
 static RESFORMER_INLINE void stream_scores(const float* q, int64_t words, const typename M::C* key,
                                            int64_t head_stride, int64_t heads, int64_t dim, int64_t ahead,
                                            float alpha, float* out) {
@@ -60,14 +58,14 @@ static RESFORMER_INLINE void stream_scores(const float* q, int64_t words, const 
     Vec acc[kSums];
 #pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h, q += R * words, key += head_stride)
-      stream_head<M, R, W, hint>(q, words, key, dim, ahead, acc + h * R);
+      stream_head<M, R, W>(q, words, key, dim, ahead, acc + h * R);
     reduce_all(acc, alpha, out);
   }
   if (heads == 0) return;
   Vec acc[kSums];
   for (int i = 0; i < kSums; ++i) acc[i] = zero();
   for (int h = 0; h < heads; ++h, q += R * words, key += head_stride)
-    stream_head<M, R, W, hint>(q, words, key, dim, ahead, acc + h * R);
+    stream_head<M, R, W>(q, words, key, dim, ahead, acc + h * R);
   reduce_all(acc, alpha, out);
 }
 
@@ -115,7 +113,7 @@ static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const 
     const auto whole = [&](int64_t d) {
       if (d / M::kStep * kBytes % 64 == 0) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) fetch<Prefetch::temporal>(at[i] + d, rows[i].ahead);
+        for (int i = 0; i < kRows; ++i) fetch(at[i] + d, rows[i].ahead);
       }
       step(d, 0);
     };
