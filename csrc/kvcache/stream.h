@@ -6,6 +6,7 @@
 // With each line that is read, the same line of the next block is prefetched, `ahead` bytes further on.
 #pragma once
 
+#include "common/non_temporal.h"
 #include "kvcache/tile.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -13,10 +14,9 @@ namespace resformer::RESFORMER_ISA {
 // Tokens (bfloat16: pairs of tokens) whose V one pass over the accumulators adds.
 constexpr int kAbreast = 2;
 
-// Prefetches into the second level: a non-temporal hint passes it by, and with it the hardware prefetcher.
 template <class C>
 static RESFORMER_INLINE void fetch(const C* at, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead, 0, 2);
+  prefetch_line(reinterpret_cast<const char*>(at) + ahead);
 }
 
 // sum[r] = q[r] . row for R rows of q (words), lane by lane. W: steps of a row where known

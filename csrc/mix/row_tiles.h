@@ -79,7 +79,7 @@ struct Operand {
   const T* now;
   const T* later;
 
-  RESFORMER_INLINE void prefetch(int64_t d) const { __builtin_prefetch(later + d, 0, 0); }
+  RESFORMER_INLINE void prefetch(int64_t d) const { prefetch_line(later + d); }
 };
 
 template <class T>

@@ -47,7 +47,7 @@ struct Walk {
 
   void next() { at += by; }
 
-  void prefetch(int64_t rows, int64_t c) const { __builtin_prefetch(at + rows * by + c, 0, 0); }
+  void prefetch(int64_t rows, int64_t c) const { prefetch_line(at + rows * by + c); }
 };
 
 template <class T>
