@@ -1,4 +1,4 @@
-// Shared by kernels bound by memory: non-temporal stores, which bypass the caches, and prefetch distance.
+// Shared by kernels bound by memory: non-temporal stores, which bypass the caches, and prefetching.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ constexpr int64_t kPrefetchBytes = 4096;  // distance at which an operand is pre
 
 namespace resformer::RESFORMER_ISA {
 
-// Into the second level: a non-temporal hint passes it by, and with it the hardware prefetcher, which costs
-// Intel's cores half the bandwidth.
+// Prefetches a line into the second-level cache. The hardware prefetcher there does not see lines that a
+// non-temporal hint brings: with that hint Intel's cores read at half the bandwidth.
 static inline void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // stream(p, x): a non-temporal store of a whole vector at a multiple of its size. Not for data that is read

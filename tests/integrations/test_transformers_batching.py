@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from tests.integrations.tiny import (
     DECODERS,
     QUIET,
+    attention_layers,
     block_table,
     convert_to_resformer,
     converted,
@@ -71,7 +73,7 @@ def batched(
     )
     assert [output.error for output in found.values() if output.error] == []
     # Names are req_0, req_1, ...; copies of a request follow it.
-    order = sorted(found, key=lambda name: [int(n) for n in name if n.isdigit()])
+    order = sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     assert model.config._attn_implementation == implementation
     return [found[name].generated_tokens for name in order]
 
@@ -152,6 +154,18 @@ def test_rings_keep_values_until_every_layer_has_read_them(
     prompts = [prompt(length) for length in (2, 23, 24, 60, 75)]
     uncached = [_uncached(model, ids) for ids in prompts]
     assert batched(model, prompts, implementation) == uncached
+
+
+def test_a_window_counts_where_all_tokens_are_kept() -> None:
+    kinds = 4 * ["sliding_attention"]
+    windowed = stock("Qwen2", **(SLIDING | {"sliding_window": 8}), layer_types=kinds)
+    prompts = [prompt(length) for length in (5, 40, 60)]
+    expected = [_uncached(windowed, ids) for ids in prompts]
+    model = stock("Qwen2")
+    assert expected != [_uncached(model, ids) for ids in prompts]
+    for layer in attention_layers(model):
+        layer.sliding_window = 8
+    assert batched(model, prompts) == expected
 
 
 def _uncached(model: Any, ids: list[int]) -> list[int]:

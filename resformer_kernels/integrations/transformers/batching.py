@@ -32,11 +32,14 @@ def value_owners(config: Any, layers: list[int]) -> dict[int, int]:
     return {i: 0 if i in config.value_residual_layers else i for i in layers}
 
 
-class SharesValues(FullAttentionCacheAllocator):
-    """The part common to both allocators: pages of half the size, of keys or of values.
+class FullAllocator(FullAttentionCacheAllocator):
+    """Pages of half the size, of keys or of values, for layers that keep all tokens.
 
     Models other than SVFormers are kept as transformers keeps them.
     """
+
+    last_writes = False
+    """Whether shared values are written by the last layer that has them, not by the first."""
 
     step: tuple[Tensor, dict[Any, Any]] | None = None
     """The rows read in the current step, and what its layers planned."""
@@ -47,6 +50,8 @@ class SharesValues(FullAttentionCacheAllocator):
         self.owners = value_owners(config, layer_indices)
         if not self.owners:
             return
+        layers = self.owners.items() if self.last_writes else reversed(self.owners.items())
+        self._writers = {owner: layer for layer, owner in layers}
         kept = list(dict.fromkeys(self.owners.values()))
         self.rows_per_token = 1
         self._before_cache_tensor_init(
@@ -92,21 +97,14 @@ class SharesValues(FullAttentionCacheAllocator):
         }
 
     def appends_values(self, layer: int) -> bool:
-        """Whether the layer writes values: the first one of those that share them."""
-        return not self.owners or layer == self._sharing(layer)[0]
-
-    def _sharing(self, layer: int) -> list[int]:
-        """The layers here whose values are those of `layer`, in the order in which they run."""
-        owner = self.owners[layer]
-        return [i for i, other in self.owners.items() if other == owner]
+        """Whether the layer writes values: one of those that share them does."""
+        return not self.owners or layer == self._writers[self.owners[layer]]
 
 
-class FullAllocator(SharesValues):
-    """Layers that keep all tokens."""
+class SlidingAllocator(FullAllocator, SlidingAttentionCacheAllocator):
+    """The same for layers that keep a ring of the last tokens."""
 
-
-class SlidingAllocator(SharesValues, SlidingAttentionCacheAllocator):
-    """Layers that keep a ring of the last tokens."""
+    last_writes = True
 
     def update(
         self,
@@ -142,7 +140,7 @@ class SlidingAllocator(SharesValues, SlidingAttentionCacheAllocator):
             for past, new in zip(seen, (key_states, value_states), strict=True):
                 past.masked_scatter_(fresh[:, None, None], new)
         keys.index_copy_(0, write_index, key_states)
-        if layer_idx == self._sharing(layer_idx)[-1]:
+        if self.appends_values(layer_idx):
             values.index_copy_(0, write_index, value_states)
         return seen
 

@@ -40,8 +40,7 @@ def attend_packed(
             f"packed sequences need is_causal: {type(module).__name__} has no such attribute, and "
             "the call does not give it"
         )
-    sliding_window = packing.get("sliding_window")
-    reach = -1 if sliding_window is None else sliding_window - 1
+    reach = _reach(packing)
     packed: Tensor = value_residual_attention_varlen(
         q.squeeze(0),
         k.squeeze(0),
@@ -54,6 +53,12 @@ def attend_packed(
         **options,
     )
     return packed.unsqueeze(0)
+
+
+def _reach(packing: dict[str, Any]) -> int:
+    """Keys that a query sees on either side of its own; -1: all."""
+    sliding_window: int | None = packing.get("sliding_window")
+    return -1 if sliding_window is None else sliding_window - 1
 
 
 # A compiler would trace the host's work, and guard on the lengths of every step.
@@ -110,7 +115,7 @@ def _plan(
     options: dict[str, Any],
     packing: dict[str, Any],
 ) -> KVCachePlan:
-    """The plan of this step for layers of one scale and cap, made by the first of them.
+    """The plan of this step for layers of one scale, cap and window, made by the first of them.
 
     Its tensors are q, the pages of keys and of values, and the new keys and values.
     """
@@ -119,7 +124,7 @@ def _plan(
     if allocator.step is None or allocator.step[0] is not index:
         allocator.step = index, {}
     plans: dict[Any, KVCachePlan] = allocator.step[1]
-    kind = options["scale"], options["softcap"]
+    kind = options["scale"], options["softcap"], _reach(packing)
     if kind not in plans:
         offsets, ends = packing["cu_seq_lens_q"], packing["cu_seq_lens_k"][allocator.layer_type]
         longest = packing["max_length_k"][allocator.layer_type]
@@ -130,6 +135,7 @@ def _plan(
             cu_seqlens_q=offsets,
             max_seqlen_q=packing["max_length_q"],
             cu_seqlens_k_new=offsets,
+            window=(_reach(packing), 0),
             scale=options["scale"],
             softcap=options["softcap"],
         )
