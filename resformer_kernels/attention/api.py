@@ -44,6 +44,9 @@ def value_residual_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     return_lse: bool = False,
     return_mixed_value: bool = False,
     backend: str = "auto",
@@ -55,7 +58,11 @@ def value_residual_attention(
     is computed in float32, rounded once to v's dtype, and never saved for backward.
 
     For each query, in this order: `scale * q.k`, then `softcap * tanh(. / softcap)`, then the
-    additive bias, then the masks; the softmax runs over what is left and the sink.
+    additive bias, then the masks; the softmax runs over what is left and the sink. What follows the
+    softmax is fused too: with y its output and v' the row of V' at the query's own position
+    p = i + Tk - Tq, of the query's KV head (exclusive self-attention, XSA, arXiv 2603.09078),
+
+        out = out_gate * (y - exclusive * (y.v') / max(|v'|, exclusive_eps)^2 * v').
 
     Args:
         q: (B, Tq, Hq, Dk); float32, bfloat16, float16 or float64 (float64: reference only).
@@ -76,6 +83,14 @@ def value_residual_attention(
             denominator. Not scaled, capped or biased.
         attn_bias: broadcastable to (B, Hq, Tq, Tk): additive, float32 or q's dtype, or a bool
             mask (True = attend). It intersects with causal and window.
+        exclusive: how much of the part along v' is taken out: 1.0 takes all of it, as the paper
+            does, None or 0 nothing. A float, or a tensor, float32 or q's dtype, that broadcasts to
+            (B, Tq, Hq, 1) without enlarging it: (), (Hq, 1), (B, Tq, 1, 1), (B, Tq, Hq, 1). A tanh
+            or the like is the caller's. A mask that hides p changes nothing here, and where p holds
+            no key (p < 0) nothing is taken out.
+        exclusive_eps: bounds the norm of v' from below; from 1e-18 to 1e18.
+        out_gate: None, or a tensor, float32 or q's dtype, that broadcasts to (B, Tq, Hq, Dv):
+            (Hq, 1), (B, Tq, Hq, 1), (B, Tq, Hq, Dv). Applied last; a sigmoid is the caller's.
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), float32 (float64 for float64 inputs). Differentiable.
         return_mixed_value: also return V', (B, Tk, Hkv, Dv) in v's dtype. Differentiable.
@@ -108,6 +123,9 @@ def value_residual_attention(
         softcap=softcap,
         sinks=sinks,
         attn_bias=attn_bias,
+        exclusive=exclusive,
+        exclusive_eps=exclusive_eps,
+        out_gate=out_gate,
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
     )
@@ -134,6 +152,9 @@ def value_residual_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     return_lse: bool = False,
     return_mixed_value: bool = False,
     backend: str = "auto",
@@ -158,6 +179,8 @@ def value_residual_attention_varlen(
         max_seqlen_k: an upper bound of the key lengths, in tokens.
         attn_bias: broadcastable to (batch, Hq, max_seqlen_q, max_seqlen_k), indexed by the
             position within the sequence.
+        exclusive: a float, or a tensor that broadcasts to (total_q, Hq, 1).
+        out_gate: None, or a tensor that broadcasts to (total_q, Hq, Dv).
         return_lse: the LSE is (Hq, total_q).
         return_mixed_value: V' is (total_k, Hkv, Dv).
 
@@ -183,6 +206,9 @@ def value_residual_attention_varlen(
         softcap=softcap,
         sinks=sinks,
         attn_bias=attn_bias,
+        exclusive=exclusive,
+        exclusive_eps=exclusive_eps,
+        out_gate=out_gate,
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
     )

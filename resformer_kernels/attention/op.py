@@ -2,7 +2,7 @@
 
 Both serve fixed-length (B, T, H, D) and packed (total, H, D) tensors; the latter come with
 `cu_seqlens`. What was not asked for comes back with no elements. Saved for backward: the inputs,
-out and lse. V' is never saved: backward mixes it again.
+out and lse, and what `epilogue` says. V' is never saved: backward mixes it again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from resformer_kernels._core.gradient import (
     wants_gradient,
 )
 from resformer_kernels._core.op import Op, vmap_error
+from resformer_kernels.attention.epilogue import keeping
 from resformer_kernels.attention.record import FIXED, LEAVES, AttentionCall
 
 _ROWS = ("q", "k", "v", "v_first")
@@ -39,18 +40,22 @@ class BackwardCall(NamedTuple):
     grad_mixed: Tensor | None
     call: AttentionCall
     out: Tensor
+    """Or the output before the gate, where `call.return_ungated`."""
     lse: Tensor
+    along: Tensor | None
     grad_mask: int
 
 
-def _forward_fake(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(call: AttentionCall) -> tuple[Tensor, ...]:
     q, value = call.q, call.value
     *batch, time, heads, _ = q.shape
-    lse_shape = (*batch, heads, time) if call.return_lse else (0,)
+    of_rows, of_out = (*batch, heads, time), (*q.shape[:-1], value.shape[-1])
     return (
-        q.new_empty((*q.shape[:-1], value.shape[-1])),
-        q.new_empty(lse_shape, dtype=torch.float32),
+        q.new_empty(of_out),
+        q.new_empty(of_rows if call.return_lse else (0,), dtype=torch.float32),
         value.new_empty(value.shape if call.return_mixed_value else (0,)),
+        q.new_empty(of_rows if call.return_along else (0,), dtype=torch.float32),
+        q.new_empty(of_out if call.return_ungated else (0,)),
     )
 
 
@@ -74,7 +79,7 @@ def absent_gradient(call: AttentionCall, bit: int) -> Tensor:
 FORWARD = Op(
     f"{FIXED}_forward",
     AttentionCall,
-    "(Tensor out, Tensor lse, Tensor mixed)",
+    "(Tensor out, Tensor lse, Tensor mixed, Tensor along, Tensor ungated)",
     function=FIXED,
     fake=_forward_fake,
     triton="resformer_kernels.attention.triton.forward:forward",
@@ -89,37 +94,45 @@ BACKWARD = Op(
 )
 
 
-_PARTS = Parts(AttentionCall, (*_ROWS, *_COEFFICIENTS, *_OFFSETS, "sinks", "attn_bias"))
+_PARTS = Parts(
+    AttentionCall,
+    (*_ROWS, *_COEFFICIENTS, *_OFFSETS, "sinks", "attn_bias", "exclusive", "out_gate"),
+)
 
 
 class ValueResidualAttention(torch.autograd.Function):
-    """apply(namespace, *parts of a call) -> (out, lse, mixed); mixed is empty if not asked for."""
+    """apply(namespace, *parts of a call) -> the forward op's results, empty if not asked for."""
 
     @staticmethod
     @signed
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         # One parameter: torch binds the signature at every call.
         namespace, rest, *tensors = arguments
         # Backward needs the LSE whether the caller does or not.
         call = _PARTS.join(rest, tensors)._replace(return_lse=True)
-        result: tuple[Tensor, Tensor, Tensor] = FORWARD(namespace, call)
+        result: tuple[Tensor, ...] = FORWARD(namespace, call)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.namespace, ctx.rest, *tensors = inputs
-        out, lse, mixed = output
-        ctx.save_for_backward(*tensors, out, lse)
+        out, lse, mixed, along, ungated = output
+        call = _PARTS.join(ctx.rest, tensors)
+        kept = ungated if call.return_ungated else out
+        ctx.save_for_backward(*tensors, kept, lse, along if call.return_along else None)
         ctx.set_materialize_grads(False)
-        return_lse, return_mixed_value = ctx.rest[-2:]
-        unwanted = [] if return_lse else [lse]
-        ctx.mark_non_differentiable(*unwanted, *([] if return_mixed_value else [mixed]))
+        unwanted = [along, ungated, *([] if call.return_lse else [lse])]
+        ctx.mark_non_differentiable(*unwanted, *([] if call.return_mixed_value else [mixed]))
 
     @staticmethod
     def backward(
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mixed: Tensor | None
+        ctx: Any,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        grad_mixed: Tensor | None,
+        *_: Any,
     ) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
+        *tensors, out, lse, along = ctx.saved_tensors
         call = _PARTS.join(ctx.rest, tensors)
         needs = _PARTS.wanted(ctx, LEAVES)
         # torch.compile materialises the gradients of outputs that were marked not differentiable.
@@ -130,6 +143,7 @@ class ValueResidualAttention(torch.autograd.Function):
             call=call,
             out=out,
             lse=lse,
+            along=along,
             grad_mask=mask_of(needs),
         )
         gradients = run_backward(BACKWARD, ctx.namespace, given)
@@ -149,9 +163,10 @@ def run(namespace: str, call: AttentionCall) -> tuple[Tensor, Tensor | None, Ten
     if not torch.compiler.is_compiling():
         refuse_forward_mode(FIXED, leaves)
     if wants_gradient(leaves):
-        out, lse, mixed = ValueResidualAttention.apply(namespace, *_PARTS.split(call))
+        call = call if call.plain else keeping(call)
+        out, lse, mixed, _, _ = ValueResidualAttention.apply(namespace, *_PARTS.split(call))
     else:
-        out, lse, mixed = FORWARD(namespace, call)
+        out, lse, mixed, _, _ = FORWARD(namespace, call)
     return out, lse if call.return_lse else None, mixed if call.return_mixed_value else None
 
 

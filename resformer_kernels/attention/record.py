@@ -27,11 +27,19 @@ from resformer_kernels._core.checks import (
 )
 from resformer_kernels._core.coefficients import check_coefficient
 from resformer_kernels._core.op import SymInt, refuse_vmap
+from resformer_kernels.attention.epilogue import (
+    check_exclusive,
+    check_exclusive_eps,
+    check_out_gate,
+)
 
 FIXED, PACKED = "value_residual_attention", "value_residual_attention_varlen"
 """The public functions."""
 
-LEAVES = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
+LEAVES = (
+    *("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias"),
+    *("exclusive", "out_gate"),
+)
 """Arguments that have gradients, in the order of the backward op's results and of `grad_mask`."""
 
 _FIXED_Q = "(batch, time, heads, head_dim)"
@@ -46,8 +54,10 @@ class AttentionCall(NamedTuple):
     Fixed length (cu_seqlens_* None): q (B, Tq, Hq, Dk), k (B, Tk, Hkv, Dk), values
     (B, Tk, Hkv, Dv). Packed: no batch axis, time is total_q and total_k. At least one of v and
     v_first is given; where one is absent there are no coefficients (None, and values of 1.0).
-    A tensor coefficient has V's rank, attn_bias rank 4; axes of size 1 broadcast. `causal` is
-    folded into window_right; -1 is unbounded on either side.
+    A tensor coefficient has V's rank, exclusive and out_gate q's, attn_bias rank 4; axes of size 1
+    broadcast. `causal` is folded into window_right; -1 is unbounded on either side. Nothing is
+    excluded where `exclusive` is None and its value 0. The last two fields ask for what backward
+    reads: see `epilogue`.
     """
 
     q: Tensor
@@ -70,6 +80,22 @@ class AttentionCall(NamedTuple):
     attn_bias: Tensor | None
     return_lse: bool
     return_mixed_value: bool
+    exclusive: Tensor | None = None
+    exclusive_value: float = 0.0
+    exclusive_eps: float = 1e-6
+    out_gate: Tensor | None = None
+    return_along: bool = False
+    return_ungated: bool = False
+
+    @property
+    def excludes(self) -> bool:
+        """Whether the part along the query's own value is taken from the output."""
+        return self.exclusive is not None or self.exclusive_value != 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing follows the softmax."""
+        return not self.excludes and self.out_gate is None
 
     @property
     def packed(self) -> bool:
@@ -129,6 +155,9 @@ def check_call(
     softcap: Any,
     sinks: Any,
     attn_bias: Any,
+    exclusive: Any,
+    exclusive_eps: Any,
+    out_gate: Any,
     return_lse: Any,
     return_mixed_value: Any,
 ) -> AttentionCall:
@@ -166,6 +195,8 @@ def check_call(
     check_sinks(sinks, q)
     check_flag("return_lse", return_lse)
     check_flag("return_mixed_value", return_mixed_value)
+    value = v if v is not None else v_first
+    own_part, own_part_value = check_exclusive(exclusive, q, k.shape[-2])
     return AttentionCall(
         q=q,
         k=k,
@@ -187,6 +218,10 @@ def check_call(
         attn_bias=check_bias(attn_bias, q, (batch, q.shape[-2], max_q, max_k)),
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
+        exclusive=own_part,
+        exclusive_value=own_part_value,
+        exclusive_eps=check_exclusive_eps(exclusive_eps),
+        out_gate=check_out_gate(out_gate, q, value.shape[-1], k.shape[-2]),
     )
 
 
@@ -247,8 +282,8 @@ def coefficients(
                 )
             real(name, value)
         return None, None, 1.0, 1.0
-    first, first_value = check_coefficient("lambda_first", lambda_first, v, query_heads=heads)
-    own, own_value = check_coefficient("lambda_v", lambda_v, v, query_heads=heads)
+    first, first_value = check_coefficient("lambda_first", lambda_first, v, other_heads=heads)
+    own, own_value = check_coefficient("lambda_v", lambda_v, v, other_heads=heads)
     return own, first, own_value, first_value
 
 

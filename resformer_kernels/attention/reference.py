@@ -2,7 +2,9 @@
 
     V' = lambda_v * v + lambda_first * v_first                     (arXiv 2410.17897, ResFormer)
     S  = softcap(scale * q k^T) + bias, and -inf where attention may not go
-    LSE = log(exp(sink) + sum_j exp(S_j)),   out = exp(S - LSE) V'
+    LSE = log(exp(sink) + sum_j exp(S_j)),   y = exp(S - LSE) V'
+    out = gate * (y - exclusive * (y . w) / max(|w|, eps)^2 * w),   w = V' at the query's position
+                                                                    (arXiv 2603.09078, XSA)
 
 It computes in float64 for float64 inputs and in float32 for all others, and rounds V' once to v's
 dtype. It is differentiable by autograd as it stands and materialises (B, Hq, Tq, Tk) scores.
@@ -58,7 +60,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _run_fixed(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mixed = mix(call, call.v, call.v_first)
     allowed = allowed_positions(call, call.max_seqlen_q, call.max_seqlen_k, call.q.device)
-    out, lse = attend(call, call.q, call.k, mixed, allowed)
+    y, lse = attend(call, call.q, call.k, mixed, allowed)
+    out = finish(call, *placed(call, y, mixed))
     returned = mixed.clone(memory_format=torch.contiguous_format)
     return out, lse if call.return_lse else None, returned if call.return_mixed_value else None
 
@@ -75,7 +78,7 @@ def _run_packed(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | N
     mixed = mix(call, values[0], values[1]).masked_fill(~inside, 0)
 
     rows_k = _rows(cu_k, call.max_seqlen_k, call.k.shape[0])
-    out, lse = attend(
+    y, lse = attend(
         call,
         _take(call.q, _rows(cu_q, call.max_seqlen_q, call.q.shape[0])),
         _take(call.k, rows_k),
@@ -85,7 +88,8 @@ def _run_packed(attend: Attend, call: AttentionCall) -> tuple[Tensor, Tensor | N
         ),
     )
     back = _rows_back(cu_q, call.max_seqlen_q, call.q.shape[0])
-    out = _take(out.flatten(0, 1), back)
+    y = _take(y.flatten(0, 1), back)
+    out = finish(closed(call), *placed(call, y, mixed))[0]
     lse = _take(lse.transpose(1, 2).flatten(0, 1), back, fill=-torch.inf).transpose(0, 1)
     return (
         out,
@@ -146,6 +150,60 @@ def allowed_positions(
     return allowed
 
 
+def placed(call: AttentionCall, y: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (B, Tq, Hq, Dv), V' (B, Tk, Hkv, Dv), at): `at` (1, Tq) is the key at each query's own
+    position, below 0 where there is none. What is packed is one batch entry."""
+    cu_q, cu_k = call.cu_seqlens_q, call.cu_seqlens_k
+    rows = torch.arange(call.q.shape[-3], device=y.device)
+    if cu_q is None or cu_k is None:
+        return y, value, (rows + (call.max_seqlen_k - call.max_seqlen_q))[None]
+    if cu_q.shape[0] == 1:
+        return y[None], value[None], torch.full_like(rows, -1)[None]
+    owner = torch.searchsorted(cu_q[1:].contiguous(), rows, right=True)
+    owner = owner.clamp(max=cu_q.shape[0] - 2)
+    at = rows + (cu_k[1:] - cu_q[1:])[owner]
+    there = (rows < cu_q[-1]) & (at >= cu_k[owner])
+    return y[None], value[None], torch.where(there, at, -1)[None]
+
+
+def closed(call: AttentionCall) -> AttentionCall:
+    """The call with exclusive and out_gate of zeros after the last packed sequence."""
+    if call.cu_seqlens_q is None:
+        return call
+    after = torch.arange(call.q.shape[0], device=call.q.device) >= call.cu_seqlens_q[-1]
+    factors = {"exclusive": call.exclusive, "out_gate": call.out_gate}
+    return call._replace(
+        **{
+            name: x.masked_fill(after[:, None, None], 0)
+            for name, x in factors.items()
+            if x is not None
+        }
+    )
+
+
+def own_values(value: Tensor, at: Tensor, y: Tensor) -> Tensor:
+    """(B, Tq, Hq, Dv), in y's dtype: V' at each query's own position, zeros where there is none."""
+    # The row after the last one stands for a position without a key.
+    nothing = value.new_zeros(value.shape[0], 1, *value.shape[2:])
+    rows = torch.cat([value, nothing], dim=1)
+    batch = torch.arange(value.shape[0], device=value.device)[:, None]
+    own = rows[batch, at.clamp(min=-1)].to(y.dtype)
+    return own.repeat_interleave(y.shape[2] // value.shape[2], dim=2)
+
+
+def finish(call: AttentionCall, y: Tensor, value: Tensor, at: Tensor) -> Tensor:
+    """out (B, Tq, Hq, Dv) in q's dtype, of y that was not rounded yet: see `placed`."""
+    if call.excludes:
+        own = own_values(value, at, y)
+        size = own.square().sum(-1, keepdim=True).clamp(min=call.exclusive_eps**2)
+        along = (y * own).sum(-1, keepdim=True) / size
+        part = call.exclusive_value if call.exclusive is None else call.exclusive.to(y.dtype)
+        y = y - part * along * own
+    if call.out_gate is not None:
+        y = call.out_gate.to(y.dtype) * y
+    return y.to(call.q.dtype)
+
+
 def scores(call: AttentionCall, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
     """S (B, Hq, Tq, Tk): scale, softcap, bias and mask, in that order; -inf where masked."""
     compute = _compute_dtype(q.dtype)
@@ -166,7 +224,7 @@ def scores(call: AttentionCall, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor
 def attend(
     call: AttentionCall, q: Tensor, k: Tensor, value: Tensor, allowed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, Tq, Hq, Dv) in q's dtype, lse (B, Hq, Tq)) of (B, T, H, D) arguments."""
+    """(y (B, Tq, Hq, Dv), not rounded yet, lse (B, Hq, Tq)) of (B, T, H, D) arguments."""
     s = scores(call, q, k, allowed)
     # A row without keys has no maximum: -inf stands in, and 0 stands in for that.
     peak = torch.cat([s, s.new_full((*s.shape[:-1], 1), -torch.inf)], dim=-1).amax(-1)
@@ -186,7 +244,7 @@ def attend(
     values = value.to(s.dtype).transpose(1, 2).repeat_interleave(group, dim=1)
     out = (weights / total[..., None]) @ values
     lse = (peak + total.log()).masked_fill(empty, -torch.inf)
-    return out.transpose(1, 2).contiguous().to(q.dtype), lse
+    return out.transpose(1, 2).contiguous(), lse
 
 
 def attend_by_lse(
@@ -211,4 +269,4 @@ def attend_by_lse(
     values = value.to(s.dtype).transpose(1, 2).repeat_interleave(group, dim=1)
     kept = (weights @ values).to(q.dtype).to(s.dtype)
     out = kept * torch.exp(-drift)[..., None]
-    return out.transpose(1, 2).contiguous().to(q.dtype), lse + drift
+    return out.transpose(1, 2).contiguous(), lse + drift

@@ -36,6 +36,9 @@ def attention_with_kvcache(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
     out: Tensor | None = None,
@@ -86,6 +89,12 @@ def attention_with_kvcache(
         k_scale: float32 (B, T, Hkv) or (pages, page_size, Hkv): a quantised cache's values are
             code * scale. Appended tokens are quantised symmetrically, per token and head.
         v_scale: the same of v_cache.
+        exclusive: how much of the part along v', the cached value at the query's own position, is
+            taken from the output, as in `value_residual_attention`: a float, or a tensor that
+            broadcasts to (B, Tq, Hq, 1), packed (total_q, Hq, 1). Where key_mask hides that
+            position nothing is taken out.
+        exclusive_eps: bounds the norm of v' from below.
+        out_gate: None, or a tensor that broadcasts to the result's shape. Applied last.
         num_splits: splits of each sequence's keys (split-KV), attended separately and merged by
             their LSE; 0 chooses by length. The result differs by rounding alone.
         return_lse: also return the natural log of the softmax denominator, sink included,
@@ -93,7 +102,8 @@ def attention_with_kvcache(
         out: takes the result: its shape, q's dtype, a contiguous last axis, memory that no other
             argument has.
         plan: of `plan_kvcache`, for this call and those of other layers. Then q, the caches, k, v,
-            k_scale, v_scale, sinks, return_lse and out are given, and nothing else.
+            k_scale, v_scale, sinks, exclusive, exclusive_eps, out_gate, return_lse and out are
+            given, and nothing else.
         backend: "auto", "native", "triton" or "reference". A name never falls back.
 
     Returns:
@@ -118,11 +128,21 @@ def attention_with_kvcache(
         if options != _DEFAULTS or any(x is not None for x in (*tensors, *others)):
             raise ValueError(
                 "plan must be given with q, k_cache, v_cache, k, v, k_scale, v_scale, sinks, "
-                "return_lse and out alone: it has the other arguments"
+                "exclusive, exclusive_eps, out_gate, return_lse and out alone: it has the others"
             )
-        scales = (k_scale, v_scale)
         call = plan.call_of(
-            q, k_cache, v_cache, k, v, scales=scales, sinks=sinks, return_lse=return_lse, out=out
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            scales=(k_scale, v_scale),
+            sinks=sinks,
+            return_lse=return_lse,
+            out=out,
+            exclusive=exclusive,
+            exclusive_eps=exclusive_eps,
+            out_gate=out_gate,
         )
         found = serve(ATTEND, plan.backend, BACKENDS, call) if explaining() else plan.run(call)
     else:
@@ -149,6 +169,9 @@ def attention_with_kvcache(
             num_splits=num_splits,
             return_lse=return_lse,
             out=out,
+            exclusive=exclusive,
+            exclusive_eps=exclusive_eps,
+            out_gate=out_gate,
         )
         found = serve(ATTEND, backend, BACKENDS, call)
     result, lse = found

@@ -91,8 +91,8 @@ def check_new_tokens(k: Any, v: Any, cu_seqlens_k_new: Any, batch: int) -> None:
 class Queries(NamedTuple):
     """Packed queries as a batch whose sequences end together."""
 
-    batch: Tensor
-    """(B, longest, Hq, D)."""
+    batch: dict[str, Tensor | None]
+    """q (B, longest, Hq, D), and exclusive and out_gate likewise, under the names of the call."""
     slot: Tensor
     """(total_q,): the row of each query among B * longest, and one past them for a query after the
     last sequence."""
@@ -110,9 +110,17 @@ def as_batch(call: KVCacheCall) -> Queries:
     """The packed queries of a call. The op aligns the last query of a sequence with its last key,
     so what stands before the first changes nothing."""
     assert call.cu_seqlens_q is not None
-    q, longest, batch = call.q[0], call.max_seqlen_q, call.sequences
-    packed = rows_of(call.cu_seqlens_q, q.shape[0])
+    longest, batch, total = call.max_seqlen_q, call.sequences, call.q.shape[1]
+    packed = rows_of(call.cu_seqlens_q, total)
     inside = (packed.left >= 1) & (packed.left <= longest)
     slot = torch.where(inside, (packed.sequence + 1) * longest - packed.left, batch * longest)
-    rows = q.new_zeros((batch * longest + 1, *q.shape[1:])).index_put((slot,), q)
-    return Queries(rows[:-1].unflatten(0, (batch, longest)), slot)
+
+    def placed(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x[0].expand(total, *x.shape[2:])
+        rows = x.new_zeros((batch * longest + 1, *x.shape[1:])).index_put((slot,), x)
+        return rows[:-1].unflatten(0, (batch, longest))
+
+    names = ("q", "exclusive", "out_gate")
+    return Queries({name: placed(getattr(call, name)) for name in names}, slot)

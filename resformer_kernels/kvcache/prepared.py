@@ -9,6 +9,11 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag, describe
 from resformer_kernels._core.select import Backend
+from resformer_kernels.attention.epilogue import (
+    check_exclusive,
+    check_exclusive_eps,
+    check_out_gate,
+)
 from resformer_kernels.attention.record import check_sinks
 from resformer_kernels.kvcache import checks
 from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
@@ -63,6 +68,9 @@ class KVCachePlan:
         sinks: Any,
         return_lse: Any,
         out: Any,
+        exclusive: Any = None,
+        exclusive_eps: Any = 1e-6,
+        out_gate: Any = None,
     ) -> KVCacheCall:
         """The call of one layer. TypeError or ValueError where it does not fit the plan."""
         self._check("q", q)
@@ -97,8 +105,14 @@ class KVCachePlan:
             fits = isinstance(out, Tensor) and out.shape == self._out and out.is_contiguous()
             fits = fits and out.dtype is q.dtype and out.device == self._device
             written = (out[None] if self._packed_q else out) if fits else None
-            call = KVCacheCall(
-                *call[:-1], checks.check_out(out, call) if written is None else written
+            call = call._replace(out=checks.check_out(out, call) if written is None else written)
+        if exclusive is not None or out_gate is not None:
+            own_part, number = check_exclusive(exclusive, q, k_cache.shape[2])
+            call = call._replace(
+                exclusive=own_part,
+                exclusive_value=number,
+                exclusive_eps=check_exclusive_eps(exclusive_eps),
+                out_gate=check_out_gate(out_gate, q, v_cache.shape[3], k_cache.shape[2]),
             )
         checks.refuse_gradients(call)
         return call

@@ -28,7 +28,8 @@ class KVCacheCall(NamedTuple):
     not None. `cache_seqlens` is int32 (B,) on q's device, the lengths before k and v are appended.
     `key_mask` is bool (B, T'), T' at most the capacity; keys from T' on are masked. `causal` is
     folded into window_right; -1 is unbounded on either side. `out`, of the result's shape, takes
-    the result; the op's own then has no elements.
+    the result; the op's own then has no elements. `exclusive` and `out_gate` are those of an
+    `AttentionCall`.
     """
 
     q: Tensor
@@ -53,6 +54,15 @@ class KVCacheCall(NamedTuple):
     num_splits: int
     return_lse: bool
     out: Annotated[Tensor | None, "Tensor(e!)?"]
+    exclusive: Tensor | None = None
+    exclusive_value: float = 0.0
+    exclusive_eps: float = 1e-6
+    out_gate: Tensor | None = None
+
+    @property
+    def excludes(self) -> bool:
+        """Whether the part along the query's own value is taken from the output."""
+        return self.exclusive is not None or self.exclusive_value != 0.0
 
     @property
     def sequences(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
-from resformer_kernels.attention.reference import allowed_positions, attend
+from resformer_kernels.attention.reference import allowed_positions, attend, finish
 from resformer_kernels.kvcache.packed import as_batch, rows_of
 from resformer_kernels.kvcache.record import KVCacheCall, largest_code
 
@@ -53,7 +53,8 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
             out, lse = _attend(call)
         else:
             queries = as_batch(call)
-            out, lse = queries.unpack(*_attend(call._replace(q=queries.batch, cu_seqlens_q=None)))
+            found = _attend(call._replace(**queries.batch, cu_seqlens_q=None))
+            out, lse = queries.unpack(*found)
         if call.out is not None:
             out = call.out.copy_(out)
         return out, lse if call.return_lse else None
@@ -167,8 +168,14 @@ def _attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
         attn_bias=None,
         return_lse=call.return_lse,
         return_mixed_value=False,
+        exclusive=call.exclusive,
+        exclusive_value=call.exclusive_value,
+        exclusive_eps=call.exclusive_eps,
+        out_gate=call.out_gate,
     )
     placed = allowed_positions(
         options, call.q.shape[1], lengths[:, None, None, None], call.q.device
     )
-    return attend(options, call.q, k, v, placed & seen[:, None, None, :])
+    y, lse = attend(options, call.q, k, v, placed & seen[:, None, None, :])
+    at = torch.arange(call.q.shape[1], device=y.device) + (lengths[:, None] - call.q.shape[1])
+    return finish(options, y, v, at), lse

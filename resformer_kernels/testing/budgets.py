@@ -28,12 +28,14 @@ from torch import Tensor
 
 from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import reference
+from resformer_kernels.attention.record import LEAVES
+from resformer_kernels.testing.epilogue_terms import plain_call
 from resformer_kernels.testing.inputs import AttentionCase, Inputs, attention_inputs
 from resformer_kernels.testing.poison import poisoned
 
 _DRAWS = 3
 _ORDERS = 4
-_GRADIENTS = ("q", "k", "v", "v_first", "lambda_v", "lambda_first", "sinks", "attn_bias")
+_GRADIENTS = LEAVES
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,15 @@ def _redrawn(inputs: Inputs, luck: torch.Generator) -> Inputs:
     def move(name: str, x: Tensor) -> Tensor:
         if name in ("q", "k"):
             return x[..., keys]
-        by_channel = name in ("v", "v_first", "out", "mixed", "lambda_v", "lambda_first")
+        by_channel = name in (
+            "v",
+            "v_first",
+            "out",
+            "mixed",
+            "lambda_v",
+            "lambda_first",
+            "out_gate",
+        )
         return x[..., values] if by_channel and x.dim() and x.shape[-1] == len(values) else x
 
     named = zip(_outputs(inputs.options), inputs.grads, strict=True)
@@ -202,7 +212,12 @@ def _wide(inputs: Inputs) -> Inputs:
 
 
 def _summed_terms(wide: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """S of every gradient, from float64 inputs."""
+    """S of every gradient, from float64 inputs, and of what an epilogue cancels."""
+    magnitudes: tuple[Tensor, ...] | None = None
+    epilogue: dict[str, float] = {}
+    if not prepare(wide.function, **wide.tensors, **wide.options).call.plain:
+        named = dict(zip(_outputs(wide.options), wide.grads, strict=True))
+        wide, magnitudes, epilogue = plain_call(wide, named)
     # A coefficient in V's full shape has the terms of the reduced one's gradient as its gradient.
     value = _value(wide.tensors)
     unreduced = dict(wide.tensors)
@@ -218,8 +233,9 @@ def _summed_terms(wide: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]
     sizes = _frozen_norms(literal, out)
     squares = dict.fromkeys(sizes, 0.0)
     generator = torch.Generator().manual_seed(0)
+    drawn = literal.grads if magnitudes is None else magnitudes
     for _ in range(_DRAWS):
-        signed = replace(literal, grads=tuple(_signed(g, generator) for g in literal.grads))
+        signed = replace(literal, grads=tuple(_signed(g, generator) for g in drawn))
         for name, term in _frozen_norms(signed, out).items():
             squares[name] += term**2 / _DRAWS
     sizes = {name: max(size, squares[name] ** 0.5) for name, size in sizes.items()}
@@ -230,7 +246,7 @@ def _summed_terms(wide: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]
         every = (grads["out"] * out).movedim(-2, -3), grads["lse"][..., None]
         terms = share[..., None] * torch.cat(every, dim=-1)
         sizes["dsinks"] = norm(terms.where(lse[..., None] > -torch.inf, 0))
-    return sizes
+    return sizes | epilogue
 
 
 def _signed(gradient: Tensor, generator: torch.Generator) -> Tensor:

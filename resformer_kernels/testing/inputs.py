@@ -30,6 +30,13 @@ COEFFICIENT_FORMS = (
 """Forms of a coefficient: float, (), (Hkv, 1), (Hkv, Dv), (Dv,), (B, Tk, 1, 1), (B, Tk, Hkv, 1),
 (B, Tk, Hkv, Dv), and () expanded to the latter with strides of 0."""
 
+EXCLUSIVE_FORMS = ("none", "one", "scalar", "head", "token", "token_head")
+"""Forms of `exclusive`: None, 1.0, (), (Hq, 1), (B, Tq, 1, 1), (B, Tq, Hq, 1)."""
+
+GATE_FORMS = ("none", "head", "channel", "token_head", "full")
+"""Forms of `out_gate`: None, (Hq, 1), (Hq, Dv), (B, Tq, Hq, 1), (B, Tq, Hq, Dv); an eighth of the
+numbers are 0."""
+
 BIAS_KINDS = (
     "none",
     "mask",
@@ -77,6 +84,10 @@ class AttentionCase:
     softcap: float = 0.0
     sinks: bool = False
     bias: str = "none"
+    exclusive: str = "none"
+    out_gate: str = "none"
+    zero_values: bool = False
+    """Whether every third row of the values is zero."""
     return_lse: bool = False
     return_mixed_value: bool = False
     layout: str = "contiguous"
@@ -168,6 +179,10 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     _add_coefficients(source, v_shape, tensors, options)
     _add_packing(source, tensors, options)
     _add_scores(source, tensors)
+    add_epilogue(source.generator, tensors, options, case, _coefficient_dtype(case))
+    if case.zero_values:
+        for name in tensors.keys() & {"v", "v_first"}:
+            tensors[name][..., ::3, :, :] = 0
     out_shape = (*q_rows, case.heads, case.value_dim)
     lse_shape = (*q_rows[:-1], case.heads, q_rows[-1])
     grads = [source.rows(out_shape, case.grad_layout)]
@@ -177,6 +192,39 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     if case.return_mixed_value:
         grads.append(source.rows(v_shape, case.grad_layout))
     return Inputs(case.function, tensors, options, tuple(grads))
+
+
+def add_epilogue(
+    draw: torch.Generator,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    case: Any,
+    dtype: torch.dtype,
+) -> None:
+    """exclusive and out_gate of a case, NaN where q is NaN."""
+    q = tensors["q"]
+    *rows, heads, _ = q.shape
+    forms: dict[str, tuple[int, ...]] = {
+        "scalar": (),
+        "head": (heads, 1),
+        "channel": (heads, case.value_dim),
+        "token": (*rows, 1, 1),
+        "token_head": (*rows, heads, 1),
+        "full": (*rows, heads, case.value_dim),
+    }
+    for name, form in (("exclusive", case.exclusive), ("out_gate", case.out_gate)):
+        if form == "none":
+            continue
+        if form == "one":
+            options[name] = 1.0
+            continue
+        x = torch.randn(forms[form], generator=draw).to(dtype)
+        if name == "out_gate":
+            x = x.masked_fill(torch.rand(x.shape, generator=draw) < 1 / 8, 0)
+        if form in ("token", "token_head", "full"):
+            nowhere = q.isnan().flatten(-2).all(-1)[..., None, None]
+            x = x.to(q.device).masked_fill(nowhere, torch.nan)
+        tensors[name] = x.to(q.device)
 
 
 def _poison_tail(case: AttentionCase, x: Tensor) -> Tensor:
@@ -286,6 +334,18 @@ REPRESENTATIVE: tuple[AttentionCase, ...] = tuple(
             lambda_first="scalar",
             sinks=True,
             return_lse=True,
+        ),
+        AttentionCase(
+            dtype=dtype, q_len=70, k_len=70, causal=True, exclusive="one", out_gate="token_head"
+        ),
+        AttentionCase(
+            dtype=dtype,
+            lengths=((5, 5), (9, 3), (40, 60)),
+            tail=3,
+            causal=True,
+            lambda_v="token",
+            exclusive="head",
+            out_gate="full",
         ),
     )
 )

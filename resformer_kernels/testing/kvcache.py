@@ -12,7 +12,8 @@ from torch import Tensor
 from resformer_kernels._core.checks import integer
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.testing.budgets import Comparison, compared, misfit, norm
-from resformer_kernels.testing.inputs import laid_out
+from resformer_kernels.testing.epilogue_terms import output_terms
+from resformer_kernels.testing.inputs import add_epilogue, laid_out
 from resformer_kernels.testing.poison import poisoned
 
 CACHES = ("k_cache", "v_cache", "k_scale", "v_scale")
@@ -61,6 +62,9 @@ class KVCacheCase:
     scale: float | None = None
     softcap: float = 0.0
     sinks: bool = False
+    exclusive: str = "none"
+    """One of `EXCLUSIVE_FORMS`, and `out_gate` one of `GATE_FORMS`."""
+    out_gate: str = "none"
     num_splits: int = 0
     return_lse: bool = False
     length_form: str = "tensor"
@@ -82,6 +86,7 @@ REPRESENTATIVE: tuple[KVCacheCase, ...] = (
     KVCacheCase(
         lengths=(130, 40, 7), q_len=50, new_tokens=50, page_size=16, packed=True, own_table=True
     ),
+    KVCacheCase(lengths=(300, 5), exclusive="one", out_gate="token_head", num_splits=2),
 )
 """The cases of `verify` and the demo: every argument at least once."""
 
@@ -129,6 +134,7 @@ def kvcache_inputs(case: KVCacheCase, device: torch.device | str = "cpu") -> KVC
         inputs = paginated(inputs, case.page_size, case.seed, own_table=case.own_table)
     if case.packed:
         inputs = _packed(inputs, case)
+    add_epilogue(draw, inputs.tensors, inputs.options, case, torch.float32)
     if case.out:
         shape = (*inputs.tensors["q"].shape[:-1], case.value_dim)
         inputs.tensors["out"] = laid_out(torch.full(shape, torch.nan, dtype=case.dtype), "sliced")
@@ -239,7 +245,8 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
     # A quantised cache's scale multiplies a whole dot product: one rounding more.
     unit = torch.finfo(case.dtype).eps / 2 * (1 if case.quantised is None else 2)
     errors = {name: misfit(x, exact[name]) for name, x in near.items()}
-    found = compared(got, exact, errors, unit, {})
+    terms = output_terms(lambda wide: run_copied(wide, "reference")[0]["out"], _wide(inputs))
+    found = compared(got, exact, errors, unit, terms)
     if not all(item.ok for item in found):
         # The reference's own error is luck: see `budgets`.
         luck = torch.Generator().manual_seed(0)
@@ -248,7 +255,7 @@ def compare_kvcache(case: KVCacheCase, *, backend: str, device: str = "cpu") -> 
             near, _ = run_copied(other, "reference")
             true, _ = run_copied(_wide(other), "reference")
             errors = {name: max(errors[name], misfit(x, true[name])) for name, x in near.items()}
-        found = compared(got, exact, errors, unit, {})
+        found = compared(got, exact, errors, unit, terms)
     for name, cache in expected.items():
         wrong = (_bits(cache) != _bits(after[name])).sum()
         found.append(Comparison(name, float(wrong), 0.0, norm(cache)))
@@ -299,10 +306,10 @@ def _reordered(inputs: KVCacheInputs, luck: torch.Generator) -> KVCacheInputs:
     values = torch.randperm(inputs.tensors["v_cache"].shape[-1], generator=luck)
     orders: Mapping[str, Tensor] = {
         **dict.fromkeys(("q", "k", "k_cache"), keys),
-        **dict.fromkeys(("v", "v_cache"), values),
+        **dict.fromkeys(("v", "v_cache", "out_gate"), values),
     }
     tensors = {
-        name: x[..., orders[name].to(x.device)] if name in orders else x
+        name: x[..., orders[name].to(x.device)] if name in orders and x.shape[-1] > 1 else x
         for name, x in inputs.tensors.items()
     }
     tensors["q"] = tensors["q"] * (1 + (float(torch.rand((), generator=luck)) - 0.5) / 16)

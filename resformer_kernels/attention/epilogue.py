@@ -1,0 +1,64 @@
+"""What follows the softmax: exclusive self-attention and the output gate.
+
+With y the softmax's output, w the row of V' at the query's own position, n = max(|w|, eps), e the
+exclusive coefficient and g the gate (XSA, arXiv 2603.09078):
+
+    a = (y.w) / n^2,    u = y - e a w,    out = g * u
+
+Backward reads `along`, which is a in float32, and out. Where the gate wants a gradient, or where
+excluding goes with a gate for each channel, it reads `ungated`, which is u, in place of out: an out
+of 0 says nothing of u. With du = g * dout, c = du.w, and (t, K) = (du, u) or (dout, out):
+
+    d_exclusive = -a c,    d_gate = dout * u,    d_y = du - e c / n^2 w,    d_y.y = t.K
+    d_w = -e (a du + (t.w) / n^2 K + c a / n^2 (e - 2 [|w| > eps]) w)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from resformer_kernels._core.checks import describe, real
+from resformer_kernels._core.coefficients import check_coefficient, check_factor
+
+_LEAST, _MOST = 1e-18, 1e18
+"""Numbers whose squares float32 holds."""
+
+
+def check_exclusive(exclusive: Any, q: Tensor, kv_heads: int) -> tuple[Tensor | None, float]:
+    """(tensor of q's rank, 1.0), or (None, a number): 0 where nothing is excluded."""
+    if exclusive is None:
+        return None, 0.0
+    rows = (*q.shape[:-1], 1)
+    return check_coefficient(
+        "exclusive", exclusive, q, of="q", shape=rows, onto="a number for each query and head",
+        heads="query", other_heads=kv_heads,
+    )  # fmt: skip
+
+
+def check_exclusive_eps(eps: Any) -> float:
+    """A bound that can be squared."""
+    eps = real("exclusive_eps", eps)
+    if not _LEAST <= eps <= _MOST:
+        raise ValueError(f"exclusive_eps must be from {_LEAST} to {_MOST}, got {eps}")
+    return float(eps)
+
+
+def check_out_gate(gate: Any, q: Tensor, value_dim: int, kv_heads: int) -> Tensor | None:
+    """The gate with q's rank, axes of size 1 where it broadcasts."""
+    if gate is None:
+        return None
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"out_gate must be a tensor or None, got {describe(gate)}")
+    return check_factor(
+        "out_gate", gate, q, of="q", shape=(*q.shape[:-1], value_dim), onto="the output's shape",
+        heads="query", other_heads=kv_heads,
+    )  # fmt: skip
+
+
+def keeping(call: Any) -> Any:
+    """The record of a call whose gradient is wanted, asking forward for what backward reads."""
+    gate = call.out_gate
+    ungated = gate is not None and (gate.requires_grad or (call.excludes and gate.shape[-1] != 1))
+    return call._replace(return_along=call.excludes, return_ungated=ungated)
