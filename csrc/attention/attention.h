@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/coefficients.h"
+#include "common/epilogue.h"
 #include "common/view.h"
 
 namespace resformer {
@@ -35,7 +36,7 @@ struct Sequence {
 struct Problem {
   DType dtype = DType::float32;
   std::vector<Sequence> sequences;
-  int64_t keys_total = 0;  // the length of v's time axis
+  int64_t queries_total = 0, keys_total = 0;  // the lengths of q's and v's time axes
   int64_t heads_q = 0, heads_kv = 0, group = 1, dim_k = 0, dim_v = 0;
   View q, k, v, v_first;  // one of v and v_first has no data where nothing is mixed
   Coefficient lambda_v{}, lambda_first{};
@@ -43,6 +44,7 @@ struct Problem {
   float scale = 1.0f, softcap = 0.0f;
   const float* sinks = nullptr;  // (Hq,)
   Bias bias;
+  Epilogue epilogue;
 
   RESFORMER_INLINE int64_t head_count() const { return static_cast<int64_t>(sequences.size()) * heads_kv; }
   RESFORMER_INLINE bool mixes() const { return v.data != nullptr && v_first.data != nullptr; }
@@ -56,16 +58,24 @@ struct Problem {
     const int64_t hi = window_right < 0 ? s.tk : i + s.diagonal + window_right + 1;
     return hi < 0 ? 0 : hi > s.tk ? s.tk : hi;
   }
+  // Where query i's numbers lie in contiguous (batch, time, query head).
+  RESFORMER_INLINE int64_t query_row(int64_t b, int64_t t, int64_t h) const {
+    return (b * queries_total + t) * heads_q + h;
+  }
 };
 
 struct ForwardOutput {
   View out, mixed;                    // mixed has no data where it is not asked for
   float* lse = nullptr;               // natural log; nullptr where it is not asked for
   int64_t lse_stride[3] = {0, 0, 1};  // batch, head, time
+  View ungated;                       // no data where it is not asked for, as below
+  float* along = nullptr;             // laid out as the LSE
 };
 
 struct BackwardInput {
-  View grad_out, out;
+  View grad_out, out;               // out, or where `ungated` what the gate multiplied
+  bool ungated = false;
+  const float* along = nullptr;  // laid out as the LSE; nullptr: nothing is excluded
   View grad_mixed;                  // no data: zero
   const float* grad_lse = nullptr;  // nullptr: zero
   int64_t grad_lse_stride[3] = {0, 0, 0};
@@ -95,6 +105,9 @@ struct BackwardOutput {
     int64_t stride[4] = {0, 0, 0, 0};
     bool wanted() const { return data != nullptr || sums != nullptr; }
   } bias;
+  float* exclusive = nullptr;  // one per query and head: Problem::query_row
+  float* gate = nullptr;       // the same, or with `gate_rows` false one for each channel too
+  bool gate_rows = true;
   bool bias_shared = false;  // several (batch, head) pairs add to one entry
 };
 

@@ -91,7 +91,7 @@ Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const May
                const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
                double lambda_first_value, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
                int64_t window_left, int64_t window_right, double scale, double softcap,
-               const MaybeTensor& sinks, const MaybeTensor& attn_bias) {
+               const MaybeTensor& sinks, const MaybeTensor& attn_bias, const Epilogue& epilogue) {
   Call call;
   Problem& p = call.problem;
   call.packed = cu_seqlens_q.has_value();
@@ -110,7 +110,9 @@ Call read_call(const Tensor& q, const Tensor& k, const MaybeTensor& v, const May
   call.batch = call.packed ? 1 : q.size(0);
   call.q_total = q.size(rank - 3);
   call.k_total = k.size(rank - 3);
+  p.queries_total = call.q_total;
   p.keys_total = call.k_total;
+  p.epilogue = epilogue;
   if (!call.packed) check_size(k, "k", 0, call.batch);
   check_size(k, "k", rank - 1, p.dim_k);
   STD_TORCH_CHECK(p.heads_q == 0 || (p.heads_kv > 0 && p.heads_q % p.heads_kv == 0),
@@ -172,60 +174,76 @@ Tensor row_contiguous(const Tensor& t) {
   return whole ? t : torch::stable::contiguous(t);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const MaybeTensor& v,
-                                           const MaybeTensor& v_first, const MaybeTensor& lambda_v,
-                                           const MaybeTensor& lambda_first, double lambda_v_value,
-                                           double lambda_first_value, const MaybeTensor& cu_seqlens_q,
-                                           const MaybeTensor& cu_seqlens_k, int64_t /*max_seqlen_q*/,
-                                           int64_t /*max_seqlen_k*/, int64_t window_left,
-                                           int64_t window_right, double scale, double softcap,
-                                           const MaybeTensor& sinks, const MaybeTensor& attn_bias,
-                                           bool return_lse, bool return_mixed_value) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& q, const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first,
+    const MaybeTensor& lambda_v, const MaybeTensor& lambda_first, double lambda_v_value,
+    double lambda_first_value, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
+    int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right,
+    double scale, double softcap, const MaybeTensor& sinks, const MaybeTensor& attn_bias, bool return_lse,
+    bool return_mixed_value, const MaybeTensor& exclusive, double exclusive_value, double exclusive_eps,
+    const MaybeTensor& out_gate, bool return_along, bool return_ungated) {
+  const Tensor& any = v ? *v : *v_first;
+  const Epilogue epilogue = read_epilogue(exclusive, exclusive_value, exclusive_eps, out_gate, q,
+                                          any.size(any.dim() - 1), dtype_of(q, "q"));
   Call call =
       read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_seqlens_q,
-                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias);
+                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias, epilogue);
   Problem& p = call.problem;
-  std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
+  std::vector<int64_t> out_shape = shape_of(q);
   out_shape.back() = p.dim_v;
-  const Tensor& any = v ? *v : *v_first;
+  const auto asked = [&](bool wanted, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return output(q, wanted ? shape : std::vector<int64_t>{0}, dtype);
+  };
   Tensor out = output(q, out_shape, q.scalar_type());
-  Tensor lse = output(q, return_lse ? lse_shape(call) : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor mixed = output(q,
-                        return_mixed_value ? std::vector<int64_t>(any.sizes().begin(), any.sizes().end())
-                                           : std::vector<int64_t>{0},
-                        q.scalar_type());
+  Tensor lse = asked(return_lse, lse_shape(call), ScalarType::Float);
+  Tensor mixed = asked(return_mixed_value, shape_of(any), q.scalar_type());
+  Tensor along = asked(return_along, lse_shape(call), ScalarType::Float);
+  Tensor ungated = asked(return_ungated, out_shape, q.scalar_type());
   ForwardOutput o;
   o.out = view_of(out);
   if (return_lse) o.lse = static_cast<float*>(lse.data_ptr());
   lse_strides(call, o.lse_stride);
   if (return_mixed_value) o.mixed = view_of(mixed);
+  if (return_along) o.along = static_cast<float*>(along.data_ptr());
+  if (return_ungated) o.ungated = view_of(ungated);
   if (call.packed) {  // rows past the last sequence get zeros, like a row that attends to nothing
-    torch::stable::zero_(out);
-    torch::stable::zero_(mixed);
+    for (Tensor* t : {&out, &mixed, &along, &ungated}) torch::stable::zero_(*t);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
   // Segments overlap in keys; a returned V' needs one writer per key.
   if (!return_mixed_value) p.sequences = cut_to_windows(p);
   current_attention_kernels().forward(p, o);
-  return {out, lse, mixed};
+  return {out, lse, mixed, along, ungated};
 }
 
-enum Gradient : int64_t { kQ, kK, kV, kVFirst, kLambdaV, kLambdaFirst, kSinks, kBias };
+enum Gradient : int64_t {
+  kQ,
+  kK,
+  kV,
+  kVFirst,
+  kLambdaV,
+  kLambdaFirst,
+  kSinks,
+  kBias,
+  kExclusive,
+  kOutGate
+};
 
-// A coefficient's gradient: partial sums that the kernel fills, then the sum over the broadcast axes.
+// A coefficient's gradient: partial sums that the kernel fills, then the sum over the broadcast axes. `value`
+// is of the shape that it broadcasts to: V's, whose keys a tile may sum (`by_tile`), or the output's.
 struct CoefficientGradient {
   Partial kind = Partial::none;
   Tensor partial;
   float* data = nullptr;
 
-  CoefficientGradient(const MaybeTensor& c, const Tensor& value, const Call& call) {
+  CoefficientGradient(const MaybeTensor& c, const Tensor& value, const Call& call, bool by_tile = true) {
     if (!c) return;
     const int64_t rank = value.dim();
-    std::vector<int64_t> shape(value.sizes().begin(), value.sizes().end());
+    std::vector<int64_t> shape = shape_of(value);
     if (c->size(rank - 1) == 1) {
       kind = Partial::row;
       shape[rank - 1] = 1;
-    } else if (c->size(rank - 3) == 1) {
+    } else if (by_tile && c->size(rank - 3) == 1) {
       kind = Partial::column;
       int64_t tiles = 0;
       for (const Sequence& s : call.problem.sequences) tiles += (s.tk + kGradKeys - 1) / kGradKeys;
@@ -248,17 +266,22 @@ struct CoefficientGradient {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const MaybeTensor& grad_lse, const MaybeTensor& grad_mixed, const Tensor& q,
     const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const MaybeTensor& lambda_v,
     const MaybeTensor& lambda_first, double lambda_v_value, double lambda_first_value,
     const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, int64_t /*max_seqlen_q*/,
     int64_t /*max_seqlen_k*/, int64_t window_left, int64_t window_right, double scale, double softcap,
     const MaybeTensor& sinks, const MaybeTensor& attn_bias, bool /*return_lse*/, bool /*return_mixed_value*/,
-    const Tensor& out, const Tensor& lse, int64_t grad_mask) {
+    const MaybeTensor& exclusive, double exclusive_value, double exclusive_eps, const MaybeTensor& out_gate,
+    bool /*return_along*/, bool return_ungated, const Tensor& out, const Tensor& lse,
+    const MaybeTensor& along, int64_t grad_mask) {
+  const Tensor& any = v ? *v : *v_first;
+  const Epilogue epilogue = read_epilogue(exclusive, exclusive_value, exclusive_eps, out_gate, q,
+                                          any.size(any.dim() - 1), dtype_of(q, "q"));
   const Call call =
       read_call(q, k, v, v_first, lambda_v, lambda_first, lambda_v_value, lambda_first_value, cu_seqlens_q,
-                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias);
+                cu_seqlens_k, window_left, window_right, scale, softcap, sinks, attn_bias, epilogue);
   const Problem& p = call.problem;
   auto wanted = [&](Gradient g, bool given) { return given && (grad_mask >> g & 1) != 0; };
 
@@ -282,6 +305,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   STD_TORCH_CHECK(lse.is_contiguous(), "lse must be contiguous");
   in.lse = static_cast<const float*>(lse.data_ptr());
   lse_strides(call, in.lse_stride);
+  in.ungated = return_ungated;
+  STD_TORCH_CHECK(along.has_value() == epilogue.excludes, "along must be given where something is excluded");
+  if (along) {
+    check_rows(*along, "along", rows);
+    STD_TORCH_CHECK(along->is_contiguous(), "along must be contiguous");
+    in.along = static_cast<const float*>(along->data_ptr());
+  }
   if (grad_lse && grad_lse->numel() > 0) {
     check_rows(*grad_lse, "grad_lse", rows);
     in.grad_lse = static_cast<const float*>(grad_lse->data_ptr());
@@ -292,14 +322,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   BackwardOutput o;
   auto leaf = [&](Gradient g, const MaybeTensor& t, View* view) {
     if (!wanted(g, t.has_value())) return output(q, {0}, q.scalar_type());
-    Tensor result = output(q, {t->sizes().begin(), t->sizes().end()}, q.scalar_type());
+    Tensor result = output(q, shape_of(*t), q.scalar_type());
     if (call.packed) torch::stable::zero_(result);  // tokens past the last sequence have no gradient
     *view = view_of(result);
     return result;
   };
   Tensor dq = leaf(kQ, q, &o.dq), dk = leaf(kK, k, &o.dk), dv = leaf(kV, v, &o.dv),
          dv1 = leaf(kVFirst, v_first, &o.dv_first);
-  const Tensor& any = v ? *v : *v_first;
   const bool mixes = v && v_first;
   const CoefficientGradient cv(mixes && wanted(kLambdaV, true) ? lambda_v : std::nullopt, any, call);
   const CoefficientGradient cf(mixes && wanted(kLambdaFirst, true) ? lambda_first : std::nullopt, any, call);
@@ -307,6 +336,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   o.lambda_v = cv.data;
   o.lambda_first_partial = cf.kind;
   o.lambda_first = cf.data;
+  const CoefficientGradient ce(wanted(kExclusive, true) ? exclusive : std::nullopt, out, call, false);
+  const CoefficientGradient cg(wanted(kOutGate, true) ? out_gate : std::nullopt, out, call, false);
+  STD_TORCH_CHECK(cg.kind == Partial::none || return_ungated,
+                  "the gradient of out_gate needs the output before the gate");
+  o.exclusive = ce.data;
+  o.gate = cg.data;
+  o.gate_rows = cg.kind == Partial::row;
   Tensor sink_rows, bias_grad;
   const bool want_sinks = wanted(kSinks, sinks.has_value());
   if (want_sinks) {
@@ -315,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   }
   const bool want_bias = wanted(kBias, attn_bias.has_value()) && p.bias.kind == Bias::Kind::additive;
   if (want_bias) {
-    const std::vector<int64_t> shape(attn_bias->sizes().begin(), attn_bias->sizes().end());
+    const std::vector<int64_t> shape = shape_of(*attn_bias);
     const bool sums = attn_bias->numel() < call.batch * p.heads_q * call.q_total * call.k_total;
     bias_grad = torch::stable::new_zeros(q, shape, sums ? ScalarType::Double : ScalarType::Float);
     if (sums) {
@@ -338,7 +374,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     dsinks = torch::stable::to(sum, sinks->scalar_type());
   }
   if (want_bias) dbias = torch::stable::to(bias_grad, attn_bias->scalar_type());
-  return {dq, dk, dv, dv1, dlambda_v, dlambda_first, dsinks, dbias};
+  Tensor dexclusive = ce.kind == Partial::none ? none(exclusive) : ce.reduced(*exclusive);
+  Tensor dgate = cg.kind == Partial::none ? none(out_gate) : cg.reduced(*out_gate);
+  return {dq, dk, dv, dv1, dlambda_v, dlambda_first, dsinks, dbias, dexclusive, dgate};
 }
 
 }  // namespace

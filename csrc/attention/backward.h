@@ -26,6 +26,7 @@ class Backward {
 
  private:
   static constexpr bool kPairs = Dot::kPack == 2;
+  using RowScratch = typename GradRows<T, Dot, precision>::RowScratch;
 
   int64_t columns_k() const { return round_up(p_.dim_k, kLanes); }
   int64_t columns_v() const { return round_up(p_.dim_v, kLanes); }
@@ -38,7 +39,7 @@ class Backward {
                      Wave wave = plan.wave(unit * heads, smaller((unit + 1) * heads, plan.heads()));
                      wave.packed = s.packed.at_least(wave.row_tiles * rows_.tile_words());
                      wave.sums = s.sums.at_least(wave.row_tiles * kGradRows * columns_k());
-                     for (int64_t i = 0; i < wave.row_tiles; ++i) rows_.pack(wave, i);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) rows_.pack(wave, i, s.rows);
                      for (int64_t head = wave.first; head < wave.last; ++head) run_head(wave, head, 0, 1, s);
                      for (int64_t i = 0; i < wave.row_tiles; ++i) write_dq(wave, i, 1);
                    });
@@ -54,7 +55,9 @@ class Backward {
         dq(wave.row_tiles * splits * kGradRows * columns_k());
     wave.packed = rows.get();
     wave.sums = dq.get();
-    parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { rows_.pack(wave, unit); });
+    parallel_units(
+        wave.row_tiles, [&] { return RowScratch(p_); },
+        [&](int64_t unit, RowScratch& s) { rows_.pack(wave, unit, s); });
     parallel_units(
         groups * splits, [&] { return KeyScratch(p_); },
         [&](int64_t unit, KeyScratch& s) {
@@ -86,10 +89,12 @@ class Backward {
           ds_pairs(kPairs ? kGradRows / 2 * kGradKeys : 1),
           slope(p.softcap > 0.0f ? kGradKeys : 1),
           bias(kGradKeys),
-          mix(p) {}
+          mix(p),
+          rows(p) {}
     Scratch k, k_pairs, k_t, v_t, v, mixed, dk, dv, p, ds, p_pairs, ds_pairs, slope, bias;
     Scratch packed{0}, sums{0};  // used by a thread that runs whole heads
     ValueRow mix;
+    RowScratch rows;
     Bounds bounds;
     Span spans[(kGradRows + kTileRows - 1) / kTileRows];    // keys of each block of rows
     Span words[(kGradRows + kTileRows - 1) / kTileRows];    // the same in words
@@ -116,6 +121,7 @@ class Backward {
         s.bounds.read(rows);
         run_tile(rows, key, keys, rows_.at(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
       }
+      if (p_.epilogue.excludes) add_own_gradients(wave, seq, head_kv, packed, key, keys, s);
       for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
       if (out_.lambda_v_partial == Partial::column)
         write_column(seq, head_kv, key, keys, p_.v, out_.lambda_v, s);
@@ -259,6 +265,34 @@ class Backward {
       const int64_t lo = first * kTileRows, hi = smaller(last * kTileRows, count);
       s.queries[n / kTileRows] = {static_cast<int32_t>(lo / Dot::kPack),
                                   static_cast<int32_t>((hi + Dot::kPack - 1) / Dot::kPack)};
+    }
+  }
+
+  // What the queries that stand at a tile's keys add to the gradients of the values there: see RowPack.
+  void add_own_gradients(const Wave& wave, const Sequence& seq, int64_t head_kv, int64_t packed, int64_t key,
+                         int64_t keys, KeyScratch& s) {
+    const int64_t columns = columns_v();
+    float *grad = s.rows.grad.get(), *gate = s.rows.gate.get(), *row = s.rows.kept.get();
+    for (int64_t n = larger(seq.diagonal - key, 0); n < keys; ++n) {
+      const int64_t i = key + n - seq.diagonal;
+      if (i >= seq.tq) return;
+      float* dv = s.dv.get() + n * columns;
+      float to_value = 0.0f;
+      for (int64_t j = 0; j < p_.group; ++j) {
+        const int64_t at = i * p_.group + j, r = at % kGradRows, head = head_kv * p_.group + j;
+        const RowPack pack = rows_.at(wave, packed + at / kGradRows);
+        widen_row(in_.grad_out.row<const T>(seq.batch, seq.q_start + i, head), p_.dim_v, grad);
+        if (p_.epilogue.gates)
+          gate_columns(p_.epilogue, seq.batch, seq.q_start + i, head, p_.dim_v, gate, grad);
+        add_columns(pack.to_grad[r], grad, columns, dv);
+        widen_row(in_.out.row<const T>(seq.batch, seq.q_start + i, head), p_.dim_v, row);
+        add_columns(pack.to_kept[r], row, columns, dv);
+        to_value += pack.to_value[r];
+      }
+      const T* value =
+          s.mix.get(seq.batch, seq.k_start + key + n, head_kv, reinterpret_cast<T*>(s.mixed.get()));
+      widen_row(value, p_.dim_v, row);
+      add_columns(to_value, row, columns, dv);
     }
   }
 

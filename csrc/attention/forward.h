@@ -5,6 +5,7 @@
 #include "attention/pack.h"
 #include "attention/scores.h"
 #include "attention/waves.h"
+#include "common/epilogue_rows.h"
 
 namespace resformer::RESFORMER_ISA {
 
@@ -150,8 +151,11 @@ class Forward {
         : q(kRows * row_words<Dot>(p.dim_k)),
           scores(kRows * kKeys),
           acc(kRows * round_up(p.dim_v, kLanes)),
-          bias(kKeys) {}
-    Scratch q, scores, acc, bias;
+          bias(kKeys),
+          gate(round_up(p.dim_v, kLanes)),
+          own(p.dim_v) {}
+    Scratch q, scores, acc, bias, gate;
+    OwnValue own;
     RowState state[kRows];
     Bounds bounds;
     Span spans[(kRows + kTileRows - 1) / kTileRows];
@@ -176,11 +180,12 @@ class Forward {
     for (int64_t j = from; j < to; ++j) {
       attend_tile(wave, rows, j * kKeys, wave.packed_keys(rows) + j, j == from, s);
     }
+    s.own.reset();
     for (int64_t r = 0; r < rows.count; ++r) {
       const float l = reduce_add(load(s.state[r].l));
       float* acc = s.acc.get() + r * columns();
       if (splits == 1) {
-        finish(rows, r, s.state[r].m, l, acc);
+        finish(wave, rows, r, s.state[r].m, l, acc, s);
       } else {
         float* row = partial + (unit * kRows + r) * partial_row();
         memcpy(row, acc, columns() * sizeof(float));
@@ -243,6 +248,7 @@ class Forward {
   // Joins the splits of a row tile: each is a softmax over its own keys, weighted by exp of its maximum.
   void merge(const Wave& wave, int64_t unit, int64_t splits, AttendScratch& s, const float* partial) {
     const RowTile rows = wave.row_tile(unit);
+    s.own.reset();
     for (int64_t r = 0; r < rows.count; ++r) {
       float m = kMinusInf, l = 0.0f;
       float* acc = s.acc.get();
@@ -260,13 +266,14 @@ class Forward {
         for (int64_t d = 0; d < columns(); d += kLanes)
           store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
       }
-      finish(rows, r, m, l, acc);
+      finish(wave, rows, r, m, l, acc, s);
     }
   }
 
   // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives
   // zeros and the sink, which may be too low for the unit of scores.
-  void finish(const RowTile& rows, int64_t r, float m, float l, const float* acc) {
+  void finish(const Wave& wave, const RowTile& rows, int64_t r, float m, float l, float* acc,
+              AttendScratch& s) {
     const Sequence& seq = *rows.sequence;
     const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
     float weight = 1.0f;
@@ -278,12 +285,43 @@ class Forward {
     }
     const bool empty = l == 0.0f;
     const float factor = empty ? 0.0f : weight / l;
-    scale_row(acc, factor, p_.dim_v, out_.out.row<T>(seq.batch, t, head));
-    if (out_.lse) {
-      float* lse =
-          out_.lse + seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
-      *lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head] : kMinusInf;
+    T* out = out_.out.row<T>(seq.batch, t, head);
+    const int64_t number =
+        seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
+    if (!p_.epilogue.any()) {
+      scale_row(acc, factor, p_.dim_v, out);
+    } else {
+      for (int64_t d = 0; d < columns(); d += kLanes) store(acc + d, mul(load(acc + d), set1(factor)));
+      if (p_.epilogue.excludes) read_own(wave, rows, rows.query(r), s.own);
+      T* ungated = out_.ungated.data ? out_.ungated.row<T>(seq.batch, t, head) : nullptr;
+      const float along =
+          finish_row(p_.epilogue, s.own, seq.batch, t, head, p_.dim_v, s.gate.get(), acc, ungated, out);
+      if (out_.along) out_.along[number] = along;
     }
+    if (out_.lse) out_.lse[number] = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head] : kMinusInf;
+  }
+
+  // V' at query i's own position, from the packed tile: a window always holds that position.
+  void read_own(const Wave& wave, const RowTile& rows, int64_t i, OwnValue& own) const {
+    const Sequence& seq = *rows.sequence;
+    own.at(i, p_.epilogue.least, [&](float* w) {
+      const int64_t key = i + seq.diagonal, tile = key / kKeys, n = key % kKeys;
+      if (key < 0) return false;
+      const int64_t count = lane_ceil(smaller(kKeys, seq.tk - tile * kKeys)) / Dot::kPack;
+      const float* values = values_of(wave, wave.packed_keys(rows) + tile);
+      for (int64_t first = 0; first < columns(); first += kPanel) {
+        const int64_t panel = smaller(kPanel, columns() - first);
+        const float* row = values + first * count + n / Dot::kPack * panel;
+        if constexpr (Dot::kPack == 2) {
+          const uint32_t* words = reinterpret_cast<const uint32_t*>(row);
+          uint32_t* bits = reinterpret_cast<uint32_t*>(w + first);
+          for (int64_t d = 0; d < panel; ++d) bits[d] = n % 2 ? words[d] & 0xffff0000u : words[d] << 16;
+        } else {
+          memcpy(w + first, row, panel * sizeof(float));
+        }
+      }
+      return true;
+    });
   }
 
   const Problem& p_;

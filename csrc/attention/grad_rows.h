@@ -4,13 +4,16 @@
 
 #include "attention/pack.h"
 #include "attention/waves.h"
+#include "common/epilogue_rows.h"
 
 namespace resformer::RESFORMER_ISA {
 
 // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
-// only, where the summed axis runs over rows), the LSE in the unit of scores as lse + rest, and delta.
+// only, where the summed axis runs over rows), the LSE in the unit of scores as lse + rest, and delta. Where
+// something is excluded, dO is the gradient of the softmax's output y, and what the row adds to the gradient
+// of the value at its own position is to_grad * gate * dO + to_kept * out + to_value * value.
 struct RowPack {
-  float *q, *grad, *q_pairs, *grad_pairs, *lse, *rest, *delta;
+  float *q, *grad, *q_pairs, *grad_pairs, *lse, *rest, *delta, *to_grad, *to_kept, *to_value;
 };
 
 template <class A, class B>
@@ -42,7 +45,7 @@ class GradRows {
 
   int64_t tile_words() const {
     const int64_t pairs = kPairs ? kGradRows / 2 * (columns_k() + columns_v()) : 0;
-    return kGradRows * (words_k() + words_v() + 3) + pairs;
+    return kGradRows * (words_k() + words_v() + (p_.epilogue.excludes ? 6 : 3)) + pairs;
   }
 
   RowPack at(const Wave& wave, int64_t tile) const {
@@ -51,23 +54,44 @@ class GradRows {
     float* q_pairs = grad + kGradRows * words_v();
     float* grad_pairs = q_pairs + (kPairs ? kGradRows / 2 * columns_k() : 0);
     float* lse = grad_pairs + (kPairs ? kGradRows / 2 * columns_v() : 0);
-    return {q, grad, q_pairs, grad_pairs, lse, lse + kGradRows, lse + 2 * kGradRows};
+    float* rest = lse + kGradRows;
+    float* delta = rest + kGradRows;
+    float* own = delta + kGradRows;
+    return {q, grad, q_pairs, grad_pairs, lse, rest, delta, own, own + kGradRows, own + 2 * kGradRows};
   }
 
-  void pack(const Wave& wave, int64_t unit) const {
+  struct RowScratch {
+    explicit RowScratch(const Problem& p)
+        : grad(round_up(p.dim_v, kLanes)),
+          kept(round_up(p.dim_v, kLanes)),
+          gate(round_up(p.dim_v, kLanes)),
+          mixed(round_up(p.dim_v, kLanes)),
+          own(p.dim_v),
+          mix(p) {}
+    Scratch grad, kept, gate, mixed;
+    OwnValue own;
+    ValueRow mix;
+  };
+
+  void pack(const Wave& wave, int64_t unit, RowScratch& s) const {
     const RowTile rows = wave.row_tile(unit);
+    s.own.reset();
     const Sequence& seq = *rows.sequence;
     const RowPack pack = at(wave, wave.packed_rows(rows));
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t t = seq.q_start + rows.query(r), head = rows.head(r);
       const T* grad = in_.grad_out.row<const T>(seq.batch, t, head);
       pack_row<Dot>(p_.q.row<const T>(seq.batch, t, head), p_.dim_k, pack.q + r * words_k());
-      pack_row<Dot>(grad, p_.dim_v, pack.grad + r * words_v());
       const float lse = in_.lse[lse_at(rows, r)] * Scores<precision>::kUnit;
       pack.lse[r] = lse == kMinusInf ? 0.0f : lse;
       pack.rest[r] = 0.0f;
-      pack.delta[r] = dot_rows(grad, in_.out.row<const T>(seq.batch, t, head), p_.dim_v) -
-                      in_.grad_lse_at(seq.batch, head, t);
+      if (p_.epilogue.any()) {
+        pack.delta[r] = pack_gated(rows, r, pack, s);
+      } else {
+        pack_row<Dot>(grad, p_.dim_v, pack.grad + r * words_v());
+        pack.delta[r] = dot_rows(grad, in_.out.row<const T>(seq.batch, t, head), p_.dim_v);
+      }
+      pack.delta[r] -= in_.grad_lse_at(seq.batch, head, t);
     }
     if (p_.bias.kind == Bias::Kind::additive) split_lse(rows, pack);
     if (out_.sinks) write_sinks(rows, pack);
@@ -94,6 +118,59 @@ class GradRows {
     const int64_t t = rows.sequence->q_start + rows.query(r);
     return rows.sequence->batch * in_.lse_stride[0] + rows.head(r) * in_.lse_stride[1] +
            t * in_.lse_stride[2];
+  }
+
+  // The gradient of y in place of dO: see attention/epilogue.py for the equations and names. Returns y.dy.
+  float pack_gated(const RowTile& rows, int64_t r, const RowPack& pack, RowScratch& s) const {
+    const Epilogue& e = p_.epilogue;
+    const Sequence& seq = *rows.sequence;
+    const int64_t i = rows.query(r), t = seq.q_start + i, head = rows.head(r), columns = columns_v();
+    const int64_t at = p_.query_row(seq.batch, t, head);
+    float *grad = s.grad.get(), *kept = s.kept.get();
+    widen_row(in_.grad_out.row<const T>(seq.batch, t, head), p_.dim_v, grad);
+    widen_row(in_.out.row<const T>(seq.batch, t, head), p_.dim_v, kept);
+    if (out_.gate && out_.gate_rows) {
+      out_.gate[at] = dot_columns(grad, kept, columns);
+    } else if (out_.gate) {
+      for (int64_t d = 0; d < p_.dim_v; ++d) out_.gate[at * p_.dim_v + d] = grad[d] * kept[d];
+    }
+    float delta = 0.0f, to_own = 0.0f;
+    const auto project = [&] {
+      delta = dot_columns(grad, kept, columns);
+      if (e.excludes) to_own = dot_columns(grad, s.own.w(), columns);
+    };
+    if (e.excludes) read_own(rows, i, s);
+    if (!in_.ungated) project();
+    if (e.gates) gate_columns(e, seq.batch, t, head, p_.dim_v, s.gate.get(), grad);
+    if (in_.ungated) project();
+    if (e.excludes) {
+      const float size = s.own.size(), a = in_.along[lse_at(rows, r)], x = e.exclusive.at(seq.batch, t, head, 0);
+      const float c = dot_columns(grad, s.own.w(), columns);
+      if (out_.exclusive) out_.exclusive[at] = -a * c;
+      pack.to_grad[r] = -x * a;
+      pack.to_kept[r] = -x * to_own / size;
+      pack.to_value[r] = -x * (x - (s.own.above() ? 2.0f : 0.0f)) * c * a / size;
+      add_columns(-x * c / size, s.own.w(), columns, grad);
+    }
+    if constexpr (Dot::kPack == 2) {
+      T* rounded = reinterpret_cast<T*>(s.gate.get());
+      scale_row(grad, 1.0f, p_.dim_v, rounded);
+      pack_row<Dot>(rounded, p_.dim_v, pack.grad + r * words_v());
+    } else {
+      memcpy(pack.grad + r * words_v(), grad, columns * sizeof(float));
+    }
+    return delta;
+  }
+
+  void read_own(const RowTile& rows, int64_t i, RowScratch& s) const {
+    const Sequence& seq = *rows.sequence;
+    s.own.at(i, p_.epilogue.least, [&](float* w) {
+      const int64_t key = i + seq.diagonal;
+      if (key < 0) return false;
+      T* into = reinterpret_cast<T*>(s.mixed.get());
+      widen_row(s.mix.get(seq.batch, seq.k_start + key, rows.head_kv, into), p_.dim_v, w);
+      return true;
+    });
   }
 
   // A row that a bias masks whole with a large finite number has an LSE in which float32 has no room for the

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/coefficients.h"
+#include "common/epilogue.h"
 #include "common/poison.h"
 
 namespace resformer {
@@ -60,24 +61,51 @@ inline const int32_t* check_cu_seqlens(const torch::stable::Tensor& t, const cha
   return data;
 }
 
-// `value` is any tensor of V's shape. A coefficient has V's rank and size 1 wherever it broadcasts.
+// A coefficient has the rank of `shape` and size 1 wherever it broadcasts; `like` is on its device.
 inline Coefficient read_coefficient(const std::optional<torch::stable::Tensor>& c, const char* name,
-                                    double number, const torch::stable::Tensor& value, DType dtype) {
+                                    double number, const torch::stable::Tensor& like,
+                                    const std::vector<int64_t>& shape, DType dtype) {
   Coefficient out{nullptr, DType::float32, static_cast<float>(number), {0, 0, 0, 0}};
   if (!c) return out;
-  const int64_t rank = value.dim();
-  STD_TORCH_CHECK(c->device() == value.device() && c->dim() == rank, name,
+  const int64_t rank = static_cast<int64_t>(shape.size());
+  STD_TORCH_CHECK(c->device() == like.device() && c->dim() == rank, name,
                   " must be on the values' device and have ", rank, " axes, got ", c->dim());
   out.dtype = dtype_of(*c, name);
   STD_TORCH_CHECK(out.dtype == DType::float32 || out.dtype == dtype, name,
                   " must be float32 or the values' dtype");
   out.data = c->data_ptr();
   for (int64_t i = 0; i < rank; ++i) {
-    STD_TORCH_CHECK(c->size(i) == value.size(i) || c->size(i) == 1, name, " axis ", i, " has size ",
-                    c->size(i), ", takes 1 or ", value.size(i));
+    STD_TORCH_CHECK(c->size(i) == shape[i] || c->size(i) == 1, name, " axis ", i, " has size ", c->size(i),
+                    ", takes 1 or ", shape[i]);
     out.stride[4 - rank + i] = c->size(i) == 1 ? 0 : c->stride(i);
   }
   return out;
+}
+
+inline std::vector<int64_t> shape_of(const torch::stable::Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+// `value` is any tensor of V's shape.
+inline Coefficient read_coefficient(const std::optional<torch::stable::Tensor>& c, const char* name,
+                                    double number, const torch::stable::Tensor& value, DType dtype) {
+  return read_coefficient(c, name, number, value, shape_of(value), dtype);
+}
+
+// What follows the softmax of queries q, for an output of `dim_v` channels.
+inline Epilogue read_epilogue(const std::optional<torch::stable::Tensor>& exclusive, double exclusive_value,
+                              double exclusive_eps, const std::optional<torch::stable::Tensor>& out_gate,
+                              const torch::stable::Tensor& q, int64_t dim_v, DType dtype) {
+  std::vector<int64_t> shape = shape_of(q);
+  shape.back() = dim_v;
+  Epilogue e;
+  e.gates = out_gate.has_value();
+  e.gate = read_coefficient(out_gate, "out_gate", 1.0, q, shape, dtype);
+  shape.back() = 1;
+  e.excludes = exclusive.has_value() || exclusive_value != 0.0;
+  e.exclusive = read_coefficient(exclusive, "exclusive", exclusive_value, q, shape, dtype);
+  e.least = static_cast<float>(exclusive_eps * exclusive_eps);
+  return e;
 }
 
 // A fresh contiguous tensor like `like`; NaN-filled under RESFORMER_POISON.
