@@ -305,8 +305,8 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
     """The config with `mlp_hidden` set so that the model's size is as close to `parameters` as it
     gets: variants can then be compared at equal size.
 
-    The projections that SVFormer and FusedKV-Lite lack make the MLP wider; a value embedding's table makes it
-    narrower. The size is exact to within half of 3 · dim · num_layers (relu2: 2).
+    The projections that SVFormer and FusedKV-Lite lack make the MLP wider; a value embedding's
+    table makes it narrower. The size is exact to within half of 3 · dim · num_layers (relu2: 2).
 
     Raises:
         ValueError: even mlp_hidden = 1 exceeds the budget.

@@ -78,7 +78,7 @@ def test_bad_counts_are_named() -> None:
     for middle in (-1, 4):
         with pytest.raises(ValueError, match=f"middle must be 0 to .* = 3, got {middle}"):
             KVLayout.fused_kv_lite(4, middle)
-    with pytest.raises(TypeError, match="middle must be an int, got 1.5"):
+    with pytest.raises(TypeError, match=r"middle must be an int, got 1\.5"):
         KVLayout.fused_kv_lite(4, 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         KVLayout.fused_kv_lite(0, 0)
