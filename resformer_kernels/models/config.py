@@ -17,6 +17,7 @@ VARIANTS = (
     "dense",
     "svformer",
     "value-embedding",
+    "fused-kv-lite",
 )
 """The values that a layer n > 1 attends over. In every variant the first layer uses its own.
 
@@ -32,8 +33,12 @@ dense            Σᵢ λₙᵢ Vᵢ over all layers up to n, learned, initially
 svformer         V₁; no value projection after the first layer
 value-embedding  Vₙ + 3σ(W x) · E[token] on every second layer, counted back from the last
                  (nanochat); with an odd number of layers this includes the first
+fused-kv-lite    Vₙ up to the middle layer m, V₁ above it; a layer above it attends with its own
+                 queries over the rotated keys of m, and has no key and no value projection:
+                 FusedKV-Lite (Lin et al., "Reconstructing KV Caches with Cross-layer Fusion for
+                 Enhanced Transformers", arXiv 2512.03870)
 
-Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, except for the last.
+Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897, except for the last two.
 """
 
 
@@ -71,6 +76,9 @@ class LanguageModelConfig:
         rope_base: the base of the rotary wavelengths.
         sparse_layers: number of last layers that mix in `sparse`; None: three eighths of all
             layers (the paper's best at 8 layers is to mix in layers 6 to 8).
+        middle_layer: the last layer with keys and values of its own in `fused-kv-lite`, counted
+            from 0; None: half of the layers have their own, as in its paper (of an odd number,
+            the smaller half; one at least).
         gate_channels: input channels that the gate of `value-embedding` reads.
         gate_range: upper end of that gate's range, which starts at 0.
         checkpointing: recompute each block in backward (non-reentrant).
@@ -97,6 +105,7 @@ class LanguageModelConfig:
     logit_softcap: float = 0.0
     rope_base: float = 10_000.0
     sparse_layers: int | None = None
+    middle_layer: int | None = None
     gate_channels: int = 32
     gate_range: float = 3.0
     checkpointing: bool = False
@@ -113,7 +122,8 @@ class LanguageModelConfig:
                 continue
             # Python's own numbers, which a config.json can hold.
             if kind.startswith("int"):
-                object.__setattr__(self, name, integer(name, value, 1))
+                least = 0 if name == "middle_layer" else 1
+                object.__setattr__(self, name, integer(name, value, least))
             elif kind.startswith("float"):
                 object.__setattr__(self, name, real(name, value))
         if not 0 <= self.logit_softcap < math.inf:
@@ -127,6 +137,11 @@ class LanguageModelConfig:
             raise ValueError(
                 f"sparse_layers must be at most num_layers - 1 = {self.num_layers - 1}, got "
                 f"{self.sparse_layers}"
+            )
+        if self.middle_layer is not None and self.middle_layer >= self.num_layers:
+            raise ValueError(
+                f"middle_layer must be at most num_layers - 1 = {self.num_layers - 1}, got "
+                f"{self.middle_layer}"
             )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(
@@ -157,6 +172,16 @@ class LanguageModelConfig:
     def resolved_sparse_layers(self) -> int:
         """Number of last layers that mix in `sparse`."""
         return self.sparse_layers or default_sparse_layers(self.num_layers)
+
+    @property
+    def resolved_middle_layer(self) -> int:
+        """The last layer with keys of its own, counted from 0: that of the model, except in
+        `fused-kv-lite`."""
+        if self.variant != "fused-kv-lite":
+            return self.num_layers - 1
+        if self.middle_layer is not None:
+            return self.middle_layer
+        return max(1, self.num_layers // 2) - 1
 
     def window(self, layer: int) -> tuple[int, int]:
         """The window of layer `layer`, counted from 0, as `value_residual_attention` takes it."""

@@ -42,8 +42,8 @@ def mixing_layer(
         variant: one of `VARIANTS`, except "transformer" and "value-embedding".
         layer: the layer, counted from 0; not 0.
         kv_heads: number of KV heads.
-        coefficients: lambda_v and lambda_first, initial where they are learned. None for "dense"
-            and "svformer".
+        coefficients: lambda_v and lambda_first, initial where they are learned. None for "dense",
+            "svformer" and "fused-kv-lite".
     """
     if variant == "dense":
         return DenseMix(layer + 1)
@@ -67,9 +67,12 @@ def build_value_mix(config: LanguageModelConfig, layer: int) -> ValueMix:
             gate_channels=min(config.gate_channels, config.dim),
             gate_range=config.gate_range,
         )
-    sparse = config.variant == "sparse"
-    first_mixing = config.num_layers - config.resolved_sparse_layers if sparse else 1
-    if config.variant == "transformer" or layer < first_mixing:
+    first_mixing = {
+        "transformer": config.num_layers,
+        "sparse": config.num_layers - config.resolved_sparse_layers,
+        "fused-kv-lite": config.resolved_middle_layer + 1,
+    }
+    if layer < first_mixing.get(config.variant, 1):
         return OwnValues()
     coefficients = (CONSTANTS | LEARNED).get(config.variant)
     return mixing_layer(config.variant, layer, config.resolved_kv_heads, coefficients)
@@ -118,6 +121,7 @@ class Block(nn.Module):
             window=config.window(layer),
             qk_norm=config.qk_norm,
             scale=config.attention_scale,
+            projects_keys=layer <= config.resolved_middle_layer,
             backend=config.backend,
         )
         self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -130,20 +134,24 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         token_ids: Tensor,
+        keys: Tensor | None,
         *earlier_values: Tensor,
         cache: SharedValueCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream after this block, (B, T, dim), and its values (B, T, Hkv, D)."""
-        attended, values = self.attention(
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream after this block, (B, T, dim), and its values and rotated keys, each
+        (B, T, Hkv, D). `keys` are those of the layer whose keys it attends over, if not its own."""
+        attended, values, keys = self.attention(
             self.attention_norm(x),
             *earlier_values,
+            keys=keys,
+            return_keys=True,
             rotary=(cos, sin),
             token_ids=token_ids,
             cache=cache,
             layer=self.layer,
         )
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), values
+        return x + self.mlp(self.mlp_norm(x)), values, keys
 
 
 class LanguageModel(nn.Module):
@@ -218,11 +226,14 @@ class LanguageModel(nn.Module):
         rotary = self.rotary.on(token_ids.device)
         if cache is None:
             return self._stream(token_ids, rotary(token_ids.shape[1]), None)
+        before = cache.lengths
         try:
-            after = rotary.after(cache.lengths, token_ids.shape[1])
-            return self._stream(token_ids, after, cache)
-        finally:
+            return self._stream(token_ids, rotary.after(before, token_ids.shape[1]), cache)
+        except BaseException:
+            # The step is over once every slot is written, which may be before the last layer.
             cache.rollback()
+            cache.crop(before)
+            raise
 
     def _stream(
         self, token_ids: Tensor, rotary: tuple[Tensor, Tensor], cache: SharedValueCache | None
@@ -232,24 +243,28 @@ class LanguageModel(nn.Module):
             x = F.rms_norm(x, (self.config.dim,))
         embedded = x
         earlier: tuple[Tensor, ...] = ()
+        keys: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             if self.config.stream_scales:
                 x = self.stream_scale[layer] * x + self.input_scale[layer] * embedded
-            arguments = (x, *rotary, token_ids, *earlier)
+            arguments = (x, *rotary, token_ids, keys, *earlier)
             if cache is not None:
-                x, values = block(*arguments, cache=cache)
+                x, values, made = block(*arguments, cache=cache)
             elif self.config.checkpointing and torch.is_grad_enabled():
-                x, values = checkpoint(block, *arguments, use_reentrant=False)
+                x, values, made = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, values = block(*arguments)
+                x, values, made = block(*arguments)
             if layer == 0 or self.config.variant == "dense":
                 earlier = (*earlier, values)
+            if layer == self.config.resolved_middle_layer:
+                keys = made
         return self.norm(x)
 
     def new_cache(
         self, batch: int, max_seqlen: int | None = None, **options: Any
     ) -> SharedValueCache:
-        """An empty cache for this model. It holds keys and V' of every layer; SVFormer's V once.
+        """An empty cache for this model. It holds keys and V' of every layer; SVFormer's V once;
+        FusedKV-Lite's keys and values up to the middle layer.
 
         Args:
             batch: number of sequences.
@@ -258,10 +273,15 @@ class LanguageModel(nn.Module):
                 `num_pages` and `page_size` for a paged cache.
         """
         config = self.config
-        layout = KVLayout.svformer if config.variant == "svformer" else KVLayout.standard
+        layouts = {
+            "svformer": KVLayout.svformer(config.num_layers),
+            "fused-kv-lite": KVLayout.fused_kv_lite(
+                config.num_layers, config.resolved_middle_layer
+            ),
+        }
         defaults = {"dtype": self.embedding.weight.dtype, "device": self.embedding.weight.device}
         return SharedValueCache(
-            layout(config.num_layers),
+            layouts.get(config.variant, KVLayout.standard(config.num_layers)),
             batch=batch,
             max_seqlen=config.max_seqlen if max_seqlen is None else max_seqlen,
             num_kv_heads=config.resolved_kv_heads,
@@ -285,8 +305,8 @@ def with_parameter_budget(config: LanguageModelConfig, parameters: int) -> Langu
     """The config with `mlp_hidden` set so that the model's size is as close to `parameters` as it
     gets: variants can then be compared at equal size.
 
-    SVFormer's missing value projections make its MLP wider; a value embedding's table makes it
-    narrower. The size is exact to within half of 3 · dim · num_layers (relu2: 2).
+    The projections that SVFormer and FusedKV-Lite lack make the MLP wider; a value embedding's
+    table makes it narrower. The size is exact to within half of 3 · dim · num_layers (relu2: 2).
 
     Raises:
         ValueError: even mlp_hidden = 1 exceeds the budget.

@@ -53,9 +53,12 @@ class SentenceEncoder(nn.Module):
         cos, sin = self.rotary.on(token_ids.device)(token_ids.shape[1])
         x = self.embedding(token_ids)
         earlier: tuple[Tensor, ...] = ()
-        for block in self.blocks:
-            x, values = block(x, cos, sin, token_ids, *earlier)
+        keys: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            x, values, made = block(x, cos, sin, token_ids, keys, *earlier)
             earlier = earlier or (values,)
+            if layer == self.config.resolved_middle_layer:
+                keys = made
         real = (token_ids != 0)[..., None].to(x.dtype)
         return self.project((self.norm(x) * real).sum(1) / real.sum(1).clamp_min(1))
 

@@ -33,6 +33,8 @@ class ValueResidualAttention(nn.Module):
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
         scale: multiplies q.k; None: 1 / sqrt(head_dim).
+        projects_keys: False for a layer that attends over an earlier layer's keys, which are passed
+            as a plain tensor too: it has no `k_proj` (FusedKV-Lite, arXiv 2512.03870).
         backend: passed to `value_residual_attention`.
     """
 
@@ -48,6 +50,7 @@ class ValueResidualAttention(nn.Module):
         window: tuple[int, int] = (-1, -1),
         qk_norm: bool = False,
         scale: float | None = None,
+        projects_keys: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -67,12 +70,14 @@ class ValueResidualAttention(nn.Module):
         head_dim = integer("head_dim", head_dim, 1)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.causal, self.qk_norm, self.backend = causal, qk_norm, backend
+        self.projects_keys = projects_keys
         left, right = window
         self.window = integer("window", left, -1), integer("window", right, -1)
         self.scale = None if scale is None else real("scale", scale)
         self.v_mix = LearnedMix() if v_mix is None else v_mix
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        if projects_keys:
+            self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
         if self.v_mix.projects_values:
             self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
@@ -82,43 +87,46 @@ class ValueResidualAttention(nn.Module):
         x: Tensor,
         v_first: Tensor | None = None,
         *later_values: Tensor,
+        keys: Tensor | None = None,
+        return_keys: bool = False,
         rotary: tuple[Tensor, Tensor] | None = None,
         token_ids: Tensor | None = None,
         cache: SharedValueCache | None = None,
         layer: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Attend.
 
         Args:
             x: (B, T, dim).
             v_first: the first layer's values, (B, T, Hkv, head_dim); None in the first layer.
             later_values: the values of layers 2 to n - 1, in order; for `DenseMix` only.
+            keys: the keys of an earlier layer, (B, T, Hkv, head_dim), as its `return_keys` gives
+                them; None where this layer projects its own.
+            return_keys: also return the keys attended over, normalised and rotated.
             rotary: cos and sin, each (T, head_dim / 2) or (B, T, head_dim / 2); None: no rotation.
             token_ids: (B, T) integers, for `EmbeddingMix`.
             cache: a cache that x continues. Rotated keys and the mixed V' are appended (keys only
-                where the mix is V₁ alone), and x attends over all cached tokens. v_first holds the
-                values of the T tokens of x alone. No gradient.
+                where the mix is V₁ alone, and none of another layer's), and x attends over all
+                cached tokens. v_first and keys hold those of the T tokens of x alone. No gradient.
             layer: this layer's index in the cache, from 0.
 
         Returns:
             The output (B, T, dim), and this layer's values (B, T, Hkv, head_dim), before mixing.
-            A layer without `v_proj` returns v_first instead.
+            A layer without `v_proj` returns v_first instead. With return_keys a third tensor, the
+            keys (B, T, Hkv, head_dim).
 
         Raises:
             ValueError: the mix needs values or token_ids that are missing, such as v_first in a
-                first layer whose mix is neither `OwnValues` nor `EmbeddingMix`.
+                first layer whose mix is neither `OwnValues` nor `EmbeddingMix`; or keys are
+                missing, or given to a layer with keys of its own.
             RuntimeError: the cache is full, or gradients are enabled with a cache.
         """
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        self._check_keys(keys)
+        q = self._rotated(self.q_proj(x), rotary)
+        k = self._rotated(self.k_proj(x), rotary) if keys is None else keys
         own: Tensor | None = None
         if self.v_mix.projects_values:
-            own = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            own = self.v_proj(x).unflatten(2, (-1, self.head_dim))
         earlier = () if v_first is None else (v_first, *later_values)
         mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
         # softcap is passed explicitly: torch.compile(dynamic=True) turns a float default into a
@@ -132,6 +140,27 @@ class ValueResidualAttention(nn.Module):
         if cache is None:
             out = value_residual_attention(q, k, *mixed, softcap=0.0, **options)
         else:
-            out = cache.attend(layer, q, k, mixed.cached(), **options)
+            new_keys = k if self.projects_keys else None
+            out = cache.attend(layer, q, new_keys, mixed.cached(), **options)
         values = own if own is not None else earlier[0]
-        return self.o_proj(out.flatten(2)), values
+        result = self.o_proj(out.flatten(2)), values
+        return (*result, k) if return_keys else result
+
+    def _check_keys(self, keys: Tensor | None) -> None:
+        if self.projects_keys and keys is not None:
+            raise ValueError(
+                "keys must be None, as this layer projects its own, got a tensor of shape "
+                f"{tuple(keys.shape)}"
+            )
+        if not self.projects_keys and keys is None:
+            raise ValueError(
+                "keys must be an earlier layer's, (B, T, Hkv, head_dim), as this layer projects "
+                "none, got None"
+            )
+
+    def _rotated(self, projected: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries or keys, (B, T, heads, head_dim), normalised and rotated."""
+        heads = projected.unflatten(2, (-1, self.head_dim))
+        if self.qk_norm:
+            heads = F.rms_norm(heads, (self.head_dim,))
+        return heads if rotary is None else apply_rotary(heads, *rotary)

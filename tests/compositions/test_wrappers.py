@@ -123,6 +123,21 @@ def test_fully_sharded_with_its_mixes_apart(name: str) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fully_sharded_block_by_block(variant: str, checkpointing: bool) -> None:
+    expected = outputs(variant, made(variant))
+    module, mesh = made(variant), init_device_mesh("cpu", (1,))
+    assert isinstance(module, LanguageModel)
+    module.config = replace(module.config, checkpointing=checkpointing)
+    for block in module.blocks:
+        fully_shard(block.attention, mesh=mesh)  # type: ignore[arg-type]
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    torch.testing.assert_close(outputs(variant, module), expected)
+
+
+@pytest.mark.usefixtures("one_process")
 def test_fully_sharded_without_parameters() -> None:
     mesh = init_device_mesh("cpu", (1,))
     reservoir = Reservoir(30, 3, layout="csr", stateful=True)

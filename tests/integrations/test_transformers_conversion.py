@@ -323,6 +323,7 @@ def test_embeddings_instead_of_ids() -> None:
     ("options", "message"),
     [
         ({"variant": "transformer"}, "variant must be one of identity.*svformer, got 'transf"),
+        ({"variant": "fused-kv-lite"}, "variant must be one of identity.*svformer, got 'fused-kv"),
         ({"layers": [0, 1]}, "layers must lie within 1 and 3: layer 0 is where"),
         ({"layers": [4]}, "layers must lie within 1 and 3"),
         ({"layers": []}, "layers must be distinct integers, at least one"),

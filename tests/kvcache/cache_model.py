@@ -20,6 +20,7 @@ LAYOUTS = {
     "cla": KVLayout.cla(4, 2),
     "shared": KVLayout.cla(4, 2, share_values=True),
     "svformer_cla": KVLayout.svformer_cla(4, 2),
+    "fused_kv_lite": KVLayout.fused_kv_lite(4, 1),
     "free": KVLayout((1, 0, 1), (0, 1, 1)),
 }
 

@@ -34,7 +34,7 @@ def test_steps_of_every_layout(layout: str, append: bool, paged: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_lives(seed: int, paged: bool) -> None:
-    layout = LAYOUTS[["svformer", "standard", "svformer_cla"][seed % 3]]
+    layout = LAYOUTS[["svformer", "standard", "svformer_cla", "fused_kv_lite"][seed % 4]]
     driver = Driver(new_cache(layout, paged, rows=4), seed)
     luck = random.Random(seed)
     for _ in range(25):
@@ -92,6 +92,18 @@ def test_svformer_takes_exactly_its_share(layers: int) -> None:
     assert standard.nbytes == measured(standard) == 2 * layers * 3 * CAPACITY * KV_HEADS * DIM * 2
     assert shared.nbytes == measured(shared)
     assert shared.nbytes * 2 * layers == standard.nbytes * (layers + 1)
+
+
+@pytest.mark.parametrize(("layers", "middle"), [(1, 0), (2, 0), (12, 5), (61, 29), (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_fused_kv_lite_takes_exactly_its_share(
+    layers: int, middle: int, dtype: torch.dtype, paged: bool
+) -> None:
+    form = {"num_pages": 6, "page_size": 4} if paged else {}
+    standard = sized(KVLayout.standard(layers), dtype, **form)
+    shared = sized(KVLayout.fused_kv_lite(layers, middle), dtype, **form)
+    assert shared.nbytes == measured(shared)
+    assert shared.nbytes * layers == standard.nbytes * (middle + 1)
 
 
 @pytest.mark.parametrize("layers", [2, 12])

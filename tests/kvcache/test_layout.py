@@ -18,6 +18,16 @@ def test_named_layouts() -> None:
     assert KVLayout.cla(4, 2, share_values=True) == KVLayout((0, 0, 1, 1), (0, 0, 1, 1))
     assert KVLayout.svformer_cla(5, 3) == KVLayout((0, 0, 0, 1, 1), (0, 0, 0, 0, 0))
     assert KVLayout.cla(4, 1) == KVLayout.standard(4)
+    assert KVLayout.fused_kv_lite(5, 1) == KVLayout((0, 1, 1, 1, 1), (0, 1, 0, 0, 0))
+    assert KVLayout.fused_kv_lite(3, 0) == KVLayout((0, 0, 0), (0, 0, 0))
+    assert KVLayout.fused_kv_lite(3, 2) == KVLayout.standard(3)
+
+
+def test_fused_kv_lite_writes_up_to_the_middle() -> None:
+    layout = KVLayout.fused_kv_lite(6, 2)
+    assert (layout.num_key_slots, layout.num_value_slots) == (3, 3)
+    for layer in range(6):
+        assert layout.writes_keys(layer) == layout.writes_values(layer) == (layer <= 2)
 
 
 def test_free_layout_counts_slots_and_says_who_writes() -> None:
@@ -55,6 +65,7 @@ def test_numbers_and_sequences_of_numpy_and_torch() -> None:
     assert KVLayout.svformer(three) == KVLayout.svformer(3)
     assert KVLayout.cla(three, two) == KVLayout.cla(3, 2)  # type: ignore[arg-type]
     assert KVLayout.svformer_cla(three, two) == KVLayout.svformer_cla(3, 2)  # type: ignore[arg-type]
+    assert KVLayout.fused_kv_lite(three, two) == KVLayout.fused_kv_lite(3, 2)  # type: ignore[arg-type]
 
 
 def test_bad_counts_are_named() -> None:
@@ -64,3 +75,10 @@ def test_bad_counts_are_named() -> None:
         KVLayout.standard(2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         KVLayout.svformer_cla(4, 0)
+    for middle in (-1, 4):
+        with pytest.raises(ValueError, match=f"middle must be 0 to .* = 3, got {middle}"):
+            KVLayout.fused_kv_lite(4, middle)
+    with pytest.raises(TypeError, match=r"middle must be an int, got 1\.5"):
+        KVLayout.fused_kv_lite(4, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        KVLayout.fused_kv_lite(0, 0)

@@ -62,7 +62,7 @@ def angles(base: float) -> tuple[Tensor, Tensor]:
     return turns.cos()[:, None], turns.sin()[:, None]
 
 
-def llama_state(values_in: range) -> dict[str, Tensor]:
+def llama_state(values_in: range, keys_in: range = range(LAYERS)) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, DIM),
         "model.norm.weight": (DIM,),
@@ -74,20 +74,20 @@ def llama_state(values_in: range) -> dict[str, Tensor]:
             base + "input_layernorm.weight": (DIM,),
             base + "post_attention_layernorm.weight": (DIM,),
             base + "self_attn.q_proj.weight": (HEADS * HEAD, DIM),
-            base + "self_attn.k_proj.weight": (KV_HEADS * HEAD, DIM),
             base + "self_attn.o_proj.weight": (DIM, HEADS * HEAD),
             base + "mlp.gate_proj.weight": (HIDDEN, DIM),
             base + "mlp.up_proj.weight": (HIDDEN, DIM),
             base + "mlp.down_proj.weight": (DIM, HIDDEN),
         }
-        if n in values_in:
-            shapes[base + "self_attn.v_proj.weight"] = (KV_HEADS * HEAD, DIM)
+        for name, layers in (("k", keys_in), ("v", values_in)):
+            if n in layers:
+                shapes[base + f"self_attn.{name}_proj.weight"] = (KV_HEADS * HEAD, DIM)
     state = drawn(shapes)
     return {name: x * DIM**0.5 if "norm" in name else x for name, x in state.items()}
 
 
 def llama(state: dict[str, Tensor], form: str) -> Tensor:
-    """Logits as the paper's code computes them."""
+    """Logits as the paper's code computes them, or FusedKV-Lite's of middle layer 1."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return state[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3)
@@ -98,19 +98,25 @@ def llama(state: dict[str, Tensor], form: str) -> Tensor:
         return x * cos + torch.cat([-other, one], -1) * sin
 
     x = state["model.embed_tokens.weight"][TOKENS]
-    first = torch.empty(0)
+    first = k = torch.empty(0)
     for n in range(LAYERS):
         w = {k.removeprefix(f"model.layers.{n}."): v for k, v in state.items()}
         h = norm(x, f"model.layers.{n}.input_layernorm.weight")
-        q, k = (F.linear(h, w[f"self_attn.{p}_proj.weight"]).unflatten(2, (-1, HEAD)) for p in "qk")
-        v = first
-        if n == 0 or form != "svformer":
-            v = F.linear(h, w["self_attn.v_proj.weight"]).unflatten(2, (-1, HEAD))
+
+        def projected(name: str, h: Tensor = h, w: dict[str, Tensor] = w) -> Tensor:
+            return F.linear(h, w[f"self_attn.{name}_proj.weight"]).unflatten(2, (-1, HEAD))
+
+        q, v = turn(projected("q")), first
+        shares_keys = form == "fused-kv-lite" and n > 1
+        if not shares_keys:
+            k = turn(projected("k"))
+        if n == 0 or not (shares_keys or form == "svformer"):
+            v = projected("v")
         if n == 0:
             first = v
         elif form == "identity":
             v = 0.5 * first + 0.5 * v
-        out = attend(turn(q), turn(k), v, HEAD**-0.5, LENGTH)
+        out = attend(q, k, v, HEAD**-0.5, LENGTH)
         x = x + F.linear(out, w["self_attn.o_proj.weight"])
         h = norm(x, f"model.layers.{n}.post_attention_layernorm.weight")
         gate, up = (F.linear(h, w[f"mlp.{p}_proj.weight"]) for p in ("gate", "up"))
@@ -129,6 +135,16 @@ def test_the_papers_models_give_their_logits(form: str) -> None:
     generated = model.generate(TOKENS[:, :8], 4)
     again = torch.cat([TOKENS[:, :8], generated.tokens[:, :3]], 1)
     assert torch.equal(model(again)[:, -4:].argmax(-1), generated.tokens)
+
+
+@torch.no_grad()
+def test_a_fused_kv_lite_gives_its_logits() -> None:
+    state = llama_state(range(2), range(2))
+    model = from_paper(state, LLAMA, variant="fused-kv-lite", middle_layer=1)
+    expected = llama(state, "fused-kv-lite")
+    torch.testing.assert_close(model(TOKENS), expected, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"does not hold a fused-kv-lite of 3 layers: missing .*"):
+        from_paper(state, LLAMA, variant="fused-kv-lite", middle_layer=2)
 
 
 @torch.no_grad()

@@ -29,6 +29,15 @@ def test_sparse_mixes_in_the_last_layers(layers: int, mixing: int) -> None:
     assert LanguageModelConfig(num_layers=layers).resolved_sparse_layers == mixing
 
 
+@pytest.mark.parametrize(("layers", "middle"), [(8, 3), (4, 1), (3, 0), (2, 0), (1, 0)])
+def test_half_of_the_layers_keep_keys_in_fused_kv_lite(layers: int, middle: int) -> None:
+    config = LanguageModelConfig(variant="fused-kv-lite", num_layers=layers)
+    assert config.resolved_middle_layer == middle
+    last = dataclasses.replace(config, middle_layer=layers - 1)
+    assert last.resolved_middle_layer == layers - 1
+    assert dataclasses.replace(config, variant="svformer").resolved_middle_layer == layers - 1
+
+
 def test_mlp_is_eight_thirds_wide() -> None:
     assert LanguageModelConfig(dim=192).resolved_mlp_hidden == 512
     assert LanguageModelConfig(dim=128).resolved_mlp_hidden == 352
@@ -44,6 +53,8 @@ def test_mlp_is_eight_thirds_wide() -> None:
         ({"window_pattern": "SX"}, "window_pattern must be letters S and L.*got 'SX'"),
         ({"window_pattern": ""}, "window_pattern"),
         ({"num_layers": 4, "sparse_layers": 4}, "sparse_layers must be at most .* = 3, got 4"),
+        ({"num_layers": 4, "middle_layer": 4}, "middle_layer must be at most .* = 3, got 4"),
+        ({"middle_layer": -1}, "middle_layer must be at least 0, got -1"),
         ({"dim": 30}, "dim must be a multiple of num_heads 4"),
     ],
 )

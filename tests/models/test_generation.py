@@ -70,7 +70,18 @@ def test_greedy_equals_generation_without_a_cache(variant: str) -> None:
     assert generated.lengths.tolist() == [12, 12, 12]
 
 
-@pytest.mark.parametrize("variant", ["svformer", "learnable", "dense"])
+@pytest.mark.parametrize("middle", [0, 2, 3])
+@torch.no_grad()
+def test_any_middle_layer_step_by_step(middle: int) -> None:
+    module = model("fused-kv-lite", middle_layer=middle)
+    tokens, cache = prompts(2, 12), module.new_cache(2)
+    assert cache.keys.shape[0] == cache.values.shape[0] == middle + 1
+    pieces = tokens.split([1] * 12, dim=1)
+    found = torch.cat([module.head(module.hidden(piece, cache)) for piece in pieces], 1)
+    torch.testing.assert_close(found, module(tokens), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["svformer", "learnable", "dense", "fused-kv-lite"])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_prompts_of_different_lengths_go_together(variant: str, chunk: int | None) -> None:
     module = model(variant)
@@ -81,10 +92,11 @@ def test_prompts_of_different_lengths_go_together(variant: str, chunk: int | Non
         assert torch.equal(together.tokens[row], alone[0])
 
 
+@pytest.mark.parametrize("variant", ["learnable", "fused-kv-lite"])
 @pytest.mark.parametrize("options", [{}, {"num_pages": 60, "page_size": 4}])
-def test_a_cache_is_continued(options: dict[str, int]) -> None:
+def test_a_cache_is_continued(variant: str, options: dict[str, int]) -> None:
     skip_without_pages(options)
-    module = model("learnable")
+    module = model(variant)
     cache = module.new_cache(3, **options)
     first = module.generate(prompts(), 5, lengths=[9, 5, 9], cache=cache)
     assert cache.lengths == (13, 9, 13)
@@ -112,7 +124,7 @@ def beams(module: LanguageModel, cache: SharedValueCache | None) -> Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("variant", ["svformer", "learnable"])
+@pytest.mark.parametrize("variant", ["svformer", "learnable", "fused-kv-lite"])
 @pytest.mark.parametrize("options", [{}, {"num_pages": 40, "page_size": 4}])
 def test_beam_search_over_a_cache(variant: str, options: dict[str, int]) -> None:
     skip_without_pages(options)
@@ -120,8 +132,9 @@ def test_beam_search_over_a_cache(variant: str, options: dict[str, int]) -> None
     assert torch.equal(beams(module, module.new_cache(3, **options)), beams(module, None))
 
 
-def test_int8_cache_generates() -> None:
-    module = model("svformer")
+@pytest.mark.parametrize("variant", ["svformer", "fused-kv-lite"])
+def test_int8_cache_generates(variant: str) -> None:
+    module = model(variant)
     exact = module.generate(prompts(), 8)
     coarse = module.generate(prompts(), 8, cache=module.new_cache(3, dtype=torch.int8))
     assert (exact.tokens == coarse.tokens).float().mean() > 0.5
@@ -180,6 +193,34 @@ def test_top_k_and_top_p_keep_what_they_should() -> None:
 def test_cache_bytes_are_svformers_share() -> None:
     standard, shared = (model(variant).new_cache(2) for variant in ("learnable", "svformer"))
     assert shared.nbytes * 2 * SMALL.num_layers == standard.nbytes * (SMALL.num_layers + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_cache_bytes_are_half_in_fused_kv_lite(dtype: torch.dtype) -> None:
+    standard, fused = (
+        model(variant).new_cache(2, dtype=dtype) for variant in ("transformer", "fused-kv-lite")
+    )
+    assert fused.nbytes * 2 == standard.nbytes
+
+
+@all_variants
+@torch.no_grad()
+def test_a_layer_that_raises_leaves_the_cache_as_it_was(variant: str) -> None:
+    module = model(variant)
+    cache = module.new_cache(3)
+    module.hidden(prompts(), cache)
+    expected = module.hidden(prompts(3, 1), cache)
+    cache.crop(9)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    last = module.blocks[-1].register_forward_hook(raises)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.hidden(prompts(3, 4), cache)
+    last.remove()
+    assert cache.lengths == (9, 9, 9)
+    assert torch.equal(module.hidden(prompts(3, 1), cache), expected)
 
 
 @pytest.mark.parametrize(

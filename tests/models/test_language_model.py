@@ -97,7 +97,7 @@ def test_compiles_in_one_graph(variant: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("variant", ["constant", "learnable"])
+@pytest.mark.parametrize("variant", ["constant", "learnable", "fused-kv-lite"])
 def test_compiles_with_dynamic_length_and_checkpointing(variant: str) -> None:
     torch.compiler.reset()
     module = model(variant, num_layers=2, checkpointing=True)
@@ -147,7 +147,40 @@ def test_svformer_projects_values_once_and_value_embeddings_alternate() -> None:
     assert [isinstance(mix, EmbeddingMix) for mix in mixes] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("variant", ["learnable", "svformer", "dense"])
+@pytest.mark.parametrize(("middle", "own"), [(None, 2), (0, 1), (2, 3), (3, 4)])
+def test_fused_kv_lite_projects_keys_and_values_up_to_the_middle(
+    middle: int | None, own: int
+) -> None:
+    blocks = model("fused-kv-lite", middle_layer=middle).blocks
+    for name in ("k_proj", "v_proj"):
+        assert [hasattr(b.attention, name) for b in blocks] == [n < own for n in range(4)]
+    mixes = [b.attention.v_mix for b in blocks]  # type: ignore[union-attr]
+    assert [type(mix) for mix in mixes] == [OwnValues] * own + [FirstValues] * (4 - own)
+    assert all(hasattr(b.attention, "q_proj") for b in blocks)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_upper_layers_of_fused_kv_lite_train_first_values_and_middle_keys(
+    checkpointing: bool,
+) -> None:
+    module = model("fused-kv-lite", checkpointing=checkpointing)
+    weights = dict(module.named_parameters())
+    with torch.no_grad():
+        # The layers with keys and values of their own add nothing to the stream by attention.
+        for layer in (0, 1):
+            weights[f"blocks.{layer}.attention.o_proj.weight"].zero_()
+    module(*batch()).backward()
+    names = [f"{layer}.attention.{which}_proj" for layer in (0, 1) for which in "kv"]
+    trained = [name for name in names if (weights[f"blocks.{name}.weight"].grad != 0).any()]  # type: ignore[union-attr]
+    assert trained == ["0.attention.v_proj", "1.attention.k_proj"]
+
+
+def test_fused_kv_lite_whose_middle_is_the_last_layer_is_a_transformer() -> None:
+    plain, fused = model("transformer"), model("fused-kv-lite", middle_layer=3)
+    assert torch.equal(plain(batch()[0]), fused(batch()[0]))
+
+
+@pytest.mark.parametrize("variant", ["learnable", "svformer", "dense", "fused-kv-lite"])
 def test_no_state_is_kept_between_calls(variant: str) -> None:
     module = model(variant)
     before = {name: value for m in module.modules() for name, value in vars(m).items()}
@@ -176,7 +209,7 @@ def test_parameter_budget_is_met_by_the_mlp(variant: str) -> None:
     count = sum(p.numel() for p in LanguageModel(matched).parameters())
     assert count == parameter_count(matched)
     assert abs(count - budget) <= 3 * SMALL.dim * SMALL.num_layers / 2
-    if variant == "svformer":
+    if variant in ("svformer", "fused-kv-lite"):
         assert matched.mlp_hidden is not None
         assert matched.mlp_hidden > base.resolved_mlp_hidden
 

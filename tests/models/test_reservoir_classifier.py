@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,9 +83,12 @@ def test_it_learns_what_only_the_past_tells() -> None:
     assert loss_after_training(model(3, memories=(), **options)) > 0.9
 
 
-def test_the_default_encoder_reads_bytes_and_everything_trained_gets_a_gradient() -> None:
+@pytest.mark.parametrize("variant", ["learnable", "svformer", "fused-kv-lite"])
+def test_the_default_encoder_reads_bytes_and_everything_trained_gets_a_gradient(
+    variant: str,
+) -> None:
     torch.manual_seed(0)
-    encoder = SentenceEncoder(CONFIG, 5)
+    encoder = SentenceEncoder(replace(CONFIG, variant=variant), 5)
     classifier = model(encoder=encoder, features=None, extra_features=2)
     tokens = byte_tokens(["Oh no.", "What?", "Hm", "Yes!", "", "Bye"], 8)
     assert tokens.shape == (6, 6)

@@ -37,13 +37,15 @@ def by_sdpa(
     x: Tensor,
     mixed: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    q = module.q_proj(x).unflatten(-1, (HEADS, -1))
-    k = module.k_proj(x).unflatten(-1, (KV_HEADS, -1))
-    if module.qk_norm:
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-    if rotary is not None:
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    def rotated(projection: torch.nn.Module) -> Tensor:
+        heads = projection(x).unflatten(-1, (-1, DIM // HEADS))
+        if module.qk_norm:
+            heads = F.rms_norm(heads, heads.shape[-1:])
+        return heads if rotary is None else apply_rotary(heads, *rotary)
+
+    q, k = rotated(module.q_proj), rotated(module.k_proj) if keys is None else keys
     q, k, mixed = (t.transpose(1, 2) for t in (q, k, mixed))
     out = F.scaled_dot_product_attention(q, k, mixed, is_causal=True, enable_gqa=True)
     return module.o_proj(out.transpose(1, 2).flatten(2))
@@ -77,6 +79,31 @@ def test_svformer_layer_has_no_value_projection() -> None:
     out, returned = module(x, v_first)
     assert returned is v_first
     torch.testing.assert_close(out, by_sdpa(module, x, v_first), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_layer_over_an_earlier_layers_keys(qk_norm: bool) -> None:
+    rotary = RotaryEmbedding(DIM // HEADS, LENGTH)(LENGTH)
+    x, _ = inputs()
+    middle = layer(OwnValues(), qk_norm=qk_norm)
+    out, v_first, keys = middle(x, rotary=rotary, return_keys=True)
+    torch.testing.assert_close(out, by_sdpa(middle, x, v_first, rotary, keys))
+    upper = layer(FirstValues(), qk_norm=qk_norm, projects_keys=False)
+    assert [name for name, _ in upper.named_children()] == ["v_mix", "q_proj", "o_proj"]
+    out, values, returned = upper(2 * x, v_first, keys=keys, rotary=rotary, return_keys=True)
+    assert returned is keys
+    assert values is v_first
+    expected = by_sdpa(upper, 2 * x, v_first, rotary, keys)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert len(upper(x, v_first, keys=keys)) == 2
+
+
+def test_keys_that_lack_or_are_too_many_are_named() -> None:
+    x, keys = inputs()
+    with pytest.raises(ValueError, match=r"keys must be an earlier layer's, .* got None"):
+        layer(OwnValues(), projects_keys=False)(x)
+    with pytest.raises(ValueError, match=r"keys must be None, .* got a tensor of shape \(2, 9"):
+        layer(OwnValues())(x, keys=keys)
 
 
 def test_dense_layer_takes_later_values_as_tensors() -> None:

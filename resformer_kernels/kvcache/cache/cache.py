@@ -34,11 +34,12 @@ class SharedValueCache:
     more), and `max_seqlen`, where given, limits each. Paging needs the compiled host module.
 
     A step appends T new tokens to each sequence: every layer that writes a slot appends once, in
-    any order, with `append` or within `attend`. Layers count from 0. Then the next step may begin,
-    and `crop`, `reorder`, `fork` and `free` may be called; `rollback` gives up an unfinished step.
-    Sequences go by names, ints that `add`, `fork` and `reorder` return; `sequences` has those of
-    the batch in order. A call that raises leaves the cache as it was. `copy` and `pickle` make an
-    independent cache of the same contents, an unfinished step's included.
+    any order, with `append` or within `attend`. Layers count from 0. Then the step is over: layers
+    that write nothing may still attend, the next step may begin, and `crop`, `reorder`, `fork` and
+    `free` may be called; `rollback` gives up an unfinished step. Sequences go by names, ints that
+    `add`, `fork` and `reorder` return; `sequences` has those of the batch in order. A call that
+    raises leaves the cache as it was. `copy` and `pickle` make an independent cache of the same
+    contents, an unfinished step's included.
 
     Whether keys are rotated (RoPE) before they are appended is the caller's choice. The models of
     this package append rotated ones, which `reorder`, `fork` and `crop` keep right.
@@ -182,7 +183,6 @@ class SharedValueCache:
         layer = steps.layer(layer)
         new = steps.check(layer, {"k": k, "v": v}, chosen)
         with steps.writing(layer, new, chosen) as step:
-            assert step is not None
             for name, x in new.items():
                 codes, scales = steps.slots[name].slot(steps.slot(name, layer))
                 append(codes, scales, x, step.table, step.lengths)
@@ -240,9 +240,8 @@ class SharedValueCache:
         call = request.call
         # From here on nothing but a lack of pages can raise.
         with steps.writing(layer, new, chosen) as step:
-            if step is not None:
-                splits = call.num_splits or (step.num_splits if q.shape[1] == 1 else 0)
-                call = call._replace(block_table=step.table, num_splits=splits)
+            splits = call.num_splits or (step.num_splits if q.shape[1] == 1 else 0)
+            call = call._replace(block_table=step.table, num_splits=splits)
             out, lse = backend.run(call)
         return (out, lse) if call.return_lse else out
 

@@ -64,6 +64,24 @@ class KVLayout:
         shared = _adjacent(num_layers, n)
         return cls(shared, (0,) * len(shared))
 
+    @classmethod
+    def fused_kv_lite(cls, num_layers: int, middle: int) -> KVLayout:
+        """Keys and values in each layer up to `middle`, counted from 0; each later layer reads the
+        keys of `middle` and the values of layer 0: FusedKV-Lite (arXiv 2512.03870).
+
+        (middle + 1) / num_layers of a standard cache's bytes; the paper's `middle` is
+        num_layers / 2 - 1. Keys that are rotated (RoPE) are shared rotated, as in the paper.
+
+        >>> KVLayout.fused_kv_lite(4, 1)
+        KVLayout(key_slots=(0, 1, 1, 1), value_slots=(0, 1, 0, 0))
+        """
+        layers = _range("num_layers", num_layers)
+        last = integer("middle", middle)
+        if not 0 <= last < len(layers):
+            raise ValueError(f"middle must be 0 to num_layers - 1 = {len(layers) - 1}, got {last}")
+        keys = tuple(min(layer, last) for layer in layers)
+        return cls(keys, tuple(layer if layer <= last else 0 for layer in layers))
+
     @property
     def num_layers(self) -> int:
         """Number of layers that read the cache."""

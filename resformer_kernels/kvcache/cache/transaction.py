@@ -55,7 +55,7 @@ class Transactions:
         self._slot_of = {"k": layout.key_slots, "v": layout.value_slots}
         codes = slots["k"].codes
         self._dtype, self._device, self._heads = codes.dtype, codes.device, codes.shape[3]
-        self._at_rest: tuple[tuple[int, ...], Tensor, Tensor | None] | None = None
+        self._at_rest: Transaction | None = None
 
     def slot(self, name: str, layer: int) -> int:
         """The slot of a layer's keys ("k") or values ("v")."""
@@ -149,7 +149,8 @@ class Transactions:
         """
         step = self.open
         if step is None and not new:
-            return self._state_at_rest(chosen)
+            rest = self._state_at_rest(chosen)
+            return rest.lengths, rest.table
         for name in _KINDS:
             written = step is not None and (name, self.slot(name, layer)) in step.written
             if not written and name not in new:
@@ -176,26 +177,25 @@ class Transactions:
     @contextmanager
     def writing(
         self, layer: int, new: dict[str, Tensor], chosen: tuple[int, ...]
-    ) -> Iterator[Transaction | None]:
+    ) -> Iterator[Transaction]:
         """The transaction in which a layer writes `new`, opened if necessary; it closes once every
-        slot is written. None where nothing is written and none is open.
+        slot is written. That of `state` at rest where nothing is written and none is open.
 
         An exception inside rolls back a transaction that nothing was written to.
         """
         step = self.open
-        if step is None and new:
-            step = self._begin(chosen, _tokens(new))
+        if step is None:
+            step = self._begin(chosen, _tokens(new)) if new else self._state_at_rest(chosen)
         try:
             yield step
         except BaseException:
-            if step is not None and not step.written:
+            if not step.written:
                 self.rollback()
             raise
-        if step is None:
-            return
         step.written.update((name, self.slot(name, layer)) for name in new)
         if len(step.written) == sum(len(slots.codes) for slots in self.slots.values()):
-            self.open = None
+            # Layers that write nothing may still attend: they take its lengths, table and splits.
+            self.open, self._at_rest = None, step
 
     def settle(self, action: str) -> None:
         """RuntimeError within a step; else forget the cached state at rest, which is to change."""
@@ -245,10 +245,17 @@ class Transactions:
         table = self.place.table(chosen, tokens)
         return None if table is None else table.to(self._device)
 
-    def _state_at_rest(self, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        if self._at_rest is None or self._at_rest[0] != chosen:
-            self._at_rest = (chosen, self._lengths(chosen), self._table(chosen))
-        return self._at_rest[1:]
+    def _state_at_rest(self, chosen: tuple[int, ...]) -> Transaction:
+        """What a transaction of no tokens would be, made of the last one where that is known."""
+        rest = self._at_rest
+        if rest is None or rest.sequences != chosen:
+            lengths, table = self._lengths(chosen), self._table(chosen)
+            rest = Transaction(chosen, 0, lengths, table, self._plan(chosen))
+        elif rest.tokens:
+            lengths = rest.lengths + rest.tokens
+            rest = Transaction(chosen, 0, lengths, rest.table, rest.num_splits)
+        self._at_rest = rest
+        return rest
 
     def _plan(self, chosen: tuple[int, ...]) -> int:
         # A CPU's kernel reads the lengths itself; a GPU's launch is sized here, before it can.
