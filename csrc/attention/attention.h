@@ -73,9 +73,9 @@ struct ForwardOutput {
 };
 
 struct BackwardInput {
-  View grad_out, out;               // out, or where `ungated` what the gate multiplied
+  View grad_out, out;  // out, or where `ungated` what the gate multiplied
   bool ungated = false;
-  const float* along = nullptr;  // laid out as the LSE; nullptr: nothing is excluded
+  const float* along = nullptr;     // laid out as the LSE; nullptr: nothing is excluded
   View grad_mixed;                  // no data: zero
   const float* grad_lse = nullptr;  // nullptr: zero
   int64_t grad_lse_stride[3] = {0, 0, 0};

@@ -216,18 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {out, lse, mixed, along, ungated};
 }
 
-enum Gradient : int64_t {
-  kQ,
-  kK,
-  kV,
-  kVFirst,
-  kLambdaV,
-  kLambdaFirst,
-  kSinks,
-  kBias,
-  kExclusive,
-  kOutGate
-};
+enum Gradient : int64_t { kQ, kK, kV, kVFirst, kLambdaV, kLambdaFirst, kSinks, kBias, kExclusive, kOutGate };
 
 // A coefficient's gradient: partial sums that the kernel fills, then the sum over the broadcast axes. `value`
 // is of the shape that it broadcasts to: V's, whose keys a tile may sum (`by_tile`), or the output's.

@@ -144,7 +144,8 @@ class GradRows {
     if (e.gates) gate_columns(e, seq.batch, t, head, p_.dim_v, s.gate.get(), grad);
     if (in_.ungated) project();
     if (e.excludes) {
-      const float size = s.own.size(), a = in_.along[lse_at(rows, r)], x = e.exclusive.at(seq.batch, t, head, 0);
+      const float size = s.own.size(), a = in_.along[lse_at(rows, r)],
+                  x = e.exclusive.at(seq.batch, t, head, 0);
       const float c = dot_columns(grad, s.own.w(), columns);
       if (out_.exclusive) out_.exclusive[at] = -a * c;
       pack.to_grad[r] = -x * a;

@@ -72,7 +72,7 @@ class OwnValue {
   }
 
   const float* w() const { return w_.get(); }
-  float size() const { return size_; }  // max(|w|, eps)^2
+  float size() const { return size_; }   // max(|w|, eps)^2
   bool above() const { return above_; }  // whether |w| is that
 
  private:

@@ -8,6 +8,7 @@
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/softmax.h"
+#include "kvcache/result.h"
 #include "kvcache/scratch.h"
 #include "kvcache/stream.h"
 
@@ -17,7 +18,7 @@ namespace resformer::RESFORMER_ISA {
 template <class T, class M>
 class CacheAttend {
  public:
-  explicit CacheAttend(const CacheProblem& p) : p_(p), plan_(p, sizeof(C)) {}
+  explicit CacheAttend(const CacheProblem& p) : p_(p), plan_(p, sizeof(C)), result_(p) {}
 
   void run() {
     const int64_t units = plan_.units(), threads = torch::stable::get_num_threads();
@@ -54,16 +55,9 @@ class CacheAttend {
   using Unit = Scores<kPrecision>;
   static constexpr bool kCodes = sizeof(C) == 1;
 
-  using Own = WorkerScratch<C, Dot>;
+  using Own = WorkerScratch<T, C, Dot>;
 
   int64_t words() const { return row_words<Dot>(p_.keys.dim); }
-  int64_t query(const CacheGroup& g, int64_t row) const { return (g.row + row) / p_.group; }
-  int64_t time(const CacheGroup& g, int64_t query) const {
-    return p_.sequences[g.sequence].queries.first + query;
-  }
-  int64_t head(const CacheGroup& g, int64_t h, int64_t row) const {
-    return (g.head + h) * p_.group + (g.row + row) % p_.group;
-  }
   float* acc_of(const CacheGroup& g, int64_t h, const Own& own) const {
     return own.acc.get() + h * padded(g.rows) * plan_.columns();
   }
@@ -80,7 +74,8 @@ class CacheAttend {
         store(state.l, zero());
         float* q = q_of(g, h, own) + r * words();
         if (r < g.rows) {
-          pack_row<Dot>(p_.q.row<T>(g.sequence, time(g, query(g, r)), head(g, h, r)), p_.keys.dim, q);
+          pack_row<Dot>(p_.q.row<T>(g.sequence, result_.time(g, result_.query(g, r)), result_.head(g, h, r)),
+                        p_.keys.dim, q);
         } else {
           memset(q, 0, words() * sizeof(float));
         }
@@ -89,7 +84,7 @@ class CacheAttend {
     memset(own.acc.get(), 0, g.heads * rows * plan_.columns() * sizeof(float));
     const CacheSequence& s = p_.sequences[g.sequence];
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = query(g, smaller(r, g.rows - 1));
+      const int64_t i = result_.query(g, smaller(r, g.rows - 1));
       own.from[r] = p_.key_lo(s, i);
       own.to[r] = p_.key_hi(s, i);
     }
@@ -333,11 +328,13 @@ class CacheAttend {
     }
   }
 
-  void finish_all(const CacheGroup& g, const Own& own) const {
+  void finish_all(const CacheGroup& g, Own& own) const {
     for (int64_t h = 0; h < g.heads; ++h) {
+      own.result.own.reset();
       for (int64_t r = 0; r < g.rows; ++r) {
         const RowState& state = own.state[h * padded(g.rows) + r];
-        finish(g, h, r, state.m, reduce_add(load(state.l)), acc_of(g, h, own) + r * plan_.columns());
+        result_.finish(g, h, r, state.m, reduce_add(load(state.l)), acc_of(g, h, own) + r * plan_.columns(),
+                       own.result);
       }
     }
   }
@@ -347,6 +344,7 @@ class CacheAttend {
     const int64_t columns = plan_.columns();
     float* acc = own.acc.get();
     for (int64_t h = 0; h < g.heads; ++h) {
+      own.result.own.reset();
       for (int64_t r = 0; r < g.rows; ++r) {
         float m = kMinusInf, l = 0.0f;
         for (int64_t i = 0; i < g.splits; ++i) {
@@ -364,31 +362,14 @@ class CacheAttend {
           for (int64_t d = 0; d < columns; d += kLanes)
             store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
         }
-        finish(g, h, r, m, l, acc);
+        result_.finish(g, h, r, m, l, acc, own.result);
       }
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator, writes out and LSE: for an empty row zeros and
-  // the sink, which may be too low for the unit of scores.
-  void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, const float* acc) const {
-    const int64_t head_q = head(g, h, r), i = query(g, r);
-    float weight = 1.0f;
-    if (p_.sinks) {
-      const float sink = p_.sinks[head_q] * Unit::kUnit, top = sink > m ? sink : m;
-      weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
-      l = l * weight + (sink == kMinusInf ? 0.0f : Unit::exp(sink - top));
-      m = top;
-    }
-    const bool empty = l == 0.0f;
-    scale_row(acc, empty ? 0.0f : weight / l, p_.values.dim, p_.out.row<T>(g.sequence, time(g, i), head_q));
-    if (!p_.lse) return;
-    float& lse = p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + time(g, i)];
-    lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head_q] : kMinusInf;
-  }
-
   const CacheProblem& p_;
   CachePlan plan_;
+  const CacheResult<T, C> result_;
 };
 
 }  // namespace resformer::RESFORMER_ISA

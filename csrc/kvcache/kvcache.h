@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/epilogue.h"
 #include "common/view.h"
 
 namespace resformer {
@@ -57,6 +58,7 @@ struct CacheProblem {
   int64_t window_left = -1, window_right = -1;
   float scale = 1.0f, softcap = 0.0f;
   const float* sinks = nullptr;
+  Epilogue epilogue;
   int64_t splits = 0;  // 0: by length
   float* lse = nullptr;
   int64_t lse_stride[2] = {0, 0};  // of sequences and heads; queries are contiguous

@@ -183,7 +183,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const 
                                   int64_t window_left, int64_t window_right, double scale, double softcap,
                                   const MaybeTensor& sinks, const MaybeTensor& k_scale,
                                   const MaybeTensor& v_scale, int64_t num_splits, bool return_lse,
-                                  const MaybeTensor& out) {
+                                  const MaybeTensor& out, const MaybeTensor& exclusive,
+                                  double exclusive_value, double exclusive_eps, const MaybeTensor& out_gate) {
   (void)max_seqlen_q;  // units follow the queries that each sequence has
   Call call;
   CacheProblem& p = call.problem;
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const 
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.splits = num_splits;
+  p.epilogue = read_epilogue(exclusive, exclusive_value, exclusive_eps, out_gate, q, p.values.dim, p.dtype);
   p.sequences.resize(call.batch);
   const int64_t added = k ? k->size(1) : v ? v->size(1) : 0;
   read_times(call, "cu_seqlens_q", cu_seqlens_q, q.size(1),

@@ -5,12 +5,13 @@
 #include "common/rows.h"
 #include "common/softmax.h"
 #include "kvcache/block.h"
+#include "kvcache/result.h"
 #include "kvcache/tile.h"
 
 namespace resformer::RESFORMER_ISA {
 
-// C: elements of the cache. Dot: products of words of q.
-template <class C, class Dot>
+// T: dtype of q and out. C: elements of the cache. Dot: products of words of q.
+template <class T, class C, class Dot>
 struct WorkerScratch {
   WorkerScratch(const CacheProblem& p, const CachePlan& plan)
       : rows(plan.most([](const CacheTiling& t) { return t.heads * padded(t.rows); })),
@@ -23,7 +24,8 @@ struct WorkerScratch {
                row_words<Dot>(p.keys.dim)),
         scales(kMostTokens),
         zeros(p.values.dim),
-        states(rows * sizeof(RowState) / sizeof(float)) {
+        states(rows * sizeof(RowState) / sizeof(float)),
+        result(p) {
     memset(zeros.get(), 0, p.values.dim * sizeof(float));
     state = reinterpret_cast<RowState*>(states.get());
   }
@@ -31,6 +33,7 @@ struct WorkerScratch {
 
   int64_t rows;
   Scratch q, acc, scores, by_token, key_rows, panels, scales, zeros, states;
+  typename CacheResult<T, C>::Rows result;
   RowState* state;
   Block<C> blocks[2];
   Block<C>*now = &blocks[0], *next = &blocks[1];

@@ -1,0 +1,86 @@
+// The rows of a unit among the queries, and how their sums become the result.
+#pragma once
+
+#include "common/epilogue_rows.h"
+#include "common/softmax.h"
+#include "kvcache/kvcache.h"
+#include "kvcache/plan.h"
+
+namespace resformer::RESFORMER_ISA {
+
+// T: dtype of q and out. C: elements of the cache.
+template <class T, class C>
+class CacheResult {
+ public:
+  explicit CacheResult(const CacheProblem& p) : p_(p) {}
+
+  // What a thread keeps for the epilogue.
+  struct Rows {
+    explicit Rows(const CacheProblem& p)
+        : gate(p.epilogue.gates ? round_up(p.values.dim, kLanes) : 0),
+          own(p.epilogue.excludes ? p.values.dim : 0) {}
+    Scratch gate;
+    OwnValue own;
+  };
+
+  int64_t query(const CacheGroup& g, int64_t row) const { return (g.row + row) / p_.group; }
+  int64_t time(const CacheGroup& g, int64_t query) const {
+    return p_.sequences[g.sequence].queries.first + query;
+  }
+  int64_t head(const CacheGroup& g, int64_t h, int64_t row) const {
+    return (g.head + h) * p_.group + (g.row + row) % p_.group;
+  }
+
+  // Adds the sink, divides by the softmax's denominator, writes out and LSE: for an empty row zeros and
+  // the sink, which may be too low for the unit of scores. Rows of a head come in order, after `rows.own` was
+  // reset.
+  void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, float* acc, Rows& rows) const {
+    const int64_t head_q = head(g, h, r), t = time(g, query(g, r)), dim = p_.values.dim;
+    float weight = 1.0f;
+    if (p_.sinks) {
+      const float sink = p_.sinks[head_q] * Unit::kUnit, top = sink > m ? sink : m;
+      weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
+      l = l * weight + (sink == kMinusInf ? 0.0f : Unit::exp(sink - top));
+      m = top;
+    }
+    const bool empty = l == 0.0f;
+    const float factor = empty ? 0.0f : weight / l;
+    T* out = p_.out.row<T>(g.sequence, t, head_q);
+    if (!p_.epilogue.any()) {
+      scale_row(acc, factor, dim, out);
+    } else {
+      for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, mul(load(acc + d), set1(factor)));
+      if (p_.epilogue.excludes) read_own(g, g.head + h, query(g, r), rows.own);
+      finish_row<T>(p_.epilogue, rows.own, g.sequence, t, head_q, dim, rows.gate.get(), acc, nullptr, out);
+    }
+    if (!p_.lse) return;
+    float& lse = p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + t];
+    lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head_q] : kMinusInf;
+  }
+
+ private:
+  using Unit = Scores<sizeof(T) == 4 ? Precision::full : Precision::half>;
+
+  // The cached value at query i's own position. Where a mask hides it, memory may hold NaN.
+  void read_own(const CacheGroup& g, int64_t head, int64_t i, OwnValue& own) const {
+    own.at(i, p_.epilogue.least, [&](float* w) {
+      const CacheSequence& s = p_.sequences[g.sequence];
+      const int64_t key = i + s.length - s.queries.count;
+      if (key < s.first || key >= s.last) return false;
+      if (p_.mask && !p_.mask[g.sequence * p_.mask_stride[0] + key * p_.mask_stride[1]]) return false;
+      const CacheRow place = p_.values.table.place(g.sequence, key);
+      widen_row(p_.values.cache.row<const C>(place.row, place.at, head), p_.values.dim, w);
+      if (p_.values.scale) {
+        const int64_t* stride = p_.values.scale_stride;
+        const Vec scale =
+            set1(p_.values.scale[place.row * stride[0] + place.at * stride[1] + head * stride[2]]);
+        for (int64_t d = 0; d < p_.values.dim; d += kLanes) store(w + d, mul(load(w + d), scale));
+      }
+      return true;
+    });
+  }
+
+  const CacheProblem& p_;
+};
+
+}  // namespace resformer::RESFORMER_ISA
