@@ -56,6 +56,9 @@ def names(heads: int) -> dict[str, Any]:
         **dict.fromkeys(("mix", "gate"), (B, T, HKV, 1)),
         **dict.fromkeys(("s1", "s2"), (HKV, DV)),
         "a": (B, T, HKV, DV),
+        "g": (B, T, heads, DV),
+        "h": (B, T, heads, 1),
+        "alpha": (heads, 1),
         "table": (VOCAB, HKV, DV),
     }
     found: dict[str, Any] = {name: leaf(random, *shape) for name, shape in shapes.items()}
@@ -126,7 +129,29 @@ OUTPUTS: dict[str, Formula] = {
         * functional.embedding(n["token_ids"], n["table"].flatten(1)).view_as(n["v"]),
     ),
     "NeuTRENO": lambda n: attend(n["q"], n["k"], n["v"]) + 0.4 * (n["v_first"] - n["v"]),
+    "XSA, the paper": lambda n: without_own(attend(n["q"], n["k"], n["v"]), n["v"]),
+    "modded-nanogpt's layer": lambda n: modded_nanogpt(n),
+    "Qwen3-Next and other gated attention": lambda n: (
+        attend(n["q"], n["k"], n["v"]) / (1 + (-n["g"]).exp())
+    ),
 }
+
+
+def without_own(y: Tensor, v: Tensor, share: Tensor | float = 1.0) -> Tensor:
+    """y without `share` of its projection onto v: by a projection matrix for each token."""
+    unit = v / v.norm(dim=-1, keepdim=True)
+    along = torch.einsum("bthi,bthj,bthj->bthi", unit, unit, y)
+    return y - share * along
+
+
+def modded_nanogpt(n: dict[str, Any]) -> Tensor:
+    value = mixed_there(n)
+    out = without_own(attend(n["q"], n["k"], value), value, n["alpha"].tanh())
+    return torch.einsum("bthd,bthi->bthd", out, n["h"].sigmoid())
+
+
+def mixed_there(n: dict[str, Any]) -> Tensor:
+    return n["v"] + 2 * n["gate"].sigmoid() * n["ve"]
 
 
 def evaluate(expression: str, namespace: dict[str, Any]) -> Any:
@@ -134,6 +159,7 @@ def evaluate(expression: str, namespace: dict[str, Any]) -> Any:
         **namespace,
         "rms_norm": rms_norm,
         "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
         "attend": lambda v: attend(namespace["q"], namespace["k"], v),
         "value_residual_attention": value_residual_attention,
         "mix_values": mix_values,
@@ -190,8 +216,14 @@ def test_other_forms(codebase: str) -> None:
     theirs, ours = rows(3)[codebase]
     n = names(HKV)
     expected = OUTPUTS[codebase](n)
-    assert_same(evaluate(code(theirs), n), expected, n)
-    assert_same(evaluate(code(ours), n), expected, n)
+    value = mixed_there(n)
+    scope = {
+        **n,
+        "y": attend(n["q"], n["k"], value),
+        "vn": functional.normalize(value, dim=-1, eps=1e-4),
+    }
+    assert_same(evaluate(code(theirs), scope), expected, n)
+    assert_same(evaluate(code(ours), scope), expected, n)
 
 
 def test_imports() -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from resformer_kernels._core.checks import integer, real
+from resformer_kernels.nn.epilogue import checked_exclusive, checked_gate
 
 VARIANTS = (
     "transformer",
@@ -68,6 +69,8 @@ class LanguageModelConfig:
         short_window: keys that an S layer sees, including the query's own; None: max_seqlen / 2.
         qk_norm: RMS-normalise queries and keys.
         attention_scale: multiplies q.k; None: 1 / sqrt(head_dim).
+        exclusive: None; a number, 1.0 for exclusive self-attention; or "learned" for one per head.
+        gate: None, or a sigmoid gate on every attention's output: "head" or "channel".
         norm_eps: eps of every RMSNorm with weights; None: torch's, the dtype's machine epsilon.
         embedding_norm: RMS-normalise the embedded tokens, without weights.
         stream_scales: before layer n the stream becomes a_n times itself plus b_n times the
@@ -99,6 +102,8 @@ class LanguageModelConfig:
     short_window: int | None = None
     qk_norm: bool = False
     attention_scale: float | None = None
+    exclusive: str | float | None = None
+    gate: str | None = None
     norm_eps: float | None = None
     embedding_norm: bool = False
     stream_scales: bool = False
@@ -116,6 +121,8 @@ class LanguageModelConfig:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.mlp not in ("swiglu", "relu2"):
             raise ValueError(f"mlp must be 'swiglu' or 'relu2', got {self.mlp!r}")
+        object.__setattr__(self, "exclusive", checked_exclusive(self.exclusive))
+        checked_gate(self.gate)
         for field in fields(self):
             name, kind, value = field.name, str(field.type), getattr(self, field.name)
             if value is None and "None" in kind:

@@ -26,6 +26,7 @@ from resformer_kernels.nn import (
     ValueMix,
     ValueResidualAttention,
 )
+from resformer_kernels.nn.epilogue import Epilogue
 
 CONSTANTS = {"identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
 """lambda_v and lambda_first of the variants that do not learn them."""
@@ -121,6 +122,8 @@ class Block(nn.Module):
             window=config.window(layer),
             qk_norm=config.qk_norm,
             scale=config.attention_scale,
+            exclusive=config.exclusive,
+            gate=config.gate,
             projects_keys=layer <= config.resolved_middle_layer,
             backend=config.backend,
         )
@@ -181,7 +184,7 @@ class LanguageModel(nn.Module):
                 std = module.in_features**-0.5
                 into_stream = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=std * depth_scale if into_stream else std)
-            elif isinstance(module, (nn.RMSNorm, LearnedMix, DenseMix, EmbeddingMix)):
+            elif isinstance(module, (nn.RMSNorm, LearnedMix, DenseMix, EmbeddingMix, Epilogue)):
                 module.reset_parameters()
         if self.config.stream_scales:
             nn.init.ones_(self.stream_scale)

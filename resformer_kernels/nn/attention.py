@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from resformer_kernels._core.checks import integer, real
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.kvcache.cache.cache import SharedValueCache
+from resformer_kernels.nn.epilogue import Epilogue
 from resformer_kernels.nn.rotary import apply_rotary
 from resformer_kernels.nn.value_mix import LearnedMix, ValueMix, ValueSources
 
@@ -33,6 +34,10 @@ class ValueResidualAttention(nn.Module):
         window: (left, right) keys around each query, inclusive; -1 is unbounded.
         qk_norm: RMS-normalise each query and key head before the rotation.
         scale: multiplies q.k; None: 1 / sqrt(head_dim).
+        exclusive: None; a number, 1.0 for exclusive self-attention (arXiv 2603.09078); or "learned"
+            for a tanh(alpha) per head, initially 0: see `nn.epilogue.Epilogue`.
+        gate: None, or a sigmoid gate on the output, from x: "head" with a number per token and
+            head, "channel" with one per token, head and channel.
         projects_keys: False for a layer that attends over an earlier layer's keys, which are passed
             as a plain tensor too: it has no `k_proj` (FusedKV-Lite, arXiv 2512.03870).
         backend: passed to `value_residual_attention`.
@@ -50,6 +55,8 @@ class ValueResidualAttention(nn.Module):
         window: tuple[int, int] = (-1, -1),
         qk_norm: bool = False,
         scale: float | None = None,
+        exclusive: float | str | None = None,
+        gate: str | None = None,
         projects_keys: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -80,6 +87,8 @@ class ValueResidualAttention(nn.Module):
             self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
         if self.v_mix.projects_values:
             self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        follows = exclusive is not None or gate is not None
+        self.epilogue = Epilogue(dim, num_heads, head_dim, exclusive, gate) if follows else None
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def forward(
@@ -137,6 +146,8 @@ class ValueResidualAttention(nn.Module):
             "window": self.window,
             "backend": self.backend,
         }
+        if self.epilogue is not None:
+            options |= self.epilogue(x)
         if cache is None:
             out = value_residual_attention(q, k, *mixed, softcap=0.0, **options)
         else:

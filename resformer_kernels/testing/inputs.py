@@ -127,9 +127,13 @@ class _Source:
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype)
 
-    def rows(self, shape: tuple[int, ...], layout: str) -> Tensor:
-        """Queries, keys, values or their gradients, NaN beyond the packed sequences."""
-        x = _poison_tail(self.case, self.normal(shape, self.case.dtype))
+    def rows(self, shape: tuple[int, ...], layout: str, *, every_third: bool = False) -> Tensor:
+        """Queries, keys, values or their gradients, NaN beyond the packed sequences; zero in
+        `every_third` row."""
+        x = self.normal(shape, self.case.dtype)
+        if every_third:
+            x[..., ::3, :, :] = 0
+        x = _poison_tail(self.case, x)
         return laid_out(x.to(self.device), layout)
 
 
@@ -172,7 +176,11 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     }
     absent = {"v": "v_first", "v_first": "v"}.get(case.sources)
     given = {name: shape for name, shape in shapes.items() if name != absent}
-    tensors = {name: source.rows(shape, case.layout) for name, shape in given.items()}
+    zero = ("v", "v_first") if case.zero_values else ()
+    tensors = {
+        name: source.rows(shape, case.layout, every_third=name in zero)
+        for name, shape in given.items()
+    }
     options = {name: getattr(case, name) for name in _OPTIONS}
     if absent:
         options[absent] = None
@@ -180,9 +188,6 @@ def attention_inputs(case: AttentionCase, device: torch.device | str = "cpu") ->
     _add_packing(source, tensors, options)
     _add_scores(source, tensors)
     add_epilogue(source.generator, tensors, options, case, _coefficient_dtype(case))
-    if case.zero_values:
-        for name in tensors.keys() & {"v", "v_first"}:
-            tensors[name][..., ::3, :, :] = 0
     out_shape = (*q_rows, case.heads, case.value_dim)
     lse_shape = (*q_rows[:-1], case.heads, q_rows[-1])
     grads = [source.rows(out_shape, case.grad_layout)]

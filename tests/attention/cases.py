@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from resformer_kernels.testing import BIAS_KINDS, COEFFICIENT_FORMS, LAYOUTS, AttentionCase
+from resformer_kernels.testing.inputs import EXCLUSIVE_FORMS, GATE_FORMS
 
 LENGTHS = st.one_of(
     st.sampled_from((0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129)), st.integers(1, 150)
@@ -54,6 +55,9 @@ def attention_cases(
         softcap=draw(st.sampled_from((0.0, 0.0, 2.0, 30.0))),
         sinks=draw(st.booleans()),
         bias=draw(st.sampled_from(("none", *biases))),
+        exclusive=draw(st.sampled_from(("none", "none", *EXCLUSIVE_FORMS))),
+        out_gate=draw(st.sampled_from(("none", "none", *GATE_FORMS))),
+        zero_values=draw(st.booleans()),
         return_lse=draw(st.booleans()),
         return_mixed_value=draw(st.booleans()),
         layout=draw(st.sampled_from(LAYOUTS)),
@@ -124,6 +128,37 @@ TABLE: dict[str, AttentionCase] = {
         causal=True,
         return_lse=True,
         return_mixed_value=True,
+    ),
+    "exclusive and gated": AttentionCase(
+        q_len=130,
+        k_len=150,
+        heads=6,
+        lambda_v="token_head",
+        lambda_first="channel",
+        causal=True,
+        exclusive="token_head",
+        out_gate="token_head",
+        sinks=True,
+        return_lse=True,
+        return_mixed_value=True,
+    ),
+    "exclusive, more queries than keys": AttentionCase(
+        q_len=200, k_len=90, exclusive="one", out_gate="full", causal=True, zero_values=True
+    ),
+    "exclusive, window in segments": AttentionCase(
+        heads=16, kv_heads=1, q_len=400, k_len=333, window=(29, 3), exclusive="head"
+    ),
+    "exclusive, few heads": AttentionCase(
+        batch=1, heads=1, kv_heads=1, q_len=8, k_len=2000, exclusive="scalar", out_gate="channel"
+    ),
+    "exclusive, packed": AttentionCase(
+        lengths=((1, 70), (30, 30), (9, 2), (0, 4), (3, 0)),
+        heads=6,
+        causal=True,
+        tail=4,
+        exclusive="token",
+        out_gate="full",
+        slack=9,
     ),
     "packed, no sequence": AttentionCase(lengths=(), tail=5, return_lse=True, slack=1),
     "packed, empty sequences": AttentionCase(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resformer_kernels import value_residual_attention
 from resformer_kernels._core.select import prepare
+from resformer_kernels.attention.epilogue import keeping
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.testing import AttentionCase, attention_inputs
 
@@ -20,6 +21,9 @@ CASES = {
         softcap=5.0, return_lse=True, return_mixed_value=True, layout="heads_first",
     ),
     "bare": AttentionCase(sources="v", k_len=20, dtype=torch.bfloat16),
+    "epilogue": AttentionCase(
+        exclusive="token_head", out_gate="full", k_len=20, q_len=24, causal=True
+    ),
     "packed": AttentionCase(lengths=((5, 7), (0, 2), (9, 9)), tail=2, lambda_v="scalar", slack=1),
 }  # fmt: skip
 
@@ -27,6 +31,9 @@ CASES = {
 def op_arguments(case: AttentionCase) -> tuple[AttentionCall, tuple[Any, ...]]:
     inputs = attention_inputs(case)
     call: AttentionCall = prepare(inputs.function, **inputs.tensors, **inputs.options).call
+    if not call.plain:
+        call = keeping(call._replace(out_gate=call.out_gate.requires_grad_()))
+        call = call._replace(out_gate=call.out_gate.detach())
     return call, tuple(call)
 
 
@@ -43,19 +50,18 @@ def test_opcheck_forward(kernels: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mask", [0b11111111, 0b100])
+@pytest.mark.parametrize("mask", [0b1111111111, 0b100])
 def test_opcheck_backward(kernels: str, name: str, mask: int) -> None:
     case = dataclasses.replace(CASES[name], return_lse=True)
     call, arguments = op_arguments(case)
     forward = namespace(kernels).value_residual_attention_forward.default
-    out, lse, _ = forward(*arguments)
-    leaves = (
-        call.q, call.k, call.v, call.v_first, call.lambda_v, call.lambda_first, call.sinks,
-        call.attn_bias,
-    )  # fmt: skip
+    out, lse, _, along, ungated = forward(*arguments)
+    kept = ungated if call.return_ungated else out
+    leaves = call.leaves
     mask &= sum(1 << i for i, leaf in enumerate(leaves) if leaf is not None)
     op = namespace(kernels).value_residual_attention_backward.default
-    rest = (torch.ones_like(out), None, None, *arguments, out, lse, mask)
+    along = along if call.excludes else None
+    rest = (torch.ones_like(out), None, None, *arguments, kept, lse, along, mask)
     torch.library.opcheck(op, rest)
     for bit, (leaf, got) in enumerate(zip(leaves, op(*rest), strict=True)):
         assert got.shape == (leaf.shape if leaf is not None and mask >> bit & 1 else (0,))
@@ -64,7 +70,8 @@ def test_opcheck_backward(kernels: str, name: str, mask: int) -> None:
 def saved_elements(*inputs: Tensor, **options: Any) -> tuple[int, Tensor]:
     """Elements in distinct storages that autograd keeps, inputs apart."""
     seen: dict[int, int] = {}
-    known = {x.untyped_storage().data_ptr() for x in inputs}
+    given = [*inputs, *(x for x in options.values() if isinstance(x, Tensor))]
+    known = {x.untyped_storage().data_ptr() for x in given}
 
     def pack(x: Tensor) -> Tensor:
         pointer = x.untyped_storage().data_ptr()
@@ -87,6 +94,24 @@ def test_mixing_saves_nothing_more_than_plain_attention(
     own, first = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
     mixed, _ = saved_elements(q, k, v, v_first, own, first, backend=kernels)
     assert mixed == plain
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_epilogue_saves_one_number_a_row_more(
+    kernels: str, learned: bool, channels: int
+) -> None:
+    """Where the gate needs it, the output before the gate is saved in place of the output."""
+    q, k, v = (torch.randn(2, 64, 2, 16, requires_grad=True) for _ in range(3))
+    plain, _ = saved_elements(q, k, v, backend=kernels)
+    exclusive = torch.randn(2, 64, 2, 1, requires_grad=True)
+    alone, _ = saved_elements(q, k, v, exclusive=exclusive, backend=kernels)
+    assert alone == plain + 2 * 64 * 2
+    gate = torch.randn(2, 64, 2, channels, requires_grad=learned)
+    both, _ = saved_elements(q, k, v, exclusive=exclusive, out_gate=gate, backend=kernels)
+    assert both == alone
+    gated, _ = saved_elements(q, k, v, out_gate=gate, backend=kernels)
+    assert gated == plain
 
 
 def test_saved_tensors_are_read_once(kernels: str) -> None:
