@@ -13,6 +13,7 @@ from benchmarks import curves
 from benchmarks.workloads.attention import PEERS, QUICK, CPUAttention
 from benchmarks.workloads.decode import DecodeBenchmark
 from benchmarks.workloads.device import DEVICE_PEERS, FLEX, DeviceAttention
+from benchmarks.workloads.epilogue import EpilogueBenchmark
 from benchmarks.workloads.mix import EmbeddingBenchmark, MixBenchmark
 from benchmarks.workloads.model import ModelBenchmark
 from benchmarks.workloads.reservoir import ReservoirBenchmark
@@ -23,6 +24,7 @@ from resformer_kernels.testing.inputs import REPRESENTATIVE, AttentionCase
 
 SUITES = {
     "attention": ("value_residual_attention", "value_residual_attention_varlen"),
+    "exclusive": (),
     "window": (),
     "mix": ("mix_values", "mix_value_embedding"),
     "decode": ("attention_with_kvcache",),
@@ -73,6 +75,14 @@ def attention(
     """Causal attention, forward then backward, against everything else that mixes and attends."""
     return [
         CPUAttention(*shape, dtype, direction, peers=peers)
+        for direction, shape, dtype in product(DIRECTIONS, shapes, DTYPES)
+    ]
+
+
+def exclusive(shapes: tuple[tuple[int, int, int, int, int], ...]) -> list[Benchmark]:
+    """The same with exclusive outputs and a gate, against those as passes of their own."""
+    return [
+        EpilogueBenchmark(*shape, dtype, direction)
         for direction, shape, dtype in product(DIRECTIONS, shapes, DTYPES)
     ]
 
@@ -150,6 +160,7 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
     if quick:
         return [
             *attention(QUICK_SHAPES, QUICK),
+            *exclusive(QUICK_SHAPES[1:]),
             *mix(1024),
             *(DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES),
             *scan(QUICK_SCAN_SHAPE, SCAN_PEERS),
@@ -157,6 +168,7 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
         ]
     every = [
         *attention(ATTENTION_SHAPES),
+        *exclusive(ATTENTION_SHAPES),
         *curves.attention(),
         # A short window in a long sequence, against our own attention without it.
         *(CPUAttention(*WINDOW_SHAPE, dtype, "forward", window=WINDOW) for dtype in DTYPES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -47,8 +48,8 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` through torch.compile, anew for each shape; its gradient can be taken again."""
     # A backward that reuses its buffers cannot run twice on one graph, and a function that was
     # compiled often enough would run uncompiled from then on.
-    torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.recompile_limit = 256
+    importlib.import_module("torch._functorch.config").donated_buffer = False
+    importlib.import_module("torch._dynamo.config").recompile_limit = 256
     made: Callable[..., Tensor] = torch.compile(function, dynamic=False)
     return made
 

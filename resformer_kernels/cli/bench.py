@@ -11,7 +11,7 @@ from resformer_kernels.bench.timing import MIN_SAMPLES
 from resformer_kernels.cli import COMMANDS, Subparsers, checkout
 from resformer_kernels.cli.common import NO_CHECKOUT, at_least, refuse
 
-_SUITES = ("attention", "window", "mix", "decode", "scan", "reservoir")
+_SUITES = ("attention", "exclusive", "window", "mix", "decode", "scan", "reservoir")
 _DESCRIPTION = """\
 Time every case of benchmarks/ against every peer that is installed, alternating in one process,
 with the machine's GEMM rate and bandwidth measured in the same run, and store and draw the result.

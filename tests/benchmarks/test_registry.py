@@ -11,10 +11,12 @@ from rich.console import Console
 
 from benchmarks import registry, report, runner
 from benchmarks.runner import MemoryPoint, Run
+from benchmarks.workloads.epilogue import PASSES, EpilogueBenchmark
 from benchmarks.workloads.mix import MixBenchmark
 from benchmarks.workloads.model import ModelBenchmark
 from resformer_kernels.bench import machine
-from resformer_kernels.bench.timing import Call, Result, Timing, Unavailable
+from resformer_kernels.bench.attention import HEADS_FIRST, SDPA, TIME_FIRST
+from resformer_kernels.bench.timing import OURS, Call, Result, Timing, Unavailable
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -36,7 +38,8 @@ def test_the_shapes_that_speed_is_promised_for_are_there() -> None:
     ):
         for direction in ("forward", "backward"):
             for dtype in ("float32", "bfloat16"):
-                assert f"attention {direction} {shape} causal {dtype}" in names
+                for kind in ("attention", "exclusive"):
+                    assert f"{kind} {direction} {shape} causal {dtype}" in names
     assert "attention forward B1 H4 T16384 D64 causal window 512 bfloat16" in names
     for shape in ("B1 Hq32 Hkv8 T8192 D128", "B8 Hq16 Hkv8 T1024 D64"):
         for dtype in ("float32", "bfloat16"):
@@ -54,6 +57,19 @@ def test_decoding_covers_batches_contexts_and_groups() -> None:
                 assert f"decode {shape}, 12 layers, {kind}, bfloat16" in names
     most = max(case.bytes for case in registry.cases() if case.group == "decode")
     assert most < 2 * 2**30, "and its peers' copies must fit a laptop's memory"
+
+
+@pytest.mark.parametrize("direction", registry.DIRECTIONS)
+def test_exclusive_outputs_are_the_same_one_way_and_the_other(direction: str) -> None:
+    peers = (PASSES, HEADS_FIRST, TIME_FIRST)
+    case = EpilogueBenchmark(2, 4, 2, 40, 16, torch.float32, direction, peers=peers)
+    found = {name: make()() for name, make in case.makers().items()}
+    if direction == "forward":
+        first, *others = (x.transpose(1, 2) if name in SDPA else x for name, x in found.items())
+        for other in others:
+            torch.testing.assert_close(other, first)
+    else:  # the gradients of the outputs that SDPA gives have other numbers
+        torch.testing.assert_close(found[OURS], found[PASSES])
 
 
 def test_a_case_that_cannot_be_timed_here_has_its_reason() -> None:

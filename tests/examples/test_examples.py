@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -192,3 +193,15 @@ def test_reservoirs_hold_the_past_of_the_same_conversation_alone(
     length = int(parts["dev"].lengths[1])
     assert changes[False].equal((behind > 0) & (behind < length))
     assert changes[True].equal(behind == 0)
+
+
+@pytest.mark.parametrize("example", ["speedrun_layer"], indirect=True)
+def test_speedrun_layer(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """One call and separate passes agree in every gradient, also where windows cut documents."""
+    small = ["--tokens", "90", "--documents", "4", "--window", "9", "--dim", "48", "--heads", "3"]
+    example.main([*small, "--repeats", "1"])
+    printed = capsys.readouterr().out
+    differences = dict(re.findall(r"  (\S+) +(\d\.\de[-+]\d+)\n", printed))
+    assert {"loss", "x", "alpha", "value_embedding.weight", "out_gate.weight"} <= set(differences)
+    assert all(float(x) < 1e-12 for x in differences.values())
+    assert "ratio" in printed
