@@ -102,7 +102,7 @@ def rows() -> Iterator[tuple[str, str, float]]:
     grad = torch.ones_like(out)
     with torch.no_grad():
         lse = FORWARD("resformer_triton", call._replace(return_lse=True))[1]
-        given = BackwardCall(grad, None, None, call, out.detach(), lse, 0b1111)
+        given = BackwardCall(grad, None, None, call, out.detach(), lse, None, 0b1111)
         yield (
             "backward",
             "op and launches",

@@ -92,8 +92,8 @@ def separate_passes(layer: SpeedrunAttention, x: Tensor, packed: Packed) -> Tens
         rows = torch.arange(int(last - first))
         distance = rows[:, None] - rows
         seen = (distance >= 0) & (distance <= layer.window)
-        heads_first = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=0.12)
+        one_q, one_k, one_v = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=seen, scale=0.12)
         documents.append(out[0].transpose(0, 1))
     y = torch.cat(documents)
     unit = F.normalize(v, dim=-1, eps=NORM_EPS)

@@ -48,8 +48,11 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` through torch.compile, anew for each shape; its gradient can be taken again."""
     # A backward that reuses its buffers cannot run twice on one graph, and a function that was
     # compiled often enough would run uncompiled from then on.
-    importlib.import_module("torch._functorch.config").donated_buffer = False
-    importlib.import_module("torch._dynamo.config").recompile_limit = 256
+    for module, option, value in (
+        ("torch._functorch.config", "donated_buffer", False),
+        ("torch._dynamo.config", "recompile_limit", 256),
+    ):
+        setattr(importlib.import_module(module), option, value)
     made: Callable[..., Tensor] = torch.compile(function, dynamic=False)
     return made
 

@@ -66,9 +66,9 @@ def check_factor(
             fits = fits and (size == 1 or size == target)
     if not fits:
         hint = _hint(value, full[-2], heads, other_heads)
-        target = f"{of}'s shape" if onto is None else onto
+        whole = f"{of}'s shape" if onto is None else onto
         raise ValueError(
-            f"{name} must be {takes} that broadcasts to {target} {full} without enlarging it, "
+            f"{name} must be {takes} that broadcasts to {whole} {full} without enlarging it, "
             f"got shape {tuple(value.shape)}{hint}"
         )
     return value[(None,) * missing] if missing else value

@@ -171,14 +171,11 @@ def closed(call: AttentionCall) -> AttentionCall:
     if call.cu_seqlens_q is None:
         return call
     after = torch.arange(call.q.shape[0], device=call.q.device) >= call.cu_seqlens_q[-1]
-    factors = {"exclusive": call.exclusive, "out_gate": call.out_gate}
-    return call._replace(
-        **{
-            name: x.masked_fill(after[:, None, None], 0)
-            for name, x in factors.items()
-            if x is not None
-        }
+    exclusive, gate = (
+        x if x is None else x.masked_fill(after[:, None, None], 0)
+        for x in (call.exclusive, call.out_gate)
     )
+    return call._replace(exclusive=exclusive, out_gate=gate)
 
 
 def own_values(value: Tensor, at: Tensor, y: Tensor) -> Tensor:

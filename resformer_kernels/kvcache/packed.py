@@ -91,8 +91,8 @@ def check_new_tokens(k: Any, v: Any, cu_seqlens_k_new: Any, batch: int) -> None:
 class Queries(NamedTuple):
     """Packed queries as a batch whose sequences end together."""
 
-    batch: dict[str, Tensor | None]
-    """q (B, longest, Hq, D), and exclusive and out_gate likewise, under the names of the call."""
+    call: KVCacheCall
+    """The call with q (B, longest, Hq, D), and exclusive and out_gate likewise."""
     slot: Tensor
     """(total_q,): the row of each query among B * longest, and one past them for a query after the
     last sequence."""
@@ -122,5 +122,8 @@ def as_batch(call: KVCacheCall) -> Queries:
         rows = x.new_zeros((batch * longest + 1, *x.shape[1:])).index_put((slot,), x)
         return rows[:-1].unflatten(0, (batch, longest))
 
-    names = ("q", "exclusive", "out_gate")
-    return Queries({name: placed(getattr(call, name)) for name in names}, slot)
+    q = placed(call.q)
+    assert q is not None
+    exclusive, gate = placed(call.exclusive), placed(call.out_gate)
+    batched = call._replace(q=q, exclusive=exclusive, out_gate=gate, cu_seqlens_q=None)
+    return Queries(batched, slot)

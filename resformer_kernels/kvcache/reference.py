@@ -53,7 +53,7 @@ def run(call: KVCacheCall) -> tuple[Tensor, Tensor | None]:
             out, lse = _attend(call)
         else:
             queries = as_batch(call)
-            found = _attend(call._replace(**queries.batch, cu_seqlens_q=None))
+            found = _attend(queries.call)
             out, lse = queries.unpack(*found)
         if call.out is not None:
             out = call.out.copy_(out)

@@ -70,7 +70,7 @@ class Epilogue(nn.Module):
 def checked_exclusive(exclusive: Any) -> float | str | None:
     """`exclusive` as None, a float or "learned"."""
     if exclusive is None or exclusive == LEARNED:
-        return exclusive  # type: ignore[no-any-return]
+        return exclusive
     if isinstance(exclusive, str):
         raise ValueError(f"exclusive must be a number, {LEARNED!r} or None, got {exclusive!r}")
     return float(real("exclusive", exclusive))
@@ -80,4 +80,4 @@ def checked_gate(gate: Any) -> str | None:
     """`gate` as None or one of `GATES`."""
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate must be 'head', 'channel' or None, got {describe(gate)}")
-    return gate  # type: ignore[no-any-return]
+    return gate

@@ -73,6 +73,26 @@ def test_compiles_whole_with_dynamic_length(backend: str) -> None:
     assert counter.graphs == first
 
 
+def test_an_epilogue_compiles_whole(backend: str) -> None:
+    """With dynamic length, and without a compilation for every number that is excluded."""
+
+    def loss(*tensors: Any) -> Tensor:
+        *operands, gate, share = tensors
+        out: Tensor = value_residual_attention(
+            *operands, causal=True, exclusive=share, out_gate=gate.sigmoid(), backend=backend
+        )
+        return out.square().sum()
+
+    counter = Counter()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for length, share in ((9, 0.3), (17, 0.6), (33, 1.0)):
+        wrt = [*leaves(length), torch.randn(2, length, 4, 1).requires_grad_()]
+        assert_same(gradients(compiled, wrt, share), gradients(loss, wrt, share))
+        if length == 9:
+            first = counter.graphs
+    assert counter.graphs == first
+
+
 def test_packed_compiles_whole_with_dynamic_length(backend: str) -> None:
     def loss(
         q: Tensor, k: Tensor, v: Tensor, v_first: Tensor, offsets: Tensor, longest: int

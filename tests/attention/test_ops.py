@@ -31,9 +31,9 @@ CASES = {
 def op_arguments(case: AttentionCase) -> tuple[AttentionCall, tuple[Any, ...]]:
     inputs = attention_inputs(case)
     call: AttentionCall = prepare(inputs.function, **inputs.tensors, **inputs.options).call
-    if not call.plain:
-        call = keeping(call._replace(out_gate=call.out_gate.requires_grad_()))
-        call = call._replace(out_gate=call.out_gate.detach())
+    if call.out_gate is not None:
+        call = keeping(call._replace(out_gate=call.out_gate.clone().requires_grad_()))
+        call = call._replace(out_gate=inputs.tensors["out_gate"])
     return call, tuple(call)
 
 

@@ -51,6 +51,50 @@ def by_sdpa(
     return module.o_proj(out.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_exclusive_outputs_and_gates(gate: str) -> None:
+    module = layer(OwnValues(), exclusive="learned", gate=gate)
+    assert module.epilogue is not None
+    x, _ = inputs()
+    plain = layer(OwnValues())
+    plain.load_state_dict(module.state_dict(), strict=False)
+    with torch.no_grad():
+        module.o_proj.weight.copy_(torch.eye(DIM))
+        plain.o_proj.weight.copy_(torch.eye(DIM))
+        y, own = plain(x)
+        # alpha starts at 0: the gate alone.
+        factor = torch.sigmoid(module.epilogue.gate_proj(x)).unflatten(2, (HEADS, -1))
+        heads = y.unflatten(2, (HEADS, -1))
+        torch.testing.assert_close(module(x)[0], (factor * heads).flatten(2))
+        module.epilogue.alpha.copy_(torch.randn(HEADS, 1))
+    unit = F.normalize(own.repeat_interleave(HEADS // KV_HEADS, dim=2), dim=-1)
+    along = (heads * unit).sum(-1, keepdim=True) * unit
+    expected = factor * (heads - torch.tanh(module.epilogue.alpha) * along)
+    out, _ = module(x)
+    torch.testing.assert_close(out, expected.flatten(2))
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_a_constant_share_has_no_parameter() -> None:
+    module, plain = layer(OwnValues(), exclusive=1.0), layer(OwnValues())
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    x, _ = inputs()
+    assert not torch.equal(module(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exclusive": "all"}, "exclusive must be a number, 'learned' or None, got 'all'"),
+        ({"gate": "token"}, "gate must be 'head', 'channel' or None"),
+    ],
+)
+def test_unknown_epilogues_are_refused(options: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        layer(**options)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_learnable_layer_equals_sdpa_over_the_mix(qk_norm: bool) -> None:
     module = layer(qk_norm=qk_norm)
