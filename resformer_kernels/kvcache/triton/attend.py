@@ -135,9 +135,7 @@ def _load_step(cache, walk, step, tile):
     keys = step * tile.KEYS + tl.arange(0, tile.KEYS)
     inside = keys < tl.minimum(walk.k_len, walk.stop * tile.KEYS)
     place = _place(cache.k.pool, walk, step, keys, inside, tile)
-    place = Place(
-        place.row, place.token, is_open(cache.mask, walk.sequence, keys, place.inside)
-    )
+    place = Place(place.row, place.token, is_open(cache.mask, walk.sequence, keys, place.inside))
     shown = tl.where(place.inside, keys, _NOWHERE)
     k_codes = load_codes(cache.k, walk.head, place)
     k_scale = load_scales(cache.k, walk.head, place)

@@ -95,9 +95,7 @@ def finish_split(counter, splits):
 
 
 @triton.jit
-def merge(
-    partials, result, epilogue, cache, geometry, at, first_row, end_row, first_slot, splits
-):
+def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, first_slot, splits):
     """Results of rows from all of their splits, `first_slot` being the first of row 0.
 
     Each split counts by exp(its peak - the highest peak).
