@@ -77,7 +77,8 @@ def matrix_of(mask: Tensor | None) -> Matrix:
     """key_mask as kernels take it."""
     if mask is None:
         return Matrix(None, 0, 0, 0)
-    return Matrix(mask.view(torch.uint8), *mask.stride(), mask.shape[1])
+    row, column = mask.stride()
+    return Matrix(mask.view(torch.uint8), row, column, mask.shape[1])
 
 
 def pool_of(table: Tensor | None, cache: Tensor) -> Pool:
