@@ -26,7 +26,7 @@ Tensors = dict[str, Any]
 def inputs(dtype: torch.dtype = torch.float64) -> Tensors:
     """q, k, v and v_first of the call without an epilogue, and the epilogue."""
     values = {"k": 1, "v": 2, "v_first": 3}
-    kv = {name: rand(B, T, HKV, D + 0, dtype=dtype).mul(i).cos() for name, i in values.items()}
+    kv = {name: rand(B, T, HKV, D, dtype=dtype).mul(i).cos() for name, i in values.items()}
     return {"q": rand(B, T, HQ, D, dtype=dtype), **kv}
 
 
@@ -36,7 +36,8 @@ EPILOGUES: dict[str, Callable[[torch.dtype], Tensors]] = {
         "exclusive": rand(HQ, 1, dtype=dtype), "exclusive_eps": 3.0
     },
     "per token and head, both": lambda dtype: {
-        "exclusive": rand(B, T, HQ, 1, dtype=dtype).sin(), "out_gate": rand(B, T, HQ, 1, dtype=dtype)
+        "exclusive": rand(B, T, HQ, 1, dtype=dtype).sin(),
+        "out_gate": rand(B, T, HQ, 1, dtype=dtype),
     },
     "a gate per channel": lambda dtype: {"out_gate": rand(B, T, HQ, D, dtype=dtype)},
 }  # fmt: skip
@@ -262,13 +263,17 @@ def test_leading_axes_of_torchs_order() -> None:
 
 BAD: dict[str, tuple[Tensors, type[Exception], str]] = {
     "exclusive": (
-        {"exclusive": torch.ones(HQ, T, 1)[:, :2]},
+        {"exclusive": torch.ones(HQ, 2, 1)},
         ValueError,
-        r"exclusive must be a fl",
+        "exclusive must be a float",
     ),
     "no number": ({"exclusive": "1"}, TypeError, "exclusive must be a number or a tensor"),
     "no last axis": ({"exclusive": torch.ones(HQ, T, 0)}, ValueError, "exclusive must be a float"),
-    "heads": ({"out_gate": torch.ones(HQ, 1)}, ValueError, r"out_gate .* \(4, 1, 1\) where time"),
+    "heads": (
+        {"out_gate": torch.ones(HQ, 1)},
+        ValueError,
+        r"one per query head .* \(4, 1, 1\)",
+    ),
     "a float": ({"out_gate": 0.5}, TypeError, "out_gate must be a tensor or None"),
     "bound": ({"exclusive_eps": 0.0}, ValueError, "exclusive_eps must be from"),
     "dtype": ({"out_gate": torch.ones(HQ, 1, 1).half()}, TypeError, "out_gate must be float32"),
