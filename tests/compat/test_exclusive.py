@@ -57,18 +57,20 @@ def laid_out(layout: Callable[[Any], Any], tensors: Tensors) -> Tensors:
 
 
 def from_cache(function: Any, x: Tensors, **options: Any) -> Tensor:
-    caches = [x["q"].new_full((B, T + 2, HKV, D), torch.nan) for _ in range(2)]
+    k_cache, v_cache = (x["q"].new_full((B, T + 2, HKV, D), torch.nan) for _ in range(2))
     given = {name: y for name, y in x.items() if name != "q"}
-    out: Tensor = function(x["q"], *caches, **given, cache_seqlens=0, causal=True, **options)
+    out: Tensor = function(
+        x["q"], k_cache, v_cache, **given, cache_seqlens=0, causal=True, **options
+    )
     return out
 
 
 def packed_from_cache(x: Tensors, **options: Any) -> Tensor:
     rows = laid_out(packed, x)
-    caches = [x["q"].new_full((B, T + 2, HKV, D), torch.nan) for _ in range(2)]
+    k_cache, v_cache = (x["q"].new_full((B, T + 2, HKV, D), torch.nan) for _ in range(2))
     given = {name: y for name, y in rows.items() if name != "q"}
     out: Tensor = flash_attn_3.flash_attn_with_kvcache(
-        rows["q"], *caches, **given, cache_seqlens=0, cu_seqlens_q=CU, cu_seqlens_k_new=CU,
+        rows["q"], k_cache, v_cache, **given, cache_seqlens=0, cu_seqlens_q=CU, cu_seqlens_k_new=CU,
         max_seqlen_q=T, causal=True, **options,
     )  # fmt: skip
     return out.unflatten(0, (B, T))
@@ -301,7 +303,7 @@ def test_nested_tensors_are_refused() -> None:
     for changed in ({"exclusive": 1.0}, {"out_gate": torch.ones(())}):
         (name,) = changed
         with pytest.raises(NotImplementedError, match=f"{name} must be None: it does not follow"):
-            sdpa(x, x, x, **changed)  # type: ignore[arg-type]
+            sdpa(x, x, x, **changed)
 
 
 @pytest.mark.parametrize("name", ["exclusive", "out_gate"])

@@ -65,7 +65,10 @@ def test_packed_rows_are_excluded_and_gated_as_in_attention(paged: bool) -> None
     """Lengths of queries and keys: some queries have no key at their position."""
     q_lens, k_lens = (3, 1, 4), (7, 5, 2)
     q, k, v = tokens(8, 4, 8), tokens(14, 2, 8, seed=1), tokens(14, 2, 6, seed=2)
-    factors = {"exclusive": tokens(8, 4, 1, seed=3), "out_gate": tokens(8, 4, 6, seed=4)}
+    factors: dict[str, Any] = {
+        "exclusive": tokens(8, 4, 1, seed=3),
+        "out_gate": tokens(8, 4, 6, seed=4),
+    }
     cu_q = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
     cu_k = torch.tensor([0, 7, 12, 14], dtype=torch.int32)
     expected, lse = value_residual_attention_varlen(
