@@ -88,6 +88,14 @@ def _cache(**form: Any) -> Run:
         offsets = _meta(batch + 1, dtype=torch.int32) if form.get("packed") else None
         new = _meta(*time, heads, 128, dtype=torch.bfloat16)
         table = _meta(batch, -(-length // pages), dtype=torch.int32) if pages else None
+        query_rows = (*time, heads * form.get("group", 1))
+        per_row, per_channel = _meta(*query_rows, 1), _meta(*query_rows, 128, dtype=torch.bfloat16)
+        factors = {
+            "per row": (per_row, per_row),
+            "per head": (per_row[:1, :1], per_row[:1, :1]),
+            "per channel": (per_row, per_channel),
+        }
+        exclusive, gate = factors.get(form.get("finished", ""), (None, None))
         call = KVCacheCall(
             q=new.repeat(1, 1, form.get("group", 1), 1),
             k_cache=cache,
@@ -111,6 +119,8 @@ def _cache(**form: Any) -> Run:
             num_splits=form.get("splits", 0),
             return_lse=True,
             out=None,
+            exclusive=exclusive,
+            out_gate=gate,
         )
         attend(call)
 
@@ -222,6 +232,8 @@ def forms() -> Iterator[tuple[str, str, Run, tuple[int, ...]]]:
     yield "kvcache", "int8", _cache(dtype=torch.int8), LENGTHS
     yield "kvcache", "pages of 256", _cache(page_size=256), LENGTHS
     yield "kvcache", "key_mask, 3 queries", _cache(mask=True, queries=3), LENGTHS
+    for factors in ("per row", "per head", "per channel"):
+        yield "kvcache", f"XSA and gate {factors}", _cache(finished=factors, splits=4), LENGTHS
     yield "mix", "number for all", _mix(lambda _b, _h, _n: (1, 1, 1, 1), torch.bfloat16), LENGTHS
     yield "mix", "per head", _mix(lambda _b, h, _n: (1, 1, h, 1), torch.bfloat16), LENGTHS
     yield "mix", "per token and head", _mix(lambda b, h, n: (b, n, h, 1), torch.bfloat16), LENGTHS

@@ -1,4 +1,5 @@
-"""Drop-ins: other libraries' signatures, with `v_first`, `lambda_v` and `lambda_first` added.
+"""Drop-ins: other libraries' signatures, with `v_first`, `lambda_v`, `lambda_first`, `exclusive`,
+`exclusive_eps` and `out_gate` added.
 
 They hold no kernels: each translates its arguments for an op of this package.
 `compat.scaled_dot_product_attention` is PyTorch's; `compat.flash_attn` has FlashAttention 2's and

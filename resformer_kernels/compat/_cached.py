@@ -19,7 +19,7 @@ from resformer_kernels._core.gradient import without_gradient
 from resformer_kernels._core.op import refuse_vmap
 from resformer_kernels._core.select import explaining
 from resformer_kernels.compat._arguments import check_ints
-from resformer_kernels.compat._flash import Lengths, Mix, Scores
+from resformer_kernels.compat._flash import Added, Lengths, Scores
 from resformer_kernels.compat._rotary import Rotary, check_rotary, rotated
 from resformer_kernels.kvcache.api import attention_with_kvcache
 from resformer_kernels.kvcache.packed import Packing, packing
@@ -91,7 +91,7 @@ def attend(
     q: Any,
     new: tuple[Any, Any],
     cache: Cache,
-    mix: Mix,
+    added: Added,
     scores: Scores,
     rotary: Rotary,
     packed: Packed,
@@ -100,7 +100,7 @@ def attend(
     """Append k and v, which are `new`, the values mixed with v_first, then attend: out, or
     (out, lse). Differentiating either raises."""
     k, v = new
-    options = _check(q, new, cache, mix, scores, rotary, packed, how)
+    options = _check(q, new, cache, added, scores, rotary, packed, how)
     stepping = options["window"] != (-1, -1)
 
     def run(
@@ -110,6 +110,9 @@ def attend(
         v_first: Any,
         lambda_v: Any,
         lambda_first: Any,
+        exclusive: Any,
+        exclusive_eps: Any,
+        out_gate: Any,
         k_cache: Any,
         v_cache: Any,
     ) -> Any:
@@ -122,10 +125,11 @@ def attend(
                 k = rotated(rotary, k, first, packed.of("cu_seqlens_k_new", "k", k), True)
             if v is not None and v_first is not None:
                 values = mix_values((v, v_first), (lambda_v, lambda_first))
-        result = attention_with_kvcache(q, k_cache, v_cache, k, values, **options)
+        finish = {"exclusive": exclusive, "exclusive_eps": exclusive_eps, "out_gate": out_gate}
+        result = attention_with_kvcache(q, k_cache, v_cache, k, values, **finish, **options)
         return result if how.return_lse else (result,)
 
-    leaves = (q, k, v, *mix, cache.k_cache, cache.v_cache)
+    leaves = (q, k, v, *added, cache.k_cache, cache.v_cache)
     refuse_vmap(ATTEND, leaves)
     result = without_gradient(ATTEND, _NO_GRADIENT, run, leaves)
     return result if how.return_lse else result[0]
@@ -133,7 +137,7 @@ def attend(
 
 def attend_pages(
     qkv: tuple[Any, Any, Any],
-    mix: Mix,
+    added: Added,
     scores: Scores,
     return_lse: bool,
     backend: str,
@@ -143,8 +147,8 @@ def attend_pages(
     """`_flash.attend` of packed queries over pages of keys and values."""
     q, k, v = qkv
     if v is None:
-        v = mix.v_first
-    elif mix.v_first is not None:
+        v = added.v_first
+    elif added.v_first is not None:
         raise NotImplementedError(
             "v_first must be None with block_table, unless v is: pages hold mixed values, which "
             "flash_attn_with_kvcache appends"
@@ -164,7 +168,7 @@ def attend_pages(
         q,
         (None, None),
         Cache(k, v, cu_seqlens_k[1:] - cu_seqlens_k[:-1], block_table=block_table),
-        Mix(None, 0.5, 0.5),
+        added._replace(v_first=None, lambda_v=0.5, lambda_first=0.5),
         scores,
         Rotary(None, None, True),
         packed,
@@ -176,7 +180,7 @@ def _check(
     q: Any,
     new: tuple[Any, Any],
     cache: Cache,
-    mix: Mix,
+    added: Added,
     scores: Scores,
     rotary: Rotary,
     packed: Packed,
@@ -191,14 +195,14 @@ def _check(
     capacity = cache.k_cache.shape[1] * pages
     lengths = cache.cache_seqlens
     if lengths is None:
-        if not (k is None and v is None and mix.v_first is None):
+        if not (k is None and v is None and added.v_first is None):
             raise ValueError("cache_seqlens must be given where tokens are appended, got None")
         lengths = capacity
     elif isinstance(lengths, Tensor) and lengths.dim() > 0:
         check_ints("cache_seqlens", lengths, batch, q.device)
     else:
         lengths = integer("cache_seqlens", lengths)
-    for name, x in (("k", k), ("v", v), ("v_first", mix.v_first)):
+    for name, x in (("k", k), ("v", v), ("v_first", added.v_first)):
         if x is not None:
             check_tensor(name, x, *packed.new_axes)
         if x is not None and k is None:

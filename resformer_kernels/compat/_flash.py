@@ -18,12 +18,15 @@ from resformer_kernels.compat._arguments import check_ints, number, scale_of, wi
 from resformer_kernels.kvcache.packed import packing
 
 
-class Mix(NamedTuple):
+class Added(NamedTuple):
     """The arguments that the drop-ins add."""
 
     v_first: Any
     lambda_v: Any
     lambda_first: Any
+    exclusive: Any
+    exclusive_eps: Any
+    out_gate: Any
 
 
 class Scores(NamedTuple):
@@ -62,7 +65,7 @@ class Lengths(NamedTuple):
 
 def attend(
     qkv: tuple[Any, Any, Any],
-    mix: Mix,
+    added: Added,
     scores: Scores,
     return_lse: bool,
     backend: str,
@@ -78,7 +81,7 @@ def attend(
         "q": q,
         "k": k,
         "v": v,
-        **mix._asdict(),
+        **added._asdict(),
         **scores.options(),
         "return_lse": return_lse,
         "backend": backend,
@@ -106,7 +109,7 @@ def attend(
     return (result[0][back], result[1][:, back]) if return_lse else result[back]
 
 
-_QUERIES = ("q",)
+_QUERIES = ("q", "exclusive", "out_gate")
 _KEYS = ("k", "v", "v_first", "lambda_v", "lambda_first")
 """Arguments with a row for each query, or each key."""
 

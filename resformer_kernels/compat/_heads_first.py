@@ -13,6 +13,7 @@ from resformer_kernels._core.checks import DTYPES, autocast_dtype, check_dense, 
 
 _AXES = "(..., heads, time, head_dim)"
 _DENSE = f"{_AXES}, or jagged as query, key and value are"
+_COEFFICIENT = "a float or a tensor that broadcasts to value's shape"
 
 
 def check_inputs(query: Any, key: Any, value: Any, v_first: Any) -> None:
@@ -113,26 +114,42 @@ def _one_batch(x: Tensor, axes: Sequence[int]) -> Tensor:
     return x.flatten(0, -4)
 
 
-def fold_coefficient(name: str, coefficient: Any, value: Tensor, rank: int) -> Any:
-    """Convert a coefficient of (..., H, T, D) values to one of (B, T, H, D) values.
+def fold_coefficient(
+    name: str, coefficient: Any, full: Sequence[int], rank: int, takes: str = _COEFFICIENT
+) -> Any:
+    """Convert a coefficient of (..., H, T, D) tensors to one of (B, T, H, D) tensors.
 
-    Numbers are returned unchanged. `rank` is the values' rank before they got a batch axis.
+    Numbers are returned unchanged. `full` is the tensors' shape, `rank` their rank before they got
+    a batch axis; errors say that the argument `takes` such.
     """
     if not isinstance(coefficient, Tensor):
         return coefficient
     check_dense(name, coefficient)
-    coefficient = wide(coefficient)
-    target = value.shape[-rank:] if rank < value.dim() else value.shape
+    target = tuple(full[-rank:])
     if not _broadcasts(coefficient, target):
-        heads = value.shape[-3]
-        hint = ""
+        heads, hint = full[-3], ""
         if tuple(coefficient.shape) in ((heads,), (heads, 1)):
-            hint = f"; one coefficient per KV head has shape ({heads}, 1, 1) where time is axis -2"
+            kind = "KV" if takes is _COEFFICIENT else "query"
+            hint = f"; one per {kind} head has shape ({heads}, 1, 1) where time is axis -2"
         raise ValueError(
-            f"{name} must be a float or a tensor that broadcasts to value's shape {tuple(target)} "
-            f"without enlarging it, got shape {tuple(coefficient.shape)}{hint}"
+            f"{name} must be {takes} {target} without enlarging it, "
+            f"got shape {tuple(coefficient.shape)}{hint}"
         )
-    return fold(coefficient[(None,) * (value.dim() - coefficient.dim())], value.shape[:-3])
+    return fold(coefficient[(None,) * (len(full) - coefficient.dim())], full[:-3])
+
+
+def fold_finish(finish: Sequence[Any], query: Tensor, channels: int, rank: int) -> dict[str, Any]:
+    """Convert exclusive, exclusive_eps and out_gate of a result (..., H, T, channels); `rank` as in
+    `fold_coefficient`."""
+    exclusive, eps, gate = finish
+    rows = query.shape[:-1]
+    takes = "a float or a tensor that broadcasts to a number for each query and head,"
+    gates = "a tensor that broadcasts to the result's shape"
+    return {
+        "exclusive": fold_coefficient("exclusive", exclusive, (*rows, 1), rank, takes),
+        "exclusive_eps": eps,
+        "out_gate": fold_coefficient("out_gate", gate, (*rows, channels), rank, gates),
+    }
 
 
 def fold_mask(mask: Any, query: Tensor, key: Tensor, rank: int) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 Signatures and meaning are those of its `flash_attn_interface` (Shah et al., arXiv 2407.08608; the
 package `flash_attn_3`, and `fa3-fwd`), on every device and dtype that `value_residual_attention`
-serves, with the added keywords `v_first`, `lambda_v`, `lambda_first` and `backend`. Differences:
+serves, with the added keywords `v_first`, `lambda_v`, `lambda_first`, `exclusive`, `exclusive_eps`,
+`out_gate` and `backend`. Differences:
 
 - `qv`, `q_descale`, `k_descale`, `v_descale` and an `attention_chunk` other than 0 raise
   NotImplementedError.
@@ -27,7 +28,7 @@ from resformer_kernels.compat import _cached, _flash
 from resformer_kernels.compat._arguments import refuse
 from resformer_kernels.compat._cached import MIXED, Cache, Packed, Run
 from resformer_kernels.compat._errors import runtime_errors
-from resformer_kernels.compat._flash import Lengths, Mix, Scores, check_stacked, unpack
+from resformer_kernels.compat._flash import Added, Lengths, Scores, check_stacked, unpack
 from resformer_kernels.compat._rotary import Rotary
 
 __all__ = [
@@ -74,6 +75,9 @@ def flash_attn_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """FlashAttention 3's function over lambda_v * v + lambda_first * v_first (arXiv 2410.17897).
@@ -96,6 +100,8 @@ def flash_attn_func(
         lambda_v: multiplies v. A float, or a tensor that broadcasts to v's shape; the forms are
             those of `value_residual_attention`.
         lambda_first: multiplies v_first; the same forms.
+        exclusive, exclusive_eps, out_gate: exclusive self-attention and a gate of out, fused, as in
+            `value_residual_attention`. Tensors broadcast to (B, Tq, Hq, 1) and (B, Tq, Hq, Dv).
         backend: as in `value_residual_attention`. A name never falls back.
 
     Returns:
@@ -110,9 +116,9 @@ def flash_attn_func(
     _refuse(qv, (q_descale, k_descale, v_descale), attention_chunk)
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
-    mix = Mix(v_first, lambda_v, lambda_first)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
     scores = Scores(softmax_scale, causal, window_size, softcap)
-    return _flash.attend((q, k, v), mix, scores, return_attn_probs, backend)
+    return _flash.attend((q, k, v), added, scores, return_attn_probs, backend)
 
 
 @runtime_errors()
@@ -135,6 +141,9 @@ def flash_attn_qkvpacked_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on q, k and v in one tensor, read in place.
@@ -163,9 +172,9 @@ def flash_attn_qkvpacked_func(
     _refuse(None, (q_descale, k_descale, v_descale), attention_chunk)
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
-    mix = Mix(v_first, lambda_v, lambda_first)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
     scores = Scores(softmax_scale, causal, window_size, softcap)
-    return _flash.attend((q, k, v), mix, scores, return_attn_probs, backend)
+    return _flash.attend((q, k, v), added, scores, return_attn_probs, backend)
 
 
 @runtime_errors()
@@ -198,6 +207,9 @@ def flash_attn_varlen_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on sequences packed along the first axis, without a batch axis.
@@ -218,6 +230,7 @@ def flash_attn_varlen_func(
             are there.
         seqused_k: the same for the keys.
         v_first: (total_k, Hkv, Dv) or None.
+        exclusive, out_gate: tensors broadcast to (total_q, Hq, 1) and (total_q, Hq, Dv).
 
     Returns:
         out (total_q, Hq, Dv), or (out, softmax_lse (Hq, total_q)).
@@ -229,11 +242,11 @@ def flash_attn_varlen_func(
     _refuse(qv, (q_descale, k_descale, v_descale), attention_chunk)
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
-    mix = Mix(v_first, lambda_v, lambda_first)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
     scores = Scores(softmax_scale, causal, window_size, softcap)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _flash.attend(
-        (q, k, v), mix, scores, return_attn_probs, backend, lengths, (seqused_q, seqused_k)
+        (q, k, v), added, scores, return_attn_probs, backend, lengths, (seqused_q, seqused_k)
     )
 
 
@@ -274,6 +287,9 @@ def flash_attn_with_kvcache(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """FlashAttention 3's function; with v_first, V' = lambda_v * v + lambda_first * v_first is
@@ -298,6 +314,8 @@ def flash_attn_with_kvcache(
         attention_chunk: must be 0.
         scheduler_metadata, pack_gqa, sm_margin: ignored.
         return_softmax_lse: also return softmax_lse.
+        exclusive, out_gate: with cu_seqlens_q tensors broadcast to (total_q, Hq, 1) and
+            (total_q, Hq, Dv).
 
     Returns:
         out (B, Tq, Hq, Dv) or (total_q, Hq, Dv); or (out, softmax_lse, out_accum,
@@ -313,7 +331,7 @@ def flash_attn_with_kvcache(
         q,
         (k, v),
         Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
-        Mix(v_first, lambda_v, lambda_first),
+        Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate),
         Scores(softmax_scale, causal, window_size, softcap),
         Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens),
         Packed(cu_seqlens_q, max_seqlen_q if cu_seqlens_q is not None else None, cu_seqlens_k_new),

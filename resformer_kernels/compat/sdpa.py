@@ -12,13 +12,14 @@ from resformer_kernels._core.checks import CAUSAL_BIAS, check_flag, stand_in
 from resformer_kernels._core.select import explainable
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.compat import _jagged
-from resformer_kernels.compat._arguments import refuse_dropout, scale_of
+from resformer_kernels.compat._arguments import refuse, refuse_dropout, scale_of
 from resformer_kernels.compat._errors import runtime_errors
 from resformer_kernels.compat._heads_first import (
     broadcast_inputs,
     check_inputs,
     fold,
     fold_coefficient,
+    fold_finish,
     fold_mask,
     restore_axes,
     wide,
@@ -40,6 +41,9 @@ def scaled_dot_product_attention(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` over lambda_v * value + lambda_first *
@@ -72,6 +76,9 @@ def scaled_dot_product_attention(
             (Hkv, 1, 1), (Hkv, 1, Dv), (Tk, 1), (B, 1, Tk, 1), (B, Hkv, Tk, 1), (B, Hkv, Tk, Dv).
             Of jagged values: jagged with their sequences, or without axes of batch and time.
         lambda_first: multiplies v_first; the same forms.
+        exclusive, exclusive_eps, out_gate: exclusive self-attention and a gate of the result,
+            fused, as in `value_residual_attention`; tensors broadcast to (..., Hq, Tq, 1) and
+            (..., Hq, Tq, Dv). Query i stands at key i where is_causal, else at i + Tk - Tq.
         backend: "auto", "native" or "reference". A name never falls back.
 
     Returns:
@@ -80,8 +87,10 @@ def scaled_dot_product_attention(
         no gradient, as in PyTorch >= 2.5 (earlier versions gave NaN).
 
     Raises:
-        NotImplementedError: dropout_p above 0. Otherwise as `value_residual_attention`, with the
-            argument names used here; a ValueError or TypeError is a RuntimeError too, as PyTorch's.
+        NotImplementedError: dropout_p above 0; exclusive or out_gate with nested tensors; exclusive
+            with is_causal where there are more queries than keys. Otherwise as
+            `value_residual_attention`, with the argument names used here; a ValueError or TypeError
+            is a RuntimeError too, as PyTorch's.
     """
     refuse_dropout(dropout_p)
     check_flag("is_causal", is_causal)
@@ -90,11 +99,14 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask must be None with is_causal=True: merge the two into one mask")
     options: dict[str, Any] = {"scale": scale_of("scale", scale), "backend": backend}
     tensors, mix = (query, key, value, v_first), (lambda_v, lambda_first)
+    finish = (exclusive, exclusive_eps, out_gate)
     if any(isinstance(x, Tensor) and x.layout is torch.jagged for x in tensors):
 
         def dense(rows: Sequence[Any]) -> Tensor:
-            return _attend(rows, mix, None, is_causal, False, enable_gqa, options)
+            return _attend(rows, mix, finish, None, is_causal, False, enable_gqa, options)
 
+        for name, x in (("exclusive", exclusive), ("out_gate", out_gate)):
+            refuse(name, x, "it does not follow the sequences of nested tensors")
         return _jagged.attend(tensors, mix, attn_mask, is_causal, enable_gqa, options, dense)
     check_inputs(*tensors)
     end = False
@@ -103,9 +115,9 @@ def scaled_dot_product_attention(
         attn_mask, is_causal = None, not end
     if any(x is not None and x.dim() > 2 and x.shape[-3] == 0 for x in tensors):
         # Nothing is attended, and kernels take one head or more: make the heads a batch.
-        tensors, mix = _apart(tensors), _apart(mix)
-        return _attend(tensors, mix, None, False, False, False, options).squeeze(-3)
-    return _attend(tensors, mix, attn_mask, is_causal, end, enable_gqa, options)
+        tensors, mix, finish = _apart(tensors), _apart(mix), _apart(finish)
+        return _attend(tensors, mix, finish, None, False, False, False, options).squeeze(-3)
+    return _attend(tensors, mix, finish, attn_mask, is_causal, end, enable_gqa, options)
 
 
 def _ends_together(bias: Any, q_len: int, k_len: int) -> bool:
@@ -131,6 +143,7 @@ def _apart(tensors: Sequence[Any]) -> tuple[Any, ...]:
 def _attend(
     tensors: Sequence[Any],
     mix: Sequence[Any],
+    finish: Sequence[Any],
     attn_mask: Any,
     is_causal: bool,
     end: bool,
@@ -143,10 +156,13 @@ def _attend(
     q, k, v, first = broadcast_inputs([x if x is None else wide(x) for x in tensors], enable_gqa)
     source = v if v is not None else first
     assert source is not None
+    if channels == 0:
+        mix, finish = _wide(mix), _wide(finish)
     own, other = (
-        fold_coefficient(name, x, source, rank)
+        fold_coefficient(name, x, source.shape, rank)
         for name, x in zip(("lambda_v", "lambda_first"), mix, strict=True)
     )
+    options = {**options, **fold_finish(finish, q, source.shape[-1], rank)}
     mask = fold_mask(attn_mask, q, k, rank)
     axes = tuple(q.shape[:-3])
     q_len, k_len = q.shape[-2], k.shape[-2]
@@ -157,6 +173,7 @@ def _attend(
     # on the lengths.
     if is_causal and q_len != k_len:
         if q_len > k_len:
+            refuse("exclusive", finish[0], "with is_causal, query is longer than key")
             # The op aligns bottom-right: its query i has the position of key i + k_len - q_len.
             causal, window = False, (-1, q_len - k_len)
         else:
@@ -167,6 +184,11 @@ def _attend(
     )
     restored = restore_axes(out.transpose(1, 2), axes, rank)
     return restored if channels > 0 else restored[..., :0]
+
+
+def _wide(factors: Sequence[Any]) -> tuple[Any, ...]:
+    """Tensors as wide as values without channels become; what is no tensor is unchanged."""
+    return tuple(wide(x) if isinstance(x, Tensor) else x for x in factors)
 
 
 def _until(x: Any, length: int) -> Any:

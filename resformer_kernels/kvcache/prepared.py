@@ -106,12 +106,13 @@ class KVCachePlan:
             fits = fits and out.dtype is q.dtype and out.device == self._device
             written = (out[None] if self._packed_q else out) if fits else None
             call = call._replace(out=checks.check_out(out, call) if written is None else written)
+        least = check_exclusive_eps(exclusive_eps)
         if exclusive is not None or out_gate is not None:
             own_part, number = check_exclusive(exclusive, q, k_cache.shape[2])
             call = call._replace(
                 exclusive=own_part,
                 exclusive_value=number,
-                exclusive_eps=check_exclusive_eps(exclusive_eps),
+                exclusive_eps=least,
                 out_gate=check_out_gate(out_gate, q, v_cache.shape[3], k_cache.shape[2]),
             )
         checks.refuse_gradients(call)

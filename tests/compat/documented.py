@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ADDED = [
+    *("v_first", "lambda_v", "lambda_first", "exclusive", "exclusive_eps", "out_gate", "backend")
+]
+"""Keywords that every drop-in has beside its original's arguments."""
+
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)

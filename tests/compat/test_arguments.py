@@ -57,7 +57,10 @@ CALLS: dict[str, tuple[Function, dict[str, Any]]] = {
 }  # fmt: skip
 """A call of every drop-in."""
 
-REALS: dict[str, float] = {"scale": 0.5, "softmax_scale": 0.5, "softcap": 2.0, "dropout_p": 0.0}
+REALS: dict[str, float] = {
+    "scale": 0.5, "softmax_scale": 0.5, "softcap": 2.0, "dropout_p": 0.0,
+    "exclusive_eps": 0.5,
+}  # fmt: skip
 INTEGERS: dict[str, int] = {
     "max_seqlen": 6, "max_seqlen_q": 6, "max_seqlen_k": 6, "num_heads_q": 4, "num_splits": 2,
     "cache_seqlens": 3, "attention_chunk": 0,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resformer_kernels import explain, value_residual_attention
 from resformer_kernels.compat.flash_attn import flash_attn_with_kvcache
+from tests.compat.documented import ADDED
 
 B, T, HQ, HKV, D, NEW = 2, 12, 4, 2, 8, 3
 SIGNATURE = (
@@ -60,7 +61,7 @@ def test_signature_is_flash_attentions() -> None:
     ]
     assert ", ".join(shown) == SIGNATURE
     ours = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    assert ours == ["v_first", "lambda_v", "lambda_first", "backend"]
+    assert ours == ADDED
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -13,6 +13,7 @@ from torch.nn import functional
 from resformer_kernels import explain, value_residual_attention
 from resformer_kernels._core.select import prepare
 from resformer_kernels.compat import scaled_dot_product_attention as sdpa
+from tests.compat.documented import ADDED
 
 Shape = tuple[int, ...]
 
@@ -48,7 +49,7 @@ def test_signature_is_that_of_pytorch() -> None:
     ]
     assert [p.default for p in parameters[3:8]] == [None, 0.0, False, None, False]
     added = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    assert added == ["v_first", "lambda_v", "lambda_first", "backend"]
+    assert added == ADDED
 
 
 SHAPES: dict[str, tuple[Shape, Shape, Shape | None]] = {

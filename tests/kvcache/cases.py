@@ -12,6 +12,7 @@ from resformer_kernels._core.select import prepare
 from resformer_kernels.kvcache.op import op_arguments
 from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.testing import LAYOUTS
+from resformer_kernels.testing.inputs import EXCLUSIVE_FORMS, GATE_FORMS
 from resformer_kernels.testing.kvcache import (
     APPENDS,
     CACHE_LAYOUTS,
@@ -106,6 +107,8 @@ def kvcache_cases(
         scale=draw(st.sampled_from((None, None, 0.3, -0.2, 0.0))),
         softcap=draw(st.sampled_from((0.0, 0.0, 2.0, 30.0))),
         sinks=draw(st.booleans()),
+        exclusive=draw(st.sampled_from(("none", *EXCLUSIVE_FORMS))),
+        out_gate=draw(st.sampled_from(("none", *GATE_FORMS))),
         num_splits=draw(st.sampled_from((0, 0, 1, 2, 5))),
         return_lse=draw(st.booleans()),
         length_form="int" if same and draw(st.booleans()) else "tensor",
@@ -161,6 +164,25 @@ TABLE: dict[str, KVCacheCase] = {
     "keys alone beside V's own table": KVCacheCase(
         lengths=(90, 33), page_size=16, own_table=True, append="k", out=True, return_lse=True
     ),
+    "decoded, excluded, gated": KVCacheCase(
+        lengths=(300, 5), exclusive="one", out_gate="token_head", num_splits=3, return_lse=True
+    ),
+    "packed codes, excluded, gated": KVCacheCase(
+        lengths=(90, 60, 0),
+        q_len=3,
+        new_tokens=3,
+        page_size=16,
+        packed=True,
+        sinks=True,
+        exclusive="head",
+        out_gate="full",
+    ),
+    "more queries than keys, excluded": KVCacheCase(
+        lengths=(3, 0), q_len=9, new_tokens=2, exclusive="token_head", out_gate="channel"
+    ),
+    "left padding, excluded": KVCacheCase(
+        lengths=(60, 60), mask="left", q_len=40, new_tokens=40, exclusive="token"
+    ),
     "every argument": KVCacheCase(
         lengths=(150, 77),
         q_len=3,
@@ -171,6 +193,8 @@ TABLE: dict[str, KVCacheCase] = {
         scale=0.2,
         softcap=5.0,
         sinks=True,
+        exclusive="scalar",
+        out_gate="head",
         num_splits=3,
         return_lse=True,
         layout="strided",

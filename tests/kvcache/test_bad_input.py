@@ -97,6 +97,19 @@ CONTIGUOUS: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("softcap", -1.0, ValueError, ["softcap", "-1.0"]),
     ("sinks", torch.randn(2), ValueError, ["sinks", "(4,)", "(2,)"]),
     ("k_scale", torch.ones(2, 16, 2), ValueError, ["k_scale", "int8", "float32", "None"]),
+    ("exclusive", "all", TypeError, ["exclusive", "number or a tensor", "'all'"]),
+    ("exclusive", torch.ones(4), ValueError, ["exclusive", "(2, 3, 4, 1)", "(4,)", "(4, 1)"]),
+    ("exclusive", torch.ones(2, 1), ValueError, ["exclusive", "per query head", "(2, 1)"]),
+    ("exclusive", torch.ones(2, 3, 4, 6), ValueError, ["exclusive", "(2, 3, 4, 1)"]),
+    ("exclusive", torch.ones(4, 1).half(), TypeError, ["exclusive", "float32", "float16"]),
+    ("exclusive", torch.ones(4, 1, device=meta), ValueError, ["exclusive", "cpu", "meta"]),
+    ("exclusive_eps", 0.0, ValueError, ["exclusive_eps", "1e-18", "0.0"]),
+    ("exclusive_eps", "small", TypeError, ["exclusive_eps", "'small'"]),
+    ("out_gate", 0.5, TypeError, ["out_gate", "tensor or None", "0.5"]),
+    ("out_gate", torch.ones(2, 3, 4, 8), ValueError, ["out_gate", "(2, 3, 4, 6)", "8)"]),
+    ("out_gate", torch.ones(2, 3, 2, 1), ValueError, ["out_gate", "per query head", "of which"]),
+    ("out_gate", torch.ones(4, 1).bfloat16(), TypeError, ["out_gate", "float32", "bfloat16"]),
+    ("out_gate", torch.ones(4, 6, device=meta), ValueError, ["out_gate", "cpu", "meta"]),
     ("num_splits", -1, ValueError, ["num_splits", "-1"]),
     ("num_splits", 10**6, ValueError, ["num_splits", "1024"]),
     ("num_splits", 2.0, TypeError, ["num_splits", "int", "2.0"]),
@@ -143,9 +156,10 @@ def test_a_bad_argument_raises_and_changes_nothing(make: Any, case: Any) -> None
             assert torch.equal(arguments[key], x)
 
 
-@pytest.mark.parametrize("name", ["q", "k_cache", "v", "sinks"])
+@pytest.mark.parametrize("name", ["q", "k_cache", "v", "sinks", "exclusive", "out_gate"])
 def test_a_gradient_is_refused(name: str) -> None:
-    arguments = {**contiguous(), "sinks": torch.randn(4)}
+    factors = {"exclusive": torch.randn(4, 1), "out_gate": torch.randn(4, 1)}
+    arguments = {**contiguous(), **factors, "sinks": torch.randn(4)}
     arguments[name].requires_grad_()
     with pytest.raises(RuntimeError, match=f"{name} requires one"):
         attention_with_kvcache(**arguments)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from resformer_kernels import KVLayout, SharedValueCache
+from resformer_kernels import KVLayout, SharedValueCache, value_residual_attention
 from tests.kvcache.cache_model import (
     CAPACITY,
     DIM,
@@ -58,6 +59,36 @@ def test_paged_equals_contiguous_bit_for_bit(
                 for cache in caches
             )
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", ["standard", "svformer", "svformer_cla"])
+def test_excluded_and_gated_steps_equal_the_whole_sequence(layout: str, paged: bool) -> None:
+    """A model's layers, token by token and in one call: each excludes its slot's own value."""
+    cache, length = new_cache(LAYOUTS[layout], paged), 9
+    driver = Driver(cache)
+    tokens = driver.tokens(2, length)
+    queries = [driver.draw(2, length, HEADS, DIM) for _ in tokens]
+    exclusive = driver.draw(2, length, HEADS, 1).tanh()
+    gates = driver.draw(2, length, HEADS, VALUE_DIM).sigmoid()
+    found: list[list[Tensor]] = [[] for _ in tokens]
+    for at in (slice(0, 5), slice(5, 6), slice(6, 9)):
+        for layer, (k, v) in enumerate(tokens):
+            k, v = (x if x is None else x[:, at] for x in (k, v))
+            out = cache.attend(
+                layer, queries[layer][:, at], k, v, exclusive=exclusive[:, at],
+                exclusive_eps=0.5, out_gate=gates[:, at], backend="reference",
+            )  # fmt: skip
+            found[layer].append(out)
+    slots = cache.layout
+    for layer, q in enumerate(queries):
+        k = tokens[slots.key_slots.index(slots.key_slots[layer])][0]
+        v = tokens[slots.value_slots.index(slots.value_slots[layer])][1]
+        assert k is not None
+        whole = value_residual_attention(
+            q, k, v, causal=True, exclusive=exclusive, exclusive_eps=0.5, out_gate=gates,
+            backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(torch.cat(found[layer], dim=1), whole)
 
 
 def test_forks_share_pages_until_they_differ() -> None:

@@ -60,6 +60,28 @@ def test_steps_compile_whole(backend: str, form: str) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["number", "head", "token"])
+def test_excluded_and_gated_steps_compile_once(backend: str, form: str) -> None:
+    def step(at: int, exclusive: Any, gate: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        where = torch.full((2,), at, dtype=torch.int32)
+        out: Tensor = attention_with_kvcache(
+            q, keys, values, k, v, cache_seqlens=where, exclusive=exclusive, out_gate=gate,
+            backend=backend,
+        )  # fmt: skip
+        return out
+
+    q, k, v = tokens(3)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    mine, theirs = ((keys[0], values[0]) for keys, values in (caches(), caches()))
+    for at in (0, 3, 6):
+        shape = {"head": (4, 1), "token": (2, 3, 4, 1)}.get(form, ())
+        factor = torch.full(shape, 0.1 * at + 0.5)
+        exclusive = factor if shape else float(factor)
+        with torch._dynamo.config.patch(error_on_recompile=at > 3):
+            got = compiled(at, exclusive, factor + 1, *mine)
+        torch.testing.assert_close(got, step(at, exclusive, factor + 1, *theirs))
+
+
 @pytest.mark.parametrize("given", ["nothing", "mask of 2 axes", "mask of 4 axes", "scales"])
 def test_one_graph_for_every_batch(native: str, given: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, more: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from resformer_kernels.testing.kvcache import KVCacheCase, KVCacheInputs, kvcach
 from tests.backends import backend as backend  # Triton's interpreter too
 from tests.kvcache.cases import TABLE
 
-LAYER = ("q", "k_cache", "v_cache", "k", "v", "k_scale", "v_scale", "sinks", "out", "return_lse")
+LAYER = (
+    *("q", "k_cache", "v_cache", "k", "v", "k_scale", "v_scale"),
+    *("sinks", "exclusive", "exclusive_eps", "out_gate", "out", "return_lse"),
+)
 """Arguments that a layer gives beside a plan."""
 
 CASES = {
@@ -29,6 +32,8 @@ CASES = {
         "keys alone beside V's own table",
         "nothing cached, a sink",
         "every argument",
+        "decoded, excluded, gated",
+        "packed codes, excluded, gated",
     )
 }
 CASES["int8"] = KVCacheCase(lengths=(70, 9), quantised=torch.int8, page_size=16, packed=True)
@@ -104,6 +109,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "neither": ({"k": None, "v": None}, ValueError, "k or v must be given"),
     "scales": ({"k_scale": torch.ones(2)}, ValueError, "k_scale belongs to an int8"),
     "sinks": ({"sinks": torch.ones(3)}, ValueError, "sinks must be"),
+    "exclusive": ({"exclusive": torch.ones(2, 1)}, ValueError, "exclusive must be a float or a"),
+    "a bound": ({"exclusive": 1.0, "exclusive_eps": 0.0}, ValueError, "exclusive_eps must be from"),
+    "a bound of nothing": ({"exclusive_eps": -1.0}, ValueError, "exclusive_eps must be from"),
+    "a gate": ({"out_gate": torch.ones(2, 1, 4, 8)}, ValueError, "out_gate must be a tensor that"),
+    "no gate": ({"out_gate": 1.0}, TypeError, "out_gate must be a tensor or None"),
     "out": ({"out": torch.ones(2, 1, 4, 8)}, ValueError, "out must have the result's shape"),
     "a flag": ({"return_lse": 1}, TypeError, "return_lse must be"),
     "lengths": ({"cache_seqlens": 4}, ValueError, "plan must be given with q, k_cache"),

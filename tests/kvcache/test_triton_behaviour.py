@@ -121,10 +121,61 @@ def test_lengths_that_cannot_be_stay_within_the_cache() -> None:
     torch.testing.assert_close(call.k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("page_size", [0, 4])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_query_before_the_first_key_excludes_nothing(page_size: int, splits: int) -> None:
+    """Where its position would lie there is NaN: past the end of the sequence before, or of a page.
+
+    With one value a sequence, what excludes it leaves nothing.
+    """
+    case = KVCacheCase(
+        lengths=(5, 1), q_len=4, append="none", causal=False, exclusive="one", slack=4,
+        num_splits=splits, out_gate="head",
+    )  # fmt: skip
+    inputs = kvcache_inputs(case)
+    plain = KVCacheInputs(inputs.tensors, {**inputs.options, "exclusive": None})
+    if page_size:
+        inputs, plain = (paginated(x, page_size) for x in (inputs, plain))
+    got, expected = (run_copied(x, "triton")[0]["out"] for x in (inputs, plain))
+    assert got.isfinite().all()
+    assert torch.equal(got[1, :3], expected[1, :3])
+    torch.testing.assert_close(got[1, 3], torch.zeros_like(got[1, 3]), rtol=0, atol=1e-5)
+    assert not torch.equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_a_masked_position_is_not_read(page_size: int) -> None:
+    case = KVCacheCase(
+        lengths=(40,), q_len=3, append="none", exclusive="token_head", mask="random", slack=0
+    )
+    inputs = kvcache_inputs(case)
+    mask = torch.arange(40)[None] != 38
+    inputs.tensors["key_mask"] = mask
+    inputs.tensors["v_cache"][:, 38] = torch.nan
+    plain = KVCacheInputs(dict(inputs.tensors), inputs.options)
+    del plain.tensors["exclusive"]
+    if page_size:
+        inputs, plain = (paginated(x, page_size) for x in (inputs, plain))
+    got, expected = (run_copied(x, "triton")[0]["out"] for x in (inputs, plain))
+    assert torch.equal(got[:, 1], expected[:, 1])
+    assert not torch.isclose(got[:, [0, 2]], expected[:, [0, 2]]).all()
+
+
+def test_a_plain_call_has_no_epilogue() -> None:
+    for exclusive, gate in (("none", "none"), ("one", "none"), ("none", "head")):
+        inputs = kvcache_inputs(KVCacheCase(exclusive=exclusive, out_gate=gate))
+        found = _launches(inputs)[-1].kwargs["epilogue"]
+        assert (found is None) == (exclusive == gate == "none")
+    zero = kvcache_inputs(KVCacheCase())
+    zero.options["exclusive"] = 0.0
+    assert _launches(zero)[-1].kwargs["epilogue"] is None
+
+
 CASES = {
     "contiguous": SPLIT,
     "paged": KVCacheCase(lengths=(30, 5), page_size=16, mask="random", append="k"),
     "int8": KVCacheCase(lengths=(30, 5), quantised=torch.int8, dtype=torch.bfloat16),
+    "excluded, gated": KVCacheCase(lengths=(30, 5), exclusive="head", out_gate="full"),
 }
 
 

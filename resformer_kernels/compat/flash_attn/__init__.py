@@ -2,7 +2,7 @@
 
 Signatures and meaning are those of `flash_attn` 2.6 and later (Dao, arXiv 2307.08691), on every
 device and dtype that `value_residual_attention` serves, with the added keywords `v_first`,
-`lambda_v`, `lambda_first` and `backend`. Differences:
+`lambda_v`, `lambda_first`, `exclusive`, `exclusive_eps`, `out_gate` and `backend`. Differences:
 
 - `dropout_p` above 0 and `alibi_slopes` raise NotImplementedError.
 - Pages have any size. `flash_attn_with_kvcache` takes `cache_leftpad` with pages, and k without v.

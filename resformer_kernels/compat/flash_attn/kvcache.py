@@ -10,7 +10,7 @@ from resformer_kernels._core.select import explainable
 from resformer_kernels.compat._arguments import refuse_alibi
 from resformer_kernels.compat._cached import MIXED, Cache, Packed, Run, attend
 from resformer_kernels.compat._errors import runtime_errors
-from resformer_kernels.compat._flash import Mix, Scores
+from resformer_kernels.compat._flash import Added, Scores
 from resformer_kernels.compat._rotary import Rotary
 
 
@@ -40,6 +40,9 @@ def flash_attn_with_kvcache(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """FlashAttention 2's function; with v_first, V' = lambda_v * v + lambda_first * v_first is
@@ -75,6 +78,9 @@ def flash_attn_with_kvcache(
             None it is appended unmixed.
         lambda_v: multiplies v: a float, or a tensor that broadcasts to v's shape.
         lambda_first: multiplies v_first; the same forms.
+        exclusive, exclusive_eps, out_gate: exclusive self-attention and a gate of out, fused, as in
+            `attention_with_kvcache`: v' is the cached value at p. Where cache_leftpad hides p
+            nothing is excluded.
         backend: as in `attention_with_kvcache`. A name never falls back.
 
     Returns:
@@ -89,7 +95,7 @@ def flash_attn_with_kvcache(
         q,
         (k, v),
         Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
-        Mix(v_first, lambda_v, lambda_first),
+        Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate),
         Scores(softmax_scale, causal, window_size, softcap),
         Rotary(rotary_cos, rotary_sin, rotary_interleaved),
         Packed(),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from resformer_kernels._core.select import explainable
 from resformer_kernels.compat._errors import runtime_errors
-from resformer_kernels.compat._flash import Lengths, Mix, unpack
+from resformer_kernels.compat._flash import Added, Lengths, unpack
 from resformer_kernels.compat.flash_attn.separate import attend
 
 
@@ -28,6 +28,9 @@ def flash_attn_qkvpacked_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on qkv (B, T, 3, H, D): q, k and v with equal heads, read in place.
@@ -37,8 +40,8 @@ def flash_attn_qkvpacked_func(
     """
     q, k, v = unpack("qkv", qkv, 3, 5)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
-    return attend((q, k, v), mix, options, return_attn_probs, backend)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
+    return attend((q, k, v), added, options, return_attn_probs, backend)
 
 
 @runtime_errors()
@@ -58,6 +61,9 @@ def flash_attn_kvpacked_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on q (B, Tq, Hq, D) and kv (B, Tk, 2, Hkv, D), read in place.
@@ -67,8 +73,8 @@ def flash_attn_kvpacked_func(
     """
     k, v = unpack("kv", kv, 2, 5)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
-    return attend((q, k, v), mix, options, return_attn_probs, backend)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
+    return attend((q, k, v), added, options, return_attn_probs, backend)
 
 
 @runtime_errors(cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen")
@@ -89,6 +95,9 @@ def flash_attn_varlen_qkvpacked_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_varlen_func` on qkv (total_tokens, 3, H, D), read in place.
@@ -99,8 +108,8 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = unpack("qkv", qkv, 3, 4)
     lengths = Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
-    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
+    return attend((q, k, v), added, options, return_attn_probs, backend, lengths)
 
 
 @runtime_errors()
@@ -124,6 +133,9 @@ def flash_attn_varlen_kvpacked_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place.
@@ -134,5 +146,5 @@ def flash_attn_varlen_kvpacked_func(
     k, v = unpack("kv", kv, 2, 4)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
-    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
+    return attend((q, k, v), added, options, return_attn_probs, backend, lengths)

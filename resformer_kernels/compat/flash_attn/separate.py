@@ -11,12 +11,12 @@ from resformer_kernels._core.select import explainable
 from resformer_kernels.compat import _cached, _flash
 from resformer_kernels.compat._arguments import refuse_alibi, refuse_dropout
 from resformer_kernels.compat._errors import runtime_errors
-from resformer_kernels.compat._flash import Lengths, Mix, Scores
+from resformer_kernels.compat._flash import Added, Lengths, Scores
 
 
 def attend(
     qkv: tuple[Any, Any, Any],
-    mix: Mix,
+    added: Added,
     options: tuple[Any, ...],
     return_attn_probs: Any,
     backend: str,
@@ -27,7 +27,7 @@ def attend(
 
     Args:
         qkv: q, k and v.
-        mix: v_first, lambda_v and lambda_first.
+        added: the arguments that FlashAttention lacks.
         options: the arguments from dropout_p to deterministic, in FlashAttention's order.
         return_attn_probs, backend: as in `flash_attn_func`.
         lengths: those of packed sequences.
@@ -43,10 +43,10 @@ def attend(
     scores = Scores(scale, causal, window_size, softcap)
     if lengths is not None and block_table is not None:
         result = _cached.attend_pages(
-            qkv, mix, scores, return_attn_probs, backend, lengths, block_table
+            qkv, added, scores, return_attn_probs, backend, lengths, block_table
         )
     else:
-        result = _flash.attend(qkv, mix, scores, return_attn_probs, backend, lengths)
+        result = _flash.attend(qkv, added, scores, return_attn_probs, backend, lengths)
     if not return_attn_probs:
         return result
     out, lse = result
@@ -71,6 +71,9 @@ def flash_attn_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """FlashAttention 2's function over lambda_v * v + lambda_first * v_first (arXiv 2410.17897).
@@ -93,6 +96,8 @@ def flash_attn_func(
         lambda_v: multiplies v. A float, or a tensor that broadcasts to v's shape; the forms are
             those of `value_residual_attention`.
         lambda_first: multiplies v_first; the same forms.
+        exclusive, exclusive_eps, out_gate: exclusive self-attention and a gate of out, fused, as in
+            `value_residual_attention`. Tensors broadcast to (B, Tq, Hq, 1) and (B, Tq, Hq, Dv).
         backend: "auto", "native" or "reference". A name never falls back.
 
     Returns:
@@ -104,8 +109,8 @@ def flash_attn_func(
             `value_residual_attention`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
-    return attend((q, k, v), mix, options, return_attn_probs, backend)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
+    return attend((q, k, v), added, options, return_attn_probs, backend)
 
 
 @runtime_errors(cache_seqlens="cu_seqlens_k", k_cache="k", v_cache="v")
@@ -131,6 +136,9 @@ def flash_attn_varlen_func(
     v_first: Tensor | None = None,
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
+    exclusive: float | Tensor | None = None,
+    exclusive_eps: float = 1e-6,
+    out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on sequences packed along the first axis, without a batch axis.
@@ -150,6 +158,7 @@ def flash_attn_varlen_func(
             i * page_size and on of sequence b. Differentiating the result raises.
         v_first: (total_k, Hkv, Dv) or None. With block_table v or v_first is None: pages hold mixed
             values, which `flash_attn_with_kvcache` appends.
+        exclusive, out_gate: tensors broadcast to (total_q, Hq, 1) and (total_q, Hq, Dv).
 
     Returns:
         out (total_q, Hq, Dv), or (out, softmax_lse (Hq, total_q), empty S_dmask).
@@ -159,6 +168,6 @@ def flash_attn_varlen_func(
             `value_residual_attention_varlen`, or with block_table as `attention_with_kvcache`.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    mix = Mix(v_first, lambda_v, lambda_first)
+    added = Added(v_first, lambda_v, lambda_first, exclusive, exclusive_eps, out_gate)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return attend((q, k, v), mix, options, return_attn_probs, backend, lengths, block_table)
+    return attend((q, k, v), added, options, return_attn_probs, backend, lengths, block_table)

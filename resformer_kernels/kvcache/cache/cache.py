@@ -206,7 +206,9 @@ class SharedValueCache:
                 step already, or where the step is over and nothing is to be appended.
             sequences: as in `append`.
             options: `causal` (True), `window`, `scale`, `softcap`, `sinks`, `key_mask`,
-                `num_splits`, `return_lse` and `backend` of `attention_with_kvcache`.
+                `exclusive`, `exclusive_eps`, `out_gate`, `num_splits`, `return_lse` and `backend`
+                of `attention_with_kvcache`. What `exclusive` takes out lies along the value that
+                the layer's slot holds for a query's own token: appended by then, as every key.
 
         Returns:
             out (B, Tq, Hq, Dv), or (out, lse) with `return_lse`, as `attention_with_kvcache`.

@@ -28,7 +28,16 @@ from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.kvcache.triton import plan
 from resformer_kernels.kvcache.triton.append import append
 from resformer_kernels.kvcache.triton.codes import PLAIN, decoded
-from resformer_kernels.kvcache.triton.places import Cache, Place, matrix_of, place_of, rows_of
+from resformer_kernels.kvcache.triton.epilogue import epilogue_of
+from resformer_kernels.kvcache.triton.places import (
+    Cache,
+    Place,
+    is_open,
+    load_codes,
+    load_scales,
+    matrix_of,
+    place_of,
+)
 from resformer_kernels.kvcache.triton.problem import Problem
 from resformer_kernels.kvcache.triton.result import (
     Partials,
@@ -61,7 +70,6 @@ class Walk(NamedTuple):
     head: Any
     k_len: Any
     stop: Any
-    mask_columns: Any
 
 
 class Mask(NamedTuple):
@@ -108,30 +116,6 @@ def _mask_span(mask: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _load_codes(side, head, place):
-    """The keys or values of one head; zeros where not inside."""
-    columns = tl.arange(0, side.BLOCK)
-    base = side.codes.pointer + tl.cast(head, tl.int64) * side.codes.head
-    mask = place.inside[:, None]
-    if side.WIDTH != side.BLOCK:
-        mask = mask & (columns < side.WIDTH)[None, :]
-    # (KEYS, BLOCK)
-    at = base + rows_of(side.codes, place)[:, None] + columns[None, :]
-    return tl.load(at, mask=mask, other=0, eviction_policy=side.POLICY)
-
-
-@triton.jit
-def _load_scales(side, head, place):
-    """The scales of the codes that `_load_codes` loads; any numbers where STORED is PLAIN."""
-    if side.STORED == PLAIN:
-        scales = place.token
-    else:
-        base = side.scales.pointer + tl.cast(head, tl.int64) * side.scales.head
-        scales = tl.load(base + rows_of(side.scales, place), mask=place.inside, other=0.0)
-    return scales
-
-
-@triton.jit
 def _place(pool, walk, step, keys, inside, tile):
     """The place of the keys of tile `step`."""
     if tile.WHOLE_PAGES:
@@ -151,19 +135,14 @@ def _load_step(cache, walk, step, tile):
     keys = step * tile.KEYS + tl.arange(0, tile.KEYS)
     inside = keys < tl.minimum(walk.k_len, walk.stop * tile.KEYS)
     place = _place(cache.k.pool, walk, step, keys, inside, tile)
-    mask = cache.mask
-    if mask.pointer is not None:
-        at = tl.cast(walk.sequence, tl.int64) * mask.row + keys.to(tl.int64) * mask.column
-        known = place.inside & (keys < walk.mask_columns)
-        seen = tl.load(mask.pointer + at, mask=known, other=0) != 0
-        place = Place(place.row, place.token, known & seen)
+    place = Place(place.row, place.token, is_open(cache.mask, walk.sequence, keys, place.inside))
     shown = tl.where(place.inside, keys, _NOWHERE)
-    k_codes = _load_codes(cache.k, walk.head, place)
-    k_scale = _load_scales(cache.k, walk.head, place)
+    k_codes = load_codes(cache.k, walk.head, place)
+    k_scale = load_scales(cache.k, walk.head, place)
     if cache.OWN:
         place = _place(cache.v.pool, walk, step, keys, place.inside, tile)
-    v_codes = _load_codes(cache.v, walk.head, place)
-    return shown, k_codes, v_codes, k_scale, _load_scales(cache.v, walk.head, place)
+    v_codes = load_codes(cache.v, walk.head, place)
+    return shown, k_codes, v_codes, k_scale, load_scales(cache.v, walk.head, place)
 
 
 @triton.jit
@@ -175,13 +154,13 @@ def attend_kernel(
     span,
     partials,
     result,
+    epilogue,
     scoring,
     geometry,
     tile,
     q_len,
     tokens,
     capacity,
-    mask_columns,
     row_tiles,
     splits,
     least,
@@ -234,7 +213,7 @@ def attend_kernel(
     start = tl.minimum(begin + split * share, end)
     stop = tl.minimum(start + share, end)
 
-    walk = Walk(sequence, head, k_len, stop, mask_columns)
+    walk = Walk(sequence, head, k_len, stop)
     acc = tl.zeros([ROWS, result.BLOCK], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -275,9 +254,12 @@ def attend_kernel(
         store_split(partials, slots, rows < at.count, softmax, start < stop, result.WIDTH)
         counter = partials.counters + sequence_head * row_tiles + program % row_tiles
         if finish_split(counter, splits):
-            merge(partials, result, geometry, at, first_row, last_row + 1, first_slot, splits)
+            merge(
+                partials, result, epilogue, cache, geometry, at, first_row, last_row + 1,
+                first_slot, splits,
+            )  # fmt: skip
     else:
-        store_result(result, geometry, at, rows, (peak, total, acc))
+        store_result(result, epilogue, cache, geometry, at, rows, (peak, total, acc))
 
 
 def attend(call: KVCacheCall) -> tuple[Tensor, Tensor]:
@@ -361,11 +343,11 @@ def _attend(
         span=_mask_span(call.key_mask),
         partials=partials,
         result=result,
+        epilogue=epilogue_of(call),
         scoring=scoring(call),
         geometry=p.geometry(),
         tile=Tile(*map(tl.constexpr, (tiles.rows, tiles.keys, whole_pages, tiles.ahead))),
         q_len=p.queries,
-        mask_columns=0 if call.key_mask is None else call.key_mask.shape[1],
         row_tiles=row_tiles,
         splits=splits,
         least=1 if call.num_splits or splits == 1 else plan.LEAST_BLOCKS,

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from resformer_kernels._triton.specialise import Unit
 from resformer_kernels._triton.views import View
+from resformer_kernels.kvcache.triton.codes import PLAIN
 
 
 class Matrix(NamedTuple):
-    """key_mask, a row per sequence, by strides in elements, with one byte per key. Without a
-    pointer every key is open."""
+    """key_mask, a row of `columns` keys per sequence, by strides in elements, with one byte per
+    key. Without a pointer every key is open."""
 
     pointer: Tensor | None
     row: int
     column: Unit
+    columns: int
 
 
 class Pool(NamedTuple):
@@ -73,7 +75,10 @@ class Place(NamedTuple):
 
 def matrix_of(mask: Tensor | None) -> Matrix:
     """key_mask as kernels take it."""
-    return Matrix(None, 0, 0) if mask is None else Matrix(mask.view(torch.uint8), *mask.stride())
+    if mask is None:
+        return Matrix(None, 0, 0, 0)
+    row, column = mask.stride()
+    return Matrix(mask.view(torch.uint8), row, column, mask.shape[1])
 
 
 def pool_of(table: Tensor | None, cache: Tensor) -> Pool:
@@ -101,3 +106,37 @@ def place_of(pool, sequence, keys, inside):
 def rows_of(view, place):
     """Offsets of the place in a cache's codes or scales, of KV head 0."""
     return place.row.to(tl.int64) * view.batch + place.token.to(tl.int64) * view.time
+
+
+@triton.jit
+def is_open(mask, sequence, keys, inside):
+    """Whether keys of a sequence are inside, and open in key_mask."""
+    if mask.pointer is not None:
+        at = tl.cast(sequence, tl.int64) * mask.row + keys.to(tl.int64) * mask.column
+        known = inside & (keys < mask.columns)
+        inside = known & (tl.load(mask.pointer + at, mask=known, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def load_codes(side, head, place):
+    """The keys or values of one head; zeros where not inside."""
+    columns = tl.arange(0, side.BLOCK)
+    base = side.codes.pointer + tl.cast(head, tl.int64) * side.codes.head
+    mask = place.inside[:, None]
+    if side.WIDTH != side.BLOCK:
+        mask = mask & (columns < side.WIDTH)[None, :]
+    # (tokens, BLOCK)
+    at = base + rows_of(side.codes, place)[:, None] + columns[None, :]
+    return tl.load(at, mask=mask, other=0, eviction_policy=side.POLICY)
+
+
+@triton.jit
+def load_scales(side, head, place):
+    """The scales of the codes that `load_codes` loads; any numbers where STORED is PLAIN."""
+    if side.STORED == PLAIN:
+        scales = place.token
+    else:
+        base = side.scales.pointer + tl.cast(head, tl.int64) * side.scales.head
+        scales = tl.load(base + rows_of(side.scales, place), mask=place.inside, other=0.0)
+    return scales

@@ -23,6 +23,7 @@ from resformer_kernels._triton.views import View
 from resformer_kernels.attention.triton.loads import Source, row_cells, store_rows
 from resformer_kernels.attention.triton.problem import Numbers
 from resformer_kernels.attention.triton.softmax import close_rows, exponential
+from resformer_kernels.kvcache.triton.epilogue import finished
 
 _ROWS: tl.constexpr = tl.constexpr(8)
 """Rows that are merged together: their sums of one split are few enough for registers."""
@@ -58,12 +59,14 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def store_result(result, geometry, at, rows, softmax):
+def store_result(result, epilogue, cache, geometry, at, rows, softmax):
     """Close the softmax of rows and store their out and LSE; softmax: (peak, total, acc)."""
     peak, total, acc = softmax
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, result.sinks, heads, result.PRECISE)
     tile = acc * factor[:, None]
+    if epilogue is not None:
+        tile = finished(tile, epilogue, cache, geometry, at, rows)
     store_rows(tile, Source(result.out, None, geometry, result.WIDTH, result.BLOCK), at, rows)
     if result.lse.pointer is not None:
         tl.store(row_cells(result.lse, at, rows, geometry.GROUP), logarithm, mask=rows < at.count)
@@ -92,7 +95,7 @@ def finish_split(counter, splits):
 
 
 @triton.jit
-def merge(partials, result, geometry, at, first_row, end_row, first_slot, splits):
+def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, first_slot, splits):
     """Results of rows from all of their splits, `first_slot` being the first of row 0.
 
     Each split counts by exp(its peak - the highest peak).
@@ -145,4 +148,4 @@ def merge(partials, result, geometry, at, first_row, end_row, first_slot, splits
                 weight = exponential(own - base, result.PRECISE)
                 acc += weight[:, None] * sums
                 total += weight * part
-        store_result(result, geometry, at, rows, (peak, total, acc))
+        store_result(result, epilogue, cache, geometry, at, rows, (peak, total, acc))
