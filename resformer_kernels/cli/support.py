@@ -162,6 +162,8 @@ FEATURES: dict[str, dict[str, Callable[[_Make], Call]]] = {
         "negative scale": lambda m: _attention(m, scale=-1.0),
         "softcap": lambda m: _attention(m, softcap=30.0),
         "sinks": lambda m: _attention(m, sinks=m.leaf(_H)),
+        "exclusive outputs": lambda m: _attention(m, exclusive=m.leaf(_B, _T, _H, 1)),
+        "gate on the output": lambda m: _attention(m, out_gate=m.leaf(_B, _T, _H, _D)),
         "bool mask": lambda m: _attention(m, attn_bias=torch.ones(_T, _T).bool()),
         "additive bias": lambda m: _attention(m, attn_bias=m.leaf(_B, _H, _T, _T)),
         "values wider than keys": lambda m: _attention(m, wider=2),
@@ -186,6 +188,9 @@ FEATURES: dict[str, dict[str, Callable[[_Make], Call]]] = {
         "window": lambda m: _decode(m, window=(3, 0)),
         "softcap": lambda m: _decode(m, softcap=30.0),
         "sinks": lambda m: _decode(m, sinks=torch.zeros(2 * _H).to(m.dtype)),
+        "exclusive outputs and gate": lambda m: _decode(
+            m, exclusive=1.0, out_gate=torch.ones(2 * _H, 1).to(m.dtype)
+        ),
         "LSE": lambda m: _decode(m, return_lse=True),
     },
     "mix_values": {

@@ -243,7 +243,7 @@ def _summed_terms(wide: Inputs, exact: Mapping[str, Tensor]) -> dict[str, float]
         # Its summands, one by one: P dO O over every channel, and P dLSE. Rows after the last
         # packed sequence hold NaN gradients and belong to no sum.
         share = torch.exp(wide.tensors["sinks"][:, None] - lse)
-        every = (grads["out"] * out).movedim(-2, -3), grads["lse"][..., None]
+        every = (drawn[0] * out).movedim(-2, -3), drawn[1][..., None]
         terms = share[..., None] * torch.cat(every, dim=-1)
         sizes["dsinks"] = norm(terms.where(lse[..., None] > -torch.inf, 0))
     return sizes | epilogue

@@ -20,4 +20,12 @@ SMALL = LanguageModelConfig(
     vocab_size=50,
 )
 
+EPILOGUES = (
+    {"exclusive": "learned", "gate": "head"},
+    {"exclusive": 1.0, "gate": "channel"},
+    {"exclusive": "learned"},
+)
+"""What any variant may switch on after its softmax."""
+
+all_epilogues = pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda x: ", ".join(map(str, x)))
 all_variants = pytest.mark.parametrize("variant", VARIANTS)

@@ -55,6 +55,8 @@ def test_mlp_is_eight_thirds_wide() -> None:
         ({"num_layers": 4, "sparse_layers": 4}, "sparse_layers must be at most .* = 3, got 4"),
         ({"num_layers": 4, "middle_layer": 4}, "middle_layer must be at most .* = 3, got 4"),
         ({"middle_layer": -1}, "middle_layer must be at least 0, got -1"),
+        ({"exclusive": "all"}, "exclusive must be a number, 'learned' or None, got 'all'"),
+        ({"gate": "token"}, "gate must be 'head', 'channel' or None"),
         ({"dim": 30}, "dim must be a multiple of num_heads 4"),
     ],
 )

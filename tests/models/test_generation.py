@@ -13,7 +13,7 @@ from resformer_kernels import SharedValueCache
 from resformer_kernels.kvcache.cache import pages
 from resformer_kernels.models import Generation, LanguageModel
 from resformer_kernels.models.generation import Sampling
-from tests.models.small import SMALL, all_variants
+from tests.models.small import SMALL, all_epilogues, all_variants
 
 LONGER = replace(SMALL, max_seqlen=40, short_window=6)
 
@@ -25,7 +25,7 @@ def model(variant: str = "svformer", **changes: Any) -> LanguageModel:
         # Spread the logits for a clear likeliest token, and move gates and λ off their start.
         module.head.weight.mul_(20)
         for name, parameter in module.named_parameters():
-            if "v_mix" in name and "table" not in name:
+            if ("v_mix" in name and "table" not in name) or "epilogue" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return module.eval()
 
@@ -46,6 +46,20 @@ def without_cache(module: LanguageModel, prompt: Tensor, count: int) -> Tensor:
     for _ in range(count):
         tokens = torch.cat([tokens, module(tokens)[:, -1:].argmax(-1)], dim=1)
     return tokens[:, prompt.shape[1] :]
+
+
+@all_epilogues
+@torch.no_grad()
+def test_epilogues_step_by_step(epilogue: dict[str, Any]) -> None:
+    for variant in ("learnable", "svformer", "fused-kv-lite"):
+        module = model(variant, **epilogue)
+        tokens = prompts(2, 20)
+        cache = module.new_cache(2)
+        found = [
+            module.head(module.hidden(piece, cache))
+            for piece in tokens.split([7, 1, 1, 5, 1, 1, 4], dim=1)
+        ]
+        torch.testing.assert_close(torch.cat(found, 1), module(tokens), rtol=1e-4, atol=1e-4)
 
 
 @all_variants

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resformer_kernels.models import LanguageModel, parameter_count, with_parameter_budget
 from resformer_kernels.nn import EmbeddingMix, FirstValues, FixedMix, OwnValues
-from tests.models.small import SMALL, all_variants
+from tests.models.small import SMALL, all_epilogues, all_variants
 
 
 def model(variant: str, **changes: object) -> LanguageModel:
@@ -43,6 +43,32 @@ def test_starts_near_the_uniform_loss_and_every_parameter_gets_a_gradient(varian
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@all_epilogues
+@pytest.mark.parametrize("variant", ["learnable", "svformer", "fused-kv-lite"])
+def test_epilogues_train(variant: str, epilogue: dict[str, object]) -> None:
+    """Every parameter gets a gradient, recomputed blocks give the same, and a budget is kept."""
+    module = model(variant, **epilogue)
+    found = [module(*batch())]
+    found += torch.autograd.grad(found[0], list(module.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+    again = model(variant, checkpointing=True, **epilogue)
+    loss = again(*batch())
+    for a, b in zip(
+        found, (loss, *torch.autograd.grad(loss, list(again.parameters()))), strict=True
+    ):
+        assert torch.equal(a, b)
+    config = with_parameter_budget(module.config, 60_000)
+    assert abs(parameter_count(config) - 60_000) <= 1.5 * config.dim * config.num_layers
+
+
+def test_learned_shares_start_at_none() -> None:
+    """So that a model is the one without them until training moves them."""
+    module, plain = model("learnable", exclusive="learned"), model("learnable")
+    plain.load_state_dict(module.state_dict(), strict=False)
+    tokens, _ = batch()
+    assert torch.equal(module(tokens), plain(tokens))
 
 
 @all_variants
