@@ -45,7 +45,7 @@ def value_residual_attention(
     sinks: Tensor | None = None,
     attn_bias: Tensor | None = None,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     return_lse: bool = False,
     return_mixed_value: bool = False,
@@ -88,7 +88,7 @@ def value_residual_attention(
             (B, Tq, Hq, 1) without enlarging it: (), (Hq, 1), (B, Tq, 1, 1), (B, Tq, Hq, 1). A tanh
             or the like is the caller's. A mask that hides p changes nothing here, and where p holds
             no key (p < 0) nothing is taken out.
-        exclusive_eps: bounds the norm of v' from below; from 1e-18 to 1e18.
+        exclusive_eps: bounds the norm of v' from below; from 1e-18 to 1e18. None: 1e-6.
         out_gate: None, or a tensor, float32 or q's dtype, that broadcasts to (B, Tq, Hq, Dv):
             (Hq, 1), (B, Tq, Hq, 1), (B, Tq, Hq, Dv). Applied last; a sigmoid is the caller's.
         return_lse: also return the natural log of the softmax denominator, sink included,
@@ -153,7 +153,7 @@ def value_residual_attention_varlen(
     sinks: Tensor | None = None,
     attn_bias: Tensor | None = None,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     return_lse: bool = False,
     return_mixed_value: bool = False,

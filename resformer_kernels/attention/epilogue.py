@@ -38,7 +38,10 @@ def check_exclusive(exclusive: Any, q: Tensor, kv_heads: int) -> tuple[Tensor | 
 
 
 def check_exclusive_eps(eps: Any) -> float:
-    """A bound that can be squared."""
+    """A bound that can be squared; None: 1e-6. It is no default of the public functions, as
+    torch.compile(dynamic=True) makes a float default an input, which fails inside a checkpoint."""
+    if eps is None:
+        return 1e-6
     eps = real("exclusive_eps", eps)
     if not _LEAST <= eps <= _MOST:
         raise ValueError(f"exclusive_eps must be from {_LEAST} to {_MOST}, got {eps}")

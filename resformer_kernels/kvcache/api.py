@@ -37,7 +37,7 @@ def attention_with_kvcache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
@@ -93,7 +93,7 @@ def attention_with_kvcache(
             taken from the output, as in `value_residual_attention`: a float, or a tensor that
             broadcasts to (B, Tq, Hq, 1), packed (total_q, Hq, 1). Where key_mask hides that
             position nothing is taken out.
-        exclusive_eps: bounds the norm of v' from below.
+        exclusive_eps: bounds the norm of v' from below; None: 1e-6.
         out_gate: None, or a tensor that broadcasts to the result's shape. Applied last.
         num_splits: splits of each sequence's keys (split-KV), attended separately and merged by
             their LSE; 0 chooses by length. The result differs by rounding alone.

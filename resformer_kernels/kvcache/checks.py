@@ -62,7 +62,7 @@ def check_call(
     return_lse: Any = False,
     out: Any = None,
     exclusive: Any = None,
-    exclusive_eps: Any = 1e-6,
+    exclusive_eps: Any = None,
     out_gate: Any = None,
 ) -> KVCacheCall:
     """Check and normalise the arguments of the public function."""

@@ -18,6 +18,8 @@ from resformer_kernels.attention.record import check_sinks
 from resformer_kernels.kvcache import checks
 from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
 
+_OUT = KVCacheCall._fields.index("out")
+
 
 class KVCachePlan:
     """What the layers of a step share, checked once: made by `plan_kvcache`."""
@@ -69,7 +71,7 @@ class KVCachePlan:
         return_lse: Any,
         out: Any,
         exclusive: Any = None,
-        exclusive_eps: Any = 1e-6,
+        exclusive_eps: Any = None,
         out_gate: Any = None,
     ) -> KVCacheCall:
         """The call of one layer. TypeError or ValueError where it does not fit the plan."""
@@ -105,7 +107,8 @@ class KVCachePlan:
             fits = isinstance(out, Tensor) and out.shape == self._out and out.is_contiguous()
             fits = fits and out.dtype is q.dtype and out.device == self._device
             written = (out[None] if self._packed_q else out) if fits else None
-            call = call._replace(out=checks.check_out(out, call) if written is None else written)
+            written = checks.check_out(out, call) if written is None else written
+            call = KVCacheCall(*call[:_OUT], written)
         least = check_exclusive_eps(exclusive_eps)
         if exclusive is not None or out_gate is not None:
             own_part, number = check_exclusive(exclusive, q, k_cache.shape[2])

@@ -41,7 +41,7 @@ def flash_attn_with_kvcache(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:

@@ -29,7 +29,7 @@ def flash_attn_qkvpacked_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -62,7 +62,7 @@ def flash_attn_kvpacked_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -96,7 +96,7 @@ def flash_attn_varlen_qkvpacked_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -134,7 +134,7 @@ def flash_attn_varlen_kvpacked_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:

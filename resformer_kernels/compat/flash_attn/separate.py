@@ -72,7 +72,7 @@ def flash_attn_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -137,7 +137,7 @@ def flash_attn_varlen_func(
     lambda_v: float | Tensor = 0.5,
     lambda_first: float | Tensor = 0.5,
     exclusive: float | Tensor | None = None,
-    exclusive_eps: float = 1e-6,
+    exclusive_eps: float | None = None,
     out_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
