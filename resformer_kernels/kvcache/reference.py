@@ -70,7 +70,7 @@ def append(
 ) -> None:
     """Write `new` (B, Tnew, Hkv, D), or packed (1, total_new, Hkv, D), into a cache and its scales,
     after the `lengths` tokens of every sequence."""
-    if 0 in (new.numel(), codes.numel(), lengths.numel()):
+    if 0 in (new.numel(), codes.numel(), lengths.numel(), 1 if table is None else table.numel()):
         return
     time = torch.arange(new.shape[1], device=new.device)
     exists = None
@@ -85,7 +85,10 @@ def append(
         rows, new, exists = packed.sequence[pick], new[0, pick], packed.left[pick] >= 1
         at = torch.where(exists, lengths[rows] + packed.place[pick], 0)
     if table is not None:
-        rows, at = table[rows, at // codes.shape[1]].long(), at % codes.shape[1]
+        pages = table[rows, at // codes.shape[1]].long()
+        # A sequence without tokens may have no page.
+        rows = pages if exists is None else torch.where(exists, pages, 0)
+        at = at % codes.shape[1]
     written = [(codes, new)] if scale is None else _quantised(codes, scale, new)
     for cache, x in written:
         if exists is not None:

@@ -156,6 +156,12 @@ TABLE: dict[str, KVCacheCase] = {
     "packed, split": KVCacheCase(
         lengths=(300, 200, 7), q_len=2, packed=True, num_splits=3, sinks=True, return_lse=True
     ),
+    "packed, nothing new": KVCacheCase(
+        lengths=(0, 9), q_len=0, new_tokens=0, packed=True, page_size=4, slack=0
+    ),
+    "packed, nothing new, no page": KVCacheCase(
+        lengths=(0,), q_len=0, new_tokens=0, packed=True, page_size=4, slack=0
+    ),
     "packed, no sequence": KVCacheCase(lengths=(), packed=True, return_lse=True),
     "packed, a mask": KVCacheCase(
         lengths=(90, 60), q_len=3, new_tokens=3, packed=True, mask="random", out=True

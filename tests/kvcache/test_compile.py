@@ -61,12 +61,12 @@ def test_steps_compile_whole(backend: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["number", "head", "token"])
-def test_excluded_and_gated_steps_compile_once(backend: str, form: str) -> None:
+def test_excluded_and_gated_steps_compile_once(native: str, form: str) -> None:
     def step(at: int, exclusive: Any, gate: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         where = torch.full((2,), at, dtype=torch.int32)
         out: Tensor = attention_with_kvcache(
             q, keys, values, k, v, cache_seqlens=where, exclusive=exclusive, out_gate=gate,
-            backend=backend,
+            backend=native,
         )  # fmt: skip
         return out
 

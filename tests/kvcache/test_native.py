@@ -96,6 +96,7 @@ def ints(numbers: Any) -> torch.Tensor:
 
 UNSET: dict[str, Any] = {
     **dict.fromkeys(KVCacheCall._fields),
+    **KVCacheCall._field_defaults,
     "max_seqlen_q": 1,
     "window_left": -1,
     "window_right": 0,
