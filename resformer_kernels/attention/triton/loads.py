@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton.device import NUMBER, coefficient, mix, round_to
+from resformer_kernels._triton.device import NUMBER, PER_ROW, coefficient, mix, round_to, widen
 
 ROW_SLOT: tl.constexpr = tl.constexpr(128)
 
@@ -92,10 +92,16 @@ def row_pointers(source, at, rows, columns):
 @triton.jit
 def load_rows(pointers, rows, count, columns, source):
     """A tile, zero in rows from `count` on and columns from WIDTH on."""
+    return load_inside(pointers, rows < count, columns, source)
+
+
+@triton.jit
+def load_inside(pointers, inside, columns, source):
+    """A tile, zero in rows that are not `inside` and columns from WIDTH on."""
     if source.WIDTH == source.BLOCK:
-        tile = tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
     else:
-        inside = (rows < count)[:, None] & (columns < source.WIDTH)[None, :]
+        inside = inside[:, None] & (columns < source.WIDTH)[None, :]
         tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
@@ -188,15 +194,21 @@ def store_keys(tile, source, at, key, KEYS: tl.constexpr):
 @triton.jit
 def load_factor(factor, source, at, key, KEYS: tl.constexpr):
     """A mixing coefficient over the tile of `source` that `load_keys` would load."""
+    keys = key + tl.arange(0, KEYS)
+    return factor_at(factor, source, at, keys, keys < at.k_len)
+
+
+@triton.jit
+def factor_at(factor, source, at, keys, inside):
+    """A mixing coefficient at any keys, read where they are `inside`."""
     if factor.FORM == NUMBER:
         found = factor.number
     else:
-        keys = key + tl.arange(0, KEYS)
         columns = tl.arange(0, source.BLOCK)
         base = at_head(factor, at.batch, at.k_start, at.head)
         found = coefficient(
             base, factor.number, keys.to(tl.int64), columns, factor.time, factor.column,
-            keys < at.k_len, columns < source.WIDTH, factor.FORM,
+            inside, columns < source.WIDTH, factor.FORM,
         )  # fmt: skip
     return found
 
@@ -217,3 +229,38 @@ def load_values(mixed, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
     else:
         tile = load_keys(mixed.v, at, key, KEYS, MASKED)
     return tile
+
+
+@triton.jit
+def load_own_values(mixed, at, rows):
+    """(ROWS, BLOCK) of V' at the position of each row's query, zero where that holds no key."""
+    keys = rows // mixed.v.geometry.GROUP + at.shift
+    inside = (rows < at.count) & (keys >= 0)
+    columns = tl.arange(0, mixed.v.BLOCK)
+    tile = load_inside(key_pointers(mixed.v.view, at, keys, columns), inside, columns, mixed.v)
+    if mixed.how.MIXES:
+        pointers = key_pointers(mixed.v_first.view, at, keys, columns)
+        first_tile = load_inside(pointers, inside, columns, mixed.v_first)
+        own = factor_at(mixed.how.own, mixed.v, at, keys, inside)
+        first = factor_at(mixed.how.first, mixed.v, at, keys, inside)
+        tile = mix(own, tile, first, first_tile, tile.dtype)
+        # A coefficient may be infinite.
+        tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
+    return tile
+
+
+@triton.jit
+def load_row_factor(factor, at, rows, columns, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """exclusive or out_gate over a tile of rows, in a shape that broadcasts to it."""
+    if factor.FORM == NUMBER:
+        found = factor.number
+    else:
+        cells = row_cells(factor, at, rows, GROUP)
+        there = rows < at.count
+        if factor.FORM == PER_ROW:
+            found = widen(tl.load(cells, mask=there, other=0.0))[:, None]
+        else:
+            cells = cells[:, None] + columns.to(tl.int64)[None, :] * factor.column
+            inside = there[:, None] & (columns < WIDTH)[None, :]
+            found = widen(tl.load(cells, mask=inside, other=0.0))
+    return found

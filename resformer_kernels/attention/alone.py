@@ -1,0 +1,203 @@
+"""The epilogue as an op of its own, with its gradient, for kernels that have none: see `epilogue`.
+
+Saved for backward: y and V', which such a kernel saves too, and the factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._core import gradient
+from resformer_kernels._core.op import TRITON, Op, SymInt, vmap_error
+from resformer_kernels._core.strides import with_unit_strides
+from resformer_kernels.attention import reference
+from resformer_kernels.attention.record import FIXED, AttentionCall
+
+LEAVES = ("y", "value", "exclusive", "out_gate")
+"""Arguments that have gradients, in the order of the backward op's results and of `grad_mask`."""
+
+
+class EpilogueCall(NamedTuple):
+    """y, which has q's heads, and V'; the rest is as in `AttentionCall`. `value` is None where
+    nothing is excluded."""
+
+    y: Tensor
+    value: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: SymInt
+    max_seqlen_k: SymInt
+    exclusive: Tensor | None
+    exclusive_value: float
+    exclusive_eps: float
+    out_gate: Tensor | None
+
+    def attention(self) -> AttentionCall:
+        """The call of attention that has this epilogue: its queries are y, its keys and values V',
+        or y in its place where nothing reads it."""
+        value, own = self.value, self.value is not None
+        if value is None:
+            value = self.y
+        return AttentionCall(
+            *(self.y, value, value, None, None, None, 1.0, 1.0),
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k if own else self.cu_seqlens_q,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k if own else self.max_seqlen_q,
+            window_left=-1,
+            window_right=-1,
+            scale=1.0,
+            softcap=0.0,
+            sinks=None,
+            attn_bias=None,
+            return_lse=False,
+            return_mixed_value=False,
+            exclusive=self.exclusive,
+            exclusive_value=self.exclusive_value,
+            exclusive_eps=self.exclusive_eps,
+            out_gate=self.out_gate,
+        )
+
+
+class EpilogueBackwardCall(NamedTuple):
+    """The arguments of the backward op. Bit i of grad_mask: leaf i of `LEAVES` wants a gradient."""
+
+    grad_out: Tensor
+    call: EpilogueCall
+    grad_mask: int
+
+    def wanted(self) -> dict[str, bool]:
+        """Which leaves want a gradient."""
+        return {name: bool(self.grad_mask >> bit & 1) for bit, name in enumerate(LEAVES)}
+
+    def results(self, found: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """The op's results of the gradients that were wanted."""
+        gradients = [found.get(name) for name in LEAVES]
+        return tuple(_absent(self, i) if x is None else x for i, x in enumerate(gradients))
+
+
+def _absent(given: EpilogueBackwardCall, bit: int) -> Tensor:
+    leaf = getattr(given.call, LEAVES[bit])
+    return (given.call.y if leaf is None else leaf).new_empty((0,))
+
+
+def _forward_fake(call: EpilogueCall) -> Tensor:
+    return call.y.new_empty(call.y.shape)
+
+
+def _backward_fake(given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
+    wanted = given.wanted()
+    leaves = {name: getattr(given.call, name) for name in LEAVES if wanted[name]}
+    return given.results({n: x if x is None else x.new_empty(x.shape) for n, x in leaves.items()})
+
+
+def forward(_namespace: str, call: EpilogueCall) -> Tensor:
+    """The op in plain PyTorch."""
+    whole = call.attention()
+    out = _out(whole, call.y, whole.value)
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+def backward(_namespace: str, given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
+    """The op in plain PyTorch."""
+    wanted = given.wanted()
+    leaves = {
+        name: x.detach().requires_grad_()
+        for name in LEAVES
+        if wanted[name] and (x := getattr(given.call, name)) is not None
+    }
+    call = given.call._replace(**leaves)
+    whole = call.attention()
+    with torch.enable_grad():
+        out = _out(whole, call.y, whole.value)
+    return given.results(
+        dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], given.grad_out), strict=True))
+    )
+
+
+def _out(call: AttentionCall, y: Tensor, value: Tensor) -> Tensor:
+    compute = torch.float64 if y.dtype is torch.float64 else torch.float32
+    inside = None
+    if call.cu_seqlens_q is not None:
+        inside = torch.arange(y.shape[0], device=y.device) < call.cu_seqlens_q[-1]
+        y = y.masked_fill(~inside[:, None, None], 0)
+    placed = reference.placed(call, y.to(compute), value)
+    out = reference.finish(reference.closed(call), *placed)
+    return out if inside is None else out[0]
+
+
+FORWARD = Op(
+    "attention_epilogue_forward",
+    EpilogueCall,
+    "Tensor",
+    function=FIXED,
+    fake=_forward_fake,
+    triton="resformer_kernels.attention.triton.epilogue:forward",
+    composed=f"{__name__}:forward",
+)
+BACKWARD = Op(
+    "attention_epilogue_backward",
+    EpilogueBackwardCall,
+    f"({', '.join(f'Tensor d{name}' for name in LEAVES)})",
+    function=FIXED,
+    fake=_backward_fake,
+    triton="resformer_kernels.attention.triton.epilogue:backward",
+    composed=f"{__name__}:backward",
+)
+
+
+class AttentionEpilogue(torch.autograd.Function):
+    """apply(namespace, *call) -> out."""
+
+    @staticmethod
+    @gradient.signed
+    def forward(*arguments: Any) -> Tensor:
+        namespace, *call = arguments
+        out: Tensor = FORWARD(namespace, EpilogueCall(*call))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        ctx.namespace, *given = inputs
+        call = EpilogueCall(*given)
+        tensors = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
+        ctx.names = tuple(tensors)
+        ctx.rest = call._replace(**dict.fromkeys(ctx.names))
+        ctx.save_for_backward(*tensors.values())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.rest._replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        needs = gradient.wanted(ctx, EpilogueCall, LEAVES)
+        given = EpilogueBackwardCall(grad, call, gradient.mask_of(needs))
+        gradients = gradient.run_backward(BACKWARD, ctx.namespace, given)
+        return gradient.in_place_of(EpilogueCall, LEAVES, gradients, needs)
+
+    @staticmethod
+    def vmap(*_arguments: Any) -> NoReturn:
+        raise RuntimeError(vmap_error(FIXED))
+
+
+def finish(call: AttentionCall, y: Tensor, value: Tensor | None, namespace: str = TRITON) -> Tensor:
+    """out of `call`, whose y, in its own dtype, and V' are given."""
+    given = EpilogueCall(
+        y,
+        value if call.excludes else None,
+        *(call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k),
+        *(call.exclusive, call.exclusive_value, call.exclusive_eps, call.out_gate),
+    )
+    given = with_unit_strides(given, ("y", "value", "cu_seqlens_q", "cu_seqlens_k"))
+    leaves = [getattr(given, name) for name in LEAVES]
+    if torch.compiler.is_compiling():
+        given = gradient.distinct(given)
+    else:
+        gradient.refuse_forward_mode(FIXED, leaves)
+    wants = gradient.wants_gradient(leaves)
+    out: Tensor = (
+        AttentionEpilogue.apply(namespace, *given) if wants else FORWARD(namespace, given)
+    )
+    return out
