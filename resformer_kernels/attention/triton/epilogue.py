@@ -81,7 +81,7 @@ def epilogue_kernel(y, values, out, epilogue, tiles, geometry, q_len, k_len, siz
 
 
 @triton.jit
-def epilogue_gradient_kernel(
+def epilogue_backward_kernel(
     grad_out,
     kept,
     value,
@@ -237,7 +237,7 @@ def epilogue_gradients(
     positions = max(call.max_seqlen_q, call.max_seqlen_k) if call.excludes else call.max_seqlen_q
     tiles = -(-positions // size)
     launch(
-        epilogue_gradient_kernel,
+        epilogue_backward_kernel,
         (call.sequences * call.kv_heads * tiles,),
         q.device,
         grad_out=view_of(unit_stride(grad_out)),
