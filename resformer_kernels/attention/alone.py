@@ -94,39 +94,57 @@ def _backward_fake(given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
     return given.results({n: x if x is None else x.new_empty(x.shape) for n, x in leaves.items()})
 
 
-def forward(_namespace: str, call: EpilogueCall) -> Tensor:
+def forward(_namespace: str, given: EpilogueCall) -> Tensor:
     """The op in plain PyTorch."""
-    whole = call.attention()
-    out = _out(whole, call.y, whole.value)
-    return out.clone(memory_format=torch.contiguous_format)
+    call, y, value, at = _placed(given, given.y)
+    return reference.finish(call, y, value, at).reshape(given.y.shape)
 
 
 def backward(_namespace: str, given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
     """The op in plain PyTorch."""
-    wanted = given.wanted()
-    leaves = {
-        name: x.detach().requires_grad_()
-        for name in LEAVES
-        if wanted[name] and (x := getattr(given.call, name)) is not None
+    call, y, value, at = _placed(given.call, given.call.y)
+    grad = _placed(given.call, given.grad_out)[1]
+    gate = 1.0 if call.out_gate is None else call.out_gate.to(y.dtype)
+    part = call.exclusive_value if call.exclusive is None else call.exclusive.to(y.dtype)
+    du = gate * grad
+    w = reference.own_values(value, at, y) if call.excludes else torch.zeros_like(y)
+    size = w.square().sum(-1, keepdim=True)
+    above = size > call.exclusive_eps**2
+    size = size.clamp(min=call.exclusive_eps**2)
+    along = (y * w).sum(-1, keepdim=True) / size
+    back = (du * w).sum(-1, keepdim=True) / size
+    dw = -part * (along * du + back * y - 2 * along * back * above * w)
+    # The row after the last one stands for a position without a key.
+    onto = y.new_zeros(value.shape[0], value.shape[1] + 1, *value.shape[2:])
+    onto.index_add_(1, at[0] % onto.shape[1], dw.unflatten(2, (value.shape[2], -1)).sum(3))
+    found = {
+        "y": du - part * back * w,
+        "value": onto[:, :-1],
+        "exclusive": -along * back * size,
+        "out_gate": grad * (y - part * along * w),
     }
-    call = given.call._replace(**leaves)
-    whole = call.attention()
-    with torch.enable_grad():
-        out = _out(whole, call.y, whole.value)
+    leaves = {name: getattr(given.call, name) for name, want in given.wanted().items() if want}
     return given.results(
-        dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], given.grad_out), strict=True))
+        {
+            name: found[name]
+            .sum_to_size(x.shape if x.dim() == 4 else (1, *x.shape))
+            .to(x.dtype)
+            .reshape(x.shape)
+            .contiguous()
+            for name, x in leaves.items()
+            if x is not None
+        }
     )
 
 
-def _out(call: AttentionCall, y: Tensor, value: Tensor) -> Tensor:
-    compute = torch.float64 if y.dtype is torch.float64 else torch.float32
-    inside = None
+def _placed(given: EpilogueCall, y: Tensor) -> tuple[AttentionCall, Tensor, Tensor, Tensor]:
+    """(call, y, value, at) as `reference.finish` takes them, zero after the last sequence."""
+    call = given.attention()
     if call.cu_seqlens_q is not None:
-        inside = torch.arange(y.shape[0], device=y.device) < call.cu_seqlens_q[-1]
-        y = y.masked_fill(~inside[:, None, None], 0)
-    placed = reference.placed(call, y.to(compute), value)
-    out = reference.finish(reference.closed(call), *placed)
-    return out if inside is None else out[0]
+        after = torch.arange(y.shape[0], device=y.device) >= call.cu_seqlens_q[-1]
+        y = y.masked_fill(after[:, None, None], 0)
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    return reference.closed(call), *reference.placed(call, y, call.value)
 
 
 FORWARD = Op(
@@ -197,7 +215,5 @@ def finish(call: AttentionCall, y: Tensor, value: Tensor | None, namespace: str 
     else:
         gradient.refuse_forward_mode(FIXED, leaves)
     wants = gradient.wants_gradient(leaves)
-    out: Tensor = (
-        AttentionEpilogue.apply(namespace, *given) if wants else FORWARD(namespace, given)
-    )
+    out: Tensor = AttentionEpilogue.apply(namespace, *given) if wants else FORWARD(namespace, given)
     return out

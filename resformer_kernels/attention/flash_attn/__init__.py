@@ -53,7 +53,9 @@ def notes(call: AttentionCall) -> list[str]:
     """What runs, and what is copied before it."""
     found = [f"{_choose(call).module} serves it"]
     if not call.plain:
-        found.append("exclusive and out_gate are a pass over its output, by a Triton kernel of ours")
+        found.append(
+            "exclusive and out_gate are a pass over its output, by a Triton kernel of ours"
+        )
     if call.mixes:
         found.append("V' is made by mix_values first, and read by the kernel")
     if call.packed:

@@ -126,13 +126,6 @@ def _calls() -> Iterator[_Call]:
             yield call
             if head_dim == 128 and causal:
                 yield replace(call, dtype=torch.float16)
-    for head_dim in (64, 128):
-        what = "causal, exclusive, gate"
-        yield _Call(what, head_dim, exclusive=True, gate="token", main=True)
-    yield _Call("exclusive, gate per element", exclusive=True, gate="full")
-    yield _Call("gate", head_dim=64, gate="full", causal=False)
-    yield _Call("exclusive, GQA 8", exclusive=True, gate="token", group=8)
-    yield _Call("exclusive, packed", exclusive=True, gate="token", packed=True, coefficient="token")
     yield _Call("GQA 8", group=8)
     yield _Call("GQA 3", group=3, head_dim=64)
     yield _Call("window", window=512)
@@ -146,6 +139,13 @@ def _calls() -> Iterator[_Call]:
     yield _Call("bias per key", bias="per key", head_dim=64, causal=False)
     yield _Call("bias per query", bias="per query", head_dim=64, causal=False)
     yield _Call("causal", head_dim=64, dtype=torch.float32)
+    for head_dim in (64, 128):
+        what = "causal, exclusive, gate"
+        yield _Call(what, head_dim, exclusive=True, gate="token", main=True)
+    yield _Call("exclusive, gate per element", exclusive=True, gate="full")
+    yield _Call("gate", head_dim=64, gate="full", causal=False)
+    yield _Call("exclusive, GQA 8", exclusive=True, gate="token", group=8)
+    yield _Call("exclusive, packed", exclusive=True, gate="token", packed=True, coefficient="token")
 
 
 def _kernel(launch: Launch) -> str:

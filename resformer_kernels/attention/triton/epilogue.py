@@ -22,12 +22,11 @@ from resformer_kernels.attention.triton.keys import summed_to
 from resformer_kernels.attention.triton.loads import (
     Mixed,
     Source,
-    key_pointers,
+    key_cells,
     load_inside,
     load_row_factor,
     load_row_tile,
     row_cells,
-    row_pointers,
     store_rows,
 )
 from resformer_kernels.attention.triton.problem import (
@@ -81,6 +80,26 @@ def epilogue_kernel(y, values, out, epilogue, tiles, geometry, q_len, k_len, siz
 
 
 @triton.jit
+def _tile(pointers, inside, sizes):
+    """(ROWS, BLOCK_V) in float32, zero in rows that are not `inside`; `pointers` are theirs."""
+    columns = tl.arange(0, sizes.BLOCK_V)
+    cells = pointers[:, None] + columns[None, :]
+    return widen(
+        load_inside(cells, inside, columns, Source(None, None, None, sizes.DIM_V, sizes.BLOCK_V))
+    )
+
+
+@triton.jit
+def _store_tile(tile, pointers, inside, sizes):
+    columns = tl.arange(0, sizes.BLOCK_V)
+    tl.store(
+        pointers[:, None] + columns[None, :],
+        round_to(tile, pointers.dtype.element_ty),
+        mask=inside[:, None] & (columns < sizes.DIM_V)[None, :],
+    )
+
+
+@triton.jit
 def epilogue_backward_kernel(
     grad_out,
     kept,
@@ -108,7 +127,6 @@ def epilogue_backward_kernel(
     ROWS: tl.constexpr = sizes.ROWS
     EXCLUDES: tl.constexpr = epilogue.EXCLUDES
     WIDTH: tl.constexpr = sizes.DIM_V
-    BLOCK: tl.constexpr = sizes.BLOCK_V
     tile = tl.program_id(0) % tiles
     index = tl.program_id(0) // tiles
     limits = Limits(q_len, k_len, 0, 0)
@@ -121,42 +139,21 @@ def epilogue_backward_kernel(
     queries = tile * ROWS + tl.arange(0, ROWS) - before
     keys = queries + at.shift
     asked = (queries >= 0) & (queries < at.q_len)
-    columns = tl.arange(0, BLOCK)
+    # As rows of one head, in which those that are no queries lie past the last.
+    rows = tl.where(asked, queries, at.q_len)
+    columns = tl.arange(0, sizes.BLOCK_V)
     if EXCLUDES:
-        # (ROWS, BLOCK)
-        w = widen(
-            load_inside(
-                key_pointers(value, at, keys, columns),
-                asked & (keys >= 0),
-                columns,
-                Source(value, None, geometry, WIDTH, BLOCK),
-            )
-        )
+        # (ROWS, BLOCK_V)
+        w = _tile(key_cells(value, at, keys), asked & (keys >= 0), sizes)
         size = tl.sum(w * w, 1)
         over = tl.math.div_rn(1.0, tl.maximum(size, epilogue.least))
         above = tl.where(size > epilogue.least, 2.0, 0.0)
-        dw = tl.zeros([ROWS, BLOCK], tl.float32)
+        dw = tl.zeros([ROWS, sizes.BLOCK_V], tl.float32)
     for member in tl.range(geometry.GROUP):
-        # Rows of this head are its queries; those that are none lie past the last.
         one = one_head(at, at.head * geometry.GROUP + member)
-        rows = tl.where(asked, queries, at.q_len)
-        # (ROWS, BLOCK)
-        given = widen(
-            load_inside(
-                row_cells(grad_out, one, rows, 1)[:, None] + columns[None, :],
-                asked,
-                columns,
-                Source(grad_out, None, geometry, WIDTH, BLOCK),
-            )
-        )
-        u = widen(
-            load_inside(
-                row_cells(kept, one, rows, 1)[:, None] + columns[None, :],
-                asked,
-                columns,
-                Source(kept, None, geometry, WIDTH, BLOCK),
-            )
-        )
+        # (ROWS, BLOCK_V)
+        given = _tile(row_cells(grad_out, one, rows, 1), asked, sizes)
+        u = _tile(row_cells(kept, one, rows, 1), asked, sizes)
         du = given
         if epilogue.gate.FORM != NUMBER:
             du = given * load_row_factor(epilogue.gate, one, rows, columns, 1, WIDTH)
@@ -172,42 +169,27 @@ def epilogue_backward_kernel(
             back -= part * (c * over)[:, None] * w
             if d_exclusive.pointer is not None:
                 tl.store(row_cells(d_exclusive, one, rows, 1), -along * c, mask=asked)
-        # (t, K): (du, u), or (dout, out).
+        # (t, K) is (du, u), or (dout, out).
         t = du
         if not UNGATED:
             t = given
-        if dots.pointer is not None:
-            tl.store(row_cells(dots, one, rows, 1), tl.sum(t * u, 1), mask=asked)
-        if EXCLUDES:
-            if dvalue.pointer is not None:
-                of_t = tl.sum(t * w, 1) * over
-                of_w = (along * c * over)[:, None] * (part - above[:, None])
-                dw -= part * (along[:, None] * du + of_t[:, None] * u + of_w * w)
-        inside = asked[:, None] & (columns < WIDTH)[None, :]
+        tl.store(row_cells(dots, one, rows, 1), tl.sum(t * u, 1), mask=asked)
+        if dvalue.pointer is not None:
+            of_kept = tl.sum(t * w, 1) * over
+            of_own = (along * c * over)[:, None] * (part - above[:, None])
+            dw -= part * (along[:, None] * du + of_kept[:, None] * u + of_own * w)
         if d_gate.pointer is not None:
             cells = row_cells(d_gate, one, rows, 1)
             if epilogue.gate.FORM == PER_ROW:
                 tl.store(cells, tl.sum(given * u, 1), mask=asked)
             else:
-                found = round_to(given * u, d_gate.pointer.dtype.element_ty)
-                tl.store(cells[:, None] + columns[None, :], found, mask=inside)
-        cells = row_cells(dy, one, rows, 1)[:, None] + columns[None, :]
-        tl.store(cells, round_to(back, dy.pointer.dtype.element_ty), mask=inside)
-    if EXCLUDES:
-        if dvalue.pointer is not None:
-            there = (keys >= 0) & (keys < at.k_len)
-            if grad_value.pointer is not None:
-                dw += widen(
-                    load_inside(
-                        key_pointers(grad_value, at, keys, columns),
-                        there,
-                        columns,
-                        Source(grad_value, None, geometry, WIDTH, BLOCK),
-                    )
-                )
-            found = round_to(dw, dvalue.pointer.dtype.element_ty)
-            inside = there[:, None] & (columns < WIDTH)[None, :]
-            tl.store(key_pointers(dvalue, at, keys, columns), found, mask=inside)
+                _store_tile(given * u, cells, asked, sizes)
+        _store_tile(back, row_cells(dy, one, rows, 1), asked, sizes)
+    if dvalue.pointer is not None:
+        there = (keys >= 0) & (keys < at.k_len)
+        if grad_value.pointer is not None:
+            dw += _tile(key_cells(grad_value, at, keys), there, sizes)
+        _store_tile(dw, key_cells(dvalue, at, keys), there, sizes)
 
 
 def epilogue_gradients(
@@ -312,6 +294,4 @@ def backward(given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
         clear_tail(call.cu_seqlens_q, found.y)
         if found.value is not None:
             clear_tail(call.cu_seqlens_k, found.value)
-    return given.results(
-        {name: getattr(found, name) for name, want in wanted.items() if want}
-    )
+    return given.results({name: getattr(found, name) for name, want in wanted.items() if want})

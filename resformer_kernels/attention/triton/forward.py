@@ -138,6 +138,9 @@ def forward_kernel(
     factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE, scoring.NATURAL)
     out_tile = acc * factor[:, None]
     if not epilogue.PLAIN:
+        # Plus 0, which the compiler does not know: else it would keep what it knows of the rows in
+        # registers throughout the loops, and spill.
+        rows += tl.minimum(spans.end, 0)
         out_tile = finish_rows(
             out_tile,
             Mixed(
@@ -188,7 +191,7 @@ def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, ..
 
 
 def _row_numbers(call: AttentionCall, outside: float) -> Tensor:
-    """A float32 for each row, to be written; packed rows that belong to no sequence hold `outside`."""
+    """Room for a float32 of each row; packed rows that belong to no sequence hold `outside`."""
     *batch, time, heads, _ = call.q.shape
     if call.packed:
         return call.q.new_full((heads, time), outside, dtype=torch.float32)

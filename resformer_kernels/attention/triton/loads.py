@@ -145,10 +145,15 @@ def store_rows(tile, source, at, rows):
 
 
 @triton.jit
+def key_cells(view, at, keys):
+    """Pointers to the first column of each key."""
+    return at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64) * view.time
+
+
+@triton.jit
 def key_pointers(view, at, keys, columns):
     """(KEYS, BLOCK) pointers to a tile of keys."""
-    cells = at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64)[:, None] * view.time
-    return cells + columns[None, :]
+    return key_cells(view, at, keys)[:, None] + columns[None, :]
 
 
 @triton.jit
