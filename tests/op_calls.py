@@ -115,11 +115,7 @@ def _attention() -> Iterator[OpCall]:
         back = attention.BackwardCall(out, None, None, call, out, lse, along, mask)
         yield OpCall(f"attention {name}, backward", attention.BACKWARD, back)
         if not call.plain:
-            of = alone.EpilogueCall(
-                *(out, call.value if call.excludes else None),
-                *(call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k),
-                *(call.exclusive, call.exclusive_value, call.exclusive_eps, call.out_gate),
-            )
+            of = alone.epilogue_of(call, out, call.value)
             yield OpCall(f"epilogue {name}", alone.FORWARD, of)
             of_epilogue = alone.EpilogueBackwardCall(out, of, 2 ** len(alone.LEAVES) - 1)
             yield OpCall(f"epilogue {name}, backward", alone.BACKWARD, of_epilogue)

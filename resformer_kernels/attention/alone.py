@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core import gradient
-from resformer_kernels._core.op import TRITON, Op, SymInt, vmap_error
+from resformer_kernels._core.op import Op, SymInt, vmap_error
 from resformer_kernels._core.strides import with_unit_strides
 from resformer_kernels.attention import reference
 from resformer_kernels.attention.record import FIXED, AttentionCall
@@ -167,53 +167,68 @@ BACKWARD = Op(
 )
 
 
+_PARTS = gradient.Parts(
+    EpilogueCall, ("y", "value", "exclusive", "out_gate", "cu_seqlens_q", "cu_seqlens_k")
+)
+
+
 class AttentionEpilogue(torch.autograd.Function):
-    """apply(namespace, *call) -> out."""
+    """apply(namespace, *parts of a call) -> out."""
 
     @staticmethod
     @gradient.signed
     def forward(*arguments: Any) -> Tensor:
-        namespace, *call = arguments
-        out: Tensor = FORWARD(namespace, EpilogueCall(*call))
+        # One parameter: torch binds the signature at every call.
+        namespace, rest, *tensors = arguments
+        out: Tensor = FORWARD(namespace, _PARTS.join(rest, tensors))
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output
-        ctx.namespace, *given = inputs
-        call = EpilogueCall(*given)
-        tensors = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
-        ctx.names = tuple(tensors)
-        ctx.rest = call._replace(**dict.fromkeys(ctx.names))
-        ctx.save_for_backward(*tensors.values())
+        ctx.namespace, ctx.rest, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.rest._replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
-        needs = gradient.wanted(ctx, EpilogueCall, LEAVES)
+        needs = _PARTS.wanted(ctx, LEAVES)
+        call = _PARTS.join(ctx.rest, ctx.saved_tensors)
         given = EpilogueBackwardCall(grad, call, gradient.mask_of(needs))
         gradients = gradient.run_backward(BACKWARD, ctx.namespace, given)
-        return gradient.in_place_of(EpilogueCall, LEAVES, gradients, needs)
+        return _PARTS.in_place(LEAVES, gradients, needs)
 
     @staticmethod
     def vmap(*_arguments: Any) -> NoReturn:
         raise RuntimeError(vmap_error(FIXED))
 
 
-def finish(call: AttentionCall, y: Tensor, value: Tensor | None, namespace: str = TRITON) -> Tensor:
-    """out of `call`, whose y, in its own dtype, and V' are given."""
-    given = EpilogueCall(
-        y,
-        value if call.excludes else None,
-        *(call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k),
-        *(call.exclusive, call.exclusive_value, call.exclusive_eps, call.out_gate),
+def epilogue_of(call: AttentionCall, y: Tensor, value: Tensor | None) -> EpilogueCall:
+    """The epilogue of `call` on y, which has q's dtype, and V'."""
+    return EpilogueCall(
+        y=y,
+        value=value if call.excludes else None,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
+        exclusive=call.exclusive,
+        exclusive_value=call.exclusive_value,
+        exclusive_eps=call.exclusive_eps,
+        out_gate=call.out_gate,
     )
-    given = with_unit_strides(given, ("y", "value", "cu_seqlens_q", "cu_seqlens_k"))
-    leaves = [getattr(given, name) for name in LEAVES]
+
+
+def run(namespace: str, call: EpilogueCall) -> Tensor:
+    """out, by the ops of `namespace`."""
+    call = with_unit_strides(call, ("y", "value", "cu_seqlens_q", "cu_seqlens_k"))
+    leaves = [getattr(call, name) for name in LEAVES]
     if torch.compiler.is_compiling():
-        given = gradient.distinct(given)
+        call = gradient.distinct(call)
     else:
         gradient.refuse_forward_mode(FIXED, leaves)
-    wants = gradient.wants_gradient(leaves)
-    out: Tensor = AttentionEpilogue.apply(namespace, *given) if wants else FORWARD(namespace, given)
+    out: Tensor
+    if gradient.wants_gradient(leaves):
+        out = AttentionEpilogue.apply(namespace, *_PARTS.split(call))
+    else:
+        out = FORWARD(namespace, call)
     return out

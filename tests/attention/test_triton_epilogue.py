@@ -123,9 +123,7 @@ def test_a_plain_call_launches_and_compiles_nothing_for_it() -> None:
     plain = _launches({})
     assert "epilogue_backward_kernel" not in [x.kernel.__name__ for x in plain]
     (forward,) = [x for x in plain if x.kernel.__name__ == "forward_kernel"]
-    given = forward.kwargs["epilogue"]
-    assert given.PLAIN.value
-    assert {given.exclusive.pointer, given.gate.pointer, given.along.pointer} == {None}
+    assert forward.kwargs["epilogue"] is None
     assert _compiled(plain) == _compiled(_launches({"exclusive_eps": 0.5}))
     assert _compiled(plain) != _compiled(_launches({}, exclusive="one"))
 
@@ -154,9 +152,6 @@ def _alone(name: str) -> tuple[alone.EpilogueCall, int]:
     """A call of the op in float32, zeros in place of NaN, and a mask of all gradients."""
     inputs = attention_inputs(EPILOGUES[name])
     call = prepare(inputs.function, **inputs.tensors, **inputs.options).call
-    given = alone.EpilogueCall(
-        y=torch.randn(*call.q.shape[:-1], call.value.shape[-1]),
-        value=call.value.nan_to_num() if call.excludes else None,
-        **{name: getattr(call, name) for name in alone.EpilogueCall._fields[2:]},
-    )
+    y = torch.randn(*call.q.shape[:-1], call.value.shape[-1])
+    given = alone.epilogue_of(call, y, call.value.nan_to_num())
     return given, sum(1 << i for i, x in enumerate(alone.LEAVES) if getattr(given, x) is not None)

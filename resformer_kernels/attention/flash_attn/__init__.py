@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE, Hardware
+from resformer_kernels._core.op import TRITON
 from resformer_kernels.attention import alone
 from resformer_kernels.attention.flash_attn import figures
 from resformer_kernels.attention.flash_attn.earlier import EARLIER, Earlier
@@ -82,7 +83,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return_mixed_value=call.return_mixed_value or call.excludes,
     )
     y, lse, mixed = package.run(bare)
-    return alone.finish(call, y, mixed), lse, mixed if call.return_mixed_value else None
+    out = alone.run(TRITON, alone.epilogue_of(call, y, mixed))
+    return out, lse, mixed if call.return_mixed_value else None
 
 
 def _choose(call: AttentionCall) -> Four | Earlier:

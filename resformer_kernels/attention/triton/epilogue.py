@@ -23,9 +23,9 @@ from resformer_kernels.attention.triton.loads import (
     Mixed,
     Source,
     key_cells,
-    load_inside,
     load_row_factor,
     load_row_tile,
+    load_rows,
     row_cells,
     store_rows,
 )
@@ -80,22 +80,22 @@ def epilogue_kernel(y, values, out, epilogue, tiles, geometry, q_len, k_len, siz
 
 
 @triton.jit
-def _tile(pointers, inside, sizes):
-    """(ROWS, BLOCK_V) in float32, zero in rows that are not `inside`; `pointers` are theirs."""
+def _load_tile(pointers, rows, count, sizes):
+    """(ROWS, BLOCK_V) in float32 from the first column on, zero in rows from `count` on."""
     columns = tl.arange(0, sizes.BLOCK_V)
     cells = pointers[:, None] + columns[None, :]
     return widen(
-        load_inside(cells, inside, columns, Source(None, None, None, sizes.DIM_V, sizes.BLOCK_V))
+        load_rows(cells, rows, count, columns, Source(None, None, None, sizes.DIM_V, sizes.BLOCK_V))
     )
 
 
 @triton.jit
-def _store_tile(tile, pointers, inside, sizes):
+def _store_tile(tile, pointers, rows, count, sizes):
     columns = tl.arange(0, sizes.BLOCK_V)
     tl.store(
         pointers[:, None] + columns[None, :],
         round_to(tile, pointers.dtype.element_ty),
-        mask=inside[:, None] & (columns < sizes.DIM_V)[None, :],
+        mask=(rows < count)[:, None] & (columns < sizes.DIM_V)[None, :],
     )
 
 
@@ -138,13 +138,14 @@ def epilogue_backward_kernel(
         return
     queries = tile * ROWS + tl.arange(0, ROWS) - before
     keys = queries + at.shift
-    asked = (queries >= 0) & (queries < at.q_len)
-    # As rows of one head, in which those that are no queries lie past the last.
-    rows = tl.where(asked, queries, at.q_len)
+    # As rows of one head. What is no query, or no key, lies past the last.
+    rows = tl.where(queries >= 0, queries, at.q_len)
+    asked = rows < at.q_len
     columns = tl.arange(0, sizes.BLOCK_V)
     if EXCLUDES:
         # (ROWS, BLOCK_V)
-        w = _tile(key_cells(value, at, keys), asked & (keys >= 0), sizes)
+        standing = tl.where(keys >= 0, rows, at.q_len)
+        w = _load_tile(key_cells(value, at, keys), standing, at.q_len, sizes)
         size = tl.sum(w * w, 1)
         over = tl.math.div_rn(1.0, tl.maximum(size, epilogue.least))
         above = tl.where(size > epilogue.least, 2.0, 0.0)
@@ -152,8 +153,8 @@ def epilogue_backward_kernel(
     for member in tl.range(geometry.GROUP):
         one = one_head(at, at.head * geometry.GROUP + member)
         # (ROWS, BLOCK_V)
-        given = _tile(row_cells(grad_out, one, rows, 1), asked, sizes)
-        u = _tile(row_cells(kept, one, rows, 1), asked, sizes)
+        given = _load_tile(row_cells(grad_out, one, rows, 1), rows, at.q_len, sizes)
+        u = _load_tile(row_cells(kept, one, rows, 1), rows, at.q_len, sizes)
         du = given
         if epilogue.gate.FORM != NUMBER:
             du = given * load_row_factor(epilogue.gate, one, rows, columns, 1, WIDTH)
@@ -183,13 +184,13 @@ def epilogue_backward_kernel(
             if epilogue.gate.FORM == PER_ROW:
                 tl.store(cells, tl.sum(given * u, 1), mask=asked)
             else:
-                _store_tile(given * u, cells, asked, sizes)
-        _store_tile(back, row_cells(dy, one, rows, 1), asked, sizes)
+                _store_tile(given * u, cells, rows, at.q_len, sizes)
+        _store_tile(back, row_cells(dy, one, rows, 1), rows, at.q_len, sizes)
     if dvalue.pointer is not None:
-        there = (keys >= 0) & (keys < at.k_len)
+        keys = tl.where(keys >= 0, keys, at.k_len)
         if grad_value.pointer is not None:
-            dw += _tile(key_cells(grad_value, at, keys), there, sizes)
-        _store_tile(dw, key_cells(dvalue, at, keys), there, sizes)
+            dw += _load_tile(key_cells(grad_value, at, keys), keys, at.k_len, sizes)
+        _store_tile(dw, key_cells(dvalue, at, keys), keys, at.k_len, sizes)
 
 
 def epilogue_gradients(

@@ -76,7 +76,7 @@ def forward_kernel(
     window_right,
     sizes,
 ):
-    """One tile of ROWS rows of one KV head. `lse.pointer` and `sinks` may be None."""
+    """One tile of ROWS rows of one KV head. `lse.pointer`, `epilogue` and `sinks` may be None."""
     ROWS: tl.constexpr = sizes.ROWS
     KEYS: tl.constexpr = sizes.KEYS
     tile, at = scheduled(
@@ -137,7 +137,7 @@ def forward_kernel(
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE, scoring.NATURAL)
     out_tile = acc * factor[:, None]
-    if not epilogue.PLAIN:
+    if epilogue is not None:
         # Plus 0, which the compiler does not know: else it would keep what it knows of the rows in
         # registers throughout the loops, and spill.
         rows += tl.minimum(spans.end, 0)
@@ -170,7 +170,8 @@ def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, ..
     mixed = None
     if call.mixes and (call.return_mixed_value or not inline):
         mixed = premix(call)
-    _attend(call, out, lse, mixed, epilogue_of(call, along, ungated))
+    epilogue = None if call.plain else epilogue_of(call, along, ungated)
+    _attend(call, out, lse, mixed, epilogue)
     for rows in (out, ungated) if call.packed else ():
         if rows is not None:
             clear_tail(call.cu_seqlens_q, rows)
@@ -203,7 +204,7 @@ def _attend(
     out: Tensor,
     lse: Tensor | None,
     mixed: Tensor | None,
-    epilogue: Epilogue,
+    epilogue: Epilogue | None,
 ) -> None:
     sources = values(call, mixed)
     config = config_of(call, "forward_inline" if sources.MIXES.value else "forward")

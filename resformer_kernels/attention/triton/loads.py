@@ -92,16 +92,10 @@ def row_pointers(source, at, rows, columns):
 @triton.jit
 def load_rows(pointers, rows, count, columns, source):
     """A tile, zero in rows from `count` on and columns from WIDTH on."""
-    return load_inside(pointers, rows < count, columns, source)
-
-
-@triton.jit
-def load_inside(pointers, inside, columns, source):
-    """A tile, zero in rows that are not `inside` and columns from WIDTH on."""
     if source.WIDTH == source.BLOCK:
-        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+        tile = tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
     else:
-        inside = inside[:, None] & (columns < source.WIDTH)[None, :]
+        inside = (rows < count)[:, None] & (columns < source.WIDTH)[None, :]
         tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
@@ -153,7 +147,8 @@ def key_cells(view, at, keys):
 @triton.jit
 def key_pointers(view, at, keys, columns):
     """(KEYS, BLOCK) pointers to a tile of keys."""
-    return key_cells(view, at, keys)[:, None] + columns[None, :]
+    cells = at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64)[:, None] * view.time
+    return cells + columns[None, :]
 
 
 @triton.jit
@@ -199,8 +194,12 @@ def store_keys(tile, source, at, key, KEYS: tl.constexpr):
 @triton.jit
 def load_factor(factor, source, at, key, KEYS: tl.constexpr):
     """A mixing coefficient over the tile of `source` that `load_keys` would load."""
-    keys = key + tl.arange(0, KEYS)
-    return factor_at(factor, source, at, keys, keys < at.k_len)
+    if factor.FORM == NUMBER:
+        found = factor.number
+    else:
+        keys = key + tl.arange(0, KEYS)
+        found = factor_at(factor, source, at, keys, keys < at.k_len)
+    return found
 
 
 @triton.jit
@@ -240,17 +239,19 @@ def load_values(mixed, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
 def load_own_values(mixed, at, rows):
     """(ROWS, BLOCK) of V' at the position of each row's query, zero where that holds no key."""
     keys = rows // mixed.v.geometry.GROUP + at.shift
-    inside = (rows < at.count) & (keys >= 0)
     columns = tl.arange(0, mixed.v.BLOCK)
-    tile = load_inside(key_pointers(mixed.v.view, at, keys, columns), inside, columns, mixed.v)
+    # Rows that have no such key, as rows past the last.
+    rows = tl.where(keys >= 0, rows, at.count)
+    pointers = key_pointers(mixed.v.view, at, keys, columns)
+    tile = load_rows(pointers, rows, at.count, columns, mixed.v)
     if mixed.how.MIXES:
         pointers = key_pointers(mixed.v_first.view, at, keys, columns)
-        first_tile = load_inside(pointers, inside, columns, mixed.v_first)
-        own = factor_at(mixed.how.own, mixed.v, at, keys, inside)
-        first = factor_at(mixed.how.first, mixed.v, at, keys, inside)
+        first_tile = load_rows(pointers, rows, at.count, columns, mixed.v_first)
+        own = factor_at(mixed.how.own, mixed.v, at, keys, rows < at.count)
+        first = factor_at(mixed.how.first, mixed.v, at, keys, rows < at.count)
         tile = mix(own, tile, first, first_tile, tile.dtype)
         # A coefficient may be infinite.
-        tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
+        tile = tl.where((rows < at.count)[:, None], tile, tl.zeros_like(tile))
     return tile
 
 

@@ -138,8 +138,6 @@ class Epilogue(NamedTuple):
     along: Numbers
     ungated: View
     EXCLUDES: tl.constexpr
-    PLAIN: tl.constexpr
-    """Whether nothing follows."""
 
 
 def mask_kind(call: AttentionCall) -> str:
@@ -248,7 +246,6 @@ def epilogue_of(call: Any, along: Tensor | None = None, ungated: Tensor | None =
         lse_view(along),
         view_of(ungated),
         tl.constexpr(call.excludes),
-        tl.constexpr(call.plain),
     )
 
 
