@@ -1,8 +1,8 @@
 """The backward op on Triton: the order of its launches. See README.md for the equations.
 
-`epilogue` turns dO into the gradient of what the softmax gave; `rows` reduces that to one number a
-row; `keys` gives dK, dV' and what follows from it;
-`queries` gives dQ; `bias` the gradient of an additive attn_bias.
+`epilogue`, where there is one, turns dO into the gradient of what the softmax gave; `rows` reduces
+dO and O to one number a row; `keys` gives dK, dV' and what follows from it; `queries` gives dQ;
+`bias` the gradient of an additive attn_bias.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def backward(given: BackwardCall) -> tuple[Tensor, ...]:
             given.grad_out,
             given.out,
             mixed,
-            given.along,
+            given.along if call.excludes else None,
             given.grad_mixed,
             {**wanted, "value": any(of_keys[1:])},
             ungated=call.return_ungated,

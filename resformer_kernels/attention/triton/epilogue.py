@@ -246,19 +246,23 @@ def epilogue_gradients(
 
 
 def _placed(call: AttentionCall, rows: int) -> dict[str, Any]:
-    """Where sequences and heads lie, whatever the window: it is no matter here."""
+    """Where sequences and heads lie, whatever the window."""
     found = shared(call._replace(window_left=-1, window_right=-1), rows, 0)
     return {name: found[name] for name in ("geometry", "q_len", "k_len", "sizes")}
 
 
 def _sums(call: AttentionCall, leaf: Tensor | None) -> Tensor | None:
-    """The terms of a factor's gradient: a row's are summed, channels are not."""
+    """Room for the terms of a factor's gradient: one a row, or one a channel too.
+
+    In float32, but for a gate of the output's shape: its own terms are its gradient.
+    """
     if leaf is None:
         return None
     shape = (*call.q.shape[:-1], leaf.shape[-1])
+    whole = leaf.shape[-1] != 1 and leaf.shape == shape
     # Some packed rows belong to no sequence.
     make = torch.Tensor.new_zeros if call.packed else empty
-    return make(call.q, shape, dtype=leaf.dtype if leaf.shape == shape else torch.float32)
+    return make(call.q, shape, dtype=leaf.dtype if whole else torch.float32)
 
 
 def forward(given: EpilogueCall) -> Tensor:
