@@ -25,38 +25,9 @@ from resformer_kernels._core.select import prepare
 from resformer_kernels.attention import flash_attn
 from resformer_kernels.testing import AttentionCase, attention_inputs, compare_case
 from tests.attention.cases import TABLE, attention_cases
-from tests.attention.epilogues import EPILOGUES
-from tests.attention.fake_flash_attn import Fake
+from tests.attention.fake_flash_attn import Install
 
-Install = Callable[..., Fake]
 BF16 = torch.bfloat16
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put a fake package in place, and let CPU tensors through."""
-    monkeypatch.setattr(flash_attn, "_device_reason", lambda _device, _hardware: None)
-    monkeypatch.setattr(MACHINE, "capability", lambda _device: (9, 0))
-    monkeypatch.setattr(MACHINE, "packages", {})
-
-    def put(module: str = "flash_attn", without: tuple[str, ...] = ()) -> Fake:
-        fake = Fake(2 if module == "flash_attn" else 3)
-        monkeypatch.setitem(sys.modules, module, fake.module(module))
-        if module != "flash_attn":
-            config: Any = ModuleType("config")
-            flags = {f"FLASHATTENTION_DISABLE_{name}": name in without for name in _FEATURES}
-            config.CONFIG = {"build_flags": {**flags, "FLASHATTENTION_ENABLE_VCOLMAJOR": True}}
-            name = module.replace("interface", "config")
-            monkeypatch.setitem(sys.modules, name, config)
-        return fake
-
-    return put
-
-
-_FEATURES = (
-    *("BACKWARD", "LOCAL", "SOFTCAP", "FP16", "VARLEN"),
-    *("HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIM256"),
-)
 
 
 def serves(case: AttentionCase) -> bool:
@@ -95,52 +66,6 @@ def test_random_cases_stay_within_budget(
     )
     assume(serves(case))
     check(case)
-
-
-@pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("module", ["flash_attn", "flash_attn_interface"])
-@pytest.mark.parametrize("name", EPILOGUES)
-def test_an_epilogue_is_a_pass_of_ours(install: Install, module: str, name: str) -> None:
-    fake = install(module)
-    case = dataclasses.replace(EPILOGUES[name], dtype=BF16)
-    check(case)
-    assert fake.calls
-    inputs = attention_inputs(case)
-    found = explain(inputs.function, **inputs.tensors, **inputs.options, backend="flash_attn")
-    assert "exclusive and out_gate are a pass over its output" in found.notes[1]
-
-
-@pytest.mark.usefixtures("interpreter")
-def test_a_gate_of_zeros_has_a_gradient(install: Install) -> None:
-    install()
-    q, k, v = (torch.randn(1, 9, 2, 16, dtype=BF16, requires_grad=True) for _ in range(3))
-    gate = torch.zeros(1, 9, 2, 1, requires_grad=True)
-    leaves, found = (q, k, v, gate), []
-    for backend in ("flash_attn", "reference"):
-        out = value_residual_attention(q, k, v, exclusive=0.5, out_gate=gate, backend=backend)
-        found.append(torch.autograd.grad(out.float().sum(), leaves))
-    torch.testing.assert_close(*found, atol=0.03, rtol=0.03)
-    assert found[0][-1].all()
-
-
-@pytest.mark.usefixtures("interpreter")
-def test_an_epilogue_has_no_second_derivative(install: Install) -> None:
-    install()
-    q = torch.randn(1, 5, 2, 16, dtype=BF16, requires_grad=True)
-    out = value_residual_attention(q, q, q, exclusive=1.0, backend="flash_attn")
-    (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not support double backward"):
-        torch.autograd.grad(dq.sum(), q)
-
-
-def test_an_epilogue_needs_triton(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    told = "exclusive and out_gate need a Triton kernel here: "
-    assert told in refusal(exclusive="one")
-    assert told in refusal(out_gate="head")
-    plain = attention_inputs(AttentionCase(dtype=BF16))
-    plain.function(**plain.tensors, backend="flash_attn")
 
 
 @pytest.mark.parametrize("module", ["flash_attn", "flash_attn_interface"])
