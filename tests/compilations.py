@@ -40,7 +40,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _attention(**form: Any) -> Run:
     from resformer_kernels.attention.op import BackwardCall
-    from resformer_kernels.attention.record import AttentionCall
+    from resformer_kernels.attention.record import LEAVES, AttentionCall
     from resformer_kernels.attention.triton.backward import backward
     from resformer_kernels.attention.triton.forward import forward
 
@@ -53,6 +53,12 @@ def _attention(**form: Any) -> Run:
         factor = None
         if shape is not None:
             factor = _meta(*(1,) * (len(rows) + 2 - len(shape)), *shape)
+        of_rows = {
+            "head": (*(1,) * len(rows), q.shape[-2], 1),
+            "token": (*rows, q.shape[-2], 1),
+            "full": (*rows, q.shape[-2], 128),
+        }
+        exclusive, gate = form.get("exclusive"), form.get("gate")
         offsets = _meta(batch + 1, dtype=torch.int32) if packed else None
         call = AttentionCall(
             *(q, k, v, first, factor, factor, 0.5, 0.5, offsets, offsets, length, length),
@@ -64,10 +70,15 @@ def _attention(**form: Any) -> Run:
             attn_bias=None if bias is None else bias(batch, heads, length),
             return_lse=True,
             return_mixed_value=False,
+            exclusive=_meta(*of_rows[exclusive]) if exclusive else None,
+            out_gate=_meta(*of_rows[gate]) if gate else None,
+            return_along=exclusive is not None,
+            return_ungated=gate is not None,
         )
         forward(call, inline=False)
-        out, lse, _ = forward(call, inline=True)
-        backward(BackwardCall(out, lse, None, call, out, lse, grad_mask=0b11111111))
+        out, lse, _, along, _ = forward(call, inline=True)
+        kept = along if exclusive else None
+        backward(BackwardCall(out, lse, None, call, out, lse, kept, 2 ** len(LEAVES) - 1))
 
     return run
 
@@ -224,6 +235,10 @@ def forms() -> Iterator[tuple[str, str, Run, tuple[int, ...]]]:
         LENGTHS,
     )
     yield "attention", "coefficient per element", _attention(coefficient="full"), LENGTHS
+    both = _attention(exclusive="token", gate="token", group=2)
+    yield "attention", "exclusive and gate per token", both, LENGTHS
+    both = _attention(exclusive="head", gate="full", packed=True)
+    yield "attention", "exclusive per head, gate per element, packed", both, LENGTHS
     for name, bias in masks.items():
         yield "attention", name, _attention(causal=False, bias=bias), SQUARES
     yield "kvcache", "decode", _cache(), LENGTHS

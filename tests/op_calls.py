@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from resformer_kernels._core.op import Op
+from resformer_kernels.attention import alone
 from resformer_kernels.attention import op as attention
-from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.record import LEAVES, AttentionCall
 from resformer_kernels.kvcache import op as kvcache
 from resformer_kernels.kvcache.record import KVCacheCall
 from resformer_kernels.mix import op as mix
@@ -61,6 +62,18 @@ def _attention() -> Iterator[OpCall]:
         ("mask", (2, 17), 2, {"attn_bias": mask}),
         ("bias", (2, 17), 2, {"attn_bias": torch.randn(1, 2, 17, 19)}),
         ("packed", (33,), 2, {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}),
+        (
+            "exclusive, gate",
+            (2, 17),
+            4,
+            {"exclusive": torch.randn(2, 17, 4, 1), "out_gate": torch.randn(1, 1, 4, 16)},
+        ),
+        (
+            "packed, gate",
+            (33,),
+            2,
+            {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "out_gate": torch.randn(33, 2, 1)},
+        ),
     )
     for name, rows, heads, form in forms:
         packed = len(rows) == 1
@@ -92,12 +105,20 @@ def _attention() -> Iterator[OpCall]:
             max_seqlen_k=20 if packed else keys[-1],
             **{**defaults, **form},
         )
+        call = call._replace(return_along=call.excludes, return_ungated=call.out_gate is not None)
         yield OpCall(f"attention {name}", attention.FORWARD, call)
         *batch, time = rows
         lse = torch.rand(*batch, heads, time)
         out = torch.randn_like(call.q)
-        back = attention.BackwardCall(out, None, None, call, out, lse, 0b11111111)
+        along = torch.randn(*batch, heads, time) if call.excludes else None
+        mask = 2 ** len(LEAVES) - 1
+        back = attention.BackwardCall(out, None, None, call, out, lse, along, mask)
         yield OpCall(f"attention {name}, backward", attention.BACKWARD, back)
+        if not call.plain:
+            of = alone.epilogue_of(call, out, call.value)
+            yield OpCall(f"epilogue {name}", alone.FORWARD, of)
+            of_epilogue = alone.EpilogueBackwardCall(out, of, 2 ** len(alone.LEAVES) - 1)
+            yield OpCall(f"epilogue {name}, backward", alone.BACKWARD, of_epilogue)
 
 
 def _kvcache() -> Iterator[OpCall]:

@@ -70,11 +70,11 @@ def test_no_launcher_waits_for_the_device(given: OpCall) -> None:
     from resformer_kernels._triton.launch import recorded_launches
 
     call = given.op.read(given.again("meta"))
-    module, _, name = (given.op.composed or given.op.triton or "").partition(":")
-    first = (TRITON,) if given.op.composed else ()
+    module, _, name = (given.op.triton or given.op.composed or "").partition(":")
+    first = () if given.op.triton else (TRITON,)
     with recorded_launches() as launches, _Apart():
         getattr(importlib.import_module(module), name)(*first, call)
-    assert launches or given.op.composed
+    assert launches or given.op.triton is None
 
 
 def test_what_waits_is_noticed() -> None:

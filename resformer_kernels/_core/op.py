@@ -86,8 +86,8 @@ class Op:
         function: the public function, as errors call it.
         fake: fake(call) -> results on meta tensors, for torch.compile and torch.export.
         triton: "module:function" of the Triton launcher, called with the record.
-        composed: instead, "module:function" of an implementation in Python over other ops, called
-            with the namespace and the record, in both namespaces.
+        composed: "module:function" of an implementation in Python over other ops, called with the
+            namespace and the record, in each namespace that has no kernel of its own.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class Op:
         torch.library.register_fake(qualified, self._call(self._fake), lib=library)
         library.impl(self.name, self._refuse_vmap, "FuncTorchBatched")
         made = None
-        if self.composed is not None:
-            made = self._lazy(self.composed, namespace)
-        elif launcher is not None:
+        if launcher is not None:
             made = (self._replayed if namespace == TRITON else self._lazy)(launcher)
+        elif self.composed is not None:
+            made = self._lazy(self.composed, namespace)
         # CPU tensors are for Triton's interpreter, and for what stands in for a package in tests.
         for key in ("CPU", "CUDA") if made is not None else ():
             library.impl(self.name, made, key)

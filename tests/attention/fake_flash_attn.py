@@ -210,3 +210,7 @@ class Fake:
         self.calls.append(
             {"causal": causal, "window": window, "softcap": softcap, "head_dim": q.shape[-1]}
         )
+
+
+Install = Callable[..., Fake]
+"""Puts a package, by the name of its module, in place, and returns it."""

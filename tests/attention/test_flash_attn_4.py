@@ -21,6 +21,7 @@ from resformer_kernels.attention import flash_attn
 from resformer_kernels.attention.flash_attn import four
 from resformer_kernels.testing import AttentionCase, attention_inputs, compare_case
 from tests.attention.cases import TABLE, attention_cases
+from tests.attention.epilogues import EPILOGUES
 from tests.attention.fake_flash_attn_4 import MODULE, Fake4
 
 BF16 = torch.bfloat16
@@ -97,6 +98,13 @@ def test_edge_shapes_stay_within_budget_or_are_refused(fake: Fake4, name: str) -
         assert fake.backwards
     else:
         assert name in ("no queries", "no keys", "no batch", "packed, no sequence")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_an_epilogue_is_a_pass_of_ours(fake: Fake4, name: str) -> None:
+    check(dataclasses.replace(EPILOGUES[name], dtype=BF16, sinks=True, return_lse=True))
+    assert fake.backwards
 
 
 @pytest.mark.parametrize(
@@ -296,6 +304,25 @@ def test_it_compiles_without_a_graph_break(fake: Fake4) -> None:
             found.append(torch.autograd.grad(out.float().square().sum() + lse.sum(), wanted))
         torch.testing.assert_close(*found, atol=0.1, rtol=0.05)
     assert len(fake.backwards) == 3
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_epilogue_compiles_without_a_graph_break(fake: Fake4) -> None:
+    compiled = torch.compile(value_residual_attention, fullgraph=True, backend="aot_eager")
+    for length in (16, 24):
+        leaves = [torch.randn(1, length, 2, 8, dtype=BF16, requires_grad=True) for _ in range(4)]
+        part = torch.randn(1, length, 2, 1, requires_grad=True)
+        found = []
+        for call, backend in ((compiled, "flash_attn"), (value_residual_attention, "reference")):
+            # One tensor in two places, and a number.
+            for exclusive, gate in ((part, part), (0.5, None)):
+                options: dict[str, Any] = {"exclusive": exclusive, "out_gate": gate}
+                out = call(*leaves, causal=True, **options, backend=backend)
+                wanted = leaves if gate is None else [*leaves, part]
+                found.append(torch.autograd.grad(out.float().square().sum(), wanted))
+        torch.testing.assert_close(found[:2], found[2:], atol=0.1, rtol=0.05)
+    assert fake.backwards
 
 
 def test_the_ops_pass_opcheck(fake: Fake4) -> None:

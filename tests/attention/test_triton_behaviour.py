@@ -36,6 +36,14 @@ PACKED = AttentionCase(
 )  # fmt: skip
 MASKED = AttentionCase(q_len=40, k_len=70, bias="mask", lambda_v="scalar", softcap=4.0)
 
+EXCLUDING = dataclasses.replace(EVERYTHING, exclusive="token_head", out_gate="channel")
+PACKED_EXCLUDING = dataclasses.replace(PACKED, exclusive="head", out_gate="token_head")
+CASES = {
+    "every": EVERYTHING, "packed": PACKED, "masked": MASKED, "excluding": EXCLUDING,
+    "packed excluding": PACKED_EXCLUDING,
+}  # fmt: skip
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
 
 def all_bits(case: AttentionCase) -> list[Tensor]:
     """Outputs and gradients, computed with uninitialised memory poisoned."""
@@ -56,7 +64,7 @@ def assert_same_bits(some: list[Tensor], others: list[Tensor]) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @by_dtype
-@pytest.mark.parametrize("case", [EVERYTHING, PACKED, MASKED], ids=["every", "packed", "masked"])
+@by_case
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 def test_where_values_are_mixed_changes_no_bits(
     monkeypatch: pytest.MonkeyPatch,
@@ -90,7 +98,7 @@ def test_both_placements_sum_the_same_tiles_of_keys() -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @by_dtype
-@pytest.mark.parametrize("case", [EVERYTHING, PACKED], ids=["every", "packed"])
+@pytest.mark.parametrize("case", [EVERYTHING, PACKED, EXCLUDING], ids=["every", "packed", "excl"])
 def test_descriptors_change_no_bits(dtype: torch.dtype, case: AttentionCase) -> None:
     from resformer_kernels._triton.launch import launch
     from resformer_kernels.attention.triton import forward
@@ -123,7 +131,7 @@ def test_strides_change_no_bits(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("case", [PACKED, MASKED], ids=["packed", "masked"])
+@by_case
 def test_same_bits_run_to_run(case: AttentionCase) -> None:
     assert_same_bits(all_bits(case), all_bits(case))
 

@@ -161,10 +161,10 @@ class Supposed(Hardware):
 @torch.no_grad()
 def compile_both(call: AttentionCall) -> None:
     """Compile forward and the backward of every leaf."""
-    out, lse, _ = four.forward(call._replace(return_lse=True))
+    out, lse, *_ = four.forward(call._replace(return_lse=True))
     mask = sum(1 << i for i, leaf in enumerate(call.leaves) if leaf is not None)
     d_lse = torch.empty_like(lse) if call.return_lse else None
-    given = BackwardCall(torch.empty_like(out), d_lse, None, call, out, lse, mask)
+    given = BackwardCall(torch.empty_like(out), d_lse, None, call, out, lse, None, mask)
     for name, leaf, gradient in zip(LEAVES, call.leaves, four.backward(given), strict=True):
         assert gradient.shape == ((0,) if leaf is None else leaf.shape), name
 

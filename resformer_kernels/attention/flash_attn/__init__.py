@@ -1,4 +1,4 @@
-"""The backend of FlashAttention's own packages: `mix_values`, then their kernel.
+"""The backend of FlashAttention's own packages: `mix_values`, their kernel, then our epilogue.
 
 In order of preference: FlashAttention 4 on compute capability 9 and 10, FlashAttention 3 on 9.0,
 FlashAttention 2 from 8.0 on. What their kernels get wrong or cannot say is refused; what they leave
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE, Hardware
+from resformer_kernels._core.op import TRITON
+from resformer_kernels.attention import alone
 from resformer_kernels.attention.flash_attn import figures
 from resformer_kernels.attention.flash_attn.earlier import EARLIER, Earlier
 from resformer_kernels.attention.flash_attn.four import FOUR, Four
@@ -25,7 +27,7 @@ _PACKAGES: tuple[Four | Earlier, ...] = (FOUR, *EARLIER)
 
 def unsupported_reason(call: AttentionCall, hardware: Hardware) -> str | None:
     """Why no package of FlashAttention's can serve this call; None when one can."""
-    reason = _device_reason(call.q.device, hardware) or _call_reason(call)
+    reason = _device_reason(call.q.device, hardware) or _call_reason(call, hardware)
     if reason is not None:
         return reason
     reasons = []
@@ -42,7 +44,7 @@ def preferred(call: AttentionCall, hardware: Hardware) -> bool:
     if _device_reason(call.q.device, hardware) is not None:
         return False
     least = figures.least_generation(call, hardware.capability(call.q.device)[0])
-    if least is None or _call_reason(call) is not None:
+    if least is None or _call_reason(call, hardware) is not None:
         return False
     candidates = [package for package in _PACKAGES if package.generation >= least]
     return any(package.reason(call, hardware) is None for package in candidates)
@@ -51,6 +53,10 @@ def preferred(call: AttentionCall, hardware: Hardware) -> bool:
 def notes(call: AttentionCall) -> list[str]:
     """What runs, and what is copied before it."""
     found = [f"{_choose(call).module} serves it"]
+    if not call.plain:
+        found.append(
+            "exclusive and out_gate are a pass over its output, by a Triton kernel of ours"
+        )
     if call.mixes:
         found.append("V' is made by mix_values first, and read by the kernel")
     if call.packed:
@@ -67,7 +73,18 @@ def notes(call: AttentionCall) -> list[str]:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, lse or None, mixed value or None), as `AttentionCall` asks."""
-    return _choose(call).run(call)
+    package = _choose(call)
+    if call.plain:
+        return package.run(call)
+    bare = call._replace(
+        exclusive=None,
+        exclusive_value=0.0,
+        out_gate=None,
+        return_mixed_value=call.return_mixed_value or call.excludes,
+    )
+    y, lse, mixed = package.run(bare)
+    out = alone.run(TRITON, alone.epilogue_of(call, y, mixed))
+    return out, lse, mixed if call.return_mixed_value else None
 
 
 def _choose(call: AttentionCall) -> Four | Earlier:
@@ -85,7 +102,7 @@ def _device_reason(device: torch.device, hardware: Hardware) -> str | None:
     return None
 
 
-def _call_reason(call: AttentionCall) -> str | None:
+def _call_reason(call: AttentionCall, hardware: Hardware) -> str | None:
     """What none of the packages serves."""
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         return f"it serves bfloat16 and float16, these are {call.q.dtype}"
@@ -96,4 +113,5 @@ def _call_reason(call: AttentionCall) -> str | None:
     # An empty grid is an error of the driver there.
     if 0 in (*call.q.shape, *call.k.shape, call.sequences, call.max_seqlen_q, call.max_seqlen_k):
         return "it does not take empty tensors"
-    return None
+    reason = None if call.plain else hardware.triton_reason(call.q.device)
+    return None if reason is None else f"exclusive and out_gate need a Triton kernel here: {reason}"

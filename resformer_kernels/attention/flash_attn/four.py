@@ -104,8 +104,8 @@ def load(name: str) -> _Loaded | str:
     return functions if isinstance(functions, str) else _Loaded(functions[0], functions[1])
 
 
-def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, mixed value) of a call; the last two are empty where not asked for. The LSE is
+def forward(call: AttentionCall) -> tuple[Tensor, ...]:
+    """The results of the op for a call that is `plain`; empty where not asked for. The LSE is
     theirs: -inf where it is NaN too."""
     after_q, after_k = _after(call)
     value = _value(call, after_k)
@@ -121,7 +121,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         value = value.new_empty((0,))
     elif value is call.value:
         value = value.clone(memory_format=torch.contiguous_format)
-    return out, lse, value
+    return out, lse, value, out.new_empty((0,), dtype=torch.float32), out.new_empty((0,))
 
 
 def backward(given: op.BackwardCall) -> tuple[Tensor, ...]:

@@ -14,13 +14,13 @@ from torch import Tensor
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
 from resformer_kernels.attention.op import BackwardCall
-from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.record import LEAVES, AttentionCall
 from resformer_kernels.attention.triton.backward import backward
 from resformer_kernels.attention.triton.forward import forward
 
 _BATCH, _HEADS = 2, 8
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_EVERY_GRADIENT = 0b11111111
+_EVERY_GRADIENT = 2 ** len(LEAVES) - 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class _Call:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = False
+    exclusive: bool = False
+    gate: str = "none"
     main: bool = False
 
     @property
@@ -77,6 +79,10 @@ class _Call:
             bias = tensor(1, 1, 1, self.length, dtype=torch.float32)
         elif self.bias == "per query":
             bias = tensor(1, 1, self.length, 1, dtype=torch.float32)
+        gates = {
+            "token": tensor(*rows, heads, 1, dtype=torch.float32),
+            "full": tensor(*rows, heads, self.head_dim),
+        }
         return AttentionCall(
             q=q,
             k=k,
@@ -98,14 +104,19 @@ class _Call:
             attn_bias=bias,
             return_lse=True,
             return_mixed_value=False,
+            exclusive=tensor(*rows, heads, 1, dtype=torch.float32) if self.exclusive else None,
+            out_gate=gates.get(self.gate),
+            return_along=self.exclusive,
+            return_ungated=self.gate != "none",
         )
 
     def run(self) -> None:
         """Forward with V' mixed before it and in its loop, then backward."""
         call = self.record()
         forward(call, inline=False)
-        out, lse, _ = forward(call, inline=True)
-        backward(BackwardCall(out, None, None, call, out, lse, grad_mask=_EVERY_GRADIENT))
+        out, lse, _, along, _ = forward(call, inline=True)
+        kept = along if self.exclusive else None
+        backward(BackwardCall(out, None, None, call, out, lse, kept, _EVERY_GRADIENT))
 
 
 def _calls() -> Iterator[_Call]:
@@ -128,6 +139,13 @@ def _calls() -> Iterator[_Call]:
     yield _Call("bias per key", bias="per key", head_dim=64, causal=False)
     yield _Call("bias per query", bias="per query", head_dim=64, causal=False)
     yield _Call("causal", head_dim=64, dtype=torch.float32)
+    for head_dim in (64, 128):
+        what = "causal, exclusive, gate"
+        yield _Call(what, head_dim, exclusive=True, gate="token", main=True)
+    yield _Call("exclusive, gate per element", exclusive=True, gate="full")
+    yield _Call("gate", head_dim=64, gate="full", causal=False)
+    yield _Call("exclusive, GQA 8", exclusive=True, gate="token", group=8)
+    yield _Call("exclusive, packed", exclusive=True, gate="token", packed=True, coefficient="token")
 
 
 def _kernel(launch: Launch) -> str:

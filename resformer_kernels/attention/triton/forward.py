@@ -1,4 +1,4 @@
-"""Forward on a GPU: out = softmax(scale Q K^T ...) V', one tile of rows a program.
+"""Forward on a GPU: out = softmax(scale Q K^T ...) V' and its epilogue, a tile of rows a program.
 
 V' = lambda_v V + lambda_first V1 (arXiv 2410.17897) is mixed in the loop over tiles of keys, or by
 `mix_kernel` before it: the same function of the same numbers, so the same bits.
@@ -19,6 +19,7 @@ from resformer_kernels._triton.specialise import Stride
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton import configs
+from resformer_kernels.attention.triton.finish import finish_rows
 from resformer_kernels.attention.triton.loads import (
     Mixed,
     Source,
@@ -30,8 +31,10 @@ from resformer_kernels.attention.triton.loads import (
     store_rows,
 )
 from resformer_kernels.attention.triton.problem import (
+    Epilogue,
     config_of,
     descriptor_of,
+    epilogue_of,
     lse_view,
     padded,
     shared,
@@ -59,6 +62,7 @@ def forward_kernel(
     values,
     out,
     lse,
+    epilogue,
     sinks,
     work,
     k_descriptor,
@@ -72,7 +76,7 @@ def forward_kernel(
     window_right,
     sizes,
 ):
-    """One tile of ROWS rows of one KV head. `lse.pointer` and `sinks` may be None."""
+    """One tile of ROWS rows of one KV head. `lse.pointer`, `epilogue` and `sinks` may be None."""
     ROWS: tl.constexpr = sizes.ROWS
     KEYS: tl.constexpr = sizes.KEYS
     tile, at = scheduled(
@@ -133,25 +137,44 @@ def forward_kernel(
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE, scoring.NATURAL)
     out_tile = acc * factor[:, None]
+    if epilogue is not None:
+        # Plus 0, which the compiler does not know: else it would keep what it knows of the rows in
+        # registers throughout the loops, and spill.
+        rows += tl.minimum(spans.end, 0)
+        out_tile = finish_rows(
+            out_tile,
+            Mixed(
+                Source(values.v, None, geometry, sizes.DIM_V, sizes.BLOCK_V),
+                Source(values.v_first, None, geometry, sizes.DIM_V, sizes.BLOCK_V),
+                values,
+            ),
+            epilogue,
+            at,
+            rows,
+        )
     store_rows(out_tile, Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, rows)
     if lse.pointer is not None:
         tl.store(row_cells(lse, at, rows, geometry.GROUP), logarithm, mask=rows < at.count)
 
 
-def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, ...]:
     """The forward op; `inline` says where V' is mixed, in place of the table of configurations."""
     q, value = call.q, call.value
     out = empty(q, (*q.shape[:-1], value.shape[-1]))
-    lse = _lse(call) if call.return_lse else q.new_empty((0,), dtype=torch.float32)
+    ungated = empty(q, out.shape) if call.return_ungated else None
+    lse = _row_numbers(call, -torch.inf) if call.return_lse else None
+    along = _row_numbers(call, 0.0) if call.return_along else None
     if inline is None:
         dim = padded(value.shape[-1])
         inline = configs.mixes_inline(capability(q.device), dim, call.max_rows)
     mixed = None
     if call.mixes and (call.return_mixed_value or not inline):
         mixed = premix(call)
-    _attend(call, out, lse if call.return_lse else None, mixed)
-    if call.packed:
-        clear_tail(call.cu_seqlens_q, out)
+    epilogue = None if call.plain else epilogue_of(call, along, ungated)
+    _attend(call, out, lse, mixed, epilogue)
+    for rows in (out, ungated) if call.packed else ():
+        if rows is not None:
+            clear_tail(call.cu_seqlens_q, rows)
     if not call.return_mixed_value:
         mixed = value.new_empty((0,))
     elif mixed is None:
@@ -159,18 +182,30 @@ def forward(call: AttentionCall, inline: bool | None = None) -> tuple[Tensor, Te
         mixed = value.clone(memory_format=torch.contiguous_format)
         if call.packed:
             clear_tail(call.cu_seqlens_k, mixed)
-    return out, lse, mixed
+    return (
+        out,
+        q.new_empty((0,), dtype=torch.float32) if lse is None else lse,
+        mixed,
+        q.new_empty((0,), dtype=torch.float32) if along is None else along,
+        q.new_empty((0,)) if ungated is None else ungated,
+    )
 
 
-def _lse(call: AttentionCall) -> Tensor:
-    """Packed rows that belong to no sequence see nothing: -inf."""
+def _row_numbers(call: AttentionCall, outside: float) -> Tensor:
+    """Room for a float32 of each row; packed rows that belong to no sequence hold `outside`."""
     *batch, time, heads, _ = call.q.shape
     if call.packed:
-        return call.q.new_full((heads, time), -torch.inf, dtype=torch.float32)
+        return call.q.new_full((heads, time), outside, dtype=torch.float32)
     return empty(call.q, (*batch, heads, time), torch.float32)
 
 
-def _attend(call: AttentionCall, out: Tensor, lse: Tensor | None, mixed: Tensor | None) -> None:
+def _attend(
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor | None,
+    mixed: Tensor | None,
+    epilogue: Epilogue | None,
+) -> None:
     sources = values(call, mixed)
     config = config_of(call, "forward_inline" if sources.MIXES.value else "forward")
     arguments = shared(call, config.rows, config.keys)
@@ -185,6 +220,7 @@ def _attend(call: AttentionCall, out: Tensor, lse: Tensor | None, mixed: Tensor 
         values=sources,
         out=view_of(out),
         lse=lse_view(lse),
+        epilogue=epilogue,
         sinks=call.sinks,
         work=work,
         k_descriptor=descriptor_of(call.k, config.keys, block_k),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton.device import NUMBER, coefficient, mix, round_to
+from resformer_kernels._triton.device import NUMBER, PER_ROW, coefficient, mix, round_to, widen
 
 ROW_SLOT: tl.constexpr = tl.constexpr(128)
 
@@ -139,6 +139,12 @@ def store_rows(tile, source, at, rows):
 
 
 @triton.jit
+def key_cells(view, at, keys):
+    """Pointers to the first column of each key."""
+    return at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64) * view.time
+
+
+@triton.jit
 def key_pointers(view, at, keys, columns):
     """(KEYS, BLOCK) pointers to a tile of keys."""
     cells = at_head(view, at.batch, at.k_start, at.head) + keys.to(tl.int64)[:, None] * view.time
@@ -192,11 +198,21 @@ def load_factor(factor, source, at, key, KEYS: tl.constexpr):
         found = factor.number
     else:
         keys = key + tl.arange(0, KEYS)
+        found = factor_at(factor, source, at, keys, keys < at.k_len)
+    return found
+
+
+@triton.jit
+def factor_at(factor, source, at, keys, inside):
+    """A mixing coefficient at any keys, read where they are `inside`."""
+    if factor.FORM == NUMBER:
+        found = factor.number
+    else:
         columns = tl.arange(0, source.BLOCK)
         base = at_head(factor, at.batch, at.k_start, at.head)
         found = coefficient(
             base, factor.number, keys.to(tl.int64), columns, factor.time, factor.column,
-            keys < at.k_len, columns < source.WIDTH, factor.FORM,
+            inside, columns < source.WIDTH, factor.FORM,
         )  # fmt: skip
     return found
 
@@ -217,3 +233,40 @@ def load_values(mixed, at, key, KEYS: tl.constexpr, MASKED: tl.constexpr):
     else:
         tile = load_keys(mixed.v, at, key, KEYS, MASKED)
     return tile
+
+
+@triton.jit
+def load_own_values(mixed, at, rows):
+    """(ROWS, BLOCK) of V' at the position of each row's query, zero where that holds no key."""
+    keys = rows // mixed.v.geometry.GROUP + at.shift
+    columns = tl.arange(0, mixed.v.BLOCK)
+    # Rows that have no such key, as rows past the last.
+    rows = tl.where(keys >= 0, rows, at.count)
+    pointers = key_pointers(mixed.v.view, at, keys, columns)
+    tile = load_rows(pointers, rows, at.count, columns, mixed.v)
+    if mixed.how.MIXES:
+        pointers = key_pointers(mixed.v_first.view, at, keys, columns)
+        first_tile = load_rows(pointers, rows, at.count, columns, mixed.v_first)
+        own = factor_at(mixed.how.own, mixed.v, at, keys, rows < at.count)
+        first = factor_at(mixed.how.first, mixed.v, at, keys, rows < at.count)
+        tile = mix(own, tile, first, first_tile, tile.dtype)
+        # A coefficient may be infinite.
+        tile = tl.where((rows < at.count)[:, None], tile, tl.zeros_like(tile))
+    return tile
+
+
+@triton.jit
+def load_row_factor(factor, at, rows, columns, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """exclusive or out_gate over a tile of rows, in a shape that broadcasts to it."""
+    if factor.FORM == NUMBER:
+        found = factor.number
+    else:
+        cells = row_cells(factor, at, rows, GROUP)
+        there = rows < at.count
+        if factor.FORM == PER_ROW:
+            found = widen(tl.load(cells, mask=there, other=0.0))[:, None]
+        else:
+            cells = cells[:, None] + columns.to(tl.int64)[None, :] * factor.column
+            inside = there[:, None] & (columns < WIDTH)[None, :]
+            found = widen(tl.load(cells, mask=inside, other=0.0))
+    return found

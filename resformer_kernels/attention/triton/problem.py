@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resformer_kernels._triton.arch import has_tensor_descriptors
-from resformer_kernels._triton.device import NUMBER
+from resformer_kernels._triton.device import NUMBER, PER_ELEMENT, PER_ROW
 from resformer_kernels._triton.launch import capability
 from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import View, coefficient_of, form_over_tile, view_of
@@ -118,6 +118,28 @@ class Values(NamedTuple):
     MIXES: tl.constexpr
 
 
+class Numbers(NamedTuple):
+    """A number for each query and head, by strides."""
+
+    pointer: Tensor | None
+    batch: int
+    time: Unit
+    head: int
+
+
+class Epilogue(NamedTuple):
+    """What follows the softmax: see `attention.epilogue`. Its factors lie over queries and query
+    heads; a gate whose FORM is NUMBER is none."""
+
+    exclusive: Factor
+    gate: Factor
+    least: float
+    """exclusive_eps^2."""
+    along: Numbers
+    ungated: View
+    EXCLUDES: tl.constexpr
+
+
 def mask_kind(call: AttentionCall) -> str:
     """The mask, or transformation of scores, by which tiles are chosen."""
     if call.attn_bias is not None or call.softcap > 0:
@@ -215,13 +237,22 @@ def _factor(tensor: Tensor | None, number: float, mixes: bool) -> Factor:
     return Factor(*c, tl.constexpr(form))
 
 
-class Numbers(NamedTuple):
-    """A number for each query and head, by strides."""
+def epilogue_of(call: Any, along: Tensor | None = None, ungated: Tensor | None = None) -> Epilogue:
+    """The epilogue of a call, and where its `along` and `ungated` lie."""
+    return Epilogue(
+        _row_factor(call.exclusive, call.exclusive_value),
+        _row_factor(call.out_gate, 1.0),
+        call.exclusive_eps**2,
+        lse_view(along),
+        view_of(ungated),
+        tl.constexpr(call.excludes),
+    )
 
-    pointer: Tensor | None
-    batch: int
-    time: Unit
-    head: int
+
+def _row_factor(tensor: Tensor | None, number: float) -> Factor:
+    """A factor of rows: whatever it broadcasts over, one form by strides, or one with channels."""
+    form = NUMBER if tensor is None else PER_ROW if tensor.shape[-1] == 1 else PER_ELEMENT
+    return Factor(*coefficient_of(tensor, number), tl.constexpr(form.value))
 
 
 def lse_view(lse: Tensor | None) -> Numbers:

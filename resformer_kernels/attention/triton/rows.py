@@ -18,7 +18,6 @@ from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.attention.op import BackwardCall
 from resformer_kernels.attention.record import AttentionCall
-from resformer_kernels.attention.triton.forward import premix
 from resformer_kernels.attention.triton.loads import (
     ROW_SLOT,
     Source,
@@ -63,6 +62,7 @@ class Incoming(NamedTuple):
 def rows_kernel(
     grad_out,
     out,
+    dots,
     lse,
     grad_lse,
     sinks,
@@ -80,7 +80,10 @@ def rows_kernel(
     window_right,
     sizes,
 ):
-    """delta = dO.O - dLSE of ROWS rows, the LSE in the unit of scores, and the sinks' summands."""
+    """delta = dO.O - dLSE of ROWS rows, the LSE in the unit of scores, and the sinks' summands.
+
+    `dots` is dO.O, where an epilogue's gradient has it already.
+    """
     ROWS: tl.constexpr = sizes.ROWS
     GROUP: tl.constexpr = geometry.GROUP
     tile = tl.program_id(0) % tiles
@@ -89,14 +92,21 @@ def rows_kernel(
     at = place(geometry, limits, index // geometry.heads, index % geometry.heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
     there = rows < at.count
-    # (ROWS, BLOCK_V)
-    gradient = load_row_tile(
-        Source(grad_out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, tile * ROWS, ROWS, True
-    )
-    result = load_row_tile(
-        Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, tile * ROWS, ROWS, True
-    )
-    d = tl.sum(widen(gradient) * widen(result), 1)
+    if dots.pointer is None:
+        # (ROWS, BLOCK_V)
+        gradient = load_row_tile(
+            Source(grad_out, None, geometry, sizes.DIM_V, sizes.BLOCK_V),
+            at,
+            tile * ROWS,
+            ROWS,
+            True,
+        )
+        result = load_row_tile(
+            Source(out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, tile * ROWS, ROWS, True
+        )
+        d = tl.sum(widen(gradient) * widen(result), 1)
+    else:
+        d = tl.load(row_cells(dots, at, rows, GROUP), mask=there, other=0.0)
     if grad_lse.pointer is not None:
         d -= widen(tl.load(row_cells(grad_lse, at, rows, GROUP), mask=there, other=0.0))
     logarithm = tl.load(row_cells(lse, at, rows, GROUP), mask=there, other=0.0)
@@ -185,8 +195,13 @@ def split_lse_kernel(
         tl.store(cells, term, mask=there & coarse)
 
 
-def reduce_rows(given: BackwardCall, *, want_sinks: bool) -> tuple[Incoming, Tensor | None]:
-    """(what the other kernels read, the sinks' gradient)."""
+def reduce_rows(
+    given: BackwardCall, mixed: Tensor, dots: Tensor | None, *, want_sinks: bool
+) -> tuple[Incoming, Tensor | None]:
+    """(what the other kernels read, the sinks' gradient).
+
+    `mixed` is V', `dots` dO.O of each row, where it is known.
+    """
     call = given.call
     slots = _slots(given)
     base, delta, rest = (empty(call.q, (call.kv_heads * slots,), torch.float32) for _ in range(3))
@@ -194,10 +209,8 @@ def reduce_rows(given: BackwardCall, *, want_sinks: bool) -> tuple[Incoming, Ten
     grad_lse = given.grad_lse if given.grad_lse is not None and given.grad_lse.numel() else None
     incoming = Incoming(
         unit_stride(given.grad_out),
-        unit_stride(given.grad_mixed)
-        if given.grad_mixed is not None and given.grad_mixed.numel()
-        else None,
-        premix(call) if call.mixes else call.value,
+        None if given.grad_mixed is None else unit_stride(given.grad_mixed),
+        mixed,
         base,
         delta,
         rest if additive else None,
@@ -210,8 +223,9 @@ def reduce_rows(given: BackwardCall, *, want_sinks: bool) -> tuple[Incoming, Ten
         rows_kernel,
         (call.sequences * call.kv_heads * tiles,),
         call.q.device,
-        grad_out=view_of(incoming.grad_out),
-        out=view_of(given.out),
+        grad_out=view_of(None if dots is not None else incoming.grad_out),
+        out=view_of(None if dots is not None else given.out),
+        dots=lse_view(dots),
         lse=lse_view(given.lse),
         grad_lse=lse_view(grad_lse),
         sinks=call.sinks,
