@@ -108,7 +108,7 @@ class KVCachePlan:
             fits = fits and out.dtype is q.dtype and out.device == self._device
             written = (out[None] if self._packed_q else out) if fits else None
             written = checks.check_out(out, call) if written is None else written
-            call = KVCacheCall(*call[:_OUT], written)
+            call = KVCacheCall._make((*call[:_OUT], written, *call[_OUT + 1 :]))
         least = check_exclusive_eps(exclusive_eps)
         if exclusive is not None or out_gate is not None:
             own_part, number = check_exclusive(exclusive, q, k_cache.shape[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -63,7 +64,7 @@ def test_decoding_covers_batches_contexts_and_groups() -> None:
 def test_exclusive_outputs_are_the_same_one_way_and_the_other(direction: str) -> None:
     peers = (PASSES, HEADS_FIRST, TIME_FIRST)
     case = EpilogueBenchmark(2, 4, 2, 40, 16, torch.float32, direction, peers=peers)
-    found = {name: make()() for name, make in case.makers().items()}
+    found: dict[str, Any] = {name: make()() for name, make in case.makers().items()}
     if direction == "forward":
         first, *others = (x.transpose(1, 2) if name in SDPA else x for name, x in found.items())
         for other in others:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,9 +92,9 @@ def test_a_constant_share_has_no_parameter() -> None:
         ({"gate": "token"}, "gate must be 'head', 'channel' or None"),
     ],
 )
-def test_unknown_epilogues_are_refused(options: dict[str, str], words: str) -> None:
+def test_unknown_epilogues_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        layer(**options)
+        layer(None, **options)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
