@@ -13,8 +13,10 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
+from resformer_kernels.attention import alone
 from resformer_kernels.attention.op import BackwardCall
 from resformer_kernels.attention.record import LEAVES, AttentionCall
+from resformer_kernels.attention.triton import epilogue
 from resformer_kernels.attention.triton.backward import backward
 from resformer_kernels.attention.triton.forward import forward
 
@@ -111,12 +113,16 @@ class _Call:
         )
 
     def run(self) -> None:
-        """Forward with V' mixed before it and in its loop, then backward."""
+        """Forward with V' mixed before it or in its loop, backward, and the epilogue alone."""
         call = self.record()
         forward(call, inline=False)
         out, lse, _, along, _ = forward(call, inline=True)
         kept = along if self.exclusive else None
         backward(BackwardCall(out, None, None, call, out, lse, kept, _EVERY_GRADIENT))
+        if not call.plain:
+            of = alone.epilogue_of(call, out, call.value)
+            epilogue.forward(of)
+            epilogue.backward(alone.EpilogueBackwardCall(out, of, _EVERY_GRADIENT))
 
 
 def _calls() -> Iterator[_Call]:
@@ -153,6 +159,8 @@ def _kernel(launch: Launch) -> str:
     name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
     if name == "forward" and launch.kwargs["values"].MIXES.value:
         return "forward with the mix"
+    if name == "epilogue backward" and launch.kwargs["epilogue"].along.pointer is None:
+        return "epilogue backward, alone"
     if name == "open tiles":
         along = "keys" if launch.kwargs["BY_ROWS"] else "rows"
         sizes = launch.kwargs["sizes"]
