@@ -41,7 +41,7 @@ class _Call:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = False
-    exclusive: bool = False
+    exclusive: str = "none"
     gate: str = "none"
     main: bool = False
 
@@ -106,9 +106,10 @@ class _Call:
             attn_bias=bias,
             return_lse=True,
             return_mixed_value=False,
-            exclusive=tensor(*rows, heads, 1, dtype=torch.float32) if self.exclusive else None,
+            exclusive=gates["token"] if self.exclusive == "token" else None,
+            exclusive_value=float(self.exclusive == "number"),
             out_gate=gates.get(self.gate),
-            return_along=self.exclusive,
+            return_along=self.exclusive != "none",
             return_ungated=self.gate != "none",
         )
 
@@ -117,7 +118,7 @@ class _Call:
         call = self.record()
         forward(call, inline=False)
         out, lse, _, along, _ = forward(call, inline=True)
-        kept = along if self.exclusive else None
+        kept = along if call.excludes else None
         backward(BackwardCall(out, None, None, call, out, lse, kept, _EVERY_GRADIENT))
         if not call.plain:
             of = alone.epilogue_of(call, out, call.value)
@@ -147,11 +148,14 @@ def _calls() -> Iterator[_Call]:
     yield _Call("causal", head_dim=64, dtype=torch.float32)
     for head_dim in (64, 128):
         what = "causal, exclusive, gate"
-        yield _Call(what, head_dim, exclusive=True, gate="token", main=True)
-    yield _Call("exclusive, gate per element", exclusive=True, gate="full")
+        yield _Call(what, head_dim, exclusive="token", gate="token", main=True)
+    yield _Call("exclusive, gate per element", exclusive="token", gate="full")
+    yield _Call("exclusive by a number", head_dim=64, exclusive="number")
     yield _Call("gate", head_dim=64, gate="full", causal=False)
-    yield _Call("exclusive, GQA 8", exclusive=True, gate="token", group=8)
-    yield _Call("exclusive, packed", exclusive=True, gate="token", packed=True, coefficient="token")
+    yield _Call("exclusive, GQA 8", exclusive="token", gate="token", group=8)
+    yield _Call(
+        "exclusive, packed", exclusive="token", gate="token", packed=True, coefficient="token"
+    )
 
 
 def _kernel(launch: Launch) -> str:
