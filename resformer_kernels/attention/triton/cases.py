@@ -13,8 +13,10 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
+from resformer_kernels.attention import alone
 from resformer_kernels.attention.op import BackwardCall
 from resformer_kernels.attention.record import LEAVES, AttentionCall
+from resformer_kernels.attention.triton import epilogue
 from resformer_kernels.attention.triton.backward import backward
 from resformer_kernels.attention.triton.forward import forward
 
@@ -39,7 +41,7 @@ class _Call:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = False
-    exclusive: bool = False
+    exclusive: str = "none"
     gate: str = "none"
     main: bool = False
 
@@ -104,19 +106,24 @@ class _Call:
             attn_bias=bias,
             return_lse=True,
             return_mixed_value=False,
-            exclusive=tensor(*rows, heads, 1, dtype=torch.float32) if self.exclusive else None,
+            exclusive=gates["token"] if self.exclusive == "token" else None,
+            exclusive_value=float(self.exclusive == "number"),
             out_gate=gates.get(self.gate),
-            return_along=self.exclusive,
+            return_along=self.exclusive != "none",
             return_ungated=self.gate != "none",
         )
 
     def run(self) -> None:
-        """Forward with V' mixed before it and in its loop, then backward."""
+        """Forward with V' mixed before it or in its loop, backward, and the epilogue alone."""
         call = self.record()
         forward(call, inline=False)
         out, lse, _, along, _ = forward(call, inline=True)
-        kept = along if self.exclusive else None
+        kept = along if call.excludes else None
         backward(BackwardCall(out, None, None, call, out, lse, kept, _EVERY_GRADIENT))
+        if not call.plain:
+            of = alone.epilogue_of(call, out, call.value)
+            epilogue.forward(of)
+            epilogue.backward(alone.EpilogueBackwardCall(out, of, _EVERY_GRADIENT))
 
 
 def _calls() -> Iterator[_Call]:
@@ -141,11 +148,14 @@ def _calls() -> Iterator[_Call]:
     yield _Call("causal", head_dim=64, dtype=torch.float32)
     for head_dim in (64, 128):
         what = "causal, exclusive, gate"
-        yield _Call(what, head_dim, exclusive=True, gate="token", main=True)
-    yield _Call("exclusive, gate per element", exclusive=True, gate="full")
+        yield _Call(what, head_dim, exclusive="token", gate="token", main=True)
+    yield _Call("exclusive, gate per element", exclusive="token", gate="full")
+    yield _Call("exclusive by a number", head_dim=64, exclusive="number")
     yield _Call("gate", head_dim=64, gate="full", causal=False)
-    yield _Call("exclusive, GQA 8", exclusive=True, gate="token", group=8)
-    yield _Call("exclusive, packed", exclusive=True, gate="token", packed=True, coefficient="token")
+    yield _Call("exclusive, GQA 8", exclusive="token", gate="token", group=8)
+    yield _Call(
+        "exclusive, packed", exclusive="token", gate="token", packed=True, coefficient="token"
+    )
 
 
 def _kernel(launch: Launch) -> str:
@@ -153,6 +163,8 @@ def _kernel(launch: Launch) -> str:
     name: str = launch.kernel.__name__.removesuffix("_kernel").replace("_", " ")
     if name == "forward" and launch.kwargs["values"].MIXES.value:
         return "forward with the mix"
+    if name == "epilogue backward" and launch.kwargs["epilogue"].along.pointer is None:
+        return "epilogue backward, alone"
     if name == "open tiles":
         along = "keys" if launch.kwargs["BY_ROWS"] else "rows"
         sizes = launch.kwargs["sizes"]

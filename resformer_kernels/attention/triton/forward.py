@@ -75,8 +75,10 @@ def forward_kernel(
     window_left,
     window_right,
     sizes,
+    FINISHES: tl.constexpr,
 ):
-    """One tile of ROWS rows of one KV head. `lse.pointer`, `epilogue` and `sinks` may be None."""
+    """One tile of ROWS rows of one KV head. `lse.pointer` and `sinks` may be None, and `epilogue`
+    where FINISHES is false: Triton cannot ask that of a record whose own records hold a None."""
     ROWS: tl.constexpr = sizes.ROWS
     KEYS: tl.constexpr = sizes.KEYS
     tile, at = scheduled(
@@ -137,7 +139,7 @@ def forward_kernel(
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, sinks, heads, scoring.PRECISE, scoring.NATURAL)
     out_tile = acc * factor[:, None]
-    if epilogue is not None:
+    if FINISHES:
         # Plus 0, which the compiler does not know: else it would keep what it knows of the rows in
         # registers throughout the loops, and spill.
         rows += tl.minimum(spans.end, 0)
@@ -221,6 +223,7 @@ def _attend(
         out=view_of(out),
         lse=lse_view(lse),
         epilogue=epilogue,
+        FINISHES=epilogue is not None,
         sinks=call.sinks,
         work=work,
         k_descriptor=descriptor_of(call.k, config.keys, block_k),
