@@ -43,8 +43,8 @@ def view_of(tensor: Tensor | None) -> View:
 
 
 def coefficient_of(tensor: Tensor | None, number: float) -> Coefficient:
-    """A tensor of three or four axes, or the number where there is none, or nothing to read."""
-    if tensor is None or tensor.numel() == 0:
+    """A tensor of three or four axes, or the number where there is none."""
+    if tensor is None:
         return Coefficient(None, float(number), 0, 0, 0, 0)
     strides = [
         0 if size == 1 else stride

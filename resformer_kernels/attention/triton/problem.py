@@ -231,7 +231,8 @@ def values(call: AttentionCall, mixed: Tensor | None = None) -> Values:
 
 
 def _factor(tensor: Tensor | None, number: float, mixes: bool) -> Factor:
-    c = coefficient_of(tensor, number)
+    # Where there are no keys a kernel may still ask for one at a query's own position.
+    c = coefficient_of(None if tensor is not None and tensor.numel() == 0 else tensor, number)
     # A tile has the tokens of one head, by the channels.
     form = form_over_tile(c, c.time != 0, c.column != 0) if mixes else NUMBER.value
     return Factor(*c, tl.constexpr(form))
