@@ -327,8 +327,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   o.lambda_first = cf.data;
   const CoefficientGradient ce(wanted(kExclusive, true) ? exclusive : std::nullopt, out, call, false);
   const CoefficientGradient cg(wanted(kOutGate, true) ? out_gate : std::nullopt, out, call, false);
-  STD_TORCH_CHECK(cg.kind == Partial::none || return_ungated,
-                  "the gradient of out_gate needs the output before the gate");
+  const bool by_channel = epilogue.excludes && !epilogue.gate.uniform_in_row();
+  STD_TORCH_CHECK(return_ungated || (cg.kind == Partial::none && !by_channel),
+                  "the gradient needs the output before the gate");
   o.exclusive = ce.data;
   o.gate = cg.data;
   o.gate_rows = cg.kind == Partial::row;

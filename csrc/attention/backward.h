@@ -271,28 +271,29 @@ class Backward {
   // What the queries that stand at a tile's keys add to the gradients of the values there: see RowPack.
   void add_own_gradients(const Wave& wave, const Sequence& seq, int64_t head_kv, int64_t packed, int64_t key,
                          int64_t keys, KeyScratch& s) {
-    const int64_t columns = columns_v();
-    float *grad = s.rows.grad.get(), *gate = s.rows.gate.get(), *row = s.rows.kept.get();
+    const Coefficient& gate = p_.epilogue.gate;
+    float* row = s.rows.grad.get();
     for (int64_t n = larger(seq.diagonal - key, 0); n < keys; ++n) {
-      const int64_t i = key + n - seq.diagonal;
+      const int64_t i = key + n - seq.diagonal, t = seq.q_start + i;
       if (i >= seq.tq) return;
-      float* dv = s.dv.get() + n * columns;
+      float* dv = s.dv.get() + n * columns_v();
       float to_value = 0.0f;
       for (int64_t j = 0; j < p_.group; ++j) {
         const int64_t at = i * p_.group + j, r = at % kGradRows, head = head_kv * p_.group + j;
         const RowPack pack = rows_.at(wave, packed + at / kGradRows);
-        widen_row(in_.grad_out.row<const T>(seq.batch, seq.q_start + i, head), p_.dim_v, grad);
-        if (p_.epilogue.gates)
-          gate_columns(p_.epilogue, seq.batch, seq.q_start + i, head, p_.dim_v, gate, grad);
-        add_columns(pack.to_grad[r], grad, columns, dv);
-        widen_row(in_.out.row<const T>(seq.batch, seq.q_start + i, head), p_.dim_v, row);
-        add_columns(pack.to_kept[r], row, columns, dv);
+        const T* grad = in_.grad_out.row<const T>(seq.batch, t, head);
+        if (gate.uniform_in_row()) {
+          add_row(pack.to_grad[r], grad, p_.dim_v, dv);
+        } else {
+          widen_row(grad, p_.dim_v, row);
+          gate_channels(gate, gate.row(seq.batch, t, head), p_.dim_v, s.rows.gate.get(), row);
+          add_row(pack.to_grad[r], row, p_.dim_v, dv);
+        }
+        add_row(pack.to_kept[r], in_.out.row<const T>(seq.batch, t, head), p_.dim_v, dv);
         to_value += pack.to_value[r];
       }
-      const T* value =
-          s.mix.get(seq.batch, seq.k_start + key + n, head_kv, reinterpret_cast<T*>(s.mixed.get()));
-      widen_row(value, p_.dim_v, row);
-      add_columns(to_value, row, columns, dv);
+      T* mixed = reinterpret_cast<T*>(s.mixed.get());
+      add_row(to_value, s.mix.get(seq.batch, seq.k_start + key + n, head_kv, mixed), p_.dim_v, dv);
     }
   }
 

@@ -291,11 +291,10 @@ class Forward {
     if (!p_.epilogue.any()) {
       scale_row(acc, factor, p_.dim_v, out);
     } else {
-      for (int64_t d = 0; d < columns(); d += kLanes) store(acc + d, mul(load(acc + d), set1(factor)));
-      if (p_.epilogue.excludes) read_own(wave, rows, rows.query(r), s.own);
+      if (p_.epilogue.excludes) read_own(wave, rows, t - seq.q_start, s.own);
       T* ungated = out_.ungated.data ? out_.ungated.row<T>(seq.batch, t, head) : nullptr;
-      const float along =
-          finish_row(p_.epilogue, s.own, seq.batch, t, head, p_.dim_v, s.gate.get(), acc, ungated, out);
+      const float along = finish_row(p_.epilogue, s.own, seq.batch, t, head, p_.dim_v, factor, s.gate.get(),
+                                     acc, ungated, out);
       if (out_.along) out_.along[number] = along;
     }
     if (out_.lse) out_.lse[number] = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head] : kMinusInf;
@@ -304,9 +303,9 @@ class Forward {
   // V' at query i's own position, from the packed tile: a window always holds that position.
   void read_own(const Wave& wave, const RowTile& rows, int64_t i, OwnValue& own) const {
     const Sequence& seq = *rows.sequence;
-    own.at(i, p_.epilogue.least, [&](float* w) {
+    own.at(i, p_.epilogue.least, [&](float* w) -> const float* {
       const int64_t key = i + seq.diagonal, tile = key / kKeys, n = key % kKeys;
-      if (key < 0) return false;
+      if (key < 0) return nullptr;
       const int64_t count = lane_ceil(smaller(kKeys, seq.tk - tile * kKeys)) / Dot::kPack;
       const float* values = values_of(wave, wave.packed_keys(rows) + tile);
       for (int64_t first = 0; first < columns(); first += kPanel) {
@@ -316,11 +315,13 @@ class Forward {
           const uint32_t* words = reinterpret_cast<const uint32_t*>(row);
           uint32_t* bits = reinterpret_cast<uint32_t*>(w + first);
           for (int64_t d = 0; d < panel; ++d) bits[d] = n % 2 ? words[d] & 0xffff0000u : words[d] << 16;
+        } else if (panel == columns()) {
+          return row;
         } else {
           memcpy(w + first, row, panel * sizeof(float));
         }
       }
-      return true;
+      return w;
     });
   }
 

@@ -11,7 +11,8 @@ namespace resformer::RESFORMER_ISA {
 // A packed row tile: Q and dO as rows of words, the same interleaved in pairs of rows (bfloat16 products
 // only, where the summed axis runs over rows), the LSE in the unit of scores as lse + rest, and delta. Where
 // something is excluded, dO is the gradient of the softmax's output y, and what the row adds to the gradient
-// of the value at its own position is to_grad * gate * dO + to_kept * out + to_value * value.
+// of the value at its own position is to_grad * dO (gated where the gate is one of channels) + to_kept * out
+// + to_value * value.
 struct RowPack {
   float *q, *grad, *q_pairs, *grad_pairs, *lse, *rest, *delta, *to_grad, *to_kept, *to_value;
 };
@@ -86,7 +87,7 @@ class GradRows {
       pack.lse[r] = lse == kMinusInf ? 0.0f : lse;
       pack.rest[r] = 0.0f;
       if (p_.epilogue.any()) {
-        pack.delta[r] = pack_gated(rows, r, pack, s);
+        pack.delta[r] = pack_gated(rows, r, t, head, pack, s);
       } else {
         pack_row<Dot>(grad, p_.dim_v, pack.grad + r * words_v());
         pack.delta[r] = dot_rows(grad, in_.out.row<const T>(seq.batch, t, head), p_.dim_v);
@@ -120,57 +121,75 @@ class GradRows {
            t * in_.lse_stride[2];
   }
 
-  // The gradient of y in place of dO: see attention/epilogue.py for the equations and names. Returns y.dy.
-  float pack_gated(const RowTile& rows, int64_t r, const RowPack& pack, RowScratch& s) const {
+  // Packs the gradient of y in place of dO: see attention/epilogue.py for the equations and names. Returns
+  // y.dy.
+  float pack_gated(const RowTile& rows, int64_t r, int64_t t, int64_t head, const RowPack& pack,
+                   RowScratch& s) const {
     const Epilogue& e = p_.epilogue;
-    const Sequence& seq = *rows.sequence;
-    const int64_t i = rows.query(r), t = seq.q_start + i, head = rows.head(r), columns = columns_v();
-    const int64_t at = p_.query_row(seq.batch, t, head);
+    const int64_t b = rows.sequence->batch, at = p_.query_row(b, t, head);
     float *grad = s.grad.get(), *kept = s.kept.get();
-    widen_row(in_.grad_out.row<const T>(seq.batch, t, head), p_.dim_v, grad);
-    widen_row(in_.out.row<const T>(seq.batch, t, head), p_.dim_v, kept);
-    if (out_.gate && out_.gate_rows) {
-      out_.gate[at] = dot_columns(grad, kept, columns);
-    } else if (out_.gate) {
-      for (int64_t d = 0; d < p_.dim_v; ++d) out_.gate[at * p_.dim_v + d] = grad[d] * kept[d];
+    widen_row(in_.grad_out.row<const T>(b, t, head), p_.dim_v, grad);
+    widen_row(in_.out.row<const T>(b, t, head), p_.dim_v, kept);
+    if (e.excludes) read_own(rows, t - rows.sequence->q_start, s);
+    Dots dots = project(s);
+    float gate = 1.0f;
+    if (e.gate.uniform_in_row()) {
+      gate = e.gate.at(b, t, head, 0);
+      if (out_.gate) out_.gate[at] = dots.kept;
+    } else {
+      if (out_.gate)
+        for (int64_t d = 0; d < p_.dim_v; ++d) out_.gate[at * p_.dim_v + d] = grad[d] * kept[d];
+      gate_channels(e.gate, e.gate.row(b, t, head), p_.dim_v, s.gate.get(), grad);
+      if (in_.ungated) dots = project(s);
     }
-    float delta = 0.0f, to_own = 0.0f;
-    const auto project = [&] {
-      delta = dot_columns(grad, kept, columns);
-      if (e.excludes) to_own = dot_columns(grad, s.own.w(), columns);
-    };
-    if (e.excludes) read_own(rows, i, s);
-    if (!in_.ungated) project();
-    if (e.gates) gate_columns(e, seq.batch, t, head, p_.dim_v, s.gate.get(), grad);
-    if (in_.ungated) project();
+    const float seen = in_.ungated ? gate : 1.0f;  // t of the equations is this times the gradient here
+    float to_own = 0.0f;
     if (e.excludes) {
-      const float size = s.own.size(), a = in_.along[lse_at(rows, r)],
-                  x = e.exclusive.at(seq.batch, t, head, 0);
-      const float c = dot_columns(grad, s.own.w(), columns);
+      const float a = in_.along[lse_at(rows, r)], x = e.exclusive.at(b, t, head, 0), c = gate * dots.own;
+      const float part = x / s.own.size();
       if (out_.exclusive) out_.exclusive[at] = -a * c;
-      pack.to_grad[r] = -x * a;
-      pack.to_kept[r] = -x * to_own / size;
-      pack.to_value[r] = -x * (x - (s.own.above() ? 2.0f : 0.0f)) * c * a / size;
-      add_columns(-x * c / size, s.own.w(), columns, grad);
+      pack.to_grad[r] = -x * a * gate;
+      pack.to_kept[r] = -part * seen * dots.own;
+      pack.to_value[r] = -part * c * a * (x - (s.own.above() ? 2.0f : 0.0f));
+      to_own = -part * c;
+    }
+    float* packed = pack.grad + r * words_v();
+    float* dy = Dot::kPack == 2 ? grad : packed;
+    for (int64_t d = 0; d < p_.dim_v; d += kLanes) {
+      const Vec gated = mul(set1(gate), load(grad + d));
+      store(dy + d, e.excludes ? fma(set1(to_own), load(s.own.w() + d), gated) : gated);
     }
     if constexpr (Dot::kPack == 2) {
       T* rounded = reinterpret_cast<T*>(s.gate.get());
-      scale_row(grad, 1.0f, p_.dim_v, rounded);
-      pack_row<Dot>(rounded, p_.dim_v, pack.grad + r * words_v());
-    } else {
-      memcpy(pack.grad + r * words_v(), grad, columns * sizeof(float));
+      scale_row(dy, 1.0f, p_.dim_v, rounded);
+      pack_row<Dot>(rounded, p_.dim_v, packed);
     }
-    return delta;
+    return seen * dots.kept;
+  }
+
+  struct Dots {
+    float kept, own;
+  };
+
+  // The gradient's dots with what forward kept and with the value at the own position.
+  Dots project(const RowScratch& s) const {
+    Vec kept = zero(), own = zero();
+    for (int64_t d = 0; d < p_.dim_v; d += kLanes) {
+      const Vec grad = load(s.grad.get() + d);
+      kept = fma(grad, load(s.kept.get() + d), kept);
+      if (p_.epilogue.excludes) own = fma(grad, load(s.own.w() + d), own);
+    }
+    return {reduce_add(kept), p_.epilogue.excludes ? reduce_add(own) : 0.0f};
   }
 
   void read_own(const RowTile& rows, int64_t i, RowScratch& s) const {
     const Sequence& seq = *rows.sequence;
-    s.own.at(i, p_.epilogue.least, [&](float* w) {
+    s.own.at(i, p_.epilogue.least, [&](float* w) -> const float* {
       const int64_t key = i + seq.diagonal;
-      if (key < 0) return false;
+      if (key < 0) return nullptr;
       T* into = reinterpret_cast<T*>(s.mixed.get());
       widen_row(s.mix.get(seq.batch, seq.k_start + key, rows.head_kv, into), p_.dim_v, w);
-      return true;
+      return w;
     });
   }
 

@@ -9,7 +9,7 @@ namespace resformer {
 
 struct Epilogue {
   bool excludes = false, gates = false;
-  Coefficient exclusive{}, gate{};  // over (batch, time, query head, channel)
+  Coefficient exclusive{}, gate{};  // over (batch, time, query head, channel); no gate: the number 1
   float least = 0.0f;               // eps squared
 
   RESFORMER_INLINE bool any() const { return excludes || gates; }

@@ -12,19 +12,6 @@ static inline void widen_row(const T* src, int64_t dim, float* out) {
   pack_row<F32>(src, dim, out);
 }
 
-// columns is a number of whole vectors.
-static inline float dot_columns(const float* a, const float* b, int64_t columns) {
-  Vec sum = zero();
-  for (int64_t d = 0; d < columns; d += kLanes) sum = fma(load(a + d), load(b + d), sum);
-  return reduce_add(sum);
-}
-
-// a += factor b
-static inline void add_columns(float factor, const float* b, int64_t columns, float* a) {
-  const Vec x = set1(factor);
-  for (int64_t d = 0; d < columns; d += kLanes) store(a + d, fma(x, load(b + d), load(a + d)));
-}
-
 // A row of a coefficient that differs from channel to channel.
 static inline void coefficient_row(const Coefficient& c, int64_t offset, int64_t dim, float* out) {
   if (c.stride[3] != 1) {
@@ -39,66 +26,71 @@ static inline void coefficient_row(const Coefficient& c, int64_t offset, int64_t
   }
 }
 
-// row *= gate. `scratch` has room for a row.
-static inline void gate_columns(const Epilogue& e, int64_t b, int64_t t, int64_t h, int64_t dim,
-                                float* scratch, float* row) {
-  const int64_t columns = round_up(dim, kLanes);
-  if (e.gate.uniform_in_row()) {
-    const Vec g = set1(e.gate.at(b, t, h, 0));
-    for (int64_t d = 0; d < columns; d += kLanes) store(row + d, mul(load(row + d), g));
-    return;
-  }
-  coefficient_row(e.gate, e.gate.row(b, t, h), dim, scratch);
-  for (int64_t d = 0; d < columns; d += kLanes) store(row + d, mul(load(row + d), load(scratch + d)));
+// row *= gate, which differs from channel to channel. `scratch` has room for a row.
+static inline void gate_channels(const Coefficient& gate, int64_t offset, int64_t dim, float* scratch,
+                                 float* row) {
+  coefficient_row(gate, offset, dim, scratch);
+  for (int64_t d = 0; d < dim; d += kLanes) store(row + d, mul(load(row + d), load(scratch + d)));
 }
 
 // The value at a query's own position, kept from head to head of a group.
 class OwnValue {
  public:
-  explicit OwnValue(int64_t dim) : w_(round_up(dim, kLanes)), columns_(round_up(dim, kLanes)) {}
+  explicit OwnValue(int64_t dim) : row_(round_up(dim, kLanes)), columns_(round_up(dim, kLanes)) {}
 
   // Forgets the row: the next one may belong to another head.
   void reset() { query_ = -1; }
 
-  // Reads query i's row by `read(w)`, which returns whether there is one.
+  // Finds query i's row by `read(row)`, which fills the row and returns it, or another one, or nullptr where
+  // there is none.
   template <class Read>
   void at(int64_t i, float least, const Read& read) {
     if (query_ == i) return;
     query_ = i;
-    if (!read(w_.get())) memset(w_.get(), 0, columns_ * sizeof(float));
-    const float size = dot_columns(w_.get(), w_.get(), columns_);
+    w_ = read(row_.get());
+    if (!w_) {
+      memset(row_.get(), 0, columns_ * sizeof(float));
+      w_ = row_.get();
+    }
+    Vec sum = zero();
+    for (int64_t d = 0; d < columns_; d += kLanes) sum = fma(load(w_ + d), load(w_ + d), sum);
+    const float size = reduce_add(sum);
     above_ = size > least;
     size_ = size < least ? least : size;
   }
 
-  const float* w() const { return w_.get(); }
+  const float* w() const { return w_; }
   float size() const { return size_; }   // max(|w|, eps)^2
   bool above() const { return above_; }  // whether |w| is that
 
  private:
-  Scratch w_;
+  Scratch row_;
+  const float* w_ = nullptr;
   int64_t columns_, query_ = -1;
   float size_ = 0.0f;
   bool above_ = false;
 };
 
-// y becomes u = y - e a w and then, in its dtype, out. Returns a; `ungated` receives u where it is given.
+// Turns y = factor * acc into out and returns a; `ungated` receives u where it is given. acc is overwritten.
 template <class T>
 static inline float finish_row(const Epilogue& e, const OwnValue& own, int64_t b, int64_t t, int64_t h,
-                               int64_t dim, float* scratch, float* y, T* ungated, T* out) {
-  const int64_t columns = round_up(dim, kLanes);
+                               int64_t dim, float factor, float* scratch, float* acc, T* ungated, T* out) {
+  const Vec scale = set1(factor);
   float along = 0.0f;
   if (e.excludes) {
-    along = dot_columns(y, own.w(), columns) / own.size();
-    add_columns(-e.exclusive.at(b, t, h, 0) * along, own.w(), columns, y);
-  }
-  if (ungated) scale_row(y, 1.0f, dim, ungated);
-  if (e.gates && e.gate.uniform_in_row()) {
-    scale_row(y, e.gate.at(b, t, h, 0), dim, out);
+    Vec sum = zero();
+    for (int64_t d = 0; d < dim; d += kLanes) sum = fma(load(acc + d), load(own.w() + d), sum);
+    along = factor * reduce_add(sum) / own.size();
+    const Vec part = set1(-e.exclusive.at(b, t, h, 0) * along);
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store(acc + d, fma(part, load(own.w() + d), mul(scale, load(acc + d))));
   } else {
-    if (e.gates) gate_columns(e, b, t, h, dim, scratch, y);
-    scale_row(y, 1.0f, dim, out);
+    for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, mul(scale, load(acc + d)));
   }
+  if (ungated) scale_row(acc, 1.0f, dim, ungated);
+  const bool channels = !e.gate.uniform_in_row();
+  if (channels) gate_channels(e.gate, e.gate.row(b, t, h), dim, scratch, acc);
+  scale_row(acc, channels ? 1.0f : e.gate.at(b, t, h, 0), dim, out);
   return along;
 }
 

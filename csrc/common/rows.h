@@ -52,4 +52,13 @@ static inline void scale_row(const float* src, float factor, int64_t dim, T* out
   for (; d < dim; ++d) out[d] = from_float<T>(src[d] * factor);
 }
 
+// sum += factor * row
+template <class T>
+static inline void add_row(float factor, const T* row, int64_t dim, float* sum) {
+  const Vec x = set1(factor);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(sum + d, fma(x, load(row + d), load(sum + d)));
+  for (; d < dim; ++d) sum[d] += factor * to_float(row[d]);
+}
+
 }  // namespace resformer::RESFORMER_ISA

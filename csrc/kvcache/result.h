@@ -49,9 +49,9 @@ class CacheResult {
     if (!p_.epilogue.any()) {
       scale_row(acc, factor, dim, out);
     } else {
-      for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, mul(load(acc + d), set1(factor)));
       if (p_.epilogue.excludes) read_own(g, g.head + h, query(g, r), rows.own);
-      finish_row<T>(p_.epilogue, rows.own, g.sequence, t, head_q, dim, rows.gate.get(), acc, nullptr, out);
+      finish_row<T>(p_.epilogue, rows.own, g.sequence, t, head_q, dim, factor, rows.gate.get(), acc, nullptr,
+                    out);
     }
     if (!p_.lse) return;
     float& lse = p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + t];
@@ -63,11 +63,11 @@ class CacheResult {
 
   // The cached value at query i's own position. Where a mask hides it, memory may hold NaN.
   void read_own(const CacheGroup& g, int64_t head, int64_t i, OwnValue& own) const {
-    own.at(i, p_.epilogue.least, [&](float* w) {
+    own.at(i, p_.epilogue.least, [&](float* w) -> const float* {
       const CacheSequence& s = p_.sequences[g.sequence];
       const int64_t key = i + s.length - s.queries.count;
-      if (key < s.first || key >= s.last) return false;
-      if (p_.mask && !p_.mask[g.sequence * p_.mask_stride[0] + key * p_.mask_stride[1]]) return false;
+      if (key < s.first || key >= s.last) return nullptr;
+      if (p_.mask && !p_.mask[g.sequence * p_.mask_stride[0] + key * p_.mask_stride[1]]) return nullptr;
       const CacheRow place = p_.values.table.place(g.sequence, key);
       widen_row(p_.values.cache.row<const C>(place.row, place.at, head), p_.values.dim, w);
       if (p_.values.scale) {
@@ -76,7 +76,7 @@ class CacheResult {
             set1(p_.values.scale[place.row * stride[0] + place.at * stride[1] + head * stride[2]]);
         for (int64_t d = 0; d < p_.values.dim; d += kLanes) store(w + d, mul(load(w + d), scale));
       }
-      return true;
+      return w;
     });
   }
 
