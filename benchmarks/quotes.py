@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, page, record, runner, serving_table
+from benchmarks import curves, exclusive_table, page, record, runner, serving_table
 from benchmarks.report import ceilings
 from benchmarks.workloads.decode import OWN_VALUES, TIME_FIRST
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
@@ -32,7 +32,7 @@ from resformer_kernels.cli.support import answers
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs"
-_FOLDERS = ("mix", "kvcache", "scan", "reservoir", "integrations/transformers")
+_FOLDERS = ("attention", "mix", "kvcache", "scan", "reservoir", "integrations/transformers")
 DOCUMENTS = (
     *("README.md", "docs/figures.md", "docs/serving.md", "docs/support.md"),
     *(f"resformer_kernels/{folder}/README.md" for folder in _FOLDERS),
@@ -259,6 +259,7 @@ QUOTES: dict[str, Callable[[], str]] = {
     "models": model_table,
     "every-case": every_case,
     "gpus": gpu_table,
+    "exclusive": exclusive_table.stored,
     "serving": serving_table.stored,
     "support": lambda: summary(_support()),
     "support-by-form": lambda: whole(_support()),

@@ -18,10 +18,8 @@ from resformer_kernels.bench.attention import (
     TIME_FIRST,
     AttentionBenchmark,
 )
-from resformer_kernels.bench.timing import Call, timed_call
+from resformer_kernels.bench.timing import PLAIN, Call, timed_call
 
-PLAIN = "ours, plain"
-"""Without exclusion and gate: what the fused call costs more than."""
 PASSES = "ours, separate passes"
 EPS = 1e-6
 
