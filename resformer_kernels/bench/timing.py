@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +162,8 @@ def alternate(
     timer: Timer | None = None,
     settle_rounds: int = 0,
 ) -> dict[str, Timing]:
-    """Time each contestant, one sample each in turn, so that drift meets all of them alike.
+    """Time each contestant, one sample each in turn, so that drift meets all of them alike. Each
+    starts a round in turn, and the others follow in an order that is drawn for every round.
 
     Args:
         contestants: what to call, by name.
@@ -184,17 +186,19 @@ def alternate(
     _settle(contestants, settle_rounds)
     collected: dict[str, list[float]] = {name: [] for name in contestants}
     pages: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    names = list(contestants)
+    draw = random.Random(0)
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(samples):
-            for name in order:
+        for round_ in range(samples):
+            # No contestant always runs after the same neighbour, in its cache, its heat and the
+            # threads that it leaves spinning.
+            first = names[round_ % len(names)]
+            for name in (first, *draw.sample([n for n in names if n != first], len(names) - 1)):
                 before = fresh_pages.touched()
                 collected[name].append(timer(contestants[name], repeats[name]))
                 pages[name].append((fresh_pages.touched() - before) / repeats[name])
-            # So that no contestant always runs after the same neighbour, in its cache and heat.
-            order.append(order.pop(0))
     finally:
         if enabled:
             gc.enable()
