@@ -25,10 +25,12 @@ def attention_cases(
     biases: tuple[str, ...] = BIAS_KINDS,
     tokens: st.SearchStrategy[int] = LENGTHS,
     most: int = 3,
+    epilogues: bool = True,
 ) -> AttentionCase:
     """Any combination of the arguments of the contract, in small sizes.
 
-    `tokens` gives lengths, `most` is the most batch entries and KV heads.
+    `tokens` gives lengths, `most` is the most batch entries and KV heads. Without `epilogues`
+    nothing follows the softmax.
     """
     few = range(1, most + 1)
     kv_heads = draw(st.sampled_from(few))
@@ -55,8 +57,8 @@ def attention_cases(
         softcap=draw(st.sampled_from((0.0, 0.0, 2.0, 30.0))),
         sinks=draw(st.booleans()),
         bias=draw(st.sampled_from(("none", *biases))),
-        exclusive=draw(st.sampled_from(("none", "none", *EXCLUSIVE_FORMS))),
-        out_gate=draw(st.sampled_from(("none", "none", *GATE_FORMS))),
+        exclusive=draw(st.sampled_from(("none", *EXCLUSIVE_FORMS) if epilogues else ("none",))),
+        out_gate=draw(st.sampled_from(("none", *GATE_FORMS) if epilogues else ("none",))),
         zero_values=draw(st.booleans()),
         return_lse=draw(st.booleans()),
         return_mixed_value=draw(st.booleans()),

@@ -59,7 +59,7 @@ def test_random_cases_stay_within_budget(
     install: Install, module: str, packed: bool, data: st.DataObject
 ) -> None:
     install(module)
-    case = data.draw(attention_cases(BF16, packed, ("none",)))
+    case = data.draw(attention_cases(BF16, packed, ("none",), epilogues=False))
     dims = data.draw(st.sampled_from((8, 12, 16, 64)))
     case = dataclasses.replace(
         case, head_dim=dims, value_dim=dims, sinks=False, return_lse=False, bias="none"

@@ -81,7 +81,7 @@ def check(case: AttentionCase) -> None:
 )
 @given(data=st.data())
 def test_random_cases_stay_within_budget(fake: Fake4, packed: bool, data: st.DataObject) -> None:
-    case = data.draw(attention_cases(BF16, packed, ("none",), most=2))
+    case = data.draw(attention_cases(BF16, packed, ("none",), most=2, epilogues=False))
     dims = data.draw(st.sampled_from(((8, 8), (16, 16), (64, 64), (24, 64), (16, 128))))
     scale = data.draw(st.sampled_from((None, 0.3)))
     case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1], scale=scale, bias="none")
