@@ -8,12 +8,13 @@ imported when a call asks for it that nothing else rules out.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE, Hardware
 from resformer_kernels._core.op import TRITON
-from resformer_kernels.attention import alone
 from resformer_kernels.attention.flash_attn import figures
 from resformer_kernels.attention.flash_attn.earlier import EARLIER, Earlier
 from resformer_kernels.attention.flash_attn.four import FOUR, Four
@@ -83,6 +84,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return_mixed_value=call.return_mixed_value or call.excludes,
     )
     y, lse, mixed = package.run(bare)
+    # Its ops take a fifth of the package's import to register.
+    alone = importlib.import_module("resformer_kernels.attention.alone")
     out = alone.run(TRITON, alone.epilogue_of(call, y, mixed))
     return out, lse, mixed if call.return_mixed_value else None
 
