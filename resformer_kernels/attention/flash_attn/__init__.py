@@ -8,8 +8,6 @@ imported when a call asks for it that nothing else rules out.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -85,7 +83,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
     y, lse, mixed = package.run(bare)
     # Its ops take a fifth of the package's import to register.
-    alone = importlib.import_module("resformer_kernels.attention.alone")
+    from resformer_kernels.attention import alone
+
     out = alone.run(TRITON, alone.epilogue_of(call, y, mixed))
     return out, lse, mixed if call.return_mixed_value else None
 
