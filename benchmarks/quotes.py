@@ -26,7 +26,7 @@ from build_support import cuda
 from resformer_kernels._core import extension
 from resformer_kernels._triton import arch
 from resformer_kernels.bench.tables import duration, markdown_rows, rate_and_share
-from resformer_kernels.bench.timing import OURS
+from resformer_kernels.bench.timing import OURS, PLAIN
 from resformer_kernels.cli.matrix import Matrix, matrices, summary, whole
 from resformer_kernels.cli.support import answers
 
@@ -122,7 +122,7 @@ def fastest_peer(found: dict[str, float]) -> str | None:
         bare = name.removesuffix(TIME_FIRST)
         return bare == name or bare in found or f"{bare} (B,H,T,D)" in found
 
-    peers = (name for name in found if name != OURS and in_its_own(name))
+    peers = (name for name in found if name not in (OURS, PLAIN) and in_its_own(name))
     return min(peers, key=lambda name: found[name], default=None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from resformer_kernels._core.op import Op
-from resformer_kernels.attention import alone
+from resformer_kernels.attention import epilogue_op
 from resformer_kernels.attention import op as attention
 from resformer_kernels.attention.record import LEAVES, AttentionCall
 from resformer_kernels.kvcache import op as kvcache
@@ -115,10 +115,12 @@ def _attention() -> Iterator[OpCall]:
         back = attention.BackwardCall(out, None, None, call, out, lse, along, mask)
         yield OpCall(f"attention {name}, backward", attention.BACKWARD, back)
         if not call.plain:
-            of = alone.epilogue_of(call, out, call.value)
-            yield OpCall(f"epilogue {name}", alone.FORWARD, of)
-            of_epilogue = alone.EpilogueBackwardCall(out, of, 2 ** len(alone.LEAVES) - 1)
-            yield OpCall(f"epilogue {name}, backward", alone.BACKWARD, of_epilogue)
+            of = epilogue_op.epilogue_of(call, out, call.value)
+            yield OpCall(f"epilogue {name}", epilogue_op.FORWARD, of)
+            of_epilogue = epilogue_op.EpilogueBackwardCall(
+                out, of, 2 ** len(epilogue_op.LEAVES) - 1
+            )
+            yield OpCall(f"epilogue {name}, backward", epilogue_op.BACKWARD, of_epilogue)
 
 
 def _kvcache() -> Iterator[OpCall]:

@@ -270,21 +270,12 @@ class Forward {
     }
   }
 
-  // Adds the sink, divides by the softmax's denominator and writes out and LSE. A row that saw no key gives
-  // zeros and the sink, which may be too low for the unit of scores.
+  // Writes out and LSE of a row whose keys have all been seen.
   void finish(const Wave& wave, const RowTile& rows, int64_t r, float m, float l, float* acc,
               AttendScratch& s) {
     const Sequence& seq = *rows.sequence;
     const int64_t head = rows.head(r), t = seq.q_start + rows.query(r);
-    float weight = 1.0f;
-    if (p_.sinks) {
-      const float sink = p_.sinks[head] * Unit::kUnit, top = sink > m ? sink : m;
-      weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
-      l = l * weight + (sink == kMinusInf ? 0.0f : Unit::exp(sink - top));
-      m = top;
-    }
-    const bool empty = l == 0.0f;
-    const float factor = empty ? 0.0f : weight / l;
+    const auto [factor, lse] = close_row<Unit>(m, l, p_.sinks ? p_.sinks + head : nullptr, out_.lse);
     T* out = out_.out.row<T>(seq.batch, t, head);
     const int64_t number =
         seq.batch * out_.lse_stride[0] + head * out_.lse_stride[1] + t * out_.lse_stride[2];
@@ -297,7 +288,7 @@ class Forward {
                                      acc, ungated, out);
       if (out_.along) out_.along[number] = along;
     }
-    if (out_.lse) out_.lse[number] = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head] : kMinusInf;
+    if (out_.lse) out_.lse[number] = lse;
   }
 
   // V' at query i's own position, from the packed tile: a window always holds that position.

@@ -55,10 +55,8 @@ class ValueRow {
       mix(v, first, into, [x](int64_t) { return set1(x); }, [y](int64_t) { return set1(y); });
     } else {
       float *x = varied_.get(), *y = x + round_up(p_.dim_v, kLanes);
-      for (int64_t d = 0; d < p_.dim_v; ++d) {
-        x[d] = cv.at(b, t, h, d);
-        y[d] = cf.at(b, t, h, d);
-      }
+      coefficient_row(cv, cv.row(b, t, h), p_.dim_v, x);
+      coefficient_row(cf, cf.row(b, t, h), p_.dim_v, y);
       mix(v, first, into, [x](int64_t d) { return load(x + d); }, [y](int64_t d) { return load(y + d); });
     }
     return into;

@@ -7,25 +7,6 @@
 
 namespace resformer::RESFORMER_ISA {
 
-template <class T>
-static inline void widen_row(const T* src, int64_t dim, float* out) {
-  pack_row<F32>(src, dim, out);
-}
-
-// A row of a coefficient that differs from channel to channel.
-static inline void coefficient_row(const Coefficient& c, int64_t offset, int64_t dim, float* out) {
-  if (c.stride[3] != 1) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = c.load(offset + d * c.stride[3]);
-    for (int64_t d = dim; d < round_up(dim, kLanes); ++d) out[d] = 0.0f;
-  } else if (c.dtype == DType::bfloat16) {
-    widen_row(static_cast<const bf16*>(c.data) + offset, dim, out);
-  } else if (c.dtype == DType::float16) {
-    widen_row(static_cast<const f16*>(c.data) + offset, dim, out);
-  } else {
-    widen_row(static_cast<const float*>(c.data) + offset, dim, out);
-  }
-}
-
 // row *= gate, which differs from channel to channel. `scratch` has room for a row.
 static inline void gate_channels(const Coefficient& gate, int64_t offset, int64_t dim, float* scratch,
                                  float* row) {

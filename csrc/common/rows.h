@@ -1,6 +1,7 @@
 // Rows of a tensor to rows of words (see gemm.h), and back.
 #pragma once
 
+#include "common/coefficients.h"
 #include "common/gemm.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -22,6 +23,25 @@ static inline void pack_row(const T* src, int64_t dim, float* words) {
     for (; d + kLanes <= dim; d += kLanes) store(words + d, load(src + d));
     for (; d < dim; ++d) words[d] = to_float(src[d]);
     for (; d < total; ++d) words[d] = 0.0f;
+  }
+}
+
+template <class T>
+static inline void widen_row(const T* src, int64_t dim, float* out) {
+  pack_row<F32>(src, dim, out);
+}
+
+// The row of a coefficient at `offset`, a number for each channel.
+static inline void coefficient_row(const Coefficient& c, int64_t offset, int64_t dim, float* out) {
+  if (c.data == nullptr || c.stride[3] != 1) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = c.data ? c.load(offset + d * c.stride[3]) : c.value;
+    for (int64_t d = dim; d < round_up(dim, kLanes); ++d) out[d] = 0.0f;
+  } else if (c.dtype == DType::bfloat16) {
+    widen_row(static_cast<const bf16*>(c.data) + offset, dim, out);
+  } else if (c.dtype == DType::float16) {
+    widen_row(static_cast<const f16*>(c.data) + offset, dim, out);
+  } else {
+    widen_row(static_cast<const float*>(c.data) + offset, dim, out);
   }
 }
 

@@ -39,6 +39,26 @@ struct Scores {
   }
 };
 
+// A row's softmax whose keys have all been seen: `factor` normalises its sum, 0 where it saw nothing, and
+// `lse` is natural. A sink, natural too, joins the denominator; it may be too low for the unit of scores, so
+// an empty row's LSE is the sink itself.
+struct ClosedRow {
+  float factor, lse;
+};
+
+template <class Unit>
+static inline ClosedRow close_row(float m, float l, const float* sink, bool wants_lse) {
+  float weight = 1.0f;
+  if (sink) {
+    const float score = *sink * Unit::kUnit, top = score > m ? score : m;
+    weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
+    l = l * weight + (score == kMinusInf ? 0.0f : Unit::exp(score - top));
+    m = top;
+  }
+  if (l == 0.0f) return {0.0f, sink ? *sink : kMinusInf};
+  return {weight / l, wants_lse ? Unit::lse(m, l) : 0.0f};
+}
+
 static inline int64_t lane_floor(int64_t column) { return column / kLanes * kLanes; }
 static inline int64_t lane_ceil(int64_t column) { return round_up(column, kLanes); }
 

@@ -31,20 +31,11 @@ class CacheResult {
     return (g.head + h) * p_.group + (g.row + row) % p_.group;
   }
 
-  // Adds the sink, divides by the softmax's denominator, writes out and LSE: for an empty row zeros and
-  // the sink, which may be too low for the unit of scores. Rows of a head come in order, after `rows.own` was
-  // reset.
+  // Writes out and LSE of a row whose keys have all been seen. Rows of a head come in order, after `rows.own`
+  // was reset.
   void finish(const CacheGroup& g, int64_t h, int64_t r, float m, float l, float* acc, Rows& rows) const {
     const int64_t head_q = head(g, h, r), t = time(g, query(g, r)), dim = p_.values.dim;
-    float weight = 1.0f;
-    if (p_.sinks) {
-      const float sink = p_.sinks[head_q] * Unit::kUnit, top = sink > m ? sink : m;
-      weight = m == kMinusInf ? 1.0f : Unit::exp(m - top);
-      l = l * weight + (sink == kMinusInf ? 0.0f : Unit::exp(sink - top));
-      m = top;
-    }
-    const bool empty = l == 0.0f;
-    const float factor = empty ? 0.0f : weight / l;
+    const auto [factor, lse] = close_row<Unit>(m, l, p_.sinks ? p_.sinks + head_q : nullptr, p_.lse);
     T* out = p_.out.row<T>(g.sequence, t, head_q);
     if (!p_.epilogue.any()) {
       scale_row(acc, factor, dim, out);
@@ -53,9 +44,7 @@ class CacheResult {
       finish_row<T>(p_.epilogue, rows.own, g.sequence, t, head_q, dim, factor, rows.gate.get(), acc, nullptr,
                     out);
     }
-    if (!p_.lse) return;
-    float& lse = p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + t];
-    lse = !empty ? Unit::lse(m, l) : p_.sinks ? p_.sinks[head_q] : kMinusInf;
+    if (p_.lse) p_.lse[g.sequence * p_.lse_stride[0] + head_q * p_.lse_stride[1] + t] = lse;
   }
 
  private:

@@ -10,6 +10,7 @@ C++ reads arguments by position: `tests/test_records.py` holds its signatures to
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn, TypeAlias, get_args, get_origin, get_type_hints
@@ -40,9 +41,15 @@ OPS: dict[str, Op] = {}
 _libraries: list[torch.library.Library] = []  # a library unregisters its ops when it is collected
 
 
+@functools.cache
+def _hints(record: Any) -> dict[str, Any]:
+    """The annotations of a record, evaluated: ops share records, and every import pays for it."""
+    return get_type_hints(record, include_extras=True)
+
+
 def _fields(record: Any) -> Iterator[tuple[str, Any]]:
     """(name, annotation) of every field, those of nested records in place."""
-    for name, kind in get_type_hints(record, include_extras=True).items():
+    for name, kind in _hints(record).items():
         if hasattr(kind, "_fields"):
             yield from _fields(kind)
         else:
@@ -105,7 +112,7 @@ class Op:
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
         self._fake, self.triton, self.composed = fake, triton, composed
-        hints = get_type_hints(record)
+        hints = _hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]
         OPS[name] = self
         _libraries.extend((self.define(NATIVE), self.define(TRITON, triton)))

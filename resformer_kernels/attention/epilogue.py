@@ -26,18 +26,32 @@ _LEAST, _MOST = 1e-18, 1e18
 """Numbers whose squares float32 holds."""
 
 
-def check_exclusive(exclusive: Any, q: Tensor, kv_heads: int) -> tuple[Tensor | None, float]:
-    """(tensor of q's rank, 1.0), or (None, a number): 0 where nothing is excluded."""
-    if exclusive is None:
-        return None, 0.0
-    rows = (*q.shape[:-1], 1)
-    return check_coefficient(
-        "exclusive", exclusive, q, of="q", shape=rows, onto="a number for each query and head",
-        heads="query", other_heads=kv_heads,
-    )  # fmt: skip
+def check_epilogue(
+    exclusive: Any, eps: Any, gate: Any, q: Tensor, value_dim: int, kv_heads: int
+) -> dict[str, Any]:
+    """The fields of a call's record that say what follows the softmax, by name.
+
+    Tensors get q's rank, with axes of size 1 where they broadcast.
+    """
+    heads: dict[str, Any] = {"of": "q", "heads": "query", "other_heads": kv_heads}
+    part, number = None, 0.0
+    if exclusive is not None:
+        rows, onto = (*q.shape[:-1], 1), "a number for each query and head"
+        part, number = check_coefficient("exclusive", exclusive, q, shape=rows, onto=onto, **heads)
+    if gate is not None:
+        if not isinstance(gate, Tensor):
+            raise TypeError(f"out_gate must be a tensor or None, got {describe(gate)}")
+        full, onto = (*q.shape[:-1], value_dim), "the output's shape"
+        gate = check_factor("out_gate", gate, q, shape=full, onto=onto, **heads)
+    return {
+        "exclusive": part,
+        "exclusive_value": number,
+        "exclusive_eps": _check_eps(eps),
+        "out_gate": gate,
+    }
 
 
-def check_exclusive_eps(eps: Any) -> float:
+def _check_eps(eps: Any) -> float:
     """A bound that can be squared; None: 1e-6. It is no default of the public functions, as
     torch.compile(dynamic=True) makes a float default an input, which fails inside a checkpoint."""
     if eps is None:
@@ -46,18 +60,6 @@ def check_exclusive_eps(eps: Any) -> float:
     if not _LEAST <= eps <= _MOST:
         raise ValueError(f"exclusive_eps must be from {_LEAST} to {_MOST}, got {eps}")
     return float(eps)
-
-
-def check_out_gate(gate: Any, q: Tensor, value_dim: int, kv_heads: int) -> Tensor | None:
-    """The gate with q's rank, axes of size 1 where it broadcasts."""
-    if gate is None:
-        return None
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"out_gate must be a tensor or None, got {describe(gate)}")
-    return check_factor(
-        "out_gate", gate, q, of="q", shape=(*q.shape[:-1], value_dim), onto="the output's shape",
-        heads="query", other_heads=kv_heads,
-    )  # fmt: skip
 
 
 def keeping(call: Any) -> Any:

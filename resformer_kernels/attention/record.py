@@ -27,11 +27,7 @@ from resformer_kernels._core.checks import (
 )
 from resformer_kernels._core.coefficients import check_coefficient
 from resformer_kernels._core.op import SymInt, refuse_vmap
-from resformer_kernels.attention.epilogue import (
-    check_exclusive,
-    check_exclusive_eps,
-    check_out_gate,
-)
+from resformer_kernels.attention.epilogue import check_epilogue
 
 FIXED, PACKED = "value_residual_attention", "value_residual_attention_varlen"
 """The public functions."""
@@ -196,7 +192,6 @@ def check_call(
     check_flag("return_lse", return_lse)
     check_flag("return_mixed_value", return_mixed_value)
     value = v if v is not None else v_first
-    own_part, own_part_value = check_exclusive(exclusive, q, k.shape[-2])
     return AttentionCall(
         q=q,
         k=k,
@@ -218,10 +213,7 @@ def check_call(
         attn_bias=check_bias(attn_bias, q, (batch, q.shape[-2], max_q, max_k)),
         return_lse=return_lse,
         return_mixed_value=return_mixed_value,
-        exclusive=own_part,
-        exclusive_value=own_part_value,
-        exclusive_eps=check_exclusive_eps(exclusive_eps),
-        out_gate=check_out_gate(out_gate, q, value.shape[-1], k.shape[-2]),
+        **check_epilogue(exclusive, exclusive_eps, out_gate, q, value.shape[-1], k.shape[-2]),
     )
 
 

@@ -21,11 +21,7 @@ from resformer_kernels._core.checks import (
     integer,
 )
 from resformer_kernels._core.op import refuse_vmap
-from resformer_kernels.attention.epilogue import (
-    check_exclusive,
-    check_exclusive_eps,
-    check_out_gate,
-)
+from resformer_kernels.attention.epilogue import check_epilogue
 from resformer_kernels.attention.record import check_scale, check_sinks, check_softcap, check_window
 from resformer_kernels.kvcache import packed
 from resformer_kernels.kvcache.contents import check_contents
@@ -87,7 +83,6 @@ def check_call(
     left, right = check_window(window, causal)
     check_sinks(sinks, q)
     check_flag("return_lse", return_lse)
-    own_part, own_part_value = check_exclusive(exclusive, q, k_cache.shape[2])
     call = KVCacheCall(
         q=q,
         k_cache=k_cache,
@@ -111,10 +106,7 @@ def check_call(
         num_splits=check_splits(num_splits),
         return_lse=return_lse,
         out=None,
-        exclusive=own_part,
-        exclusive_value=own_part_value,
-        exclusive_eps=check_exclusive_eps(exclusive_eps),
-        out_gate=check_out_gate(out_gate, q, v_cache.shape[3], k_cache.shape[2]),
+        **check_epilogue(exclusive, exclusive_eps, out_gate, q, v_cache.shape[3], k_cache.shape[2]),
     )
     call = call._replace(
         key_mask=check_mask(key_mask, q, batch, call.capacity), out=check_out(out, call)

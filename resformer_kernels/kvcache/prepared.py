@@ -9,11 +9,7 @@ from torch import Tensor
 
 from resformer_kernels._core.checks import check_flag, describe
 from resformer_kernels._core.select import Backend
-from resformer_kernels.attention.epilogue import (
-    check_exclusive,
-    check_exclusive_eps,
-    check_out_gate,
-)
+from resformer_kernels.attention.epilogue import check_epilogue
 from resformer_kernels.attention.record import check_sinks
 from resformer_kernels.kvcache import checks
 from resformer_kernels.kvcache.record import QUANTISED, KVCacheCall
@@ -109,15 +105,9 @@ class KVCachePlan:
             written = (out[None] if self._packed_q else out) if fits else None
             written = checks.check_out(out, call) if written is None else written
             call = KVCacheCall._make((*call[:_OUT], written, *call[_OUT + 1 :]))
-        least = check_exclusive_eps(exclusive_eps)
-        if exclusive is not None or out_gate is not None:
-            own_part, number = check_exclusive(exclusive, q, k_cache.shape[2])
-            call = call._replace(
-                exclusive=own_part,
-                exclusive_value=number,
-                exclusive_eps=least,
-                out_gate=check_out_gate(out_gate, q, v_cache.shape[3], k_cache.shape[2]),
-            )
+        given = (exclusive, exclusive_eps, out_gate)
+        if any(x is not None for x in given):
+            call = call._replace(**check_epilogue(*given, q, v_cache.shape[3], k_cache.shape[2]))
         checks.refuse_gradients(call)
         return call
 

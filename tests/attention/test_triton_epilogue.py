@@ -12,7 +12,7 @@ from torch import Tensor
 from resformer_kernels import value_residual_attention
 from resformer_kernels._core.op import NATIVE, TRITON
 from resformer_kernels._core.select import prepare
-from resformer_kernels.attention import alone
+from resformer_kernels.attention import epilogue_op
 from resformer_kernels.attention.epilogue import keeping
 from resformer_kernels.attention.op import BackwardCall
 from resformer_kernels.attention.record import LEAVES
@@ -70,8 +70,10 @@ def test_a_value_that_no_query_stands_at_has_no_part() -> None:
     value = torch.randn(1, 12, 1, 16)
     value[:, :8] = torch.nan
     rows = torch.randn(1, 4, 1, 16)
-    given = alone.EpilogueCall(rows, value, None, None, 4, 12, None, 0.5, 1e-6, None)
-    dy, dvalue, _, _ = alone.BACKWARD(TRITON, alone.EpilogueBackwardCall(rows, given, 0b11))
+    given = epilogue_op.EpilogueCall(rows, value, None, None, 4, 12, None, 0.5, 1e-6, None)
+    dy, dvalue, _, _ = epilogue_op.BACKWARD(
+        TRITON, epilogue_op.EpilogueBackwardCall(rows, given, 0b11)
+    )
     assert dy.isfinite().all()
     assert dvalue.isfinite().all()
     assert not dvalue[:, :8].any()
@@ -134,24 +136,26 @@ def test_the_epilogue_alone_passes_opcheck(namespace: str, name: str) -> None:
     given, mask = _alone(name)
     ops = getattr(torch.ops, namespace)
     torch.library.opcheck(ops.attention_epilogue_forward.default, tuple(given))
-    back = alone.EpilogueBackwardCall(torch.randn_like(given.y), given, mask)
-    flat = alone.BACKWARD.flatten(back)
+    back = epilogue_op.EpilogueBackwardCall(torch.randn_like(given.y), given, mask)
+    flat = epilogue_op.BACKWARD.flatten(back)
     torch.library.opcheck(ops.attention_epilogue_backward.default, flat)
 
 
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_the_epilogue_alone_is_the_formula(name: str) -> None:
     given, mask = _alone(name)
-    back = alone.EpilogueBackwardCall(torch.randn_like(given.y), given, mask)
-    for op, call in ((alone.FORWARD, given), (alone.BACKWARD, back)):
+    back = epilogue_op.EpilogueBackwardCall(torch.randn_like(given.y), given, mask)
+    for op, call in ((epilogue_op.FORWARD, given), (epilogue_op.BACKWARD, back)):
         got, expected = (op(namespace, call) for namespace in (TRITON, NATIVE))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def _alone(name: str) -> tuple[alone.EpilogueCall, int]:
+def _alone(name: str) -> tuple[epilogue_op.EpilogueCall, int]:
     """A call of the op in float32, zeros in place of NaN, and a mask of all gradients."""
     inputs = attention_inputs(EPILOGUES[name])
     call = prepare(inputs.function, **inputs.tensors, **inputs.options).call
     y = torch.randn(*call.q.shape[:-1], call.value.shape[-1])
-    given = alone.epilogue_of(call, y, call.value.nan_to_num())
-    return given, sum(1 << i for i, x in enumerate(alone.LEAVES) if getattr(given, x) is not None)
+    given = epilogue_op.epilogue_of(call, y, call.value.nan_to_num())
+    return given, sum(
+        1 << i for i, x in enumerate(epilogue_op.LEAVES) if getattr(given, x) is not None
+    )

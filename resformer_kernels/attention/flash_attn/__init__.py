@@ -83,9 +83,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
     y, lse, mixed = package.run(bare)
     # Its ops take a fifth of the package's import to register.
-    from resformer_kernels.attention import alone
+    from resformer_kernels.attention import epilogue_op
 
-    out = alone.run(TRITON, alone.epilogue_of(call, y, mixed))
+    out = epilogue_op.run(TRITON, epilogue_op.epilogue_of(call, y, mixed))
     return out, lse, mixed if call.return_mixed_value else None
 
 

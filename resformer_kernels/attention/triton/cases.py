@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resformer_kernels._triton.cases import CompileCase, case_from_launch
 from resformer_kernels._triton.launch import Launch, assumed_capability, recorded_launches
-from resformer_kernels.attention import alone
+from resformer_kernels.attention import epilogue_op
 from resformer_kernels.attention.op import BackwardCall
 from resformer_kernels.attention.record import LEAVES, AttentionCall
 from resformer_kernels.attention.triton import epilogue
@@ -121,9 +121,9 @@ class _Call:
         kept = along if call.excludes else None
         backward(BackwardCall(out, None, None, call, out, lse, kept, _EVERY_GRADIENT))
         if not call.plain:
-            of = alone.epilogue_of(call, out, call.value)
+            of = epilogue_op.epilogue_of(call, out, call.value)
             epilogue.forward(of)
-            epilogue.backward(alone.EpilogueBackwardCall(out, of, _EVERY_GRADIENT))
+            epilogue.backward(epilogue_op.EpilogueBackwardCall(out, of, _EVERY_GRADIENT))
 
 
 def _calls() -> Iterator[_Call]:
@@ -152,9 +152,13 @@ def _calls() -> Iterator[_Call]:
     yield _Call("exclusive, gate per element", exclusive="token", gate="full")
     yield _Call("exclusive by a number", head_dim=64, exclusive="number")
     yield _Call("gate", head_dim=64, gate="full", causal=False)
-    yield _Call("exclusive, GQA 8", exclusive="token", gate="token", group=8)
     yield _Call(
-        "exclusive, packed", exclusive="token", gate="token", packed=True, coefficient="token"
+        "exclusive, packed, GQA 8",
+        exclusive="token",
+        gate="token",
+        group=8,
+        packed=True,
+        coefficient="token",
     )
 
 

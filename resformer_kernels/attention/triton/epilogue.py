@@ -14,7 +14,7 @@ from resformer_kernels._core.strides import unit_stride
 from resformer_kernels._triton.device import NUMBER, PER_ROW, round_to, widen
 from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels._triton.views import view_of
-from resformer_kernels.attention.alone import EpilogueBackwardCall, EpilogueCall
+from resformer_kernels.attention.epilogue_op import EpilogueBackwardCall, EpilogueCall
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton.finish import finish_rows
 from resformer_kernels.attention.triton.forward import clear_tail
