@@ -15,11 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from resformer_kernels._core import extension
 from resformer_kernels._triton.available import interpreted
 from tests.backends import available
 from tests.interpreter import quick
+
+# Hypothesis draws some numbers out of the sources of the modules loaded so far, and those depend on
+# the tests that ran before: without them every run draws the same examples.
+if hasattr(providers, "_get_local_constants"):
+    vars(providers)["_get_local_constants"] = vars(providers)["Constants"]
 
 # A first call loads the library, and CI machines stall: time per example says nothing here.
 # Interpreted kernels are slow, and fixtures that choose a backend hold for every example.

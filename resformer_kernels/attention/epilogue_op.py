@@ -100,17 +100,41 @@ def forward(_namespace: str, given: EpilogueCall) -> Tensor:
     return reference.finish(call, y, value, at).reshape(given.y.shape)
 
 
-def backward(namespace: str, given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
-    """The op in plain PyTorch: autograd of `forward`."""
-    leaves = {
-        name: getattr(given.call, name).detach().requires_grad_()
-        for name, wanted in given.wanted().items()
-        if wanted and getattr(given.call, name) is not None
+def backward(_namespace: str, given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
+    """The op in plain PyTorch."""
+    call, y, value, at = _placed(given.call, given.call.y)
+    grad = _placed(given.call, given.grad_out)[1]
+    gate = 1.0 if call.out_gate is None else call.out_gate.to(y.dtype)
+    part = call.exclusive_value if call.exclusive is None else call.exclusive.to(y.dtype)
+    du = gate * grad
+    w = reference.own_values(value, at, y) if call.excludes else torch.zeros_like(y)
+    size = w.square().sum(-1, keepdim=True)
+    above = size > call.exclusive_eps**2
+    size = size.clamp(min=call.exclusive_eps**2)
+    along = (y * w).sum(-1, keepdim=True) / size
+    back = (du * w).sum(-1, keepdim=True) / size
+    dw = -part * (along * du + back * y - 2 * along * back * above * w)
+    # The row after the last one stands for a position without a key.
+    onto = y.new_zeros(value.shape[0], value.shape[1] + 1, *value.shape[2:])
+    onto.index_add_(1, at[0] % onto.shape[1], dw.unflatten(2, (value.shape[2], -1)).sum(3))
+    found = {
+        "y": du - part * back * w,
+        "value": onto[:, :-1],
+        "exclusive": -along * back * size,
+        "out_gate": grad * (y - part * along * w),
     }
-    with torch.enable_grad():
-        out = forward(namespace, given.call._replace(**leaves))
-    found = torch.autograd.grad(out, list(leaves.values()), given.grad_out)
-    return given.results({n: x.contiguous() for n, x in zip(leaves, found, strict=True)})
+    leaves = {name: getattr(given.call, name) for name, want in given.wanted().items() if want}
+    return given.results(
+        {
+            name: found[name]
+            .sum_to_size(x.shape if x.dim() == 4 else (1, *x.shape))
+            .to(x.dtype)
+            .reshape(x.shape)
+            .contiguous()
+            for name, x in leaves.items()
+            if x is not None
+        }
+    )
 
 
 def _placed(given: EpilogueCall, y: Tensor) -> tuple[AttentionCall, Tensor, Tensor, Tensor]:

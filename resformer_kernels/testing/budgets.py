@@ -13,8 +13,8 @@ exactly, and a budget of zero would say nothing about precision.)
 
 The reference's error is itself luck: of a tensor with one element it is often near zero. Where a
 first look finds an error too large, the reference is run again with its channels in other orders
-and its output gradients a few per cent larger or smaller, which changes little but the rounding,
-and the largest of its errors counts.
+and its queries, values and output gradients a few per cent larger or smaller, which changes little
+but the rounding, and the largest of its errors counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from resformer_kernels.testing.inputs import AttentionCase, Inputs, attention_in
 from resformer_kernels.testing.poison import poisoned
 
 _DRAWS = 3
-_ORDERS = 4
+_ORDERS = 8
 _GRADIENTS = LEAVES
 
 
@@ -159,14 +159,20 @@ def _reference_errors(inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _redrawn(inputs: Inputs, luck: torch.Generator) -> Inputs:
-    """The same problem up to rounding: other orders of channels, other magnitudes of gradients."""
+    """The same problem up to rounding: other orders of channels, other magnitudes."""
     value = _value(inputs.tensors)
     keys = torch.randperm(inputs.tensors["q"].shape[-1], generator=luck).to(value.device)
     values = torch.randperm(value.shape[-1], generator=luck).to(value.device)
-    # Near 1, so that errors keep their size; the gradients are linear in it.
-    factor = 1 + (float(torch.rand((), generator=luck)) - 0.5) / 16
+    # Near 1, so that errors keep their size. Scores stay, the output is linear in the values, and
+    # the gradients are in those of the output.
+    factor, of_keys, of_values = (
+        1 + (float(torch.rand((), generator=luck)) - 0.5) / 16 for _ in range(3)
+    )
+    factors = {"q": of_keys, "k": 1 / of_keys, "v": of_values, "v_first": of_values}
 
     def move(name: str, x: Tensor) -> Tensor:
+        if name in factors:
+            x = x * factors[name]
         if name in ("q", "k"):
             return x[..., keys]
         by_channel = name in (

@@ -18,9 +18,6 @@ from resformer_kernels.attention import reference
 from resformer_kernels.attention.record import AttentionCall
 
 _NAMES = ("exclusive", "exclusive_eps", "out_gate")
-_QUOTIENT = 2.0
-"""What is taken out is a quotient times a row: one rounding more than a term of a sum, as a scale
-of a quantised cache is."""
 
 
 def output_terms(run: Callable[[Any], Tensor], inputs: Any) -> dict[str, float]:
@@ -29,7 +26,7 @@ def output_terms(run: Callable[[Any], Tensor], inputs: Any) -> dict[str, float]:
     if not any(name in tensors or name in options for name in ("exclusive", "out_gate")):
         return {}
     y = run(without(inputs, _NAMES))
-    taken = _QUOTIENT * (y - run(without(inputs, ("out_gate",))))
+    taken = y - run(without(inputs, ("out_gate",)))
     gate = tensors.get("out_gate")
     if gate is not None:
         y, taken = gate * y, gate * taken
@@ -99,9 +96,9 @@ class _Pieces:
         taken = e * a * w
         self.dy = [self._flat(x) for x in (du, -e * c / size * w)]
         self.dw = [-e * a * du, -e * c / size * y, 2 * e * c * a / size * w * above]
-        of_gate = torch.cat([grad * y, _QUOTIENT * grad * taken], -1)
-        of_exclusive = _QUOTIENT * torch.cat([a * du * w, c / size * y * w], -1)
-        out = torch.cat([gate * y, _QUOTIENT * gate * taken], -1)
+        of_gate = torch.cat([grad * y, grad * taken], -1)
+        of_exclusive = torch.cat([a * du * w, c / size * y * w], -1)
+        out = torch.cat([gate * y, gate * taken], -1)
         terms = (("out", out), ("dout_gate", of_gate), ("dexclusive", of_exclusive))
         self.terms = {name: float(x.norm()) for name, x in terms}
 
