@@ -11,7 +11,7 @@ CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c
 MYPY_PATHS := $(wildcard resformer_kernels build_support tests benchmarks examples setup.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-families test-fa4 test-vllm serve bench docs device-check compile-newest lint format clean
+.PHONY: help setup demo test test-families test-fa4 test-vllm serve emulate bench docs device-check compile-newest lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -36,6 +36,9 @@ test-vllm: setup ## serve tiny models with vLLM on a CPU and hold their tokens t
 serve: setup ## serve a tiny SVFormer and a Llama with vLLM's OpenAI server on this machine, and compare
 	@scripts/vllm_env.sh $(PYTHON) .venv-vllm
 	@.venv-vllm/bin/python examples/serve_svformer.py $(ARGS)
+
+emulate: setup ## run what Triton compiles for an A100 and an H100 on this CPU, and watch every access
+	@$(PY) -m tests.gpu_on_cpu $(ARGS)
 
 bench: setup ## time every registered case against its peers
 	@$(VENV)/bin/resformer-kernels bench $(ARGS)

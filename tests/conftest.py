@@ -45,6 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="draw new random examples (by default every run draws the same ones)",
     )
+    parser.addoption(
+        "--emulate-all",
+        action="store_true",
+        help="run every case of tests/gpu_on_cpu on a GPU that is not there, not a few",
+    )
+    parser.addoption(
+        "--seeds",
+        type=int,
+        default=1,
+        help="schedules of each case of tests/gpu_on_cpu",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

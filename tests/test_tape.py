@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from resformer_kernels._core.op import OPS, TRITON
 from resformer_kernels._triton import tape
 from resformer_kernels._triton.available import interpreted
-from resformer_kernels._triton.launch import assumed_capability
+from resformer_kernels._triton.launch import assumed_capability, recorded_launches
 from resformer_kernels.testing.poison import environment
 from tests.op_calls import OpCall, op_calls
 
@@ -104,9 +104,12 @@ def test_all_that_a_launcher_decides_by_is_recorded_on_its_own() -> None:
     for variable in tape.SWITCHES:
         with environment(variable, "1"):
             assert _times_run(launcher, ran, x, 1.0) == 2
-    with assumed_capability((8, 0)):
-        assert _times_run(launcher, ran, x, 1.0) == 2
+    for gpu in (((8, 0),), ((8, 0), 3), ((8, 0), 4)):
+        with assumed_capability(*gpu):
+            assert _times_run(launcher, ran, x, 1.0) == 2
     assert _times_run(launcher, ran, x, 1.0) == 0
+    with recorded_launches():
+        assert _times_run(launcher, ran, x, 1.0) == 3
     tape.forget()
     assert _times_run(launcher, ran, x, 1.0) == 2
     tape.LAUNCHERS.pop("probe")

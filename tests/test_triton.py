@@ -10,7 +10,11 @@ import torch
 
 from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._triton import arch, available
-from resformer_kernels._triton.available import interpreted, unavailable_reason
+from resformer_kernels._triton.available import (
+    interpreted,
+    served_on_cpu,
+    unavailable_reason,
+)
 
 CUDA = torch.device("cuda", 0)
 
@@ -42,6 +46,9 @@ def test_cpu_tensors_run_in_the_interpreter_alone(monkeypatch: pytest.MonkeyPatc
     assert unavailable_reason(torch.device("cpu")) is None
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not interpreted()
+    assert "on the CPU" in reason(torch.device("cpu"))
+    with served_on_cpu():
+        assert unavailable_reason(torch.device("cpu")) is None
     assert "on the CPU" in reason(torch.device("cpu"))
 
 

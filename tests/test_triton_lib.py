@@ -13,8 +13,21 @@ import triton
 import triton.language as tl
 
 from resformer_kernels._triton import device as lib
+from resformer_kernels._triton.arch import STAND_IN, STAND_IN_MULTIPROCESSORS
 from resformer_kernels._triton.available import interpreted
-from resformer_kernels._triton.launch import launch
+from resformer_kernels._triton.launch import (
+    POISON,
+    Launch,
+    assumed_capability,
+    capability,
+    empty,
+    launch,
+    launched_by,
+    multiprocessors,
+    recorded_launches,
+    redirected,
+)
+from resformer_kernels.testing.poison import environment
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -201,3 +214,37 @@ def test_an_empty_grid_launches_nothing() -> None:
     out = torch.full((4,), 7.0)
     launch(_widen, (0,), CPU, source=out, target=out, COUNT=4)
     assert out.tolist() == [7.0] * 4
+
+
+def test_launches_go_elsewhere() -> None:
+    out, taken, fresh = torch.full((4,), 7.0), list[Launch](), list[torch.Tensor]()
+    with launched_by(taken.append, fresh.append):
+        assert redirected()
+        made = empty(out, (3, 2), torch.int32)
+        for grid in ((0,), (2, 3)):
+            launch(_widen, grid, CPU, source=out, target=out, COUNT=4)
+        with recorded_launches() as inner:
+            empty(out, (1,))
+            launch(_widen, (1,), CPU, source=out, target=out, COUNT=4)
+    assert not redirected()
+    assert out.tolist() == [7.0] * 4
+    assert [x.data_ptr() for x in fresh] == [made.data_ptr()]
+    assert [(x.kernel, x.grid, x.kwargs["COUNT"]) for x in taken] == [(_widen, (2, 3), 4)]
+    assert [x.grid for x in inner] == [(1,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64, torch.int32], ids=str)
+def test_what_a_kernel_ought_to_write_is_poisoned(dtype: torch.dtype) -> None:
+    with environment(POISON, "1"):
+        fresh = empty(torch.zeros(3), (5, 2), dtype)
+    assert (fresh.shape, fresh.dtype) == ((5, 2), dtype)
+    assert bool(fresh.isnan().all()) or dtype is torch.int32
+
+
+def test_a_gpu_that_is_assumed() -> None:
+    assert (capability(CPU), multiprocessors(CPU)) == (STAND_IN, STAND_IN_MULTIPROCESSORS)
+    with assumed_capability((8, 0)):
+        assert (capability(CPU), multiprocessors(CPU)) == ((8, 0), STAND_IN_MULTIPROCESSORS)
+        with assumed_capability((9, 0), 5):
+            assert (capability(CPU), multiprocessors(CPU)) == ((9, 0), 5)
+    assert multiprocessors(CPU) == STAND_IN_MULTIPROCESSORS

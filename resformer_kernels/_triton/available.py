@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.torch_version import TorchVersion
@@ -11,6 +13,18 @@ from torch.torch_version import TorchVersion
 from resformer_kernels._triton import arch, faults
 
 OLDEST = "3.6"
+_served = False
+
+
+@contextmanager
+def served_on_cpu() -> Iterator[None]:
+    """Within it kernels serve CPU tensors: something runs their launches in a GPU's place."""
+    global _served
+    before, _served = _served, True
+    try:
+        yield
+    finally:
+        _served = before
 
 
 def interpreted() -> bool:
@@ -22,7 +36,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`; None when they can."""
     kind = device.type
     if kind == "cpu":
-        if not interpreted():
+        if not interpreted() and not _served:
             return "it runs on CUDA tensors, these are on the CPU (TRITON_INTERPRET=1 emulates)"
         return version_reason()
     if kind == "mps":

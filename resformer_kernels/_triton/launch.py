@@ -1,4 +1,4 @@
-"""The host side of every Triton kernel: allocating outputs, launching, and recording launches."""
+"""The host side of every Triton kernel: allocating outputs, launching, and who else may launch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
+from resformer_kernels._triton import arch
 from resformer_kernels._triton.arch import STAND_IN, capability_of
 from resformer_kernels._triton.specialise import identity, specialised
 
@@ -34,8 +35,24 @@ class Taker(Protocol):
         """Do `run(*arguments)`."""
 
 
-_assumed: tuple[int, int] | None = None
-_recorder: list[Launch] | None = None
+class Assumed(NamedTuple):
+    """The GPU that launchers choose for, whatever their tensors are on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int | None = None
+    """None: as many as without it."""
+
+
+class Elsewhere(NamedTuple):
+    """What is called in the place of launches."""
+
+    run: Callable[[Launch], None]
+    allocated: Callable[[Tensor], None]
+    """Of memory for a kernel to write."""
+
+
+_assumed: Assumed | None = None
+_elsewhere: Elsewhere | None = None
 _compiled: dict[Any, Any] = {}
 _thread = threading.local()
 MOST_REGISTERS = 255
@@ -45,26 +62,52 @@ POISON = "RESFORMER_POISON"
 
 
 @contextmanager
-def assumed_capability(capability: tuple[int, int]) -> Iterator[None]:
-    """Within it launchers choose for that compute capability, whatever their tensors are on."""
+def assumed_capability(
+    capability: tuple[int, int], multiprocessors: int | None = None
+) -> Iterator[None]:
+    """Within it launchers choose for a GPU of that compute capability, and of so many
+    multiprocessors, whatever their tensors are on."""
     global _assumed
-    before, _assumed = _assumed, capability
+    before, _assumed = _assumed, Assumed(capability, multiprocessors)
     try:
         yield
     finally:
         _assumed = before
 
 
-def assumed() -> tuple[int, int] | None:
-    """The compute capability of `assumed_capability`."""
+def assumed() -> Assumed | None:
+    """The GPU of `assumed_capability`."""
     return _assumed
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability to choose for; without a GPU the interpreter plays an H100."""
     if _assumed is not None:
-        return _assumed
+        return _assumed.capability
     return capability_of(device) if device.type == "cuda" else STAND_IN
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors to choose for."""
+    if _assumed is not None and _assumed.multiprocessors is not None:
+        return _assumed.multiprocessors
+    return arch.multiprocessors(device)
+
+
+@contextmanager
+def launched_by(
+    run: Callable[[Launch], None], allocated: Callable[[Tensor], None] | None = None
+) -> Iterator[None]:
+    """Within it launched kernels do not run: `run` is given their launches.
+
+    `allocated` is given the memory that launchers allocate for kernels to write, before those.
+    """
+    global _elsewhere
+    before, _elsewhere = _elsewhere, Elsewhere(run, allocated or (lambda _: None))
+    try:
+        yield
+    finally:
+        _elsewhere = before
 
 
 @contextmanager
@@ -73,18 +116,14 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     Launchers may be given meta tensors: their storage offsets stand for their alignment.
     """
-    global _recorder
     launches: list[Launch] = []
-    before, _recorder = _recorder, launches
-    try:
+    with launched_by(launches.append):
         yield launches
-    finally:
-        _recorder = before
 
 
-def recorded() -> bool:
-    """Whether launches are recorded and do not run."""
-    return _recorder is not None
+def redirected() -> bool:
+    """Whether launches go elsewhere than to a GPU, or to Triton's interpreter."""
+    return _elsewhere is not None
 
 
 @contextmanager
@@ -98,11 +137,11 @@ def taken_by(taker: Taker) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
-    """Run `kernel` on `device`, or record the launch; nothing where the grid is empty."""
+    """Run `kernel` on `device`, or where launches go; nothing where the grid is empty."""
     if 0 in grid:
         return
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, arguments))
+    if _elsewhere is not None:
+        _elsewhere.run(Launch(kernel, grid, arguments))
         return
     if triton.knobs.runtime.interpret:
         run, values = _interpreted(kernel, grid, tuple(arguments)), tuple(arguments.values())
@@ -136,12 +175,17 @@ def _compile(kernel: Any, arguments: dict[str, Any], device: torch.device) -> An
     key = (identity(kernel, arguments), device)
     compiled = _compiled.get(key)
     if compiled is None:
-        found = specialised(kernel, arguments)
-        source = ASTSource(kernel, found.signature, found.constants, found.attrs)
         target = driver.active.get_current_target()
-        options = {"debug": triton.knobs.runtime.debug, **found.options}
-        compiled = _compiled[key] = triton.compile(source, target=target, options=options)
+        compiled = _compiled[key] = compiled_for(target, kernel, arguments)
     return compiled
+
+
+def compiled_for(target: Any, kernel: Any, arguments: dict[str, Any]) -> Any:
+    """The kernel that Triton compiles for a launch on a GPUTarget."""
+    found = specialised(kernel, arguments)
+    source = ASTSource(kernel, found.signature, found.constants, found.attrs)
+    options = {"debug": triton.knobs.runtime.debug, **found.options}
+    return triton.compile(source, target=target, options=options)
 
 
 def _compiled_runner(
@@ -179,8 +223,11 @@ def current(device: torch.device) -> bool:
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a kernel to write: uninitialised, or NaN under RESFORMER_POISON=1."""
+    """Memory for a kernel to write: uninitialised, or NaN under RESFORMER_POISON=1 where its dtype
+    has one."""
     fresh = like.new_empty(shape, dtype=dtype)
-    if os.environ.get(POISON):
+    if os.environ.get(POISON) and (fresh.is_floating_point() or fresh.is_complex()):
         fresh.fill_(torch.nan)
+    if _elsewhere is not None:
+        _elsewhere.allocated(fresh)
     return fresh

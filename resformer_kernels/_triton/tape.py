@@ -101,7 +101,7 @@ class Replayed:
             tensors = [x for i, x in enumerate(tensors) if places.index(id(x)) == i]
         key = tuple(found)
         replay = self._replays.get(key)
-        if replay is None or launch.recorded():
+        if replay is None or launch.redirected():
             return self._remembered(key, tensors, arguments)
         if launch.current(device):
             return replay(*tensors)
@@ -111,7 +111,7 @@ class Replayed:
     def _remembered(self, key: Any, tensors: list[Tensor], arguments: tuple[Any, ...]) -> Any:
         """A call that is not replayed, yet."""
         served = tensors[0].is_cuda or _everywhere
-        if not served or launch.recorded() or key in self._plain:
+        if not served or launch.redirected() or key in self._plain:
             return self._run(*arguments)
         if key not in self._replays:
             _put(self._replays, key, None)

@@ -1,9 +1,7 @@
-"""The CUDA kernels of `mix_values` and their launches, run on a CPU: held to the same budget as
-every backend, and to the bits of the CPU's kernels."""
+"""The CUDA kernels of `mix_values` and their launches, run on a CPU as nvcc compiled them: held to
+the same budget as every backend, to the bits of the CPU's kernels, and to the rules of a GPU."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,12 +15,13 @@ from resformer_kernels.mix import api, reference
 from resformer_kernels.mix import native as on_cpu
 from resformer_kernels.mix import op as ops
 from resformer_kernels.mix.record import MixCall
-from tests.cuda_on_cpu import build
+from tests.gpu_on_cpu import cuda_ops
+from tests.gpu_on_cpu.cuda_ops import NAMESPACE, CudaOps
 from tests.mix.calls import values_calls, wrong_values_calls
 from tests.mix.cases import DTYPES, FORMS, Case, cases, check_budget, run, values_call
 
-NAMESPACE = "resformer_cuda_on_cpu"
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+by_capability = pytest.mark.parametrize("capability", sorted(cuda_ops.ARCHITECTURES))
 
 
 class CudaOnCpu:
@@ -39,25 +38,20 @@ class CudaOnCpu:
         return ops.run(NAMESPACE, call)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    libraries = [op.define(NAMESPACE) for op in ops.OPS]
-    folder = tmp_path_factory.mktemp("mix_cuda")
-    torch.ops.load_library(str(build("mix/mix_cuda.cu", NAMESPACE, folder)))
-    yield
-    del libraries
-
-
 @pytest.fixture(autouse=True)
-def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    del built
+def gpu(monkeypatch: pytest.MonkeyPatch) -> CudaOps:
+    """The ops' library, and the backend in place of every other one."""
+    library = cuda_ops.library("mix/mix_cuda.cu", ops.OPS)
+    library.gpu = cuda_ops.Gpu()
     monkeypatch.setattr(api, "BACKENDS", (CudaOnCpu, on_cpu, reference))
+    return library
 
 
 @by_dtype
 @settings(max_examples=25)
 @given(data=st.data())
-def test_values_stay_within_budget(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_values_stay_within_budget(dtype: torch.dtype, gpu: CudaOps, data: st.DataObject) -> None:
+    gpu.gpu = data.draw(cuda_ops.GPUS)
     check_budget(values_call, data.draw(cases(dtype)), "cuda")
 
 
@@ -69,18 +63,26 @@ def test_long_sums_stay_within_budget(dtype: torch.dtype, rows: tuple[int, ...])
 
 
 @by_dtype
+@by_capability
 @pytest.mark.parametrize("layout", ["contiguous", "heads_first", "sliced"])
 @pytest.mark.parametrize("dim", [16, 17])
-def test_rows_of_whole_vectors_and_others(dtype: torch.dtype, layout: str, dim: int) -> None:
+def test_rows_of_whole_vectors_and_others(
+    dtype: torch.dtype, capability: int, layout: str, dim: int, gpu: CudaOps
+) -> None:
+    gpu.gpu.capability = capability
     case = Case((2, 9), 3, dim, dtype, FORMS, layout=layout, grad_layout=layout)
     check_budget(values_call, case, "cuda")
 
 
 @by_dtype
-@pytest.mark.parametrize("count", [9, 30])
-def test_more_sources_than_fit_into_a_launch(dtype: torch.dtype, count: int) -> None:
+@by_capability
+@pytest.mark.parametrize(("count", "dim"), [(9, 16), (30, 17)])
+def test_more_sources_than_fit_into_a_launch(
+    dtype: torch.dtype, capability: int, count: int, dim: int, gpu: CudaOps
+) -> None:
+    gpu.gpu.capability = capability
     forms = (("float", "scalar", "head", "full", "dim") * 6)[:count]
-    check_budget(values_call, Case((2, 9), 3, 16, dtype, forms), "cuda")
+    check_budget(values_call, Case((2, 9), 3, dim, dtype, forms), "cuda")
 
 
 @pytest.mark.parametrize("rows", [(0, 5), (3, 0), (0,)], ids=str)
@@ -90,9 +92,13 @@ def test_empty(rows: tuple[int, ...]) -> None:
 
 
 @by_dtype
+@by_capability
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dim", [40, 7])
-def test_the_bits_are_those_of_the_cpu(dtype: torch.dtype, dim: int) -> None:
+def test_the_bits_are_those_of_the_cpu(
+    dtype: torch.dtype, capability: int, dim: int, gpu: CudaOps
+) -> None:
+    gpu.gpu.capability = capability
     if "avx2" not in extension.available_cpu_paths():
         pytest.skip("this machine's CPU path does not fuse multiply and add")
     case = Case((2, 23), 3, dim, dtype, ("full", "head", "float", "token", "full"))

@@ -1,12 +1,11 @@
-"""The CUDA kernel of the sequential mode and its launch, run on a CPU by four blocks that exchange
-states: with shared memory for all of W in one block, and with hardly enough in all four."""
+"""The CUDA kernel of the sequential mode and its launch, run on a CPU as nvcc compiled it, by four
+blocks that exchange states: with shared memory for all of W in one block, and with hardly enough in
+all four."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,22 +13,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resformer_kernels import explain, reservoir_scan
-from resformer_kernels._core import extension
-from resformer_kernels._triton import available
+from resformer_kernels import reservoir_scan
 from resformer_kernels.reservoir import api, native, reference
 from resformer_kernels.reservoir import op as ops
 from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.record import ReducedCall
-from tests.cuda_on_cpu import build
+from tests.gpu_on_cpu import cuda_ops
+from tests.gpu_on_cpu.cuda_ops import NAMESPACE, CudaOps
+from tests.gpu_on_cpu.executor import LIMITS, POLICIES, WHEN, Limits, Schedule
 from tests.reservoir.cases import Case, cases, check_budget, empty, sweep
 from tests.reservoir.checks import BY_KERNELS, check_not_finite, check_refusals, ops_of
 
-NAMESPACE = "resformer_reservoir_cuda_on_cpu"
-BLOCK_BYTES = "CUDA_ON_CPU_BLOCK_BYTES"
 BLOCKS, LARGE = 4, 227 * 1024
+
+
+def limits(block_bytes: int) -> Limits:
+    """Of a GPU with BLOCKS multiprocessors, each with memory for one block of so many bytes."""
+    return LIMITS[90]._replace(
+        multiprocessors=BLOCKS,
+        shared_block=block_bytes,
+        # Memory is handed out by 128 bytes.
+        shared=-(-block_bytes // 128) * 128 + LIMITS[90].shared_reserved,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +44,14 @@ class CudaOnCpu:
 
     NAME: str
     tight: bool
+    library: CudaOps
 
     def unsupported_reason(self, _call: ReducedCall, _hardware: object) -> None:
         return None
 
     def run(self, call: ReducedCall) -> Any:
         # A backward has it too.
-        os.environ[BLOCK_BYTES] = str(least_bytes(call) if self.tight else LARGE)
+        self.library.gpu.limits = limits(least_bytes(call) if self.tight else LARGE)
         return ops.run(NAMESPACE, call)
 
 
@@ -56,21 +63,14 @@ def least_bytes(call: ReducedCall) -> int:
     return needed
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    libraries = [op.define(NAMESPACE) for op in ops.OPS]
-    folder = tmp_path_factory.mktemp("reservoir_cuda")
-    torch.ops.load_library(str(build("reservoir/reservoir_cuda.cu", NAMESPACE, folder)))
-    yield
-    del libraries
-
-
 @pytest.fixture(autouse=True)
-def backend(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    del built
-    backends = (CudaOnCpu("cuda", False), CudaOnCpu("tight", True), reference)
+def small(monkeypatch: pytest.MonkeyPatch) -> CudaOps:
+    """The ops' library with a small GPU, and the backends in place of every other one."""
+    library = cuda_ops.library("reservoir/reservoir_cuda.cu", ops.OPS)
+    library.gpu = cuda_ops.Gpu(limits=limits(LARGE))
+    backends = (CudaOnCpu("cuda", False, library), CudaOnCpu("tight", True, library), reference)
     monkeypatch.setattr(api, "BACKENDS", backends)
-    monkeypatch.setenv(BLOCK_BYTES, str(LARGE))
+    return library
 
 
 by_memory = pytest.mark.parametrize("backend_name", ["cuda", "tight"])
@@ -80,7 +80,10 @@ by_memory = pytest.mark.parametrize("backend_name", ["cuda", "tight"])
 @pytest.mark.parametrize("kind", ["dense", "groups"])
 @sweep(15)
 @given(data=st.data())
-def test_stays_within_budget(kind: str, backend_name: str, data: st.DataObject) -> None:
+def test_stays_within_budget(
+    kind: str, backend_name: str, small: CudaOps, data: st.DataObject
+) -> None:
+    small.gpu = data.draw(cuda_ops.GPUS)
     case = data.draw(cases(kind))
     lengths = None if case.lengths is None else tuple(n % 8 for n in case.lengths)
     short = dataclasses.replace(
@@ -119,6 +122,36 @@ def test_a_stream_has_the_same_bits_however_it_is_cut_and_shared_out() -> None:
     assert torch.equal(alone[0], whole[3])
 
 
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_bits_are_the_same_whatever_runs_first(policy: str, when: str, small: CudaOps) -> None:
+    """Four blocks that wait for one another's states, some far behind."""
+    u = torch.randn(3, 5, 33)
+    weight, grad = torch.randn(33, 33) / 6, torch.randn(3, 5, 33)
+
+    def run(schedule: Schedule) -> list[Tensor]:
+        small.gpu.schedule = schedule
+        leaves = [u.detach().requires_grad_(), weight.detach().requires_grad_()]
+        states, _ = reservoir_scan(*leaves, leak=0.5, backend="tight")
+        found = [states.detach(), *torch.autograd.grad(states, leaves, grad)]
+        assert {report.blocks_resident for _, report in small.gpu.reports} == {BLOCKS}
+        return found
+
+    expected = run(Schedule())
+    for seed in range(3):
+        for got, other in zip(run(Schedule(policy, when, seed)), expected, strict=True):
+            assert torch.equal(got, other)
+
+
+def test_blocks_that_are_not_all_there_at_once_are_refused(small: CudaOps) -> None:
+    u, weight = torch.randn(8, 3, 33), torch.randn(33, 33) / 6
+    small.gpu.limits = limits(8 << 10)
+    small.gpu.told = small.gpu.limits._replace(multiprocessors=2 * BLOCKS)
+    forward, _ = ops_of(NAMESPACE)
+    with pytest.raises(RuntimeError, match="limits: a cooperative grid of 8 blocks, of which 4"):
+        forward(inputs=u, weight=weight)
+
+
 @pytest.mark.parametrize("reduce", ["last", "mean", "gram"])
 def test_reductions(reduce: str) -> None:
     u, weight = torch.randn(3, 12, 9), torch.randn(9, 9) / 4
@@ -151,7 +184,7 @@ def test_the_ops_check_what_they_are_given() -> None:
     )
 
 
-def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_said_to_do_where_it_does(small: CudaOps) -> None:
     forward, _ = ops_of(NAMESPACE)
     luck = random.Random(3)
     answers = []
@@ -159,7 +192,7 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
         groups, size, sequences = luck.choice([1, 1, 3, 9]), luck.randint(1, 40), luck.randint(0, 9)
         inputs, dtype = luck.choice([0, 0, 1, 30]), luck.choice([torch.float32, torch.bfloat16])
         block_bytes = luck.randint(1, 64) * 256
-        monkeypatch.setenv(BLOCK_BYTES, str(block_bytes))
+        small.gpu.limits = limits(block_bytes)
         weight = torch.zeros(groups, size, size, dtype=dtype)
         w_in = torch.zeros(groups * size, inputs) if inputs else None
         u = torch.zeros(sequences, 1, inputs or groups * size)
@@ -178,56 +211,3 @@ def test_memory_is_said_to_do_where_it_does(monkeypatch: pytest.MonkeyPatch) -> 
         else:
             assert answers[-1]
     assert {True, False} <= set(answers)
-
-
-def on_cuda(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="cuda")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 with the CUDA library and Triton, instead of this file's backends."""
-    monkeypatch.undo()
-    monkeypatch.setattr(extension, "cuda_unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(extension, "cuda_memory", lambda _device: (132, 227 * 1024))
-    monkeypatch.setattr(available, "unavailable_reason", lambda _device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "weight", "options", "reason"),
-    [
-        ((2, 9, 1024), (1024, 1024), {}, None),
-        ((2, 9, 1024), (16, 64, 64), {}, None),
-        ((2, 9, 1024), (1024,), {}, "takes dense and grouped weights"),
-        ((2, 9, 1024), (1024, 1024), {"mode": "chunked"}, "goes step after step"),
-        ((2, 9, 4096), (4096, 4096), {}, "4096 units in groups of 4096 with 2"),
-        ((900, 9, 1024), (1024, 1024), {}, "with 900 sequences do not fit into 132 times"),
-    ],
-    ids=str,
-)
-@pytest.mark.usefixtures("gpu")
-def test_what_a_gpu_is_told(
-    monkeypatch: pytest.MonkeyPatch,
-    inputs: tuple[int, ...],
-    weight: tuple[int, ...],
-    options: dict[str, Any],
-    reason: str | None,
-) -> None:
-    monkeypatch.setattr(available, "unavailable_reason", lambda _device: "it is not installed")
-    with FakeTensorMode():
-        found = explain(reservoir_scan, on_cuda(*inputs), on_cuda(*weight), **options)
-    if reason is None:
-        assert found.backend == "native"
-        assert found.notes == ["mode='auto' is sequential: its CUDA kernel does not split time"]
-    else:
-        assert found.backend == "reference"
-        assert reason in found.reasons["native"]
-
-
-@pytest.mark.usefixtures("gpu")
-def test_triton_is_preferred_on_a_gpu() -> None:
-    with FakeTensorMode():
-        u, weight = on_cuda(2, 9, 64), on_cuda(64, 64)
-        assert explain(reservoir_scan, u, weight).backend == "triton"
-        assert explain(reservoir_scan, u, weight, backend="native").backend == "native"

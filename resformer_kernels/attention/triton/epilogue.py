@@ -238,6 +238,9 @@ def epilogue_gradients(
         num_warps=4,
         **_placed(call, size),
     )
+    if call.packed:
+        # Others' tiles reach past the last sequence.
+        clear_tail(call.cu_seqlens_q, dy)
     found = (
         None if x is None or leaf is None else summed_to(x, leaf)
         for x, leaf in ((sums["exclusive"], call.exclusive), (sums["out_gate"], call.out_gate))
@@ -295,8 +298,6 @@ def backward(given: EpilogueBackwardCall) -> tuple[Tensor, ...]:
     found = epilogue_gradients(
         call, given.grad_out, given.call.y, call.value, None, None, wanted, ungated=True
     )
-    if call.packed:
-        clear_tail(call.cu_seqlens_q, found.y)
-        if found.value is not None:
-            clear_tail(call.cu_seqlens_k, found.value)
+    if call.packed and found.value is not None:
+        clear_tail(call.cu_seqlens_k, found.value)
     return given.results({name: getattr(found, name) for name, want in wanted.items() if want})

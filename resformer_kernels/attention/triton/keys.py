@@ -186,13 +186,11 @@ def keys_gradient_kernel(
                 product = tl.trans(product)
             else:
                 product = dot(k_tile, tl.trans(q_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_base = load_row_numbers(
-                RowNumbers(base, base_descriptor, slot), at, first_row, ROWS, phase != 1
-            )
+            row_base = load_row_numbers(RowNumbers(base, base_descriptor, slot), first_row, ROWS)
             row_rest = 0.0
             if scoring.BIAS == ADDITIVE:
                 row_rest = load_row_numbers(
-                    RowNumbers(rest, rest_descriptor, slot), at, first_row, ROWS, phase != 1
+                    RowNumbers(rest, rest_descriptor, slot), first_row, ROWS
                 )[None, :]
             seen = seen_by_columns(rows, at, scoring, geometry)
             x, slope = scores(product, keys[:, None], seen, scoring, phase != 1)
@@ -208,9 +206,7 @@ def keys_gradient_kernel(
             dv_tile = dot(round_to(p, grad_tile.dtype), grad_tile, dv_tile)
             # (KEYS, ROWS)
             dp = dot(v_tile, tl.trans(grad_tile), tl.zeros([KEYS, ROWS], tl.float32))
-            row_delta = load_row_numbers(
-                RowNumbers(delta, delta_descriptor, slot), at, first_row, ROWS, phase != 1
-            )
+            row_delta = load_row_numbers(RowNumbers(delta, delta_descriptor, slot), first_row, ROWS)
             ds = p * (dp - row_delta[None, :])
             if scoring.CAPPED:
                 ds = ds * slope

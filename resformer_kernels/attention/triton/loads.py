@@ -52,7 +52,8 @@ def at_head(view, batch, time, head):
 def row_slot(at, slots, geometry):
     """Where backward keeps its numbers of a KV head's rows, one after the other, in (heads, slots).
 
-    At multiples of ROW_SLOT: descriptors want that, and any tile of rows divides it.
+    At multiples of ROW_SLOT: descriptors want that, and any tile of rows divides it. Past the last
+    row there are zeros, as far as tiles reach.
     """
     if geometry.PACKED:
         before = at.q_start
@@ -63,15 +64,12 @@ def row_slot(at, slots, geometry):
 
 
 @triton.jit
-def load_row_numbers(numbers, at, first_row, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """(ROWS,) numbers from first_row on; zero past the last row where MASKED."""
-    rows = first_row + tl.arange(0, ROWS)
+def load_row_numbers(numbers, first_row, ROWS: tl.constexpr):
+    """(ROWS,) numbers from first_row on; zero past the last row, as `rows_kernel` writes them."""
     if numbers.descriptor is None:
-        found = tl.load(numbers.pointer + numbers.slot + rows, mask=rows < at.count, other=0.0)
+        found = tl.load(numbers.pointer + numbers.slot + first_row + tl.arange(0, ROWS))
     else:
         found = numbers.descriptor.load([numbers.slot + first_row])
-        if MASKED:
-            found = tl.where(rows < at.count, found, 0.0)
     return found
 
 

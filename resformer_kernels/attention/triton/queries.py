@@ -78,11 +78,11 @@ def queries_gradient_kernel(
         Source(grad_out, None, geometry, sizes.DIM_V, sizes.BLOCK_V), at, first_row, ROWS, True
     )
     slot = row_slot(at, slots, geometry)
-    row_base = load_row_numbers(RowNumbers(base, None, slot), at, first_row, ROWS, True)
-    row_delta = load_row_numbers(RowNumbers(delta, None, slot), at, first_row, ROWS, True)
+    row_base = load_row_numbers(RowNumbers(base, None, slot), first_row, ROWS)
+    row_delta = load_row_numbers(RowNumbers(delta, None, slot), first_row, ROWS)
     row_rest = 0.0
     if scoring.BIAS == ADDITIVE:
-        row_rest = load_row_numbers(RowNumbers(rest, None, slot), at, first_row, ROWS, True)
+        row_rest = load_row_numbers(RowNumbers(rest, None, slot), first_row, ROWS)
         row_rest = row_rest[:, None]
     rows, spans = spans_of_rows(tile, at, geometry, sizes)
     spans = narrowed(spans, work, tile, at, scoring.BIAS)

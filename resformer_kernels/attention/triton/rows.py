@@ -113,11 +113,13 @@ def rows_kernel(
     scaled = logarithm
     if not scoring.NATURAL:
         scaled = logarithm * LOG2E
+    # Zeros past the last row, as far as others' tiles reach.
+    reached = rows < tl.cdiv(at.count, ROW_SLOT) * ROW_SLOT
     slot = row_slot(at, slots, geometry)
-    tl.store(delta + slot + rows, d, mask=there)
-    tl.store(base + slot + rows, tl.where(scaled == float("-inf"), 0.0, scaled), mask=there)
+    tl.store(delta + slot + rows, d, mask=reached)
+    tl.store(base + slot + rows, tl.where(scaled == float("-inf"), 0.0, scaled), mask=reached)
     if rest is not None:
-        tl.store(rest + slot + rows, tl.zeros([ROWS], tl.float32), mask=there)
+        tl.store(rest + slot + rows, tl.zeros([ROWS], tl.float32), mask=reached)
     if sink_rows.pointer is not None:
         # The sink is a score whose value is zero: dP = 0, so dS = -P delta.
         sink = widen(tl.load(sinks + at.head * GROUP + rows % GROUP))
@@ -217,7 +219,8 @@ def reduce_rows(
         slots,
     )
     size = max(16, 4096 // padded(call.value.shape[-1]))
-    tiles = -(-call.max_rows // size)
+    reached = -(-call.max_rows // ROW_SLOT.value) * ROW_SLOT.value
+    tiles = -(-reached // size)
     sink_rows = call.q.new_zeros(given.lse.shape, dtype=torch.float32) if want_sinks else None
     launch(
         rows_kernel,

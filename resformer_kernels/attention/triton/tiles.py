@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resformer_kernels._triton.launch import launch
+from resformer_kernels._triton.launch import empty, launch
 from resformer_kernels.attention.record import AttentionCall
 from resformer_kernels.attention.triton.configs import Config
 from resformer_kernels.attention.triton.problem import Work, section, shared
@@ -339,7 +339,7 @@ def work_of(call: AttentionCall, config: Config, *, by_rows: bool) -> Work:
         return work
     entries = 1 + -(-passed // step)
     shape = (call.sequences, call.kv_heads, tiles, entries)
-    listed = call.q.new_empty(shape, dtype=torch.int32)
+    listed = empty(call.q, shape, torch.int32)
     work = work._replace(open_tiles=listed, list_size=entries)
     launch(
         open_tiles_kernel,

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.arch import multiprocessors
 from resformer_kernels._triton.device import dot, round_to, wait_for_last
-from resformer_kernels._triton.launch import empty, launch
+from resformer_kernels._triton.launch import empty, launch, multiprocessors
 from resformer_kernels._triton.specialise import Stride, Unit
 from resformer_kernels._triton.views import view_of
 from resformer_kernels.attention.triton.forward import clear_tail
@@ -101,7 +100,7 @@ def _mask_span(mask: Tensor | None) -> Tensor | None:
     """The span of open keys, (sequences, 2)."""
     if mask is None:
         return None
-    span = mask.new_empty((mask.shape[0], 2), dtype=torch.int32)
+    span = empty(mask, (mask.shape[0], 2), torch.int32)
     launch(
         mask_span_kernel,
         (mask.shape[0],),
@@ -251,12 +250,15 @@ def attend_kernel(
         first_slot = tl.cast(rows_before * geometry.heads + head * at.count, tl.int64) * splits
         slots = first_slot + rows.to(tl.int64) * splits + split
         softmax = (peak, total, acc)
-        store_split(partials, slots, rows < at.count, softmax, start < stop, result.WIDTH)
+        if start < stop:
+            store_split(partials, slots, rows < at.count, softmax, result.WIDTH)
         counter = partials.counters + sequence_head * row_tiles + program % row_tiles
         if finish_split(counter, splits):
+            # The splits that have keys are the first ones.
+            used = tl.cdiv(tl.maximum(end - begin, 0), share)
             merge(
                 partials, result, epilogue, cache, geometry, at, first_row, last_row + 1,
-                first_slot, splits,
+                first_slot, splits, used,
             )  # fmt: skip
     else:
         store_result(result, epilogue, cache, geometry, at, rows, (peak, total, acc))
@@ -306,8 +308,12 @@ def _partials(p: Problem, tiles: plan.Tiles, splits: int) -> Partials:
     slots = (call.q.shape[0], p.heads, call.q.shape[1] * p.group, splits)
     shapes = ((*slots, call.v_cache.shape[-1]), slots, slots)
     sums, peaks, totals = (empty(call.q, shape, torch.float32) for shape in shapes)
-    make = call.q.new_empty if p.counts_in_append else call.q.new_zeros
-    counters = make((p.sequences, p.heads, -(-p.rows // tiles.rows)), dtype=torch.int32)
+    counts = (p.sequences, p.heads, -(-p.rows // tiles.rows))
+    counters = (
+        empty(call.q, counts, torch.int32)
+        if p.counts_in_append
+        else call.q.new_zeros(counts, dtype=torch.int32)
+    )
     return Partials(sums, peaks, totals, counters)
 
 

@@ -47,13 +47,13 @@ class Result(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Softmax of every split, (sequences, KV heads, rows, splits); without tensors: no splits."""
+    """Softmax of every split, (sequences, KV heads, rows, splits), written by those that have keys;
+    without tensors: no splits."""
 
     sums: Tensor | None
-    """Shape: (..., WIDTH). Not written by a split without keys."""
+    """Shape: (..., WIDTH)."""
     peaks: Tensor | None
     totals: Tensor | None
-    """0 where a split has no keys."""
     counters: Tensor | None
     """Finished splits of a tile of rows, (sequences, KV heads, tiles of rows)."""
 
@@ -73,16 +73,14 @@ def store_result(result, epilogue, cache, geometry, at, rows, softmax):
 
 
 @triton.jit
-def store_split(partials, slots, inside, softmax, any_keys, WIDTH: tl.constexpr):
-    """Store one split of a tile of rows; softmax: (peak, total, acc), whose sums count if it has
-    `any_keys`."""
+def store_split(partials, slots, inside, softmax, WIDTH: tl.constexpr):
+    """Store one split of a tile of rows; softmax: (peak, total, acc)."""
     peak, total, acc = softmax
     columns = tl.arange(0, acc.shape[1])
     tl.store(partials.peaks + slots, peak, mask=inside)
     tl.store(partials.totals + slots, total, mask=inside)
-    if any_keys:
-        cells = partials.sums + slots[:, None] * WIDTH + columns[None, :]
-        tl.store(cells, acc, mask=inside[:, None] & (columns < WIDTH)[None, :])
+    cells = partials.sums + slots[:, None] * WIDTH + columns[None, :]
+    tl.store(cells, acc, mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
@@ -95,8 +93,11 @@ def finish_split(counter, splits):
 
 
 @triton.jit
-def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, first_slot, splits):
-    """Results of rows from all of their splits, `first_slot` being the first of row 0.
+def merge(
+    partials, result, epilogue, cache, geometry, at, first_row, end_row, first_slot, splits, used
+):
+    """Results of rows from those of their splits that have keys, the first `used` ones;
+    `first_slot` is the first of row 0.
 
     Each split counts by exp(its peak - the highest peak).
     """
@@ -105,11 +106,11 @@ def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, f
         inside = rows < end_row
         slots = first_slot + rows.to(tl.int64) * splits
         peaks = tl.full([_ROWS, _PEAKS], float("-inf"), tl.float32)
-        for some in tl.range(0, splits, _PEAKS):
+        for some in tl.range(0, used, _PEAKS):
             split = some + tl.arange(0, _PEAKS)
             found = tl.load(
                 partials.peaks + slots[:, None] + split[None, :],
-                mask=inside[:, None] & (split < splits)[None, :],
+                mask=inside[:, None] & (split < used)[None, :],
                 other=float("-inf"),
                 cache_modifier=".cg",
             )
@@ -119,10 +120,10 @@ def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, f
         columns = tl.arange(0, result.BLOCK)
         acc = tl.zeros([_ROWS, result.BLOCK], tl.float32)
         total = tl.zeros([_ROWS], tl.float32)
-        for some in tl.range(0, splits, _AT_ONCE):
+        for some in tl.range(0, used, _AT_ONCE):
             # Independent loads, which are under way together.
             for i in tl.static_range(_AT_ONCE):
-                known = inside & (some + i < splits)
+                known = inside & (some + i < used)
                 own = tl.load(
                     partials.peaks + slots + (some + i),
                     mask=known,
@@ -143,7 +144,8 @@ def merge(partials, result, epilogue, cache, geometry, at, first_row, end_row, f
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                # A split without keys has no sums. Its total is 0; that of a NaN is not.
+                # A row that sees nothing of a split has a total of 0 there, not that of a NaN, and
+                # may have sums that are no numbers: 0 times an infinite value.
                 sums = tl.where((part != 0.0)[:, None], sums, 0.0)
                 weight = exponential(own - base, result.PRECISE)
                 acc += weight[:, None] * sums

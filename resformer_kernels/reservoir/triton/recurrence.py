@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resformer_kernels._triton.launch import MOST_REGISTERS, capability, empty, launch
+from resformer_kernels._triton.available import interpreted
+from resformer_kernels._triton.launch import (
+    MOST_REGISTERS,
+    capability,
+    empty,
+    launch,
+    multiprocessors,
+)
 from resformer_kernels.reservoir.record import (
     IDENTITY,
     AdjointCall,
@@ -63,8 +70,6 @@ _ACCEPTED, _MEETING = 0.5, 0.125
 
 _MOST_PARTS = 8
 _MOST_ROWS, _MOST_UNITS, _LEAST_UNITS = 16, 32, 8
-_PROGRAMS = 132
-"""Where no GPU is asked."""
 
 
 class Limits(NamedTuple):
@@ -166,9 +171,7 @@ class Tiling(NamedTuple):
 
 def _programs(device: torch.device) -> int:
     """One per multiprocessor; the interpreter runs programs in turn, which could not wait."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if device.type == "cpu" else _PROGRAMS
+    return 1 if device.type == "cpu" and interpreted() else multiprocessors(device)
 
 
 def tiling(chunks: int, groups: int, size: int, programs: int) -> Tiling:
