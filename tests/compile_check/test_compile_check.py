@@ -255,9 +255,9 @@ def test_brief_has_every_main_configuration_and_every_kernel() -> None:
     assert kept == [wanted[1], wanted[2], wanted[3], wanted[5]]
 
 
-# Registers and wgmma are tightest on sm_90, where every configuration is compiled. sm_86 has sm_120's
-# shared memory, and kernels of mix and scan fit into any: other architectures tell no more of them
-# than sm_80. All of the rest would take minutes more: run `compile-check` by hand for that.
+# Registers and wgmma are tightest on sm_90, where every configuration is compiled. sm_86 has the
+# shared memory of sm_120, and kernels of mix and scan fit into any: they tell no more elsewhere
+# than on sm_80. The rest would take minutes more: run `compile-check` by hand for that.
 @pytest.mark.parametrize(
     ("op", "arch"),
     [

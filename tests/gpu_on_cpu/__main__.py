@@ -8,7 +8,8 @@ import sys
 from collections import Counter
 
 from tests.gpu_on_cpu import worker
-from tests.gpu_on_cpu.executor import LIMITS, POLICIES, WHEN
+from tests.gpu_on_cpu.executor import POLICIES, WHEN
+from tests.gpu_on_cpu.limits import LIMITS
 from tests.gpu_on_cpu.worker import Verdict
 
 _FAMILIES = (

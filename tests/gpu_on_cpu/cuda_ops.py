@@ -25,16 +25,8 @@ from torch import Tensor
 from build_support import cuda, native
 from resformer_kernels._core.op import Op
 from tests.gpu_on_cpu import build
-from tests.gpu_on_cpu.executor import (
-    LIMITS,
-    POLICIES,
-    WHEN,
-    Limits,
-    Program,
-    Region,
-    Report,
-    Schedule,
-)
+from tests.gpu_on_cpu.executor import POLICIES, WHEN, Program, Region, Report, Schedule
+from tests.gpu_on_cpu.limits import LIMITS, Limits
 
 NAMESPACE = "resformer_cuda_on_cpu"
 RUNTIME = Path(__file__).parent / "cuda" / "runtime.cpp"

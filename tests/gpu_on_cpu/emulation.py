@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from resformer_kernels._triton import available, launch
 from resformer_kernels._triton.launch import Launch
-from tests.gpu_on_cpu.executor import LIMITS, Limits, Report, Schedule, nothing_written
+from tests.gpu_on_cpu.executor import Report, Schedule, nothing_written
 from tests.gpu_on_cpu.launches import Edit, execute
+from tests.gpu_on_cpu.limits import LIMITS, Limits
 
 
 class Executed(NamedTuple):

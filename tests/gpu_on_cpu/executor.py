@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu_on_cpu import build
+from tests.gpu_on_cpu.limits import LIMITS, Limits
 
 Argument: TypeAlias = Tensor | int | float | bytes
 """Of a kernel: a tensor's address, a number in as many bytes as the parameter has, or bytes."""
@@ -36,32 +37,6 @@ class Schedule(NamedTuple):
     when: str = "early"
     """Asynchronous work is performed: one of WHEN."""
     seed: int = 0
-
-
-class Limits(NamedTuple):
-    """What a GPU has, in the order of `gpu_launch`."""
-
-    multiprocessors: int
-    registers: int
-    """Of a multiprocessor."""
-    shared: int
-    """Bytes of shared memory of a multiprocessor."""
-    shared_block: int
-    """The most bytes that a block may ask for."""
-    shared_reserved: int
-    """Bytes that each block takes besides."""
-    warps: int
-    """Resident on a multiprocessor."""
-    blocks: int
-    """Resident on a multiprocessor."""
-    threads_block: int
-
-
-LIMITS = {
-    80: Limits(108, 65536, 164 << 10, 163 << 10, 1024, 64, 32, 1024),
-    90: Limits(132, 65536, 228 << 10, 227 << 10, 1024, 64, 32, 1024),
-}
-"""Of an A100 and an H100, by compute capability, as the CUDA programming guide has them."""
 
 
 class Site(NamedTuple):
@@ -103,11 +78,9 @@ class Fault(Exception):
         """Where each warp stood, where none could go on."""
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.kind}: {self.message}",
-            f"  kernel {self.site.kernel}",
-            f"  by {self.site}",
-        ]
+        lines = [f"{self.kind}: {self.message}"]
+        if self.site.kernel is not None:
+            lines.append(f"  in {self.site.kernel}: {self.site}")
         if self.other is not None:
             lines.append(f"  and {self.other}")
         return "\n".join([*lines, *(f"  {warp}" for warp in self.warps)])

@@ -22,7 +22,8 @@ from resformer_kernels._triton.cases import gpu_target
 from resformer_kernels._triton.launch import Launch, compiled_for
 from resformer_kernels._triton.specialise import identity
 from resformer_kernels.cli.compile.artifacts import printed_by
-from tests.gpu_on_cpu.executor import Argument, Limits, Program, Report, Schedule
+from tests.gpu_on_cpu.executor import Argument, Program, Report, Schedule
+from tests.gpu_on_cpu.limits import Limits
 from tests.gpu_on_cpu.tensor_maps import BYTES as MAP_BYTES
 from tests.gpu_on_cpu.tensor_maps import map_of
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from build_support import cuda
-from tests.gpu_on_cpu.executor import LIMITS, Fault, Program, Schedule
+from tests.gpu_on_cpu.executor import Fault, Program, Schedule
+from tests.gpu_on_cpu.limits import LIMITS
 
 Edit = Callable[[str], str]
 

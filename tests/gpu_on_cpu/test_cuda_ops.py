@@ -14,7 +14,8 @@ from resformer_kernels.reservoir import op as reservoir
 from resformer_kernels.reservoir.record import ReservoirCall
 from tests.gpu_on_cpu import cuda_ops
 from tests.gpu_on_cpu.cuda_ops import NAMESPACE, CudaOps
-from tests.gpu_on_cpu.executor import LIMITS, Program
+from tests.gpu_on_cpu.executor import Program
+from tests.gpu_on_cpu.limits import LIMITS
 
 
 @pytest.fixture

@@ -107,14 +107,14 @@ def without_partial_sums(ptx: str) -> str:
 
 def without_results(ptx: str) -> str:
     """Mix's forward, which stores nothing."""
-    return _STORE.sub("", ptx) if ".entry mix_kernel" in ptx else ptx
+    return _STORE.sub("", ptx) if ".entry forward_kernel" in ptx else ptx
 
 
 def beyond_results(ptx: str) -> str:
     """Mix's forward, which stores far from its result."""
-    if ".entry mix_kernel" not in ptx:
+    if ".entry forward_kernel" not in ptx:
         return ptx
-    return re.sub(r"(st\.global\S* \[%\w+\+?)(\d*)(\])", r"\1+1073741824\3", ptx)
+    return re.sub(r"(st\.global\S* \[ %\w+ \+) 0 \]", r"\1 1073741824 ]", ptx)
 
 
 def no_ptx(ptx: str) -> str:
@@ -125,10 +125,10 @@ def no_ptx(ptx: str) -> str:
 @needs_triton
 def test_a_worker_tells_what_is_wrong() -> None:
     edits = ("without_partial_sums", "without_results", "beyond_results", "no_ptx")
-    jobs = [Job(MIX, 80, edit=f"{__name__}:{name}") for name in edits]
+    jobs = [Job(MIX, 80, edit=f"tests.gpu_on_cpu.test_launches:{name}") for name in edits]
     plain, *rest = verdicts([Job(MIX, 80), *jobs])
     assert (plain.kind, plain.text) == ("", "")
-    assert plain.kernels == {"mix_kernel": 1, "backward_kernel": 1, "sum_kernel": 1}
+    assert plain.kernels == {"forward_kernel": 1, "backward_kernel": 1, "sum_kernel": 1}
     assert plain.steps > 1000
     by_edit: dict[str, Verdict] = dict(zip(edits, rest, strict=True))
     kinds = {name: found.kind for name, found in by_edit.items()}
@@ -140,5 +140,5 @@ def test_a_worker_tells_what_is_wrong() -> None:
     }
     assert "in sum_kernel" in by_edit["without_partial_sums"].text
     assert "partials" in by_edit["without_partial_sums"].text
-    assert "mix_kernel" in by_edit["beyond_results"].text
+    assert "forward_kernel" in by_edit["beyond_results"].text
     assert "frobnicate" in by_edit["no_ptx"].text

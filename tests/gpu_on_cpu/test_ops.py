@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from resformer_kernels._triton import available
-from tests.gpu_on_cpu.executor import LIMITS
+from tests.gpu_on_cpu.limits import LIMITS
 from tests.gpu_on_cpu.worker import jobs_of, verdicts
 
 pytestmark = pytest.mark.skipif(

@@ -21,7 +21,8 @@ from resformer_kernels.reservoir.cuda_plan import fits
 from resformer_kernels.reservoir.record import ReducedCall
 from tests.gpu_on_cpu import cuda_ops
 from tests.gpu_on_cpu.cuda_ops import NAMESPACE, CudaOps
-from tests.gpu_on_cpu.executor import LIMITS, POLICIES, WHEN, Limits, Schedule
+from tests.gpu_on_cpu.executor import POLICIES, WHEN, Schedule
+from tests.gpu_on_cpu.limits import LIMITS, Limits
 from tests.reservoir.cases import Case, cases, check_budget, empty, sweep
 from tests.reservoir.checks import BY_KERNELS, check_not_finite, check_refusals, ops_of
 

@@ -329,6 +329,7 @@ def _attend(
     policies = ("evict_first", "evict_last" if shared else "")
     keys, values = p.sides(*(policies if tiles.ahead else ("", "")))
     row_tiles = -(-p.rows // tiles.rows)
+    epilogue = epilogue_of(call)
     result = Result(
         out=view_of(out),
         lse=lse_view(lse if call.return_lse else None),
@@ -336,6 +337,7 @@ def _attend(
         WIDTH=values.WIDTH,
         BLOCK=values.BLOCK,
         PRECISE=tl.constexpr(call.q.dtype is torch.float32),
+        FINISHES=tl.constexpr(epilogue is not None),
     )
     whole_pages = call.block_table is not None and call.k_cache.shape[1] % tiles.keys == 0
     launch(
@@ -349,7 +351,7 @@ def _attend(
         span=_mask_span(call.key_mask),
         partials=partials,
         result=result,
-        epilogue=epilogue_of(call),
+        epilogue=epilogue,
         scoring=scoring(call),
         geometry=p.geometry(),
         tile=Tile(*map(tl.constexpr, (tiles.rows, tiles.keys, whole_pages, tiles.ahead))),

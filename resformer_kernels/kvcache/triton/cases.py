@@ -44,8 +44,9 @@ class _Call:
     mask: bool = False
     softcap: float = 0.0
     sinks: bool = False
-    finished: bool = False
-    """Whether exclusive and out_gate are given, a number for each query and head."""
+    finished: str = ""
+    """What follows attention: "both" exclusive and out_gate, a number for each query and head; the
+    "gate" alone; "exclusive" alone, a number."""
     lse: bool = False
     shared: bool = False
     """Whether keys are appended alone, to layers that share their values."""
@@ -76,7 +77,7 @@ class _Call:
             time, longest = (self.batch * self.queries,), self.queries
             offsets = tensor(self.batch + 1, dtype=torch.int32)
         new = (*time, self.heads, self.head_dim)
-        rows_q = tensor(*time, heads_q, 1) if self.finished else None
+        rows_q = tensor(*time, heads_q, 1)
         stored, coded = self.stored or self.dtype, self.stored is not None
         call: KVCacheCall = prepare(
             attention_with_kvcache,
@@ -95,8 +96,8 @@ class _Call:
             window=(self.window, 0),
             softcap=self.softcap,
             sinks=tensor(heads_q, dtype=torch.float32) if self.sinks else None,
-            exclusive=rows_q,
-            out_gate=rows_q,
+            exclusive={"both": rows_q, "exclusive": 1.0}.get(self.finished),
+            out_gate=rows_q if self.finished in ("both", "gate") else None,
             k_scale=tensor(*scales, dtype=torch.float32) if coded else None,
             v_scale=tensor(*scales, dtype=torch.float32) if coded else None,
             return_lse=self.lse,
@@ -125,11 +126,13 @@ def _calls() -> Iterator[_Call]:
         # At D128 looking up pages of 16 spills a little on sm_80, sm_86, sm_120 and gfx9.
         yield replace(served, what="packed prompts", batch=8, queries=256, main=head_dim == 64)
     yield _Call("V's own table", page_size=16, packed=True, own_table=True, main=True)
-    gated = _Call("pages of 16, XSA, gate", page_size=16, finished=True, main=True)
+    gated = _Call("pages of 16, XSA, gate", page_size=16, finished="both", main=True)
     yield gated
     yield replace(gated, what="packed, XSA, gate", packed=True, batch=64)
     yield replace(gated, what="whole, XSA, gate", page_size=0, batch=64)
     yield replace(gated, what="prefill 256, XSA, gate", page_size=0, queries=256)
+    yield _Call("split, XSA by a number", finished="exclusive")
+    yield _Call("split, gate", finished="gate")
     yield _Call("left padding", mask=True, main=True)
     yield _Call("window, softcap, sinks, LSE", window=1024, softcap=30.0, sinks=True, lse=True)
     yield _Call("whole, sinks, LSE", sinks=True, lse=True, batch=32)

@@ -44,6 +44,8 @@ class Result(NamedTuple):
     """WIDTH, padded."""
     PRECISE: Any
     """Exponentials to an ulp, in natural units."""
+    FINISHES: Any
+    """Whether there is an epilogue. Triton does not compare a record that holds None with None."""
 
 
 class Partials(NamedTuple):
@@ -65,7 +67,7 @@ def store_result(result, epilogue, cache, geometry, at, rows, softmax):
     heads = at.head * geometry.GROUP + rows % geometry.GROUP
     factor, logarithm = close_rows(peak, total, result.sinks, heads, result.PRECISE)
     tile = acc * factor[:, None]
-    if epilogue is not None:
+    if result.FINISHES:
         tile = finished(tile, epilogue, cache, geometry, at, rows)
     store_rows(tile, Source(result.out, None, geometry, result.WIDTH, result.BLOCK), at, rows)
     if result.lse.pointer is not None:

@@ -74,11 +74,11 @@ uint64_t real_bits(const Operand& real, uint32_t width) {
 
 }  // namespace
 
-Register* find_register(std::vector<Scope>& scopes, int scope, const std::string& name) {
+Register* find_register(std::vector<Names>& scopes, int scope, const std::string& name) {
   const size_t last = name.find_last_not_of("0123456789");
   const size_t digits = last == std::string::npos ? 0 : last + 1;
   for (; scope >= 0; scope = scopes[scope].outer) {
-    Scope& at = scopes[scope];
+    Names& at = scopes[scope];
     const auto found = at.registers.find(name);
     if (found != at.registers.end()) return &found->second;
     const auto family = digits < name.size() ? at.families.find(name.substr(0, digits)) : at.families.end();
@@ -104,7 +104,7 @@ KernelBuild::KernelBuild(Program& program, KernelText& text,
 
 // What the first scope that knows a name has for it, from the statement's own outwards.
 template <class Found>
-auto KernelBuild::in_scopes(Found found) const -> decltype(found(std::declval<Scope&>())) {
+auto KernelBuild::in_scopes(Found found) const -> decltype(found(std::declval<Names&>())) {
   for (int at = scope_; at >= 0; at = text_.scopes[at].outer) {
     if (auto result = found(text_.scopes[at])) return result;
   }
@@ -181,7 +181,7 @@ void KernelBuild::place_variables() {
 void KernelBuild::note_variables(const Operand& operand, std::vector<Variable*>& used) {
   for (const Operand& part : operand.parts) note_variables(part, used);
   if (operand.is != Operand::Is::symbol && operand.is != Operand::Is::address) return;
-  Variable* found = in_scopes([&](Scope& scope) {
+  Variable* found = in_scopes([&](Names& scope) {
     const auto at = scope.variables.find(operand.name);
     return at == scope.variables.end() ? nullptr : &at->second;
   });
@@ -193,7 +193,7 @@ void KernelBuild::note_variables(const Operand& operand, std::vector<Variable*>&
 }
 
 const Variable* KernelBuild::variable(const std::string& name) const {
-  const Variable* local = in_scopes([&](Scope& scope) {
+  const Variable* local = in_scopes([&](Names& scope) {
     const auto at = scope.variables.find(name);
     return at == scope.variables.end() ? nullptr : &at->second;
   });
@@ -289,7 +289,7 @@ Row KernelBuild::constant(uint32_t width, uint64_t bits) {
 }
 
 void KernelBuild::label(const std::string& name, int64_t* to) {
-  const uint32_t* pc = in_scopes([&](Scope& scope) -> uint32_t* {
+  const uint32_t* pc = in_scopes([&](Names& scope) -> uint32_t* {
     const auto found = scope.labels.find(name);
     return found == scope.labels.end() ? nullptr : &found->second;
   });
@@ -308,7 +308,7 @@ Row KernelBuild::address(const Operand& operand, int64_t* offset) {
 }
 
 const std::vector<std::string>* KernelBuild::targets(const std::string& name) const {
-  return in_scopes([&](Scope& scope) -> std::vector<std::string>* {
+  return in_scopes([&](Names& scope) -> std::vector<std::string>* {
     const auto found = scope.targets.find(name);
     return found == scope.targets.end() ? nullptr : &found->second;
   });

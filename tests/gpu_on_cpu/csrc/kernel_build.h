@@ -23,7 +23,7 @@ struct Register {
 };
 
 // Names between { and }.
-struct Scope {
+struct Names {
   int outer = -1;
   std::unordered_map<std::string, Register> registers;
   std::unordered_map<std::string, std::pair<uint64_t, uint32_t>>
@@ -34,7 +34,7 @@ struct Scope {
 };
 
 // The register that a name means in a scope, or nullptr.
-Register* find_register(std::vector<Scope>& scopes, int scope, const std::string& name);
+Register* find_register(std::vector<Names>& scopes, int scope, const std::string& name);
 
 struct Line {  // a statement as it was read
   Statement statement;
@@ -46,7 +46,7 @@ struct Line {  // a statement as it was read
 
 struct KernelText {
   Kernel kernel;
-  std::vector<Scope> scopes;
+  std::vector<Names> scopes;
   std::vector<Line> lines;
 };
 
@@ -71,7 +71,7 @@ class KernelBuild final : public Build {
 
  private:
   template <class Found>
-  auto in_scopes(Found found) const -> decltype(found(std::declval<Scope&>()));
+  auto in_scopes(Found found) const -> decltype(found(std::declval<Names&>()));
   void place_variables();
   void note_variables(const Operand& operand, std::vector<Variable*>& used);
   void decode_line(const Decoders& decoders, Line& line, Instruction& to);

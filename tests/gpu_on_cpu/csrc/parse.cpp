@@ -232,7 +232,7 @@ class ModuleReader {
     end_body(text);
   }
 
-  bool read_declaration(Scope& scope) {
+  bool read_declaration(Names& scope) {
     if (reader_.take(";")) return true;
     if (reader_.take(".loc")) {
       file_ = static_cast<uint32_t>(reader_.integer());
@@ -253,7 +253,7 @@ class ModuleReader {
     return true;
   }
 
-  void read_registers(Scope& scope) {
+  void read_registers(Names& scope) {
     // A byte takes two, as in the hardware's registers nothing is smaller.
     const uint32_t declared = width_of_type(reader_, reader_.name());
     const uint32_t width = declared == 1 ? 2 : declared;
@@ -310,7 +310,7 @@ class ModuleReader {
     }
   }
 
-  void read_label(KernelText& text, Scope& scope) {
+  void read_label(KernelText& text, Names& scope) {
     const std::string name = reader_.name();
     reader_.expect(":");
     if (!reader_.take(".branchtargets")) {
@@ -334,7 +334,7 @@ class ModuleReader {
     line.text = "ret";
     const bool ends = !text.lines.empty() && !text.lines.back().guard && text.lines.back().text == "ret";
     const auto at_end = [&](const auto& label) { return label.second == text.lines.size(); };
-    const bool reached = std::any_of(text.scopes.begin(), text.scopes.end(), [&](const Scope& scope) {
+    const bool reached = std::any_of(text.scopes.begin(), text.scopes.end(), [&](const Names& scope) {
       return std::any_of(scope.labels.begin(), scope.labels.end(), at_end);
     });
     if (!ends || reached) text.lines.push_back(std::move(line));
