@@ -73,6 +73,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded before anything is added to it: for sums across the threads of a tile.
+
+    Where compilers fuse one thread's product with another's rounded one, the threads that share a
+    sum have different bits of it. Adding 0 makes a fused operation of the product itself.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def exp2(x):
     """2^x by the hardware's approximation, 2e-7: enough for what is then rounded to 16 bits."""
     return tl.exp2(x)

@@ -155,7 +155,7 @@ def _mix() -> Iterator[Case]:
         "positions": ("position", "head"),
         "many": ("float", "scalar", "head", "full", "token") * 3,
     }
-    quick = ("heads bfloat16", "embedding token_head float32")
+    quick = ("heads bfloat16", "embedding token_head bfloat16")
     for dtype in mix.DTYPES:
         for name, form in forms.items():
             case = mix.Case((2, 140), 3, 64, dtype, form)

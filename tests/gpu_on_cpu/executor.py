@@ -80,7 +80,7 @@ class Fault(Exception):
     def __str__(self) -> str:
         lines = [f"{self.kind}: {self.message}"]
         if self.site.kernel is not None:
-            lines.append(f"  in {self.site.kernel}: {self.site}")
+            lines += [f"  kernel {self.site.kernel}", f"  by {self.site}"]
         if self.other is not None:
             lines.append(f"  and {self.other}")
         return "\n".join([*lines, *(f"  {warp}" for warp in self.warps)])

@@ -138,7 +138,7 @@ def test_a_worker_tells_what_is_wrong() -> None:
         "beyond_results": "bounds",
         "no_ptx": "unknown",
     }
-    assert "in sum_kernel" in by_edit["without_partial_sums"].text
+    assert "kernel sum_kernel" in by_edit["without_partial_sums"].text
     assert "partials" in by_edit["without_partial_sums"].text
     assert "forward_kernel" in by_edit["beyond_results"].text
     assert "frobnicate" in by_edit["no_ptx"].text

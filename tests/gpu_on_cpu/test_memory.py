@@ -118,7 +118,9 @@ ATOMICS: list[tuple[str, torch.dtype, Callable[[Tensor], object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("operation", "dtype", "expected"), ATOMICS, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("operation", "dtype", "expected"), ATOMICS, ids=[name for name, *_ in ATOMICS]
+)
 def test_atomics_of_all_threads(
     operation: str, dtype: torch.dtype, expected: Callable[[Tensor], object]
 ) -> None:

@@ -303,19 +303,25 @@ def test_any_program_may_be_the_last_and_merges_to_the_same_bits(queries: int) -
 
 
 def test_splits_are_merged_in_their_order() -> None:
-    """The bits of a sum from the first split to the last, more of them than are loaded together."""
+    """The bits of a sum from the first split to the last that has keys, more of them than are
+    loaded together."""
     case = dataclasses.replace(
-        SPLIT, lengths=(150,), num_splits=7, sinks=False, dtype=torch.bfloat16
+        SPLIT, lengths=(400,), num_splits=9, sinks=False, dtype=torch.bfloat16
     )
     append, attend = _launches(kvcache_inputs(case))
+    partials, result = attend.kwargs["partials"], attend.kwargs["result"]
+    for x in partials[:3]:
+        x.fill_(torch.nan)
     _again(append)
     _again(attend)
-    partials, result = attend.kwargs["partials"], attend.kwargs["result"]
-    peaks, totals = partials.peaks[0], partials.totals[0]
+    used = int((~partials.totals[0, 0, 0].isnan()).sum())
+    assert 4 < used < case.num_splits
+    assert all(x[..., used:].isnan().all() for x in (partials.peaks, partials.totals))
+    peaks, totals = partials.peaks[0, ..., :used], partials.totals[0, ..., :used]
     highest = peaks.amax(-1)
     weights = numpy.exp2((peaks - highest[..., None]).numpy())
     total = acc = torch.zeros(())
-    for i in range(case.num_splits):
+    for i in range(used):
         weight = torch.from_numpy(weights[..., i])
         total = total + weight * totals[..., i]
         sums = torch.where(totals[..., i, None] != 0, partials.sums[0, :, :, i], 0.0)

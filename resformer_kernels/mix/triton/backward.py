@@ -82,7 +82,8 @@ def _visit(grad, gradient, layout, tile, SUM_TYPE: tl.constexpr):
         tl.store(at, rounded, mask=tiles.mask_of(tile))
     product = g.to(SUM_TYPE)
     if gradient.sums.pointer is not None:
-        product = product * tiles.load_source(gradient.source, layout, tile).to(SUM_TYPE)
+        source = tiles.load_source(gradient.source, layout, tile).to(SUM_TYPE)
+        product = device.product(product, source)
     return product
 
 

@@ -49,18 +49,15 @@ def scatter_kernel(
         columns = column_tile * BLOCK + tl.arange(0, BLOCK)
         column_mask = columns < layout.width
         end = tl.load(ends + start)
-        total = tl.zeros((ROWS, BLOCK), SUM_TYPE)
+        total = tl.zeros((BLOCK,), SUM_TYPE)
         for first in range(start, end, ROWS):
             at = first + tl.arange(0, ROWS)
             position = tl.load(order.positions + at, mask=at < end, other=0)  # (ROWS,)
             tile = tiles.tile_at(layout, position, at < end, columns, column_mask)
             g = tiles.load(source.value, layout, tile)  # (ROWS, BLOCK)
             weight = tiles.coefficient_over(source, layout, tile)
-            total += g.to(SUM_TYPE) * weight
-        # Of sums, not of products: threads that share a result would each round it with their own
-        # product, fused.
-        summed = tl.sum(total, 0).to(tl.float32)
-        rounded = device.round_to(summed, out.dtype.element_ty)
+            total += tl.sum(device.product(g.to(SUM_TYPE), weight), 0)
+        rounded = device.round_to(total.to(tl.float32), out.dtype.element_ty)
         target = tl.load(targets + start)
         tl.store(out + target * layout.width + columns, rounded, mask=column_mask)
 
