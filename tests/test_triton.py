@@ -75,11 +75,17 @@ def test_gpus_of_amd_serve_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("gpu")
 def test_what_no_run_shows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
     assert available.reason_against_auto(CUDA) is None
     assert MACHINE.triton_notes(torch.device("cpu")) == []
     assert MACHINE.triton_notes(CUDA) == ["compiled for sm90, and not yet run on such a GPU"]
     monkeypatch.setattr(arch, "RAN", frozenset({"sm90"}))
     assert MACHINE.triton_notes(CUDA) == []
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    (note,) = MACHINE.triton_notes(CUDA)
+    assert "Triton 3.6.0: products read what cp.async copied" in note
+    assert "mended in 3.7.1" in note
 
 
 @pytest.mark.usefixtures("gpu")

@@ -30,6 +30,16 @@ def test_versions_that_compile_products_wrongly_are_refused(version: str) -> Non
     assert available.refusal("3.9.0", B300) is None
 
 
+def test_copies_that_products_read_too_early() -> None:
+    refused = available.refusal("3.7.0", B200)
+    assert refused is not None
+    assert "pytorch/pytorch 181248); 3.7.1 is the oldest known to do without" in refused
+    for version, told in (("3.6.0", 1), ("3.7.0", 1), ("3.7.1", 0), ("3.9.0", 0)):
+        for capability in (H100, B200):
+            assert len(faults.notes(version, capability)) == told
+        assert faults.notes(version, B300) == faults.notes(version, (8, 0)) == []
+
+
 @pytest.mark.parametrize("version", ["3.5.1", "2.0.0"])
 def test_versions_before_the_oldest_are_refused(version: str) -> None:
     expected = f"it needs Triton 3.6 or newer, {version} is installed"

@@ -64,9 +64,11 @@ def reason_against_auto(device: torch.device) -> str | None:
 
 
 def notes(capability: tuple[int, int]) -> list[str]:
-    """What `explain` says of a GPU that no stored run shows."""
+    """What `explain` says of a GPU that no stored run shows, and of the installed Triton."""
     name = arch.architecture(capability).name
-    return [] if name in arch.RAN else [f"compiled for {name}, and not yet run on such a GPU"]
+    found = [] if name in arch.RAN else [f"compiled for {name}, and not yet run on such a GPU"]
+    version = str(importlib.import_module("triton").__version__)
+    return [*found, *faults.notes(version, capability)]
 
 
 # torch.compile must see the answers as constants: it cannot trace an import.
