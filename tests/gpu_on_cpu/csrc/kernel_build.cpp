@@ -9,46 +9,40 @@ namespace {
 
 constexpr uint32_t ROW_ALIGN = 64;  // a cache line
 
-struct Named {
-  Special which;
-  uint32_t width;
-};
+constexpr uint32_t SPECIAL_BYTES = 4;  // a lane, of each of them
 
-const std::unordered_map<std::string, Named>& special_registers() {
+const std::unordered_map<std::string, Special>& special_registers() {
   using S = Special;
-  static const std::unordered_map<std::string, Named> names = {
-      {"%tid.x", {S::tid_x, 4}},
-      {"%tid.y", {S::tid_y, 4}},
-      {"%tid.z", {S::tid_z, 4}},
-      {"%ntid.x", {S::ntid_x, 4}},
-      {"%ntid.y", {S::ntid_y, 4}},
-      {"%ntid.z", {S::ntid_z, 4}},
-      {"%ctaid.x", {S::ctaid_x, 4}},
-      {"%ctaid.y", {S::ctaid_y, 4}},
-      {"%ctaid.z", {S::ctaid_z, 4}},
-      {"%nctaid.x", {S::nctaid_x, 4}},
-      {"%nctaid.y", {S::nctaid_y, 4}},
-      {"%nctaid.z", {S::nctaid_z, 4}},
-      {"%laneid", {S::laneid, 4}},
-      {"%warpid", {S::warpid, 4}},
-      {"%nwarpid", {S::nwarpid, 4}},
-      {"%smid", {S::smid, 4}},
-      {"%nsmid", {S::nsmid, 4}},
-      {"%clusterid.x", {S::clusterid_x, 4}},
-      {"%nclusterid.x", {S::nclusterid_x, 4}},
-      {"%cluster_ctaid.x", {S::cluster_ctaid_x, 4}},
-      {"%cluster_ctarank", {S::cluster_ctarank, 4}},
-      {"%cluster_nctarank", {S::cluster_nctarank, 4}},
-      {"%lanemask_eq", {S::lanemask_eq, 4}},
-      {"%lanemask_lt", {S::lanemask_lt, 4}},
-      {"%lanemask_le", {S::lanemask_le, 4}},
-      {"%lanemask_gt", {S::lanemask_gt, 4}},
-      {"%lanemask_ge", {S::lanemask_ge, 4}},
-      {"%clock", {S::clock, 4}},
-      {"%clock64", {S::clock64, 8}},
-      {"%globaltimer", {S::globaltimer, 8}},
-      {"%dynamic_smem_size", {S::dynamic_smem_size, 4}},
-      {"%total_smem_size", {S::total_smem_size, 4}},
+  static const std::unordered_map<std::string, Special> names = {
+      {"%tid.x", S::tid_x},
+      {"%tid.y", S::tid_y},
+      {"%tid.z", S::tid_z},
+      {"%ntid.x", S::ntid_x},
+      {"%ntid.y", S::ntid_y},
+      {"%ntid.z", S::ntid_z},
+      {"%ctaid.x", S::ctaid_x},
+      {"%ctaid.y", S::ctaid_y},
+      {"%ctaid.z", S::ctaid_z},
+      {"%nctaid.x", S::nctaid_x},
+      {"%nctaid.y", S::nctaid_y},
+      {"%nctaid.z", S::nctaid_z},
+      {"%laneid", S::laneid},
+      {"%warpid", S::warpid},
+      {"%nwarpid", S::nwarpid},
+      {"%smid", S::smid},
+      {"%nsmid", S::nsmid},
+      {"%clusterid.x", S::clusterid_x},
+      {"%nclusterid.x", S::nclusterid_x},
+      {"%cluster_ctaid.x", S::cluster_ctaid_x},
+      {"%cluster_ctarank", S::cluster_ctarank},
+      {"%cluster_nctarank", S::cluster_nctarank},
+      {"%lanemask_eq", S::lanemask_eq},
+      {"%lanemask_lt", S::lanemask_lt},
+      {"%lanemask_le", S::lanemask_le},
+      {"%lanemask_gt", S::lanemask_gt},
+      {"%lanemask_ge", S::lanemask_ge},
+      {"%dynamic_smem_size", S::dynamic_smem_size},
+      {"%total_smem_size", S::total_smem_size},
   };
   return names;
 }
@@ -245,11 +239,10 @@ Row KernelBuild::row(const Operand& operand, uint32_t width) {
   if (operand.negated) fail(Kind::malformed, '!', operand.name, " where no predicate is taken");
   const auto special = special_registers().find(operand.name);
   if (special == special_registers().end()) return register_row(operand.name, width);
-  if (special->second.width != width)
-    fail(Kind::unknown, operand.name, " as ", width, " bytes is not modelled");
+  if (width != SPECIAL_BYTES) fail(Kind::unknown, operand.name, " as ", width, " bytes is not modelled");
   auto [at, fresh] = specials_.try_emplace(operand.name);
   if (fresh) {
-    at->second = {special->second.which, scratch(width), width};
+    at->second = {special->second, scratch(width)};
     kernel_.specials.push_back(at->second);
   }
   return at->second.row;
@@ -264,8 +257,7 @@ Row KernelBuild::predicate(const Operand& operand) {
 
 uint32_t KernelBuild::width_of(const Operand& operand) const {
   if (operand.is != Operand::Is::reg && !is_register(operand.name)) return 8;
-  const auto special = special_registers().find(operand.name);
-  if (special != special_registers().end()) return special->second.width;
+  if (special_registers().contains(operand.name)) return SPECIAL_BYTES;
   const Register* found = find_register(text_.scopes, scope_, operand.name);
   if (found == nullptr) fail(Kind::unknown, "the register ", operand.name, " was not declared");
   return found->width;

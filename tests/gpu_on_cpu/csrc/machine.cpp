@@ -31,7 +31,6 @@ class Run {
         unlock();
       }
     }
-    while (!machine_.unbound.empty()) perform_unbound();
   }
 
   // What a warp that can go on does where no warp can: it looks at something again and again.
@@ -74,7 +73,6 @@ class Run {
     if (launch.policy != Policy::round_robin) std::shuffle(order_.begin(), order_.end(), machine_.random);
     machine_.executed.resize(machine_.kernel->instructions.size());
     machine_.touches_wgmma = touches_wgmma(*machine_.kernel);
-    machine_.lanes.resize(machine_.kernel->instructions.size());
     machine_.causality.start((threads + LANES - 1) / LANES);
   }
 
@@ -144,7 +142,7 @@ class Run {
       group->stuck = true;
       return choose(warp) != nullptr;
     }
-    count(warp, at);
+    count(at);
     if (outcome == Outcome::polled) {
       if (machine_.events != warp.looked_at) warp.polls = 0;
       warp.looked_at = machine_.events;
@@ -156,9 +154,8 @@ class Run {
     return true;
   }
 
-  void count(const Warp& warp, const Instruction& at) {
+  void count(const Instruction& at) {
     ++machine_.executed[at.pc];
-    machine_.lanes[at.pc] += __builtin_popcount(warp.active);
     if (++machine_.steps == machine_.launch.most_steps)
       fail(Kind::deadlock, "no end after ", machine_.steps, " instructions of warps");
   }

@@ -171,7 +171,6 @@ struct Machine {
   Course* course = nullptr;
   std::vector<uint8_t> touches_wgmma;  // by pc, see wgmma.h
   std::vector<uint64_t> executed;      // warp instructions by pc
-  std::vector<uint64_t> lanes;         // lanes of those
 
   // Hands an operation over: it is performed now or later, at the latest by `finish`.
   void issue(Warp& warp, QueueOf queue, std::function<void()> perform);
@@ -181,9 +180,6 @@ struct Machine {
   void finish(Warp& warp, QueueOf queue, uint32_t group);
   std::deque<Pending> unbound;  // those of mbarriers
   void perform(Pending operation);
-
-  // The instruction that a warp is at.
-  const Instruction& instruction(const Warp& warp) const { return kernel->instructions[warp.pc]; }
 };
 
 // Runs a launch to its end. Throws Fault; `culprit` is then the warp that did it, or nullptr, and `standing`

@@ -54,7 +54,7 @@ struct Variable {  // a parameter, or a variable of the module or a kernel
   enum class Space : uint8_t { param, shared, global, constant, local };
   std::string name;
   Space space;
-  uint64_t offset = 0;  // in its space
+  uint64_t offset = 0;  // in its space; of global and constant variables, the host's address
   uint64_t bytes = 0;   // 0: .extern .shared, as large as the launch says
   uint32_t align = 1;
   std::vector<std::byte> initial;  // of global and constant variables
@@ -66,6 +66,7 @@ struct Constant {
   uint64_t bits;
 };
 
+// Special registers, all of 32 bits; `start.cpp` has their values in this order.
 enum class Special : uint8_t {
   tid_x,
   tid_y,
@@ -94,17 +95,13 @@ enum class Special : uint8_t {
   lanemask_le,
   lanemask_gt,
   lanemask_ge,
-  clock,
-  clock64,
-  globaltimer,
   dynamic_smem_size,
   total_smem_size
 };
 
-struct SpecialRow {  // a special register that the kernel reads; clocks are written before each read
+struct SpecialRow {  // a special register that the kernel reads
   Special which;
   Row row;
-  uint32_t width;
 };
 
 struct Kernel {
@@ -114,7 +111,7 @@ struct Kernel {
   uint32_t param_bytes = 0;
   std::vector<Variable> shared, local;  // static shared memory; the depot
   uint32_t shared_bytes = 0, local_bytes = 0;
-  uint32_t frame_bytes = 0;  // rows of registers, then those of constants and special registers
+  uint32_t frame_bytes = 0;  // of all rows: registers, constants and special registers
   std::vector<Constant> constants;
   std::vector<SpecialRow> specials;
   uint32_t max_threads = 0;       // .maxntid / .reqntid, as a product; 0 where not said

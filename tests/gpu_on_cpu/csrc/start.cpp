@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace gpu {
 namespace {
@@ -11,29 +12,20 @@ uint32_t rounded_up(uint32_t x, uint32_t to) { return (x + to - 1) / to * to; }
 void set_special(Warp& warp, const SpecialRow& special) {
   const Block& block = *warp.block;
   const Launch& launch = block.machine->launch;
-  const uint32_t x = launch.threads[0], y = launch.threads[1];
-  const uint64_t warps = block.warps.size();
+  const uint32_t x = launch.threads[0], y = launch.threads[1], shared = launch.dynamic_shared;
+  const uint32_t warps = static_cast<uint32_t>(block.warps.size());
   for (uint32_t lane = 0; lane < LANES; ++lane) {
     const uint32_t thread = warp.index * LANES + lane;
     const Mask own = Mask(1) << lane;
-    const uint64_t values[] = {
+    const uint32_t values[] = {
         thread % x, thread / x % y, thread / x / y, x, y, launch.threads[2], block.x, block.y, block.z,
         launch.grid[0], launch.grid[1], launch.grid[2], lane, warp.index, warps,
         block.slot % launch.limits.multiprocessors, launch.limits.multiprocessors,
         // Clusters have one block each.
-        block.x, launch.grid[0], 0, 0, 1, own, own - 1, own | (own - 1), ~(own | (own - 1)), ~(own - 1)};
-    const uint32_t which = static_cast<uint32_t>(special.which);
-    uint64_t value = 0;
-    if (which < std::size(values)) {
-      value = values[which];
-    } else if (special.which == Special::dynamic_smem_size) {
-      value = launch.dynamic_shared;
-    } else if (special.which == Special::total_smem_size) {
-      value = launch.dynamic_shared + block.machine->kernel->shared_bytes;
-    } else {
-      fail(Kind::unknown, "a register that counts time");
-    }
-    std::memcpy(warp.frame + special.row + lane * special.width, &value, special.width);
+        block.x, launch.grid[0], 0, 0, 1, own, own - 1, own | (own - 1), ~(own | (own - 1)), ~(own - 1),
+        shared, block.machine->kernel->shared_bytes + shared};
+    static_assert(std::size(values) == static_cast<size_t>(Special::total_smem_size) + 1);
+    warp.row<uint32_t>(special.row)[lane] = values[static_cast<size_t>(special.which)];
   }
 }
 
