@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -79,17 +80,8 @@ def run(
     )
 
 
-def fault_of(
-    body: str,
-    tensors: dict[str, Tensor],
-    threads: int = 32,
-    grid: int = 1,
-    *,
-    shared: int = 0,
-    arch: int = 90,
-    schedule: Schedule = Schedule(),  # noqa: B008 - immutable
-) -> Fault:
-    """The fault that the same has to end with."""
+def fault_of(body: str, tensors: dict[str, Tensor], *arguments: Any, **options: Any) -> Fault:
+    """The fault that `run` of the same has to end with."""
     with pytest.raises(Fault) as caught:
-        run(body, tensors, threads, grid, shared=shared, arch=arch, schedule=schedule)
+        run(body, tensors, *arguments, **options)
     return caught.value

@@ -28,7 +28,7 @@ struct Type {
 };
 
 // An access as the opcode has it.
-struct Shape {
+struct AccessForm {
   Space space = Space::generic;
   Order order = Order::weak;
   Scope scope = Scope::gpu;
@@ -42,10 +42,10 @@ struct Shape {
 };
 
 // Reads the parts that ld, st, atom and red have in common; false where a type is missing.
-bool read_form(const Statement& given, Shape& form);
+bool read_form(const Statement& given, AccessForm& form);
 Address address_of(const Operand& operand, Build& build);
 // The address of a lane, in a space that is no longer generic where that can be told; aligned to `bytes`.
 uint64_t aligned_address(const Warp& warp, const Address& address, uint32_t bytes, uint32_t lane);
-Access access_of(Warp& warp, const Instruction& at, const Shape& form);
+Access access_of(Warp& warp, const Instruction& at, const AccessForm& form);
 
 }  // namespace gpu

@@ -88,7 +88,7 @@ constexpr Operation OPERATIONS[] = {
 };
 
 struct Plan {
-  Shape form;
+  AccessForm form;
   Change change, in_global;
   uint32_t results = 0;  // rows of them, then of the operands and the second operands
   bool two = false;
@@ -97,7 +97,7 @@ struct Plan {
 // One element of a vector, each of which is atomic by itself.
 void change_element(Warp& warp, const Instruction& at, const Plan& plan, const Access& by, uint32_t i,
                     uint32_t lane) {
-  const Shape& form = plan.form;
+  const AccessForm& form = plan.form;
   const uint32_t bytes = form.type->bytes;
   const auto [space, address] =
       Memory::resolve(form.space, aligned_address(warp, form.address, form.bytes(), lane) + i * bytes);
@@ -137,7 +137,7 @@ bool find_operation(const Statement& given, Plan& plan) {
 
 bool decode_atomic(const Statement& given, Build& build, Instruction& to) {
   Plan plan;
-  Shape& form = plan.form;
+  AccessForm& form = plan.form;
   if (!read_form(given, form) || !find_operation(given, plan)) return false;
   if (form.order == Order::weak) form.order = Order::relaxed;
   given.has("noftz");

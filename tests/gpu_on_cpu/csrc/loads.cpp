@@ -51,11 +51,11 @@ Scope scope_of(const Statement& given, Scope otherwise) {
   return given.has("sys") ? Scope::sys : otherwise;
 }
 
-const Shape& form_of(const Instruction& at) { return *static_cast<const Shape*>(at.more); }
+const AccessForm& form_of(const Instruction& at) { return *static_cast<const AccessForm*>(at.more); }
 
 template <class Stored, class Register>
 Outcome load(Warp& warp, const Instruction& at) {
-  const Shape& form = form_of(at);
+  const AccessForm& form = form_of(at);
   const Access by = access_of(warp, at, form);
   Memory& memory = *warp.block->machine->memory;
   const uint32_t bytes = form.bytes();
@@ -74,7 +74,7 @@ Outcome load(Warp& warp, const Instruction& at) {
 
 template <class Stored, class Register>
 Outcome store(Warp& warp, const Instruction& at) {
-  const Shape& form = form_of(at);
+  const AccessForm& form = form_of(at);
   const Access by = access_of(warp, at, form);
   Memory& memory = *warp.block->machine->memory;
   const uint32_t bytes = form.bytes();
@@ -138,7 +138,7 @@ struct Store {
 };
 
 // Registers of a value or a vector of them, all as wide as the first one.
-bool value_rows(const Operand& operand, Build& build, const Shape& form, std::vector<Row>& rows,
+bool value_rows(const Operand& operand, Build& build, const AccessForm& form, std::vector<Row>& rows,
                 uint32_t* width) {
   const std::vector<Operand> single = {operand};
   const std::vector<Operand>& values = operand.is == Operand::Is::vector ? operand.parts : single;
@@ -151,7 +151,7 @@ bool value_rows(const Operand& operand, Build& build, const Shape& form, std::ve
 }
 
 bool decode_access(const Statement& given, Build& build, Instruction& to) {
-  Shape form;
+  AccessForm form;
   const bool loads = given.parts[0] == "ld";
   form.read_only = loads && given.has("nc");
   if (!read_form(given, form) || given.operands.size() != 2u + form.hinted) return false;
@@ -165,7 +165,7 @@ bool decode_access(const Statement& given, Build& build, Instruction& to) {
   rows.push_back(form.address.row);
   finish(build, to, loads ? step_of<Load>(*form.type, width) : step_of<Store>(*form.type, width),
          loads ? form.count : 0, std::move(rows), {});
-  to.more = build.keep(std::make_shared<Shape>(form));
+  to.more = build.keep(std::make_shared<AccessForm>(form));
   return to.step != nullptr;
 }
 
@@ -304,7 +304,7 @@ bool decode_prefetch(const Statement& given, Build& build, Instruction& to) {
 
 }  // namespace
 
-bool read_form(const Statement& given, Shape& form) {
+bool read_form(const Statement& given, AccessForm& form) {
   form.space = space_of(given);
   const bool is_volatile = given.has("volatile");
   form.scope = scope_of(given, is_volatile ? Scope::sys : Scope::gpu);
@@ -339,7 +339,7 @@ uint64_t aligned_address(const Warp& warp, const Address& address, uint32_t byte
   return found;
 }
 
-Access access_of(Warp& warp, const Instruction& at, const Shape& form) {
+Access access_of(Warp& warp, const Instruction& at, const AccessForm& form) {
   Access by = access_of(warp, at);
   by.atomic = form.order != Order::weak;
   by.element = static_cast<uint8_t>(form.type->bytes);

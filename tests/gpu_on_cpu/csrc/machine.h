@@ -123,14 +123,14 @@ struct Block {
   std::vector<std::byte> frames;
 };
 
-struct Limits {  // of an architecture and a launch
-  uint32_t multiprocessors = 132;
-  uint32_t registers = 65536;            // a multiprocessor
-  uint32_t shared_bytes = 233472;        // a multiprocessor
-  uint32_t shared_block_bytes = 232448;  // most that a block can ask for
-  uint32_t shared_reserved = 1024;       // of each block, taken by the system
-  uint32_t warps = 64, blocks = 32;      // resident on a multiprocessor
-  uint32_t threads_a_block = 1024;
+struct Limits {  // of an architecture: `limits.py` has the numbers
+  uint32_t multiprocessors = 0;
+  uint32_t registers = 0;           // a multiprocessor
+  uint32_t shared_bytes = 0;        // a multiprocessor
+  uint32_t shared_block_bytes = 0;  // most that a block can ask for
+  uint32_t shared_reserved = 0;     // of each block, taken by the system
+  uint32_t warps = 0, blocks = 0;   // resident on a multiprocessor
+  uint32_t threads_a_block = 0;
 };
 
 enum class Policy : uint8_t {
