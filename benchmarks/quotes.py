@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, exclusive_table, page, record, runner, serving_table
+from benchmarks import curves, exclusive_table, page, record, runner, scaling, serving_table
 from benchmarks.report import ceilings
 from benchmarks.workloads.decode import OWN_VALUES, TIME_FIRST
 from benchmarks.workloads.model import DYNAMIC, MODELS, STATIC
@@ -32,21 +32,24 @@ from resformer_kernels.cli.support import answers
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs"
-_FOLDERS = ("attention", "mix", "kvcache", "scan", "reservoir", "integrations/transformers")
+_FOLDERS = (
+    *("attention", "mix", "kvcache", "scan", "reservoir", "distributed"),
+    "integrations/transformers",
+)
 DOCUMENTS = (
     *("README.md", "docs/figures.md", "docs/serving.md", "docs/support.md"),
     *(f"resformer_kernels/{folder}/README.md" for folder in _FOLDERS),
 )
 _PART = re.compile(r"(<!-- quote: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-_SHAPES = 3
+_SHAPES = 2
 """Shapes of attention that the README shows for each machine."""
 _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
 _ATTENTION = re.compile(r"attention (?:for|back)ward (.+) (?:bfloat16|float32)$")
 _SHORT = (
-    r"decode (B1 Hq32 Hkv8 T8192 D128|B8 Hq16 Hkv8 T1024 D64), .* a layer, ",
+    r"decode B1 Hq32 Hkv8 T8192 D128, .* a layer, ",
     r"decode B1 Hq8 Hkv8 T8192 D64, .* one V",
-    r"reservoir_scan .*B1 T16384 .* float32",
+    r"reservoir_scan dense B1 T16384 .* float32",
     r"linear_scan forward B4 T16384 N1024 gates by step float32",
 )
 """Patterns of the stored cases other than attention that the README shows."""
@@ -261,6 +264,9 @@ QUOTES: dict[str, Callable[[], str]] = {
     "gpus": gpu_table,
     "exclusive": exclusive_table.stored,
     "serving": serving_table.stored,
+    "ring": scaling.table,
+    "ring-hides": scaling.thresholds,
+    "sharded": scaling.sharded_table,
     "support": lambda: summary(_support()),
     "support-by-form": lambda: whole(_support()),
 }

@@ -42,7 +42,7 @@ def test_files_are_short_enough_to_read() -> None:
 PACKAGE = ROOT / "resformer_kernels"
 LAYERS = (
     *("_triton", "_core", "mix", "scan", "attention", "kvcache", "reservoir", "nn", "models"),
-    *("tasks", "compat", "integrations", "testing", "bench", "demo", "cli"),
+    *("distributed", "tasks", "compat", "integrations", "testing", "bench", "demo", "cli"),
 )
 """Folders of the package: each may import itself and those before it."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -178,11 +178,45 @@ def distributed() -> Iterator[Callable[[Tensor], Tensor]]:
     dist.destroy_process_group()
 
 
+def reorders(function: Function) -> bool:
+    """Whether a drop-in reorders or rotates rows, which DTensors do not take part in."""
+    cached = function.__name__ == "flash_attn_with_kvcache"
+    return cached or function is flash_attn_3.flash_attn_varlen_func
+
+
 @every_tensor
-def test_a_distributed_tensor(
+def test_a_distributed_tensor_beside_plain_ones(
     distributed: Callable[[Tensor], Tensor], function: Function, name: str
 ) -> None:
-    refused(function, name, distributed, r"DTensor.*to_local\(\)")
+    """The error names a tensor that is not of the kind of the first."""
+    if [f for f, _ in tensors()].count(function) == 1:
+        return  # there is no other
+    said = r"must be a (plain tensor, .*got a DTensor|DTensor, .*got a plain tensor)"
+    with pytest.raises(TypeError, match=said):
+        function(**changed(function, name, distributed))
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_distributed_tensors_alone(
+    distributed: Callable[[Tensor], Tensor], function: Function
+) -> None:
+    """`tests/distributed` splits them over ranks."""
+    arguments = {
+        name: [distributed(x) for x in value]
+        if isinstance(value, list)
+        else distributed(value.clone())
+        if isinstance(value, Tensor)
+        else value
+        for name, value in CALLS[function].items()
+    }
+    if reorders(function):
+        with pytest.raises(TypeError, match="must be a plain tensor, got a DTensor, whose rows"):
+            function(**arguments)
+        return
+    expected = function(**changed(function, next(iter(arguments)), Tensor.clone))
+    for x, y in zip(_listed(function(**arguments)), _listed(expected), strict=True):
+        assert isinstance(x, DTensor)
+        torch.testing.assert_close(x.full_tensor(), y)
 
 
 class Labelled(Tensor):

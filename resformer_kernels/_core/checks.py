@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import dtensors
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PYTHON = (int, float, torch.SymInt, torch.SymFloat)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -22,9 +24,6 @@ _STAND_INS = {
     CAUSAL_BIAS: (
         "a CausalBias, which names a mask without holding one: pass causal=True, whose alignment "
         "is that of causal_lower_right, or a bool mask"
-    ),
-    "torch.distributed.tensor.DTensor": (
-        "a DTensor, for which the ops have no sharding rules: pass its to_local()"
     ),
 }
 
@@ -76,6 +75,7 @@ def check_dense(name: str, tensor: Tensor, axes: str = "") -> None:
     else:
         kind = stand_in(type(tensor))
         if not kind:
+            dtensors.admit(type(tensor))
             return
         found = _STAND_INS[kind]
     raise TypeError(f"{name} must be {f'a dense tensor {axes}'.rstrip()}, got {found}")

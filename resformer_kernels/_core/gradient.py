@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from resformer_kernels._core import dtensors
 from resformer_kernels._core.op import Op, vmap_error
 
 Record = TypeVar("Record", bound=tuple[Any, ...])
@@ -134,13 +135,26 @@ def _by_name(
     return {name: gradient for name, gradient, needed in wanted if needed}
 
 
-def run_backward(op: Op, namespace: str, call: Any) -> tuple[Tensor, ...]:
-    """`op(namespace, call)`, a backward op; differentiating its results raises."""
+def run_backward(
+    op: Op, namespace: str, call: Any, leaves: Sequence[Any] | None = None
+) -> tuple[Tensor, ...]:
+    """`op(namespace, call)`, a backward op; differentiating its results raises. `leaves` are those
+    whose gradients the results are, where these are not called d and a leaf's name."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return tuple(op(namespace, call))
-    # Autograd looks for tensors in no record and in no list.
-    leaves, form = tree_flatten(op.flatten(call))
-    return once(op.function, lambda *x: op(namespace, op.read(tree_unflatten(x, form))), leaves)
+        gradients = tuple(op(namespace, call))
+    else:
+        # Autograd looks for tensors in no record and in no list.
+        flat, form = tree_flatten(op.flatten(call))
+        gradients = once(
+            op.function, lambda *x: op(namespace, op.read(tree_unflatten(x, form))), flat
+        )
+    if not dtensors.seen():
+        return gradients
+    if leaves is None:
+        arguments = op.flatten(call)
+        leaves = [None if i is None else arguments[i] for i in op.leaves]
+    pairs = zip(gradients, leaves, strict=True)
+    return tuple(dtensors.placed_like(gradient, leaf) for gradient, leaf in pairs)
 
 
 def once(

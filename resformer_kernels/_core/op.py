@@ -111,6 +111,10 @@ class Op:
         self.name, self.record, self.function = name, record, function
         arguments = ", ".join(_declared(*field) for field in _fields(record))
         self.schema = f"{name}({arguments}) -> {returns}"
+        names = field_names(record)
+        results = (part.split()[-1] for part in returns.strip("()").split(","))
+        self.leaves = [names.index(x[1:]) if x[1:] in names else None for x in results]
+        """Of a backward op: for each result, named d and a leaf, the place of that argument."""
         self._fake, self.triton, self.composed = fake, triton, composed
         hints = _hints(record)
         self._nested = [(i, hints[f]) for i, f in enumerate(record._fields) if _is_record(hints[f])]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from resformer_kernels._core import across, dtensors
 from resformer_kernels._core.hardware import MACHINE, Hardware
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,10 +80,14 @@ def explaining() -> bool:
 
 
 def serve(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Any:
-    """Run a call on the backend that serves it. Public functions call this directly: the warning
-    about a fallback names their caller's line."""
+    """Run a call on the backend that serves it, across ranks where sequences are split among them.
+    Public functions call this directly: the warning about a fallback names their caller's line."""
+    dtensors.refuse_mixed(call)
     if explaining():
         raise _Asked(Request(op, backend, backends, call))
+    split = across.current()
+    if split is not None:
+        return split.serve(op, backend, backends, call)
     return select(op, backend, backends, call).run(call)
 
 
@@ -104,7 +109,7 @@ def select(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Bac
         raise RuntimeError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
     for candidate in backends:
         if backend == candidate.NAME:
-            reason = candidate.unsupported_reason(call, MACHINE)
+            reason = _reason(candidate, backend, call)
             if reason is not None:
                 raise RuntimeError(f"{op}: backend={backend!r} cannot serve this call: {reason}")
             return candidate
@@ -114,7 +119,9 @@ def select(op: str, backend: str, backends: Sequence[Backend], call: Any) -> Bac
 
 def _reason(candidate: Backend, backend: str, call: Any) -> str | None:
     """Why a candidate does not serve a call that asks for `backend`."""
-    reason = candidate.unsupported_reason(call, MACHINE)
+    own_ops = candidate.NAME in ("native", "triton")
+    reason = None if own_ops else dtensors.reason(call)
+    reason = reason or candidate.unsupported_reason(call, MACHINE)
     against = getattr(candidate, "reason_against_auto", None)
     if reason is None and backend == "auto" and against is not None:
         reason = against(call, MACHINE)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import dtensors
 from resformer_kernels._core.checks import (
     check_cu_seqlens,
     check_device,
@@ -100,6 +101,9 @@ def attend(
     """Append k and v, which are `new`, the values mixed with v_first, then attend: out, or
     (out, lse). Differentiating either raises."""
     k, v = new
+    turned = {"rotary_cos": rotary.cos, "rotary_sin": rotary.sin, "rotary_seqlens": rotary.seqlens}
+    others = {**cache._asdict(), **added._asdict(), **packed._asdict(), **turned}
+    dtensors.refuse("flash_attn_with_kvcache", q=q, k=k, v=v, **others)
     options = _check(q, new, cache, added, scores, rotary, packed, how)
     stepping = options["window"] != (-1, -1)
 

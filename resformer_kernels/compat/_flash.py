@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
+from resformer_kernels._core import dtensors
 from resformer_kernels._core.checks import DTYPES, check_tensor, integer, readable
 from resformer_kernels._core.select import explaining
 from resformer_kernels.attention.api import (
@@ -91,6 +92,9 @@ def attend(
     arguments |= lengths.options()
     if seqused[0] is None and seqused[1] is None:
         return value_residual_attention_varlen(**arguments)
+    seqused_q, seqused_k = seqused
+    named = {**arguments, "seqused_q": seqused_q, "seqused_k": seqused_k}
+    dtensors.refuse("flash_attn_varlen_func with seqused_q or seqused_k", **named)
     _check(arguments)
     back = None
     for side, of_side, used in (("q", _QUERIES, seqused[0]), ("k", _KEYS, seqused[1])):

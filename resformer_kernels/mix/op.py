@@ -159,11 +159,13 @@ class MixValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = (absent_like(grad) if x is None else x for x in ctx.saved_tensors)
+        tensors = [absent_like(grad) if x is None else x for x in ctx.saved_tensors]
         needs = ctx.needs_input_grad[2:]
         mask = tuple(int(need) for need in needs)
         back = MixBackwardCall(unit_stride(grad), _call_of(ctx.numbers, *tensors), mask)
-        gradients = gradient.run_backward(VALUES_BACKWARD, ctx.namespace, back)
+        # A value's gradient is that of one call of its shape: no sum over ranks.
+        leaves = (*[None] * len(ctx.numbers), *back.call.coefficients)
+        gradients = gradient.run_backward(VALUES_BACKWARD, ctx.namespace, back, leaves)
         found = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (None, None, *found)
 

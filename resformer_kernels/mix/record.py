@@ -17,6 +17,7 @@ from resformer_kernels._core.checks import (
     readable,
 )
 from resformer_kernels._core.coefficients import check_coefficient
+from resformer_kernels._core.dtensors import is_dtensor
 from resformer_kernels._core.op import refuse_vmap
 from resformer_kernels._core.strides import copy_note, needs_copy
 
@@ -169,6 +170,11 @@ def check_embedding(
         raise RuntimeError(
             "sparse_grad=True makes a sparse gradient, which torch.compile does not take: "
             "pass sparse_grad=False, or compile without this call"
+        )
+    if sparse_grad and is_dtensor(type(v)):
+        raise RuntimeError(
+            "sparse_grad=True makes a sparse gradient, which a DTensor cannot hold: pass "
+            "sparse_grad=False"
         )
     return EmbeddingCall(v, table, token_ids, tensor, number, sparse_grad)
 

@@ -27,6 +27,7 @@ from resformer_kernels.nn import (
     ValueResidualAttention,
 )
 from resformer_kernels.nn.epilogue import Epilogue
+from resformer_kernels.nn.local import local_parameter
 
 CONSTANTS = {"identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
 """lambda_v and lambda_first of the variants that do not learn them."""
@@ -247,9 +248,12 @@ class LanguageModel(nn.Module):
         embedded = x
         earlier: tuple[Tensor, ...] = ()
         keys: Tensor | None = None
+        if self.config.stream_scales:
+            both = self.stream_scale, self.input_scale
+            scales = [local_parameter(scale, x, whole=True) for scale in both]
         for layer, block in enumerate(self.blocks):
             if self.config.stream_scales:
-                x = self.stream_scale[layer] * x + self.input_scale[layer] * embedded
+                x = scales[0][layer] * x + scales[1][layer] * embedded
             arguments = (x, *rotary, token_ids, keys, *earlier)
             if cache is not None:
                 x, values, made = block(*arguments, cache=cache)
@@ -287,13 +291,30 @@ class LanguageModel(nn.Module):
             layouts.get(config.variant, KVLayout.standard(config.num_layers)),
             batch=batch,
             max_seqlen=config.max_seqlen if max_seqlen is None else max_seqlen,
-            num_kv_heads=config.resolved_kv_heads,
+            num_kv_heads=self._own_heads()[1],
             head_dim=config.resolved_head_dim,
             **{**defaults, **options},
         )
 
+    def _own_heads(self) -> tuple[int, int]:
+        """Query and KV heads of this rank: all, unless a tensor-parallel plan has dealt them
+        out."""
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        return first.attention.num_heads, first.attention.num_kv_heads
+
     def generate(self, token_ids: Tensor, max_new_tokens: int, **options: Any) -> Generation:
-        """Continue each row of token_ids; see `models.generation.generate` for the arguments."""
+        """Continue each row of token_ids; see `models.generation.generate` for the arguments.
+
+        Where tensor parallelism has dealt out the heads all ranks call this together, with the same
+        arguments. ValueError if they would draw tokens without a seed, each its own.
+        """
+        split = self._own_heads()[0] != self.config.num_heads
+        if split and options.get("temperature", 0.0) and options.get("seed") is None:
+            raise ValueError(
+                "seed must be an int, so that all ranks of a tensor-parallel model draw the same "
+                "tokens, got None"
+            )
         return generate(self, token_ids, max_new_tokens, **options)
 
 

@@ -137,7 +137,8 @@ class ValueResidualAttention(nn.Module):
         if self.v_mix.projects_values:
             own = self.v_proj(x).unflatten(2, (-1, self.head_dim))
         earlier = () if v_first is None else (v_first, *later_values)
-        mixed = self.v_mix(ValueSources(own, earlier, x, token_ids))
+        read = x if self.v_mix.reads_input else None
+        mixed = self.v_mix(ValueSources(own, earlier, read, token_ids))
         # softcap is passed explicitly: torch.compile(dynamic=True) turns a float default into a
         # graph input, which fails inside a checkpoint.
         options: dict[str, Any] = {
@@ -147,7 +148,7 @@ class ValueResidualAttention(nn.Module):
             "backend": self.backend,
         }
         if self.epilogue is not None:
-            options |= self.epilogue(x)
+            options |= self.epilogue(x, q)
         if cache is None:
             out = value_residual_attention(q, k, *mixed, softcap=0.0, **options)
         else:

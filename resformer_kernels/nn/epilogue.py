@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resformer_kernels._core.checks import describe, integer, real
+from resformer_kernels.nn.local import local_parameter
 
 LEARNED = "learned"
 GATES = ("head", "channel")
@@ -44,7 +45,7 @@ class Epilogue(nn.Module):
         if self.gate is not None:
             columns = num_heads * (1 if self.gate == "head" else integer("head_dim", head_dim, 1))
             self.gate_proj = nn.Linear(dim, columns, bias=False)
-            self.shape = (num_heads, columns // num_heads)
+            self.columns = columns // num_heads
 
     def reset_parameters(self) -> None:
         """alpha = 0: nothing is taken out."""
@@ -55,15 +56,17 @@ class Epilogue(nn.Module):
         """What it does."""
         return f"exclusive={self.exclusive!r}, gate={self.gate!r}"
 
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        """The arguments for x (B, T, dim); none where the layer's output is that of the softmax."""
+    def forward(self, x: Tensor, q: Tensor) -> dict[str, Any]:
+        """The arguments for x (B, T, dim) and its queries q, (B, T, heads, head_dim); none where
+        the layer's output is that of the softmax."""
         found: dict[str, Any] = {}
-        if self.exclusive is not None:
-            found["exclusive"] = (
-                torch.tanh(self.alpha) if self.exclusive == LEARNED else self.exclusive
-            )
+        if self.exclusive == LEARNED:
+            found["exclusive"] = torch.tanh(local_parameter(self.alpha, q))
+        elif self.exclusive is not None:
+            found["exclusive"] = self.exclusive
         if self.gate is not None:
-            found["out_gate"] = torch.sigmoid(self.gate_proj(x)).unflatten(-1, self.shape)
+            gate = torch.sigmoid(self.gate_proj(x))
+            found["out_gate"] = gate.unflatten(-1, (-1, self.columns))
         return found
 
 

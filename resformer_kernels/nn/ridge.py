@@ -18,13 +18,23 @@ Strength = float | tuple[float, ...]
 """Of all targets, or of each."""
 
 
-class _Sums(NamedTuple):
-    """What a fit needs of the data: products of the centred rows, and means."""
+class RidgeSums(NamedTuple):
+    """What a fit needs of the data, in float64: products of the centred rows, and means (zeros
+    without an intercept)."""
 
     gram: Tensor
+    """(N, N)."""
     cross: Tensor
+    """(N, m)."""
     x_mean: Tensor
     y_mean: Tensor
+
+    def about(self, count: int, x_mean: Tensor, y_mean: Tensor) -> RidgeSums:
+        """The same for `count` rows that are centred at other means."""
+        dx, dy = self.x_mean - x_mean, self.y_mean - y_mean
+        gram = self.gram + count * torch.outer(dx, dx)
+        cross = self.cross + count * torch.outer(dx, dy)
+        return RidgeSums(gram, cross, x_mean, y_mean)
 
 
 class Ridge(LinearReadout):
@@ -77,7 +87,7 @@ class Ridge(LinearReadout):
     def reset(self) -> None:
         """Discard the data seen so far; weight and bias are unchanged."""
         self.count = 0
-        self._kept = {name: x for name, x in self._kept.items() if name not in _Sums._fields}
+        self._kept = {name: x for name, x in self._kept.items() if name not in RidgeSums._fields}
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> Ridge:
@@ -93,7 +103,7 @@ class Ridge(LinearReadout):
         if not self.fit_intercept:
             means = torch.zeros_like(means[0]), torch.zeros_like(means[1])
         x, y = x - means[0], y - means[1]
-        self._merge(_Sums(x.T @ x, x.T @ y, *means), len(x))
+        self._merge(RidgeSums(x.T @ x, x.T @ y, *means), len(x))
         return self
 
     @torch.no_grad()
@@ -136,28 +146,42 @@ class Ridge(LinearReadout):
             means = x_sum.to(means[0]) / rows, y_sum.to(means[1]) / rows
             gram = gram - rows * torch.outer(means[0], means[0])
             cross = cross - rows * torch.outer(means[0], means[1])
-        self._merge(_Sums(gram, cross, *means), rows)
+        self._merge(RidgeSums(gram, cross, *means), rows)
         return self
 
-    def _merge(self, new: _Sums, count: int) -> None:
+    @property
+    def sums(self) -> RidgeSums | None:
+        """What was kept of the `count` rows seen so far; None: no data. Not to be written to."""
+        if "gram" not in self._kept:
+            return None
+        return RidgeSums(*(self._kept[name] for name in RidgeSums._fields))
+
+    def hold(self, sums: RidgeSums, count: int) -> Ridge:
+        """Replace the data seen so far by these sums of `count` rows.
+
+        ValueError where a number is not finite: then everything is left as it was.
+        """
+        if not all(bool(tensor.isfinite().all()) for tensor in sums):
+            raise ValueError("x or y is too large: its products are not finite in float64")
+        self._kept = self._kept | sums._asdict()
+        self.count = count
+        return self
+
+    def _merge(self, new: RidgeSums, count: int) -> None:
         device = self.weight.device
-        if "gram" in self._kept:
-            old = _Sums(*(self._kept[name].to(device) for name in _Sums._fields))
-        else:
-            old = _Sums(*map(torch.zeros_like, new))
+        known = self.sums
+        old = RidgeSums(*(map(torch.zeros_like, new) if known is None else known))
+        old = RidgeSums(*(tensor.to(device) for tensor in old))
         total = self.count + count
         part = count / total if total else 0.0
         dx, dy = new.x_mean - old.x_mean, new.y_mean - old.y_mean
-        merged = _Sums(
+        merged = RidgeSums(
             old.gram + new.gram + self.count * part * torch.outer(dx, dx),
             old.cross + new.cross + self.count * part * torch.outer(dx, dy),
             old.x_mean + part * dx,
             old.y_mean + part * dy,
         )
-        if not all(bool(tensor.isfinite().all()) for tensor in merged):
-            raise ValueError("x or y is too large: its products are not finite in float64")
-        self._kept = self._kept | merged._asdict()
-        self.count = total
+        self.hold(merged, total)
 
     @torch.no_grad()
     def solve(self) -> Ridge:
@@ -168,9 +192,9 @@ class Ridge(LinearReadout):
                 strength, which the message names (too few rows, or a strength below the sums'
                 rounding error).
         """
-        if "gram" not in self._kept:
+        sums = self.sums
+        if sums is None:
             raise RuntimeError("no data was seen yet: call update(x, y) first")
-        sums = _Sums(*(self._kept[name] for name in _Sums._fields))
         every = [s for each in self.strengths for s in _numbers(each)]
         solved = {strength: self._solution(sums, strength) for strength in dict.fromkeys(every)}
         found = torch.stack(
@@ -187,7 +211,7 @@ class Ridge(LinearReadout):
         }
         return self.take(0)
 
-    def _solution(self, sums: _Sums, strength: float) -> Tensor:
+    def _solution(self, sums: RidgeSums, strength: float) -> Tensor:
         """W (m, N) of one strength for all targets."""
         matrix = sums.gram.clone()
         matrix.diagonal().add_(strength)

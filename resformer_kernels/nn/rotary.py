@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import across
 from resformer_kernels._core.checks import integer, real
 from resformer_kernels.nn.state import AdaptsCheckpoint
 
@@ -72,14 +73,23 @@ class RotaryEmbedding(AdaptsCheckpoint):
     def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """cos and sin of positions start to start + length, each (length, head_dim / 2).
 
+        Under `context_parallel` those of the `length` positions that this rank holds; start is 0.
+
         Raises ValueError beyond `max_seqlen`.
         """
         length, start = integer("length", length, 0), integer("start", start)
-        if start < 0 or start + length > self.max_seqlen:
+        split = across.current()
+        if split is not None and start == 0:
+            parts = [self._rows(first, stop) for first, stop in split.ranges(length)]
+            return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+        return self._rows(start, start + length)
+
+    def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        if start < 0 or stop > self.max_seqlen:
             raise ValueError(
-                f"positions {start} to {start + length} are not within max_seqlen {self.max_seqlen}"
+                f"positions {start} to {stop} are not within max_seqlen {self.max_seqlen}"
             )
-        return self.cos[start : start + length], self.sin[start : start + length]
+        return self.cos[start:stop], self.sin[start:stop]
 
     def after(self, lengths: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the `length` positions after each of `lengths`: (B, length, head_dim / 2),

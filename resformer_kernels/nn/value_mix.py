@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resformer_kernels._core.checks import integer, real
 from resformer_kernels.mix import mix_value_embedding, mix_values
+from resformer_kernels.nn.local import local_parameter
 from resformer_kernels.nn.state import AdaptsCheckpoint
 
 
@@ -28,8 +29,8 @@ class ValueSources(NamedTuple):
     """This layer's values; None where the layer projects none."""
     earlier: tuple[Tensor, ...]
     """The values of earlier layers, the first layer's first; empty in the first layer."""
-    x: Tensor
-    """The layer's input, (B, T, dim), for gates."""
+    x: Tensor | None
+    """The layer's input, (B, T, dim), for gates; None where the mix does not read it."""
     token_ids: Tensor | None
     """(B, T), for value embeddings."""
 
@@ -71,14 +72,26 @@ class ValueMix(nn.Module):
     """Whether the layer has a value projection."""
     reads_all_layers = False
     """Whether the mix takes the values of every earlier layer, not only the first layer's."""
+    reads_input = True
+    """Whether the mix reads the layer's input. FSDP2 adds a gradient of zero to every input of a
+    module that it shards, and a plain one is no zero of the DTensor that tensor parallelism makes
+    of this."""
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """The arguments for `value_residual_attention`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
+    def head_axis(self, parameter: str) -> int | None:
+        """The axis that runs over KV heads, of a parameter that is read beside values; None where
+        all heads share it. Tensor parallelism splits it there, or replicates it."""
+        del parameter
+        return None
+
 
 class OwnValues(ValueMix):
     """This layer's values alone: a plain Transformer, and the first layer of every variant."""
+
+    reads_input = False
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """V' = V."""
@@ -89,6 +102,7 @@ class FirstValues(ValueMix):
     """The first layer's values alone: SVFormer. The layer has no value projection."""
 
     projects_values = False
+    reads_input = False
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """V' = V₁."""
@@ -97,6 +111,8 @@ class FirstValues(ValueMix):
 
 class FixedMix(ValueMix):
     """V' = lambda_v · V + lambda_first · V₁ with two constants: Identity, Constant, Sparse."""
+
+    reads_input = False
 
     def __init__(self, lambda_v: float, lambda_first: float) -> None:
         super().__init__()
@@ -125,6 +141,8 @@ class LearnedMix(AdaptsCheckpoint, ValueMix):
 
     State dicts in which the scalars have shape () load too.
     """
+
+    reads_input = False
 
     def __init__(
         self,
@@ -157,15 +175,22 @@ class LearnedMix(AdaptsCheckpoint, ValueMix):
             if isinstance(given, Tensor) and given.dim() == 0:
                 state[prefix + name] = given.detach().reshape(1)
 
+    def head_axis(self, parameter: str) -> int | None:
+        """The first of a pair per head."""
+        return 0 if self.get_parameter(parameter).dim() == 2 else None
+
     def extra_repr(self) -> str:
         """The coefficients' shape."""
         return f"shape={tuple(self.lambda_v.shape)}"
 
     def forward(self, sources: ValueSources) -> MixedValues:
         """Leave the mix to the kernel, which also computes the coefficients' gradients."""
+        own, first = _own(sources, self), _first(sources, self)
         # Copies: FSDP2 frees a gathered parameter when the forward of its module returns.
-        both = self.lambda_v.clone(), self.lambda_first.clone()
-        return MixedValues(_own(sources, self), _first(sources, self), *both)
+        lambda_v, lambda_first = (
+            local_parameter(each, own).clone() for each in (self.lambda_v, self.lambda_first)
+        )
+        return MixedValues(own, first, lambda_v, lambda_first)
 
 
 class DenseMix(ValueMix):
@@ -176,6 +201,7 @@ class DenseMix(ValueMix):
     """
 
     reads_all_layers = True
+    reads_input = False
 
     def __init__(self, num_sources: int) -> None:
         super().__init__()
@@ -195,7 +221,8 @@ class DenseMix(ValueMix):
                 f"DenseMix needs the values of {self.lambda_layers.numel() - 1} earlier layers, "
                 f"got {len(sources.earlier)}"
             )
-        return MixedValues(mix_values(values, self.lambda_layers.unbind()))
+        coefficients = local_parameter(self.lambda_layers, values[-1]).unbind()
+        return MixedValues(mix_values(values, coefficients))
 
 
 class EmbeddingMix(ValueMix):
@@ -235,12 +262,18 @@ class EmbeddingMix(ValueMix):
         nn.init.normal_(self.table, std=0.5)
         nn.init.zeros_(self.gate_proj.weight)
 
+    def head_axis(self, parameter: str) -> int | None:
+        """The table's second."""
+        del parameter
+        return 1
+
     def forward(self, sources: ValueSources) -> MixedValues:
         """Mix without materialising the gathered rows."""
         if sources.token_ids is None:
             raise ValueError("EmbeddingMix needs token_ids, (B, T) integers, got None")
+        if sources.x is None:
+            raise ValueError("EmbeddingMix needs x, the layer's input (B, T, dim), got None")
         v = _own(sources, self)
         gate = self.gate_range * torch.sigmoid(self.gate_proj(sources.x[..., : self.gate_channels]))
-        return MixedValues(
-            mix_value_embedding(v, self.table, sources.token_ids, gate.unsqueeze(-1))
-        )
+        table = local_parameter(self.table, v)
+        return MixedValues(mix_value_embedding(v, table, sources.token_ids, gate.unsqueeze(-1)))

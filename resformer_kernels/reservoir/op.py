@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import dtensors
 from resformer_kernels._core.gradient import (
     Parts,
     distinct,
@@ -176,6 +177,9 @@ def run(namespace: str, call: ReducedCall) -> tuple[Result, Tensor, ReservoirInf
 
 
 def _read(info: Tensor) -> ReservoirInfo:
+    if dtensors.is_dtensor(type(info)):
+        # Each rank chose for its own part.
+        info = info.to_local()  # type: ignore[attr-defined]
     chunks, sweeps, mismatch, work, forgot = info.unbind()
     return ReservoirInfo(chunks.long(), sweeps.long(), mismatch.clone(), work.clone(), forgot > 0)
 

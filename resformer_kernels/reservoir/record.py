@@ -23,6 +23,7 @@ from resformer_kernels._core.checks import (
     readable,
     real,
 )
+from resformer_kernels._core.dtensors import is_dtensor
 from resformer_kernels._core.op import refuse_vmap
 
 NAME = "reservoir_scan"
@@ -261,6 +262,9 @@ def _check_ring(weight: RingWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:
     values = _check_matrix("weight.values", values, inputs)
     units = values.shape[0]
     if source is None:
+        if is_dtensor(type(values)):
+            # Made of `values`, the sources are on their mesh.
+            return values, (values.new_ones((units,), dtype=torch.int64).cumsum(0) - 2) % units
         return values, torch.arange(-1, units - 1, device=values.device) % units
     check_tensor("weight.source", source, 1, "(N,), a permutation of the units")
     if source.dtype not in (torch.int64, torch.int32):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resformer_kernels._core import dtensors
+
 Result = Tensor | tuple[Tensor, Tensor]
 
 _PIECE = 64
@@ -23,11 +25,19 @@ def reduce_states(
         return states
     if reduce == "last":
         return final_state.clone()
+    distributed = dtensors.is_dtensor(type(states))
+    if distributed and cu_seqlens is not None:
+        raise RuntimeError(
+            f"reservoir_scan: reduce={reduce!r} of packed sequences has no gradient where tensors "
+            "are DTensors: reduce the states, or call it under torch.no_grad()"
+        )
     if reduce == "mean":
         sums = sums_over_time(states, cu_seqlens, states.dtype)
         if cu_seqlens is None:
             return sums / max(states.shape[1], 1)
         return sums / cu_seqlens.diff().clamp(min=1).to(sums.dtype)[:, None]
+    if distributed:
+        return _gram_by_sequence(states.double(), targets)
     steps = states.double().flatten(0, -2)
     if targets is None:
         return steps.T @ steps, steps.new_zeros((steps.shape[-1], 0))
@@ -35,6 +45,15 @@ def reduce_states(
     if cu_seqlens is not None:
         wanted = wanted.where((_positions(wanted) < cu_seqlens[-1])[:, None], 0)
     return steps.T @ steps, steps.T @ wanted.flatten(0, -2)
+
+
+def _gram_by_sequence(states: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pair of "gram" where ranks have sequences of their own: DTensors do not flatten a batch
+    that is split unevenly."""
+    gram = (states.mT @ states).sum(0)
+    if targets is None:
+        return gram, gram.new_zeros((gram.shape[0], 0))
+    return gram, (states.mT @ targets.double()).sum(0)
 
 
 def sums_over_time(states: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -90,8 +90,8 @@ class LinearScan(torch.autograd.Function):
         ctx.namespace, gates, _tokens, initial_state, ctx.reverse, cu_seqlens = inputs
         states, _ = output
         if not ctx.needs_input_grad[1]:
-            # The backward reads its shape and dtype alone.
-            states = states.new_empty(()).expand(states.shape)
+            # The backward reads its shape and dtype alone, and checks that rows are contiguous.
+            states = states.new_empty(states.shape[-1:]).expand(states.shape)
         ctx.save_for_backward(gates, states, initial_state, cu_seqlens)
         ctx.set_materialize_grads(False)
 

@@ -100,6 +100,7 @@ def test_embedding_mix_is_gated_by_token_and_head() -> None:
         mix.gate_proj.weight.normal_()
     given = sources()
     assert given.token_ids is not None
+    assert given.x is not None
     gate = 3 * torch.sigmoid(given.x[..., :4] @ mix.gate_proj.weight.T)
     expected = own(given) + gate[..., None] * mix.table[given.token_ids]
     torch.testing.assert_close(combined(mix(given)), expected)

@@ -194,6 +194,13 @@ def test_states_are_saved_for_a_gradient_of_the_gates_alone(kernels: str) -> Non
     assert states < learned <= states + 64 * 4
 
 
+def test_a_gradient_of_the_tokens_alone(kernels: str) -> None:
+    tokens = torch.randn(1, 4, 64, requires_grad=True)
+    states, _ = linear_scan(torch.ones(64), tokens, backend=kernels)
+    (found,) = torch.autograd.grad(states.sum(), tokens)
+    assert torch.equal(found[0, :, 0], torch.tensor([4.0, 3.0, 2.0, 1.0]))
+
+
 @pytest.mark.slow
 def test_more_elements_than_an_int32_counts(native: str) -> None:
     length, channels = 2**20 + 1, 2048

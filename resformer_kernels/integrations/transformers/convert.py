@@ -20,6 +20,7 @@ from resformer_kernels.integrations.transformers.model import (
     ValueResidualPreTrained,
     refuse_reentrant,
 )
+from resformer_kernels.integrations.transformers.parallel import distribute_mixes
 
 
 def convert_to_resformer(
@@ -82,6 +83,7 @@ def convert_to_resformer(
                 module.config = config
         change_class(model, "model", type(model), family.models[kind][type(model)])
         restructure(model)
+        distribute_mixes(model)
         for part in {model, model.base_model}:
             for name in ("_no_split_modules", "_keep_in_fp32_modules_strict"):
                 setattr(part, name, {*(getattr(part, name) or ()), *getattr(type(part), name)})

@@ -36,6 +36,7 @@ from resformer_kernels.integrations.transformers.model import (
     ResidualLayer,
     ValueResidualPreTrained,
 )
+from resformer_kernels.integrations.transformers.parallel import with_mixes
 
 KINDS = {"ResFormer": RESFORMER_VARIANTS, "SVFormer": (SVFORMER,)}
 """The variants that the classes of each prefix implement."""
@@ -149,6 +150,9 @@ def _make_models(family: Family, kind: str, variants: tuple[str, ...]) -> None:
         __doc__=f"{stock_config.__name__} and the fields of `ValueResidualFields`.",
         model_type=f"{kind.lower()}_{stock_config.model_type}",
         variants=variants,
+        base_model_tp_plan=with_mixes(
+            stock_config.base_model_tp_plan, parts.layer_attributes["attention_name"]
+        ),
         # The config is a dataclass, so overriding the default takes an annotated field.
         __annotations__={"value_residual": str},
         value_residual="learnable" if "learnable" in variants else variants[0],

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import is_torchdynamo_compiling, logging
 
+from resformer_kernels._core import across
 from resformer_kernels._core.gradient import wants_gradient
 from resformer_kernels.attention.api import value_residual_attention
 from resformer_kernels.integrations.transformers.masks import KeyMask, Window, resformer_mask
@@ -105,6 +106,8 @@ def resformer_attention(
         TypeError: `cache` is not continuous batching's.
     """
     options = scoring(**kwargs)
+    if across.current() is not None:
+        _check_split(module, kwargs)
     packed = kwargs.get("cu_seq_lens_q") is not None
     paged = kwargs.get("cache") is not None
     if paged:
@@ -138,7 +141,24 @@ def resformer_attention(
         q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
     causal = is_causal_without_mask(module, is_causal, q.shape[1])
     seen = read_mask(attention_mask, q.shape[1], k.shape[1], causal)
-    return _attend(q, k[:, : seen.length], v[:, : seen.length], seen, position_bias, options), None
+    k, v = k[:, : seen.length], v[:, : seen.length]
+    # By their own name the first layer's values are gathered once, for all layers.
+    shared = across.current() is not None and not module.projects_values
+    return _attend(q, k, v, seen, position_bias, options, shared=shared), None
+
+
+def _check_split(module: Any, kwargs: dict[str, Any]) -> None:
+    """RuntimeError where a call cannot run under `context_parallel`."""
+    if not hasattr(module, "v_mix"):
+        raise RuntimeError(
+            f"{type(module).__name__} cannot run under context_parallel, as its positions are not "
+            "this rank's: convert_to_resformer makes a model that can"
+        )
+    if kwargs.get("dropout"):
+        raise RuntimeError(
+            f"dropout must be 0 under context_parallel, got {kwargs['dropout']}: it is left to "
+            "torch's SDPA, which attends to this rank's tokens alone"
+        )
 
 
 def _select(mask: Tensor | None, indices: Tensor, kv_length: int) -> Tensor:
@@ -233,11 +253,14 @@ def _attend(
     seen: Seen,
     position_bias: Tensor | None,
     options: dict[str, Any],
+    *,
+    shared: bool,
 ) -> Tensor:
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     by_key = seen.bias is None and position_bias is None
     # A compiler treats that op as writing to its caches and might copy them.
     elsewhere = is_torchdynamo_compiling() or wants_gradient((q, k, v, options["sinks"]))
+    elsewhere = elsewhere or across.current() is not None
     if by_key and rows <= DECODE_ROWS and not elsewhere:
         mask = None if seen.keys is None else seen.keys.expand(q.shape[0], -1)
         decoded: Tensor = attention_with_kvcache(
@@ -256,7 +279,10 @@ def _attend(
         bias = _add_masked(position_bias[..., : seen.length], bias)
     if bias is not None and bias.is_floating_point() and bias.dtype != q.dtype:
         bias = bias.float()
-    out: Tensor = value_residual_attention(q, k, v, attn_bias=bias, window=seen.window, **options)
+    values = (None, v) if shared else (v, None)
+    out: Tensor = value_residual_attention(
+        q, k, *values, attn_bias=bias, window=seen.window, **options
+    )
     return out
 
 

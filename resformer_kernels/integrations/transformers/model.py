@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from resformer_kernels._core import across
+from resformer_kernels.integrations.transformers.kernel import NAME
 from resformer_kernels.nn import DenseMix, LearnedMix
 
 
@@ -112,8 +114,25 @@ def check_one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> N
 
 
 def positions(hidden_states: Tensor) -> Tensor:
-    """The positions (1, T) of hidden_states (B, T, dim)."""
-    return torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+    """The positions (1, T) of hidden_states (B, T, dim); under `context_parallel` this rank's."""
+    length, device = hidden_states.shape[1], hidden_states.device
+    split = across.current()
+    parts = [(0, length)] if split is None else split.ranges(length)
+    return torch.cat([torch.arange(a, b, device=device) for a, b in parts]).unsqueeze(0)
+
+
+def check_split(config: Any, past_key_values: Any = None) -> bool:
+    """Whether the model runs under `context_parallel`; ValueError where it cannot."""
+    if across.current() is None:
+        return False
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"attn_implementation must be {NAME!r} under context_parallel, got "
+            f"{config._attn_implementation!r}, which attends to this rank's tokens alone"
+        )
+    if past_key_values is not None:
+        raise ValueError("past_key_values must be None under context_parallel, got a cache")
+    return True
 
 
 class DecoderModel(ValueResidualModel):
@@ -138,7 +157,8 @@ class DecoderModel(ValueResidualModel):
         """The stock model's forward, with values passed between layers."""
         check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        split = check_split(self.config, past_key_values)
+        if use_cache and past_key_values is None and not split:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -152,7 +172,8 @@ class DecoderModel(ValueResidualModel):
                 "inputs_embeds": hidden_states,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                # Gaps in them would be read as packed sequences.
+                "position_ids": None if split else position_ids,
             }
             masks = {"full_attention": create_causal_mask(**inputs)}
             if kinds is not None and "sliding_attention" in kinds:
@@ -190,6 +211,7 @@ class EncoderModel(ValueResidualModel):
         """The stock model's forward, with values passed between layers."""
         check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        check_split(self.config)
         if position_ids is None:
             position_ids = positions(hidden_states)
         masks = attention_mask

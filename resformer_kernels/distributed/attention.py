@@ -1,0 +1,190 @@
+"""`value_residual_attention` on a sequence that is split across ranks.
+
+By the kernels of this package it is a ring. Backends that serve whole calls alone (the reference,
+FlashAttention) get the keys and values of every rank instead, in the order of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resformer_kernels._core.gradient import seeing
+from resformer_kernels._core.op import NATIVE, TRITON
+from resformer_kernels._core.select import select
+from resformer_kernels.attention import epilogue_op
+from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall
+from resformer_kernels.distributed import ring_op
+from resformer_kernels.distributed.ring_op import RingCall
+from resformer_kernels.distributed.split import Split
+from resformer_kernels.distributed.steps import step
+from resformer_kernels.mix.api import mix_values
+
+_NAMESPACES = {"native": NATIVE, "triton": TRITON}
+_FIRST = "v_first of every rank"
+
+
+def serve(
+    split: Split, backend: str, backends: Sequence[Any], call: AttentionCall
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, V' or None) of this rank's queries over the whole sequence."""
+    _check(split, call)
+    plain = call._replace(exclusive=None, exclusive_value=0.0, out_gate=None)
+    asked = plain._replace(return_mixed_value=call.return_mixed_value or call.excludes)
+    if backend == "auto":
+        backends = [x for x in backends if x.NAME != "flash_attn"]
+    chosen = select(FIXED, backend, backends, plain)
+    namespace = _NAMESPACES.get(chosen.NAME)
+    if namespace is None:
+        y, lse, mixed = _over_gathered(split, chosen, asked)
+    else:
+        y, lse, mixed = _by_ring(split, namespace, asked)
+    if not call.plain:
+        finishing = epilogue_op.epilogue_of(call, y, mixed)
+        y = epilogue_op.run(namespace or NATIVE, finishing)
+    return y, lse, mixed if call.return_mixed_value else None
+
+
+def _check(split: Split, call: AttentionCall) -> None:
+    if call.packed:
+        raise RuntimeError(
+            f"{PACKED} cannot run under context_parallel: pass sequences of one length, (B, T, "
+            f"heads, head_dim), to {FIXED}"
+        )
+    if call.attn_bias is not None:
+        raise RuntimeError(
+            f"attn_bias cannot be used under context_parallel, got {tuple(call.attn_bias.shape)}: "
+            "its keys lie on other ranks; causal, window, softcap and sinks can"
+        )
+    split.check("q", call.q.shape[1])
+    split.check("k", call.k.shape[1])
+
+
+def _by_ring(
+    split: Split, namespace: str, call: AttentionCall
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    v, v_first = call.v, call.v_first
+    whole = None
+    if v is None and v_first is not None:
+        whole, v_first = _first_values(split, v_first), None
+    ring = RingCall(
+        split=split.name,
+        q=call.q,
+        k=call.k,
+        v=v,
+        v_first=v_first,
+        lambda_v=call.lambda_v,
+        lambda_first=call.lambda_first,
+        sinks=call.sinks,
+        whole=whole,
+        lambda_v_value=call.lambda_v_value,
+        lambda_first_value=call.lambda_first_value,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        scale=call.scale,
+        softcap=call.softcap,
+        return_lse=call.return_lse,
+        return_mixed_value=call.return_mixed_value,
+    )
+    mixed: Tensor | None
+    y, lse, mixed = ring_op.run(namespace, ring)
+    if whole is not None:
+        mixed = call.v_first
+    return y, lse if call.return_lse else None, mixed if call.return_mixed_value else None
+
+
+def _over_gathered(
+    split: Split, backend: Any, call: AttentionCall
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """By a backend that serves whole calls: one for each of this rank's pieces of queries."""
+    value = call.value
+    if call.v is not None and call.v_first is not None:
+        own = call.lambda_v_value if call.lambda_v is None else call.lambda_v
+        first = call.lambda_first_value if call.lambda_first is None else call.lambda_first
+        value = mix_values((call.v, call.v_first), (own, first))
+    keys, values = (split.in_order(_Gathered.apply(split, "k", x)) for x in (call.k, value))
+    everything = split.deal.everything
+    found = []
+    for index, piece in enumerate(split.mine):
+        seen = step(piece, everything, call.window_left, call.window_right)
+        if seen is None:
+            continue
+        q = call.q[:, split.deal.place(split.ranks.rank, index)]
+        part = call._replace(
+            q=q,
+            k=keys[:, seen.keys],
+            v=values[:, seen.keys],
+            v_first=None,
+            lambda_v=None,
+            lambda_first=None,
+            lambda_v_value=1.0,
+            lambda_first_value=1.0,
+            max_seqlen_q=piece.length,
+            max_seqlen_k=seen.keys.stop - seen.keys.start,
+            window_left=seen.left,
+            window_right=seen.right,
+            return_mixed_value=False,
+        )
+        found.append(backend.run(part))
+    if not found:
+        # The other ranks' gradients pass through this one's backward too.
+        out = seeing(call.q.new_zeros((*call.q.shape[:-1], value.shape[-1])), (keys, values))
+        lse = out.new_zeros((out.shape[0], out.shape[2], 0)) if call.return_lse else None
+        return out, lse, value if call.return_mixed_value else None
+    out = torch.cat([x[0] for x in found], 1)
+    lse = torch.cat([x[1] for x in found], -1) if call.return_lse else None
+    return out, lse, value if call.return_mixed_value else None
+
+
+class _Gathered(torch.autograd.Function):
+    """apply(split, name, x) -> x of every rank, (ranks, B, longest T, ...); backward sums."""
+
+    @staticmethod
+    def forward(ctx: Any, split: Split, name: str, x: Tensor) -> Tensor:
+        ctx.split, ctx.name, ctx.length = split, name, x.shape[1]
+        return split.padded(x, name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.split.ranks.scatter_sum(f"d{ctx.name}", grad)[:, : ctx.length]
+
+
+class _GatheredBefore(torch.autograd.Function):
+    """apply(split, x, gathered) -> gathered, of which x is this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, split: Split, x: Tensor, gathered: Tensor) -> Tensor:
+        ctx.split, ctx.length = split, x.shape[1]
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.split.ranks.scatter_sum("dv_first", grad)[:, : ctx.length], None
+
+
+def _first_values(split: Split, v_first: Tensor) -> Tensor:
+    """V_1 of every rank, gathered once for all layers that are given the same tensor.
+
+    A layer that checkpointing runs again gets a copy of the tensor, on the same memory: what was
+    gathered serves it too, with a gradient of its own.
+    """
+    if torch.compiler.is_compiling():
+        whole: Tensor = _Gathered.apply(split, "v_first", v_first)
+        return whole
+    version = 0 if v_first.is_inference() else v_first._version
+    key = (v_first.data_ptr(), v_first.shape, v_first.stride(), v_first.dtype, version)
+    kept = split.memo.get(_FIRST)
+    if kept is None or kept[0] != key:
+        whole = _Gathered.apply(split, "v_first", v_first)
+        # The source is kept, so that its memory holds no other tensor meanwhile.
+        split.memo[_FIRST] = (key, v_first, whole)
+        return whole
+    _, source, whole = kept
+    wanted = torch.is_grad_enabled() and v_first.requires_grad
+    if source is v_first and whole.requires_grad == wanted:
+        return whole
+    again: Tensor = _GatheredBefore.apply(split, v_first, whole.detach())
+    return again
