@@ -326,11 +326,6 @@ def check(options: Options, world: int) -> None:
     sdpa = options.attention == "sdpa" or options.compare_sdpa
     if sdpa and context > 1:
         raise FlagError("--attention sdpa and --compare-sdpa need --context-parallel 1")
-    if options.compile and tensor > 1:
-        raise FlagError(
-            "--compile needs --tensor-parallel 1: compiled blocks with DTensors as parameters get "
-            "wrong gradients (torch 2.13)"
-        )
     if options.mixed_precision == "fsdp" and (options.dtype != "bfloat16" or world == 1):
         raise FlagError("--mixed-precision fsdp needs --dtype bfloat16 and two ranks or more")
 

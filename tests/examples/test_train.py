@@ -298,7 +298,6 @@ def test_both_attentions_are_timed(trained: Trained, capsys: pytest.CaptureFixtu
         (("--tensor-parallel", "4"), 4, "--kv-heads"),
         (("--context-parallel", "2", "--attention", "sdpa"), 2, "--attention sdpa"),
         (("--mixed-precision", "fsdp"), 2, "--dtype bfloat16"),
-        (("--compile", "--tensor-parallel", "2"), 2, "--compile"),
         (("--kv-heads", "3"), 1, "--kv-heads"),
         (("--steps", "0"), 1, "--steps"),
         (("--vocab", "100000"), 1, "--vocab"),
