@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import sys
 import time
@@ -154,7 +155,11 @@ def run(options: Options, layout: Layout) -> None:
         return
     tells = layout.rank == 0
     if options.compare_sdpa:
-        compare(options, layout, prepared, lambda text: print(text) if tells else None)
+        found = compare(options, layout, prepared, lambda text: print(text) if tells else None)
+        if tells:
+            options.out.mkdir(parents=True, exist_ok=True)
+            with (options.out / "compare.jsonl").open("a") as file:
+                file.write(json.dumps(found) + "\n")
         return
     job = Run(options, layout, prepared)
     log = Log(options.out, options.steps, job.first, tells=tells)

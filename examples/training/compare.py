@@ -5,10 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from resformer_kernels.bench import machine
 from training.options import ATTENTIONS, Options
 from training.parallel import Layout, total
 from training.trainer import Trainer
@@ -18,14 +21,15 @@ _WARM_UP = 3
 
 def compare(
     options: Options, layout: Layout, prepared: Path, say: Callable[[str], None]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train two models on the same batches, a step of each in turn, and print the medians.
 
     The order within a round alternates. A step is everything: reading the batch, forward, backward,
     clipping and the optimiser.
 
     Returns:
-        Median tokens a second of all ranks together, by attention.
+        What `OUT/compare.jsonl` stores: machine, options, ranks, and by attention the seconds of
+        every step, median tokens a second of all ranks together, and the last loss.
     """
     trainers = {name: Trainer(options, layout, prepared, name) for name in ATTENTIONS}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -51,7 +55,14 @@ def compare(
             f"ms)  loss {losses[name]:.4f}"
         )
     say(f"  ours / sdpa {speeds['ours'] / speeds['sdpa']:.3f}")
-    return speeds
+    return {
+        "machine": machine.describe(),
+        "options": {name: str(value) for name, value in asdict(options).items()},
+        "ranks": layout.world,
+        "seconds": seconds,
+        "tokens_per_second": speeds,
+        "loss": losses,
+    }
 
 
 def _synchronise(layout: Layout) -> None:

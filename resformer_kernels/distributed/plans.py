@@ -213,7 +213,7 @@ class _Embedding(RowwiseParallel):
     """An embedding whose rows are dealt out to ranks; its output is whole on each of them."""
 
     @staticmethod
-    def _prepare_output_fn(  # type: ignore[override]
+    def _prepare_output_fn(
         output_layouts: tuple[Placement, ...],
         use_local_output: bool,
         mod: nn.Module,
