@@ -28,7 +28,8 @@ class Machine(NamedTuple):
     """A GPU and its links, from NVIDIA's data sheets of the H200 and of 400 Gb/s InfiniBand."""
 
     rate: float = 0.55 * 989e12
-    """FLOP/s of attention: 55% of the dense bfloat16 peak, as FlashAttention's papers report."""
+    """FLOP/s of attention: 55% of the dense bfloat16 peak, an assumption between the 35% of
+    FlashAttention 2 and the 75% of FlashAttention 3 on an H100 (arXiv 2407.08608)."""
     node: float = 450e9
     """Bytes a second each way over NVLink."""
     network: float = 50e9

@@ -16,12 +16,12 @@ from resformer_kernels._core.gradient import seeing
 from resformer_kernels._core.op import NATIVE, TRITON
 from resformer_kernels._core.select import select
 from resformer_kernels.attention import epilogue_op
+from resformer_kernels.attention.flash_attn.rows import mixed
 from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall
 from resformer_kernels.distributed import ring_op
 from resformer_kernels.distributed.ring_op import RingCall
 from resformer_kernels.distributed.split import Split
 from resformer_kernels.distributed.steps import step
-from resformer_kernels.mix.api import mix_values
 
 _NAMESPACES = {"native": NATIVE, "triton": TRITON}
 _FIRST = "v_first of every rank"
@@ -39,13 +39,15 @@ def serve(
     chosen = select(FIXED, backend, backends, plain)
     namespace = _NAMESPACES.get(chosen.NAME)
     if namespace is None:
-        y, lse, mixed = _over_gathered(split, chosen, asked)
+        y, lse, value = _over_gathered(split, chosen, asked)
     else:
-        y, lse, mixed = _by_ring(split, namespace, asked)
+        y, lse, value = _by_ring(split, namespace, asked)
     if not call.plain:
-        finishing = epilogue_op.epilogue_of(call, y, mixed)
+        finishing = epilogue_op.epilogue_of(call, y, value)
         y = epilogue_op.run(namespace or NATIVE, finishing)
-    return y, lse, mixed if call.return_mixed_value else None
+    if not call.return_mixed_value:
+        return y, lse, None
+    return y, lse, value.clone() if value is call.value else value
 
 
 def _check(split: Split, call: AttentionCall) -> None:
@@ -89,23 +91,19 @@ def _by_ring(
         return_lse=call.return_lse,
         return_mixed_value=call.return_mixed_value,
     )
-    mixed: Tensor | None
-    y, lse, mixed = ring_op.run(namespace, ring)
+    y, lse, value = ring_op.run(namespace, ring)
     if whole is not None:
-        mixed = call.v_first
-    return y, lse if call.return_lse else None, mixed if call.return_mixed_value else None
+        value = call.value
+    return y, lse if call.return_lse else None, value if call.return_mixed_value else None
 
 
 def _over_gathered(
     split: Split, backend: Any, call: AttentionCall
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """By a backend that serves whole calls: one for each of this rank's pieces of queries."""
-    value = call.value
-    if call.v is not None and call.v_first is not None:
-        own = call.lambda_v_value if call.lambda_v is None else call.lambda_v
-        first = call.lambda_first_value if call.lambda_first is None else call.lambda_first
-        value = mix_values((call.v, call.v_first), (own, first))
-    keys, values = (split.in_order(_Gathered.apply(split, "k", x)) for x in (call.k, value))
+    value = mixed(call)
+    moved = (("k", call.k), ("v", value))
+    keys, values = (split.in_order(_Gathered.apply(split, name, x, None)) for name, x in moved)
     everything = split.deal.everything
     found = []
     for index, piece in enumerate(split.mine):
@@ -140,29 +138,18 @@ def _over_gathered(
 
 
 class _Gathered(torch.autograd.Function):
-    """apply(split, name, x) -> x of every rank, (ranks, B, longest T, ...); backward sums."""
+    """apply(split, name, x, before) -> x of every rank, (ranks, B, longest T, ...), or `before`,
+    which was gathered of the same values; backward sums, and leaves each rank its part."""
 
     @staticmethod
-    def forward(ctx: Any, split: Split, name: str, x: Tensor) -> Tensor:
+    def forward(ctx: Any, split: Split, name: str, x: Tensor, before: Tensor | None) -> Tensor:
         ctx.split, ctx.name, ctx.length = split, name, x.shape[1]
-        return split.padded(x, name)
+        return split.padded(x, name) if before is None else before.view_as(before)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, ctx.split.ranks.scatter_sum(f"d{ctx.name}", grad)[:, : ctx.length]
-
-
-class _GatheredBefore(torch.autograd.Function):
-    """apply(split, x, gathered) -> gathered, of which x is this rank's part."""
-
-    @staticmethod
-    def forward(ctx: Any, split: Split, x: Tensor, gathered: Tensor) -> Tensor:
-        ctx.split, ctx.length = split, x.shape[1]
-        return gathered.view_as(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.split.ranks.scatter_sum("dv_first", grad)[:, : ctx.length], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        found = ctx.split.ranks.scatter_sum(f"d{ctx.name}", grad)
+        return None, None, found[:, : ctx.length], None
 
 
 def _first_values(split: Split, v_first: Tensor) -> Tensor:
@@ -172,13 +159,13 @@ def _first_values(split: Split, v_first: Tensor) -> Tensor:
     gathered serves it too, with a gradient of its own.
     """
     if torch.compiler.is_compiling():
-        whole: Tensor = _Gathered.apply(split, "v_first", v_first)
+        whole: Tensor = _Gathered.apply(split, "v_first", v_first, None)
         return whole
     version = 0 if v_first.is_inference() else v_first._version
     key = (v_first.data_ptr(), v_first.shape, v_first.stride(), v_first.dtype, version)
     kept = split.memo.get(_FIRST)
     if kept is None or kept[0] != key:
-        whole = _Gathered.apply(split, "v_first", v_first)
+        whole = _Gathered.apply(split, "v_first", v_first, None)
         # The source is kept, so that its memory holds no other tensor meanwhile.
         split.memo[_FIRST] = (key, v_first, whole)
         return whole
@@ -186,5 +173,5 @@ def _first_values(split: Split, v_first: Tensor) -> Tensor:
     wanted = torch.is_grad_enabled() and v_first.requires_grad
     if source is v_first and whole.requires_grad == wanted:
         return whole
-    again: Tensor = _GatheredBefore.apply(split, v_first, whole.detach())
+    again: Tensor = _Gathered.apply(split, "v_first", v_first, whole.detach())
     return again

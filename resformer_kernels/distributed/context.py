@@ -36,8 +36,7 @@ class ShardedSequence(Split):
     @property
     def positions(self) -> Tensor:
         """This rank's positions in the whole sequence, in the order in which it holds them."""
-        mine = self.deal.pieces[self.ranks.rank]
-        return torch.cat([torch.arange(piece.start, piece.stop) for piece in mine])
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in self.mine])
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of x, whose axis `dim` is the whole sequence; a copy.
@@ -45,8 +44,7 @@ class ShardedSequence(Split):
         Raises ValueError where that axis has another length.
         """
         dim = self._axis(x, dim, self.deal.length, "the whole sequence")
-        mine = self.deal.pieces[self.ranks.rank]
-        return torch.cat([x.narrow(dim, piece.start, piece.length) for piece in mine], dim)
+        return torch.cat([x.narrow(dim, piece.start, piece.length) for piece in self.mine], dim)
 
     @torch.no_grad()
     def gather(self, x: Tensor, dim: int) -> Tensor:
@@ -117,14 +115,14 @@ def context_parallel(
         TypeError, ValueError: an argument of the wrong type or size. Inside, ops raise ValueError
         where their sequences are not this rank's part, and RuntimeError where they cannot run so.
     """
+    ranks = ranks_of(mesh)
     buffers, dims = list(buffers or ()), list(buffer_seq_dims or ())
-    if len(buffers) != len(dims):
-        raise ValueError(f"buffer_seq_dims must have {len(buffers)} entries, got {len(dims)}")
+    _check_buffers(buffers, dims)
     if length is None:
         if not buffers:
             raise ValueError("length must be given where there are no buffers")
         length = buffers[0].shape[dims[0]]
-    sequence = ShardedSequence(ranks_of(mesh), Deal(length, ranks_of(mesh).count, balanced))
+    sequence = ShardedSequence(ranks, Deal(length, ranks.count, balanced))
     kept = [x for x in buffers if not any(x is y for y in no_restore_buffers or ())]
     before = [x.clone() for x in kept]
     parts = [sequence.shard(x, dim) for x, dim in zip(buffers, dims, strict=True)]
@@ -137,6 +135,19 @@ def context_parallel(
         sequence.memo.clear()
         for buffer, whole in zip(kept, before, strict=True):
             _replace(buffer, whole)
+
+
+def _check_buffers(buffers: Sequence[Any], dims: Sequence[Any]) -> None:
+    if len(buffers) != len(dims):
+        raise ValueError(f"buffer_seq_dims must have {len(buffers)} entries, got {len(dims)}")
+    for i, (buffer, dim) in enumerate(zip(buffers, dims, strict=True)):
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"buffers[{i}] must be a tensor, got {describe(buffer)}")
+        if buffer.requires_grad:
+            raise ValueError(f"buffers[{i}] must not require a gradient: use shard for it")
+        name = f"buffer_seq_dims[{i}]"
+        if not -buffer.dim() <= integer(name, dim) < buffer.dim():
+            raise ValueError(f"{name} must be an axis of buffers[{i}], got {dim}")
 
 
 @torch.no_grad()

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels._core.checks import check_ids, describe, integer
 from resformer_kernels.models import LanguageModel
+from resformer_kernels.models.language_model import capped, run_block
 
 
 class LanguageModelStage(nn.Module):
@@ -58,20 +57,11 @@ class LanguageModelStage(nn.Module):
         x, earlier, keys = self._before(received, token_ids)
         rotary = self.rotary.on(token_ids.device)(token_ids.shape[1])
         for name, block in self.blocks.items():
-            arguments = (x, *rotary, token_ids, keys, *earlier)
-            if self.config.checkpointing and torch.is_grad_enabled():
-                x, values, made = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, values, made = block(*arguments)
-            layer = int(name)
-            if layer == 0 or self.config.variant == "dense":
-                earlier = (*earlier, values)
-            if layer == self.config.resolved_middle_layer:
-                keys = made
+            x, earlier, keys = run_block(
+                self.config, int(name), block, x, rotary, token_ids, earlier, keys
+            )
         if self.is_last:
-            hidden = self.norm(x)
-            logits, softcap = self.head(hidden), self.config.logit_softcap
-            return softcap * torch.tanh(logits / softcap) if softcap else logits
+            return capped(self.head(self.norm(x)), self.config.logit_softcap)
         return x, *earlier, *(() if keys is None else (keys,))
 
     def _before(

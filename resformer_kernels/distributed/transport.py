@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+
+from resformer_kernels._core.checks import describe
 
 
 class Traffic:
@@ -145,5 +148,10 @@ class Arriving:
 
 def ranks_of(mesh: Any) -> Ranks:
     """The ranks of a one-dimensional DeviceMesh, or of a process group."""
-    group = mesh if isinstance(mesh, dist.ProcessGroup) else mesh.get_group()
-    return Ranks(group)
+    if isinstance(mesh, dist.ProcessGroup):
+        return Ranks(mesh)
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {describe(mesh)}")
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one axis, such as mesh['cp'], got {mesh.ndim}")
+    return Ranks(mesh.get_group())

@@ -158,6 +158,36 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), values, keys
 
 
+def run_block(
+    config: LanguageModelConfig,
+    layer: int,
+    block: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    token_ids: Tensor,
+    earlier: tuple[Tensor, ...],
+    keys: Tensor | None,
+    cache: SharedValueCache | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Run layer `layer`, counted from 0: the stream after it, and the values and keys that later
+    layers read. x and what is returned are as in `Block`; `earlier` and `keys` are those before."""
+    arguments = (x, *rotary, token_ids, keys, *earlier)
+    if cache is not None:
+        x, values, made = block(*arguments, cache=cache)
+    elif config.checkpointing and torch.is_grad_enabled():
+        x, values, made = checkpoint(block, *arguments, use_reentrant=False)
+    else:
+        x, values, made = block(*arguments)
+    if layer == 0 or config.variant == "dense":
+        earlier = (*earlier, values)
+    return x, earlier, made if layer == config.resolved_middle_layer else keys
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(logits / c); the logits where c is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 class LanguageModel(nn.Module):
     """A decoder over `config.vocab_size` tokens."""
 
@@ -213,8 +243,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab_size) from the result of `hidden`, (..., dim)."""
-        logits, softcap = self.head(hidden), self.config.logit_softcap
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+        return capped(self.head(hidden), self.config.logit_softcap)
 
     def hidden(self, token_ids: Tensor, cache: SharedValueCache | None = None) -> Tensor:
         """The head's input, (B, T, dim), for tokens (B, T).
@@ -254,17 +283,9 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.config.stream_scales:
                 x = scales[0][layer] * x + scales[1][layer] * embedded
-            arguments = (x, *rotary, token_ids, keys, *earlier)
-            if cache is not None:
-                x, values, made = block(*arguments, cache=cache)
-            elif self.config.checkpointing and torch.is_grad_enabled():
-                x, values, made = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, values, made = block(*arguments)
-            if layer == 0 or self.config.variant == "dense":
-                earlier = (*earlier, values)
-            if layer == self.config.resolved_middle_layer:
-                keys = made
+            x, earlier, keys = run_block(
+                self.config, layer, block, x, rotary, token_ids, earlier, keys, cache
+            )
         return self.norm(x)
 
     def new_cache(

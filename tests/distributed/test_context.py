@@ -146,11 +146,19 @@ def _refused() -> dict[str, str]:
         "no length": {},
         "dims": {"buffers": [x], "buffer_seq_dims": []},
         "other length": {"buffers": [x], "buffer_seq_dims": [1], "length": 5},
+        "no axis": {"buffers": [x], "buffer_seq_dims": [4]},
+        "gradient": {"buffers": [x.clone().requires_grad_()], "buffer_seq_dims": [1]},
     }.items():
         try:
             with context_parallel(dist.group.WORLD, **options):  # type: ignore[arg-type]
                 raise AssertionError("entered")
         except ValueError as error:
+            found[name] = str(error)
+    for name, mesh in {"mesh": 2, "axes": init_device_mesh("cpu", (1, 2))}.items():
+        try:
+            with context_parallel(mesh, length=8):
+                raise AssertionError("entered")
+        except (TypeError, ValueError) as error:
             found[name] = str(error)
     assert ours.value_residual_attention(x, x, x).shape == x.shape
     return found
@@ -170,6 +178,10 @@ def test_what_it_refuses_is_named() -> None:
             "no length": "length must be given",
             "dims": "buffer_seq_dims must have 1 entries",
             "other length": "x must hold 5 positions",
+            "no axis": "buffer_seq_dims[0] must be an axis of buffers[0], got 4",
+            "gradient": "buffers[0] must not require a gradient",
+            "mesh": "mesh must be a DeviceMesh or a ProcessGroup, got 2 (int)",
+            "axes": "mesh must have one axis",
         }.items():
             assert words in found[name], (name, found.get(name))
 

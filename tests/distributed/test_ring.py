@@ -138,6 +138,8 @@ def _one(case: Case, sequence: ShardedSequence, length: int) -> dict[str, Tensor
         parts[name] = x if axis is None else sequence.shard(x, axis)
     leaves = leaves_of(parts)
     results = whole(case, leaves)
+    inputs = {x.data_ptr() for x in leaves.values() if x.numel()}
+    assert not inputs & {x.data_ptr() for x in results.values()}
     loss(results, sequence.positions).backward()
     found = {}
     for name, x in results.items():
