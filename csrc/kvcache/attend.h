@@ -69,9 +69,8 @@ class CacheAttend {
     const int64_t rows = padded(g.rows);
     for (int64_t h = 0; h < g.heads; ++h) {
       for (int64_t r = 0; r < rows; ++r) {
-        RowState& state = own.state[h * rows + r];
-        state.m = kMinusInf;
-        store(state.l, zero());
+        own.state[h * rows + r].m = kMinusInf;
+        store(own.state[h * rows + r].l, zero());
         float* q = q_of(g, h, own) + r * words();
         if (r < g.rows) {
           pack_row<Dot>(p_.q.row<T>(g.sequence, result_.time(g, result_.query(g, r)), result_.head(g, h, r)),
@@ -81,6 +80,7 @@ class CacheAttend {
         }
       }
     }
+    if (g.tiling.streams) stream_state(g, own).reset();
     memset(own.acc.get(), 0, g.heads * rows * plan_.columns() * sizeof(float));
     const CacheSequence& s = p_.sequences[g.sequence];
     for (int64_t r = 0; r < rows; ++r) {
@@ -92,6 +92,11 @@ class CacheAttend {
 
   void attend(const CacheGroup& g, int64_t split, int64_t following, Own& own) const {
     start(g, own);
+    attend_blocks(g, split, following, own);
+    if (g.tiling.streams) stream_state(g, own).close();
+  }
+
+  void attend_blocks(const CacheGroup& g, int64_t split, int64_t following, Own& own) const {
     const CacheRange keys = plan_.keys_of(g, split);
     if (!own.filled) own.now->fill(p_, g.sequence, keys.begin, keys.end, g.tiling.tokens);
     own.filled = false;
@@ -131,28 +136,25 @@ class CacheAttend {
     }
   }
 
+  StreamState stream_state(const CacheGroup& g, const Own& own) const {
+    return {own.stream_sums.get(), stream_width(g)};
+  }
+  static int64_t stream_width(const CacheGroup& g) { return round_up(g.heads * padded(g.rows), kSums); }
+
   // Few rows: all heads of a token, then the next token.
   template <int R>
   void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
-    const int64_t width = round_up(g.heads * R, 16), tokens = g.tiling.tokens;
-    float *by_token = own.by_token.get(), *s = own.scores.get();
+    const int64_t width = stream_width(g), from = lane_floor(own.lo[0]), to = smaller(own.hi[R - 1], block.count);
+    float* s = own.scores.get();
     stream_keys<R>(g, block, then, width, own);
-    for (int64_t t = 0; t < block.count; t += kLanes) {
-      for (int64_t i = 0; i < width; i += kLanes) {
-        transpose_block(reinterpret_cast<const uint32_t*>(by_token + t * width + i), width,
-                        reinterpret_cast<uint32_t*>(s + i * tokens + t), tokens);
-      }
-    }
-    int64_t from, to;
-    if (!span<R>(own, 0, &from, &to)) return;
-    for (int64_t h = 0; h < g.heads; ++h) {
-      float* rows = s + h * R * tokens;
-      transform<R>(g, h, block, rows, from, to, own);
-      softmax<R>(g, h, 0, block, rows, from, to, own);
-    }
-    by_width<M>(p_.values.dim, [&](auto steps) {
-      stream_block_values<R, steps()>(g, block, then, from, smaller(to, block.count), own);
-    });
+    if (own.lo[0] >= own.hi[R - 1]) return;
+    transform_stream<R>(g, block, s, width, from, to, own);
+    mask_stream<R>(s, width, g.heads, from, to, own.lo, own.hi);
+    softmax_stream<M, kPrecision>(s, width, g.heads * R, from, to, stream_state(g, own), own.acc.get(),
+                                  plan_.columns());
+    if constexpr (kCodes) scale_stream<R>(g, block.value_scales, p_.values, s, width, from, to, own);
+    by_width<M>(p_.values.dim,
+                [&](auto steps) { stream_block_values<R, steps()>(g, block, then, from, to, own); });
   }
 
   template <int R>
@@ -163,7 +165,7 @@ class CacheAttend {
       for (int64_t t = 0; t < block.count; ++t) {
         stream_scores<M, R, steps()>(own.q.get(), words(), block.keys[t] + g.head * stride, stride, g.heads,
                                      p_.keys.dim, then.key(block, t, stride), alpha(),
-                                     own.by_token.get() + t * width);
+                                     own.scores.get() + t * width);
       }
     });
   }
@@ -171,7 +173,7 @@ class CacheAttend {
   template <int R, int W>
   void stream_block_values(const CacheGroup& g, const Block<C>& block, const Following<C>& then, int64_t from,
                            int64_t end, Own& own) const {
-    const int64_t stride = p_.values.cache.stride[2], tokens = g.tiling.tokens;
+    const int64_t stride = p_.values.cache.stride[2], width = stream_width(g);
     const float* p = own.scores.get();
     int64_t t = from;
     const auto pass = [&](auto abreast) {
@@ -180,8 +182,8 @@ class CacheAttend {
         ValueRow<C> rows[kRows];
         for (int64_t i = 0; i < kRows; ++i)
           rows[i] = {block.values[t + i] + g.head * stride, then.value(block, t + i, stride)};
-        stream_values<M, R, W, abreast()>(p + t / Dot::kPack, tokens, rows, stride, g.heads, p_.values.dim,
-                                          own.acc.get(), plan_.columns());
+        stream_values<M, R, W, abreast()>(p + t / Dot::kPack * width, width, rows, stride, g.heads,
+                                          p_.values.dim, own.acc.get(), plan_.columns());
       }
     };
     pass(std::integral_constant<int, kAbreast>());
@@ -191,9 +193,32 @@ class CacheAttend {
     const ValueRow<C> zeros{reinterpret_cast<const C*>(own.zeros.get()), 0};
     for (int64_t h = 0; h < g.heads; ++h) {
       const ValueRow<C> pair[2] = {{block.values[t] + (g.head + h) * stride, 0}, zeros};
-      stream_values<M, R, W, 1>(p + h * R * tokens + t / Dot::kPack, tokens, pair, 0, 1, p_.values.dim,
+      stream_values<M, R, W, 1>(p + t / Dot::kPack * width + h * R, width, pair, 0, 1, p_.values.dim,
                                 acc_of(g, h, own), plan_.columns());
     }
+  }
+
+  // Multiplies each row of a head by the head's scale of a quantised cache.
+  template <int R>
+  void scale_stream(const CacheGroup& g, const float* const* scales, const CacheSide& side, float* s,
+                    int64_t width, int64_t from, int64_t to, Own& own) const {
+    float* repeated = own.scales.get();
+    for (int64_t t = from; t < to; ++t) {
+      const float* scale = scales[t] + g.head * side.scale_stride[2];
+      for (int64_t h = 0; h < g.heads; ++h) {
+        for (int r = 0; r < R; ++r) repeated[h * R + r] = scale[h * side.scale_stride[2]];
+      }
+      for (int64_t i = 0; i < g.heads * R; i += kLanes)
+        store(s + t * width + i, mul(load(s + t * width + i), load(repeated + i)));
+    }
+  }
+
+  template <int R>
+  void transform_stream(const CacheGroup& g, const Block<C>& block, float* s, int64_t width, int64_t from,
+                        int64_t to, Own& own) const {
+    if (!transformed()) return;
+    if constexpr (kCodes) scale_stream<R>(g, block.key_scales, p_.keys, s, width, from, to, own);
+    for (float* at = s + from * width; at < s + to * width; at += kLanes) store(at, to_unit(load(at)));
   }
 
   // Many rows: the products take most of the time, so transposing a head's keys pays.
@@ -247,6 +272,12 @@ class CacheAttend {
     return out;
   }
 
+  // A scaled score with the softcap, in the unit of the softmax.
+  Vec to_unit(Vec x) const {
+    if (p_.softcap > 0.0f) x = mul(tanh(mul(x, set1(1.0f / p_.softcap)), nullptr), set1(p_.softcap));
+    return mul(x, set1(Unit::kUnit));
+  }
+
   bool transformed() const { return kCodes || p_.softcap > 0.0f; }
   float alpha() const { return transformed() ? p_.scale : p_.scale * Unit::kUnit; }
 
@@ -262,8 +293,7 @@ class CacheAttend {
       for (int64_t t = from; t < to; t += kLanes) {
         Vec x = load(s + t);
         if constexpr (kCodes) x = mul(x, load(scales + t));
-        if (p_.softcap > 0.0f) x = mul(tanh(mul(x, set1(1.0f / p_.softcap)), nullptr), set1(p_.softcap));
-        store(s + t, mul(x, set1(Unit::kUnit)));
+        store(s + t, to_unit(x));
       }
     }
   }
@@ -311,6 +341,17 @@ class CacheAttend {
     if (d < dim) value_tile<M, R, kLeast>(p, stride, values, offset + d, tokens, dim - d, acc + d, columns);
   }
 
+  // Maximum and sum of exponentials of a row whose unit has been attended.
+  struct RowSum {
+    float m, l;
+  };
+  RowSum sum_of(const CacheGroup& g, int64_t h, int64_t r, const Own& own) const {
+    const int64_t row = h * padded(g.rows) + r;
+    if (!g.tiling.streams) return {own.state[row].m, reduce_add(load(own.state[row].l))};
+    const StreamState state = stream_state(g, own);
+    return {*state.max(row), *state.sum(0, row)};
+  }
+
   float* partial_of(const CacheGroup& g, int64_t split, int64_t h, int64_t r, float* partial) const {
     return partial + ((split * g.heads + h) * g.rows + r) * plan_.partial_row();
   }
@@ -320,10 +361,10 @@ class CacheAttend {
     for (int64_t h = 0; h < g.heads; ++h) {
       for (int64_t r = 0; r < g.rows; ++r) {
         float* out = partial_of(g, split, h, r, partial);
-        const RowState& state = own.state[h * padded(g.rows) + r];
         memcpy(out, acc_of(g, h, own) + r * columns, columns * sizeof(float));
-        out[columns] = state.m;
-        out[columns + 1] = reduce_add(load(state.l));
+        const RowSum sum = sum_of(g, h, r, own);
+        out[columns] = sum.m;
+        out[columns + 1] = sum.l;
       }
     }
   }
@@ -332,9 +373,8 @@ class CacheAttend {
     for (int64_t h = 0; h < g.heads; ++h) {
       own.result.own.reset();
       for (int64_t r = 0; r < g.rows; ++r) {
-        const RowState& state = own.state[h * padded(g.rows) + r];
-        result_.finish(g, h, r, state.m, reduce_add(load(state.l)), acc_of(g, h, own) + r * plan_.columns(),
-                       own.result);
+        const RowSum sum = sum_of(g, h, r, own);
+        result_.finish(g, h, r, sum.m, sum.l, acc_of(g, h, own) + r * plan_.columns(), own.result);
       }
     }
   }

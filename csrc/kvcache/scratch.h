@@ -6,6 +6,7 @@
 #include "common/softmax.h"
 #include "kvcache/block.h"
 #include "kvcache/result.h"
+#include "kvcache/stream_softmax.h"
 #include "kvcache/tile.h"
 
 namespace resformer::RESFORMER_ISA {
@@ -18,11 +19,12 @@ struct WorkerScratch {
         q(rows * row_words<Dot>(p.keys.dim)),
         acc(rows * plan.columns()),
         scores(plan.most([](const CacheTiling& t) { return score_rows(t) * t.tokens; })),
-        by_token(plan.most([](const CacheTiling& t) { return t.streams ? score_rows(t) * t.tokens : 0; })),
+        stream_sums(plan.most(
+            [](const CacheTiling& t) { return t.streams ? StreamState::floats(score_rows(t)) : 0; })),
         key_rows(kLanes * row_words<Dot>(p.keys.dim)),
         panels(plan.most([](const CacheTiling& t) { return t.streams ? 0 : t.tokens; }) *
                row_words<Dot>(p.keys.dim)),
-        scales(kMostTokens),
+        scales(larger(kMostTokens, plan.most(score_rows))),
         zeros(p.values.dim),
         states(rows * sizeof(RowState) / sizeof(float)),
         result(p) {
@@ -32,7 +34,7 @@ struct WorkerScratch {
   static int64_t score_rows(const CacheTiling& t) { return round_up(t.heads * padded(t.rows), 16); }
 
   int64_t rows;
-  Scratch q, acc, scores, by_token, key_rows, panels, scales, zeros, states;
+  Scratch q, acc, scores, stream_sums, key_rows, panels, scales, zeros, states;
   typename CacheResult<T, C>::Rows result;
   RowState* state;
   Block<C> blocks[2];

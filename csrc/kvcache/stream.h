@@ -1,7 +1,7 @@
 // The two products of a decoding block in the order of memory: all heads of a token, then the next token.
 // Only this order keeps the hardware prefetcher busy; one head at a time over the block's tokens costs a
-// third of the bandwidth. So scores come out by token and are transposed, and a pass over the accumulators of
-// all heads serves a few tokens.
+// third of the bandwidth. So scores and words of P lie by token, a lane for each row of each head, and a pass
+// over the accumulators of all heads serves a few tokens.
 //
 // With each line that is read, the same line of the next block is prefetched, `ahead` bytes further on.
 #pragma once
@@ -76,9 +76,9 @@ struct ValueRow {
   int64_t ahead;
 };
 
-// acc += P V for G words of P, each a token or two. p[(head * R + row) * p_row + word]; rows: of head 0.
+// acc += P V for G words of P, each a token or two. p[word * width + head * R + row]; rows: of head 0.
 template <class M, int R, int W, int G>
-static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const ValueRow<typename M::C>* rows,
+static RESFORMER_INLINE void stream_values(const float* p, int64_t width, const ValueRow<typename M::C>* rows,
                                            int64_t head_stride, int64_t heads, int64_t dim, float* acc,
                                            int64_t acc_row) {
   using C = typename M::C;
@@ -87,12 +87,12 @@ static RESFORMER_INLINE void stream_values(const float* p, int64_t p_row, const 
   const C* at[kRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) at[i] = rows[i].at;
-  for (int64_t h = 0; h < heads; ++h, p += R * p_row, acc += R * acc_row) {
+  for (int64_t h = 0; h < heads; ++h, p += R, acc += R * acc_row) {
     Vec weight[R][G];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) weight[r][g] = M::Dot::broadcast(p + r * p_row + g);
+      for (int g = 0; g < G; ++g) weight[r][g] = M::Dot::broadcast(p + g * width + r);
     }
     const auto step = [&](int64_t d, int64_t rest) {
       Vec columns[G][kVecs];

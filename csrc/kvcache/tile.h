@@ -17,6 +17,8 @@ struct Widened {
   static constexpr int kStep = kLanes;  // elements of a row per vector of words
   static inline Vec load_row(const C* p) { return load(p); }
   static inline Vec load_row_first(const C* p, int64_t count) { return load_first(p, count); }
+  // Words of P from its numbers at one token, or at two that a word holds.
+  static inline Vec word(Vec first, Vec) { return first; }
   // Elements from d on of the kPack rows that a word of P multiplies, as columns; `rest` of them unless 0.
   static inline void load_columns(const C* const* rows, int64_t d, int64_t rest, Vec* columns) {
     columns[0] = rest ? load_row_first(rows[0] + d, rest) : load_row(rows[0] + d);
@@ -35,6 +37,12 @@ struct Pairs {
   static inline Vec load_row(const C* p) { return _mm512_castsi512_ps(raw(p)); }
   static inline Vec load_row_first(const C* p, int64_t count) {
     return _mm512_castsi512_ps(raw_first(p, count));
+  }
+  static inline Vec word(Vec first, Vec second) {
+    const auto narrow = [](Vec x) {
+      return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+    };
+    return _mm512_castsi512_ps(_mm512_or_si512(narrow(first), _mm512_slli_epi32(narrow(second), 16)));
   }
   static inline void load_columns(const C* const* rows, int64_t d, int64_t rest, Vec* columns) {
     // Word i of two interleaved rows is (first[i], second[i]), the pair that vdpbf16ps sums.
@@ -56,14 +64,15 @@ constexpr int kSums = kLanes == 16 ? 16 : 8;
 static inline void reduce_all(const Vec* x, float alpha, float* sums) {
 #if defined(RESFORMER_ISA_AVX512) || defined(RESFORMER_ISA_AVX512_BF16)
   Vec pair[8], four[4], half[2];
+  // A blend and a shuffle for two vectors: a blend needs no shuffle unit.
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    pair[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    pair[i] = add(_mm512_mask_blend_ps(0xcccc, x[2 * i], x[2 * i + 1]),
+                  _mm512_shuffle_ps(x[2 * i], x[2 * i + 1], 0x4e));
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
-    four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
+  for (int i = 0; i < 4; ++i)
+    four[i] = add(_mm512_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0x88),
+                  _mm512_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0xdd));
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
     half[i] = add(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
