@@ -37,7 +37,11 @@ _X86_64_ISAS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512_amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
+_AMX = "avx512_amx"
+_AMX_OPS = ("attention",)
+"""Ops with a build for AMX; any other takes that of avx512_bf16 in its place."""
 _PORTABLE_ONLY: dict[str, tuple[str, ...]] = {"portable": ()}
 
 _COMPILE_FLAGS = (
@@ -185,7 +189,11 @@ def cpu_units(root: Path, machine: str) -> list[Unit]:
     units = [_unit(root, source, "", have) for source in baseline]
     for name, isa_flags in variants.items():
         flags = (f"-DRESFORMER_ISA={name}", f"-DRESFORMER_ISA_{name.upper()}=1", *isa_flags)
-        units += [_unit(root, source, name, flags) for source in per_isa]
+        sources = per_isa
+        if name == _AMX:
+            flags = ("-DRESFORMER_ISA_AVX512_BF16=1", *flags)
+            sources = [source for source in per_isa if source.parent.name in _AMX_OPS]
+        units += [_unit(root, source, name, flags) for source in sources]
     return units
 
 
@@ -204,19 +212,23 @@ def _unit(root: Path, source: Path, variant: str, flags: tuple[str, ...]) -> Uni
     return Unit(relative.as_posix(), relative.with_suffix(suffix).as_posix(), flags, label)
 
 
-def ninja_file(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
-    """The text of build.ninja for the CPU library; paths are relative to the repository's root."""
+def cpu_flags(toolchain: Toolchain) -> tuple[list[str], list[str]]:
+    """Flags that compile every object of the CPU library, and those that link it."""
     library_dir = toolchain.torch / "lib"
     # System includes silence torch's warnings, and -MD still tracks its headers.
     flags = [*_COMPILE_FLAGS, "-Icsrc", "-isystem", str(toolchain.torch / "include")]
-    link_flags = [
+    return flags, [
         *("-Wl,--as-needed", "-Wl,-z,defs", f"-L{library_dir}", f"-Wl,-rpath-link,{library_dir}"),
         *("-ltorch_cpu", "-ltorch", "-lc10"),
     ]
+
+
+def ninja_file(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:
+    """The text of build.ninja for the CPU library; paths are relative to the repository's root."""
     extra = (toolchain.extra_compile_flags, toolchain.extra_link_flags)
     head = f"builddir = {_escape(output_dir)}\ncxx = {toolchain.cxx}\n"
     library = f"{output_dir}/{CPU_LIBRARY}"
-    return head + _library(units, library, "", "cxx", (flags, link_flags), extra)
+    return head + _library(units, library, "", "cxx", cpu_flags(toolchain), extra)
 
 
 def cuda_ninja_lines(units: list[Unit], toolchain: Toolchain, output_dir: str) -> str:

@@ -139,6 +139,9 @@ def test_every_instruction_set_is_compiled_with_its_flags(tree: Path) -> None:
     assert "-DRESFORMER_HAVE_AVX512_BF16=1" in units[0].flags
     assert units[1].flags == ("-DRESFORMER_ISA=portable", "-DRESFORMER_ISA_PORTABLE=1")
     assert "-mavx512bf16" in units[-1].flags
+    amx = [x for x in native.cpu_units(native.ROOT, "x86_64") if x.label == "[avx512_amx]"]
+    assert [unit.source for unit in amx] == ["csrc/attention/attention_cpu_isa.cpp"]
+    assert {"-mamx-tile", "-mamx-bf16", "-DRESFORMER_ISA_AVX512_BF16=1"} <= set(amx[0].flags)
     assert [unit.label for unit in native.cpu_units(tree, "aarch64")] == ["", "[portable]"]
 
 

@@ -13,7 +13,7 @@
 
 namespace resformer {
 
-RESFORMER_DISPATCH(Kernels, attention_kernels)
+RESFORMER_DISPATCH_AMX(Kernels, attention_kernels)
 
 namespace {
 

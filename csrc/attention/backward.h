@@ -92,6 +92,7 @@ class Backward {
           mix(p),
           rows(p) {}
     Scratch k, k_pairs, k_t, v_t, v, mixed, dk, dv, p, ds, p_pairs, ds_pairs, slope, bias;
+    typename Dot::Session session;
     Scratch packed{0}, sums{0};  // used by a thread that runs whole heads
     ValueRow mix;
     RowScratch rows;

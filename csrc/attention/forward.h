@@ -154,6 +154,7 @@ class Forward {
           bias(kKeys),
           gate(round_up(p.dim_v, kLanes)),
           own(p.dim_v) {}
+    typename Dot::Session session;
     Scratch q, scores, acc, bias, gate;
     OwnValue own;
     RowState state[kRows];

@@ -69,6 +69,7 @@ class GradRows {
           mixed(round_up(p.dim_v, kLanes)),
           own(p.dim_v),
           mix(p) {}
+    typename Dot::Session session;
     Scratch grad, kept, gate, mixed;
     OwnValue own;
     ValueRow mix;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <string_view>
 
 #include "common/cpu_features.h"
@@ -15,7 +16,7 @@
 namespace resformer {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
@@ -25,7 +26,11 @@ Isa detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(RESFORMER_HAVE_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(RESFORMER_HAVE_AVX512_AMX)
+  if (bf16 && amx_missing().empty()) return Isa::avx512_amx;
+#endif
+  if (bf16) return Isa::avx512_bf16;
 #endif
   if (avx512) return Isa::avx512;
 #endif
@@ -48,10 +53,17 @@ bool is_amd() { return false; }
 
 // On AMD (Zen 4 and later) vdpbf16ps doubles the rate of a float32 FMA. On Intel server cores it issues once
 // in two cycles, half the FLOP rate of two FMA ports (measured: 83 against 171 GFLOP/s a core), so widening
-// wins there.
+// wins there. AMX waits for somebody to measure it.
 Isa fastest() {
   const Isa best = best_isa();
-  return best == Isa::avx512_bf16 && !is_amd() ? Isa::avx512 : best;
+  if (best < Isa::avx512_bf16) return best;
+  return is_amd() ? Isa::avx512_bf16 : Isa::avx512;
+}
+
+std::string why_not(Isa wanted) {
+  if (wanted != Isa::avx512_amx || best_isa() < Isa::avx512_bf16) return "";
+  const std::string missing = amx_missing();
+  return missing.empty() ? "" : ": " + missing;
 }
 
 }  // namespace
@@ -67,14 +79,16 @@ Isa current_isa() {
     static const Isa isa = fastest();
     return isa;
   }
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     if (std::string_view(wanted) != kNames[i]) continue;
     STD_TORCH_CHECK(i <= static_cast<int>(best_isa()), "RESFORMER_CPU=", wanted,
                     " cannot run here: this machine and build go up to ",
-                    kNames[static_cast<int>(best_isa())]);
+                    kNames[static_cast<int>(best_isa())], why_not(static_cast<Isa>(i)));
+    if (static_cast<Isa>(i) == Isa::avx512_amx) request_amx();
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "RESFORMER_CPU takes portable, avx2, avx512 or avx512_bf16, got ", wanted);
+  STD_TORCH_CHECK(false, "RESFORMER_CPU takes portable, avx2, avx512, avx512_bf16 or avx512_amx, got ",
+                  wanted);
 }
 
 int64_t cpu_isa() { return static_cast<int64_t>(current_isa()); }

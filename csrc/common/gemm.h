@@ -9,8 +9,12 @@
 
 namespace resformer::RESFORMER_ISA {
 
+// What a thread holds while it multiplies: tile registers, where a product has any.
+struct NoSession {};
+
 struct F32 {
   static constexpr int kPack = 1;
+  using Session = NoSession;
   static inline Vec broadcast(const float* p) { return set1(*p); }
   static inline Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
@@ -18,6 +22,7 @@ struct F32 {
 #if defined(RESFORMER_ISA_AVX512_BF16)
 struct Bf16Pair {
   static constexpr int kPack = 2;
+  using Session = NoSession;
   static inline Vec broadcast(const float* p) { return set1(*p); }
   static inline Vec dot(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -218,3 +223,7 @@ static void gemm_accumulate(const float* a, int64_t a_row, int64_t a_k, const Co
 }
 
 }  // namespace resformer::RESFORMER_ISA
+
+#if defined(RESFORMER_ISA_AVX512_AMX)
+#include "common/gemm_amx.h"
+#endif

@@ -27,7 +27,11 @@ enum class Precision { full, half };
 
 using Vec = __m512;
 constexpr int kLanes = 16;
+#if defined(RESFORMER_ISA_AVX512_AMX)
+constexpr int kTileRows = 16;  // those of a tile register
+#else
 constexpr int kTileRows = 6;  // 6 x 4 accumulators, 4 columns and a broadcast fit in 32 registers
+#endif
 constexpr int kTileVecs = 4;
 
 static inline Vec zero() { return _mm512_setzero_ps(); }

@@ -93,7 +93,7 @@ struct RowState {
 
 // How many rows the softmax takes abreast: their maxima, sums and bases stay in registers, and a short span
 // costs its loop's mispredicted end once for all of them.
-constexpr int kRowsAbreast = kTileVecs == 4 ? 6 : kTileRows == 6 ? 3 : 2;
+constexpr int kRowsAbreast = kTileRows == 16 ? 4 : kTileVecs == 4 ? 6 : kTileRows == 6 ? 3 : 2;
 static_assert(kTileRows % kRowsAbreast == 0);
 
 // Turns the scores s[from, to) of some rows into probabilities (in place, as words of Dot), with columns

@@ -9,7 +9,7 @@ import torch
 
 LIBRARY = Path(__file__).parents[1] / "libresformer_cpu.so"
 CUDA_LIBRARY = Path(__file__).parents[1] / "libresformer_cuda.so"
-CPU_PATHS = ("portable", "avx2", "avx512", "avx512_bf16")
+CPU_PATHS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 _lib = torch.library.Library("resformer", "FRAGMENT")
 _lib.define("cpu_isa() -> int")

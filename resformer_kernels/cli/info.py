@@ -165,6 +165,8 @@ def _why(path: str, best: str) -> str:
         return f"RESFORMER_CPU asks for it (without it, up to {best})"
     if path == best:
         return "the highest that this processor and build have"
+    if best == "avx512_amx":
+        return f"{best} runs here too, where RESFORMER_CPU asks for it: no machine has timed it yet"
     return (
         f"{best} runs here too, but its bfloat16 instruction is slower on this processor than"
         " widening to float32"
