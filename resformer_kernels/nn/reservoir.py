@@ -47,7 +47,12 @@ class Reservoir(Streams, Forecasts):
         groups: independent reservoirs of N / groups units side by side; each gets every input.
         topology: "random"; "ring", where each unit gets the previous one's state with weight sr; or
             "diagonal", without connections between units, with weights uniform in [-sr, sr].
-        layout: "dense", or "csr" to store and multiply only W's nonzero entries.
+        layout: "dense", or "csr" to store and multiply only W's nonzero entries. "auto": stored
+            densely and, in float32 on a CPU, multiplied as CSR where that was measured to be faster
+            and no gradient is wanted: from 256 units with an eighth of the entries, or 512 with a
+            quarter (`LARGEST_SHARES`), in a batch of 4 or more or over 512 steps or more, and not
+            under torch.compile, which traces no sparse tensor. States then differ from those of
+            "dense" by rounding.
         W: the recurrent weights: (N, N), where a sparse one has layout "csr"; (groups, n, n); (N,)
             for a diagonal; or a `RingWeight`. topology and groups are then W's.
         Win: W_in, (N, n_in); Wfb: W_fb, (N, m); bias: b, a number, (N,) or (N, 1).
@@ -61,7 +66,9 @@ class Reservoir(Streams, Forecasts):
         mode, tolerance, backend: as in `reservoir_scan`.
 
     Attributes:
-        weight: W as the op takes it; input_weight: (N, n_in); feedback_weight: (N, m) or None;
+        layout: "dense" or "csr", how W is stored. running_layout: how a long call without
+            gradients multiplies it; `explain(reservoir, inputs)` says it of any call.
+        weight: W as it is stored; input_weight: (N, n_in); feedback_weight: (N, m) or None;
             bias: (N,) or None; leak: () or (N,).
         state: the state of a stateful reservoir, (B, N); None at the start.
         feedback: its last teacher, (B, m); None at the start, and without feedback.
@@ -74,6 +81,8 @@ class Reservoir(Streams, Forecasts):
         UserWarning: the activation is unbounded and (1-a)I + aW has an eigenvalue of modulus 1 or
             more, so that states may grow without limit.
     """
+
+    __resformer_explainable__ = True
 
     def __init__(
         self,
@@ -90,7 +99,7 @@ class Reservoir(Streams, Forecasts):
         seed: int = 0,
         groups: int = 1,
         topology: str = "random",
-        layout: str = "dense",
+        layout: str = "auto",
         W: Any = None,
         Win: Any = None,
         Wfb: Any = None,
@@ -162,8 +171,10 @@ class Reservoir(Streams, Forecasts):
 
     def _set_form(self, given: GivenWeights, groups: int, topology: str, layout: str) -> None:
         check_choice("topology", topology, TOPOLOGIES)
-        check_choice("layout", layout, ("dense", "csr"))
+        check_choice("layout", layout, ("auto", "dense", "csr"))
         topology, groups, layout = given.form(topology, groups, layout)
+        self.chooses_layout = layout == "auto"
+        layout = "dense" if self.chooses_layout else layout
         if self.units % groups or (groups > 1 and topology != "random"):
             raise ValueError(
                 f"units {self.units} must be a multiple of groups {groups}, and groups 1 unless "
@@ -236,7 +247,8 @@ class Reservoir(Streams, Forecasts):
         fed = f"feedback_dim={self.feedback_dim}, " if self.feedback_dim else ""
         return (
             f"units={self.units}, input_dim={self.input_dim}, {fed}activation={self.activation!r}, "
-            f"groups={self.groups}, topology={self.topology!r}, stateful={self.stateful}"
+            f"groups={self.groups}, topology={self.topology!r}, layout={self.layout!r}, "
+            f"running_layout={self.running_layout!r}, stateful={self.stateful}"
         )
 
 

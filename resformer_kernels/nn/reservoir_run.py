@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from resformer_kernels._core.checks import check_tensor, describe
-from resformer_kernels.nn.reservoir_matrix import HoldsMatrix
+from resformer_kernels.nn.reservoir_layout import ChoosesLayout
 from resformer_kernels.nn.state import KeepsState
 from resformer_kernels.reservoir.api import reservoir_scan
 from resformer_kernels.reservoir.record import check_call
 from resformer_kernels.reservoir.reference import step_of
 
 
-class RunsReservoir(KeepsState, HoldsMatrix):
+class RunsReservoir(KeepsState, ChoosesLayout):
     """A module whose weights `reservoir_scan` runs. It keeps its states, and the last teacher."""
 
     input_dim: int
@@ -46,6 +46,10 @@ class RunsReservoir(KeepsState, HoldsMatrix):
         """The last teacher of a stateful reservoir with feedback, (B, m); None at the start."""
         return self._kept.get("feedback")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Entries of W beside W itself are found anew.
+        return super().__getstate__() | {"_entries": None}
+
     def _stored(self, sequences: int) -> dict[str, Tensor]:
         """What a stateful reservoir keeps for `sequences` sequences; empty at the start."""
         kept = self._kept if self.stateful else {}
@@ -64,6 +68,9 @@ class RunsReservoir(KeepsState, HoldsMatrix):
         kept is neither read nor changed.
         """
         own = self._arguments() | {"backend": self.backend}
+        if "weight" not in options:
+            others = [initial_state, options.get("targets")]
+            own["weight"] = self.running_weight(inputs, others, options)
         return reservoir_scan(inputs, initial_state=initial_state, **own | options)
 
     def stepper(self, sequences: int) -> Callable[[Tensor, Tensor], Tensor]:

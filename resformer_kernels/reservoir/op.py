@@ -187,6 +187,10 @@ def _read(info: Tensor) -> ReservoirInfo:
 def notes(call: ReducedCall) -> list[str]:
     """Copies before the kernel, and memory beside it."""
     found = copy_notes(call.scan, ("inputs",))
+    if call.scan.rows is not None:
+        found.append(
+            f"W is multiplied as CSR: {len(call.scan.weight)} of {call.scan.units}² entries"
+        )
     if _needs_states(call):
         found.append(f"every state is kept under reduce={call.reduce!r}: a gradient is wanted")
     return found
