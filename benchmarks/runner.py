@@ -21,8 +21,8 @@ from resformer_kernels.testing.verification import Verdict, checks, verify
 SETTLE_ROUNDS = 10
 """The limit; four or five are usually enough."""
 PEER_PACKAGES = (
-    *("transformers", "x-transformers", "reservoirpy", "flash-attn", "flash-attn-3"),
-    *("flash-linear-attention", "accelerated-scan"),
+    *("transformers", "x-transformers", "reservoirpy", "jax", "resdag", "flash-attn"),
+    *("flash-attn-3", "flash-linear-attention", "accelerated-scan"),
 )
 OnCase = Callable[[str], None]
 

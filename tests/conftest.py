@@ -51,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run every case of tests/gpu_on_cpu on a GPU that is not there, not a few",
     )
     parser.addoption(
+        "--check-layouts",
+        action="store_true",
+        help="time the peers of every benchmark in layouts that are not registered (quiet machine)",
+    )
+    parser.addoption(
         "--seeds",
         type=int,
         default=1,

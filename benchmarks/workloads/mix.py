@@ -16,6 +16,8 @@ from resformer_kernels.bench.timing import OURS, Call
 from resformer_kernels.mix import mix_value_embedding, mix_values
 from resformer_kernels.testing.inputs import dtype_name
 
+STACKED = "einsum of stacked values"
+
 
 @dataclass(frozen=True)
 class _MixingBenchmark(Workload):
@@ -77,11 +79,35 @@ def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tenso
     return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
 
 
+def _addcmul(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
+    mixed = coefficients[0] * values[0]
+    for coefficient, value in zip(coefficients[1:], values[1:], strict=True):
+        mixed = torch.addcmul(mixed, value, coefficient.to(value.dtype))
+    return mixed
+
+
+def _einsum(stacked: Tensor, coefficients: list[Tensor]) -> Tensor:
+    """`_stack_and_einsum` for users who keep their values in one tensor (n, B, T, H, D)."""
+    return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
+
+
 class MixBenchmark(_MixingBenchmark):
     """`mix_values` of `count` sources with learnable scalars."""
 
     op = mix_values
-    peers: ClassVar = {"sum of products": _sum_of_products, "stack and einsum": _stack_and_einsum}
+    peers: ClassVar = {
+        "sum of products": _sum_of_products,
+        "addcmul": _addcmul,
+        "stack and einsum": _stack_and_einsum,
+    }
+
+    def makers(self) -> Makers:
+        """Those of all mixes, and einsum over values that are one tensor already."""
+        return {**super().makers(), STACKED: self._stacked}
+
+    def _stacked(self) -> Call:
+        values, coefficients = self.arguments()
+        return self.call(_einsum, (torch.stack(values), coefficients))
 
     @property
     def bytes(self) -> int:
@@ -105,11 +131,19 @@ def _by_embedding(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> 
     return v + gate * F.embedding(token_ids, table.flatten(1)).view_as(v)
 
 
+def _by_addcmul(v: Tensor, table: Tensor, token_ids: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(v, gate, F.embedding(token_ids, table.flatten(1)).view_as(v))
+
+
 class EmbeddingBenchmark(_MixingBenchmark):
     """`mix_value_embedding` with a gate a token and head, from a table of `count` rows."""
 
     op = mix_value_embedding
-    peers: ClassVar = {"indexing": _by_indexing, "F.embedding": _by_embedding}
+    peers: ClassVar = {
+        "indexing": _by_indexing,
+        "F.embedding": _by_embedding,
+        "F.embedding, addcmul": _by_addcmul,
+    }
 
     @property
     def bytes(self) -> int:

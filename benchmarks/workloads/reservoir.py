@@ -1,8 +1,10 @@
-"""Reservoirs to time: ours against a loop of torch ops, `torch.nn.RNN` and ReservoirPy."""
+"""Reservoirs to time: ours against a loop of torch ops, `torch.nn.RNN`, ReservoirPy and resdag."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ _CONNECTIVITY = 0.1
 """ReservoirPy's default."""
 
 LOOP, RNN, RESERVOIRPY = "torch loop", "nn.RNN", "ReservoirPy"
+LOOP_CSR, JAX, RESDAG = "torch loop, CSR", "ReservoirPy on JAX", "resdag"
 WIDE = "ours, float32 weights"
 CUDA = "ours, CUDA C++"
 """The step-by-step kernel, beside what "auto" takes on a GPU."""
@@ -26,7 +29,9 @@ CUDA = "ours, CUDA C++"
 class ReservoirBenchmark(Workload):
     """One input channel of noise, N tanh units, every state; leak 0.3 and spectral radius 0.9.
 
-    `nn.RNN` has no leak. ReservoirPy always has its default, a tenth of the weights.
+    `nn.RNN` has no leak. ReservoirPy always has its default, a tenth of the weights, in float64:
+    it is slower in float32, whose states become float64, and with a dense W. On JAX, and in resdag,
+    W is ours, and dense but where the case is sparse and resdag stores CSR.
     """
 
     units: int
@@ -76,7 +81,10 @@ class ReservoirBenchmark(Workload):
         if self.dtype is not torch.float32:
             # The peers of the float32 case have no narrower form that is quicker.
             return {**ours, WIDE: self._ours}
-        return {**ours, LOOP: self._loop, RNN: self._rnn, RESERVOIRPY: self._reservoirpy}
+        if self.sparse:
+            ours[LOOP_CSR] = self._loop_csr
+        peers = {LOOP: self._loop, RNN: self._rnn, RESERVOIRPY: self._reservoirpy}
+        return {**ours, **peers, JAX: self._jax, RESDAG: self._resdag}
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """inputs (B, T, 1), weight (N, N), input_weight (N, 1), the same at every call."""
@@ -99,16 +107,70 @@ class ReservoirBenchmark(Workload):
     def _loop(self) -> Call:
         return self.call(_loop if self.direction == "forward" else _plain_loop, self._tensors())
 
-    def _rnn(self) -> Call:
+    def _loop_csr(self) -> Call:
+        if self.direction == "backward":
+            raise Unavailable("is written for the forward alone")
+        inputs, weight, projection = self._tensors()
+        return self.call(partial(_loop_csr, weight.to_sparse_csr()), (inputs, projection))
+
+    def _rnn(self, *, batch_first: bool = True) -> Call:
         if self.sparse:
             raise Unavailable("has dense weights only")
         inputs, _, _ = self._tensors()
-        recurrent = torch.nn.RNN(1, self.units, batch_first=True).to(self.device)
+        inputs = inputs if batch_first else inputs.transpose(0, 1).contiguous()
+        recurrent = torch.nn.RNN(1, self.units, batch_first=batch_first).to(self.device)
         leaves = [inputs, *recurrent.parameters()]
         return timed_call(lambda: recurrent(inputs), leaves, self.direction)
 
-    def _reservoirpy(self) -> Call:
+    def _reservoirpy(self, dtype: str = "float64", *, dense: bool = False) -> Call:
         require_package("reservoirpy")
+        self._require_one_sequence_forward()
+        from reservoirpy.nodes import Reservoir
+
+        node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=dtype)
+        steps = self._tensors()[0][0].numpy().astype(dtype)
+        if dense:
+            node.run(steps[:1])
+            node.W = node.W.toarray()
+        return lambda: node.run(steps)
+
+    def _jax(self, *, own_sparse: bool = False) -> Call:
+        require_package("jax")
+        require_package("reservoirpy")
+        self._require_one_sequence_forward()
+        import jax.numpy as jnp
+        from reservoirpy.jax.nodes import Reservoir
+
+        inputs, weight, projection = (jnp.asarray(x.numpy()) for x in self._tensors())
+        given: dict[str, Any] = {} if own_sparse else {"W": weight, "Win": projection}
+        node = Reservoir(self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=jnp.float32, **given)
+        return lambda: node.run(inputs[0]).block_until_ready()
+
+    def _resdag(self, *, sparse: bool | None = None) -> Call:
+        require_package("resdag")
+        if self.direction == "backward":
+            raise Unavailable("its reservoirs are frozen")
+        from resdag.layers import ESNLayer
+
+        inputs, weight, projection = self._tensors()
+        layer: Any = ESNLayer(
+            *(self.units, 1),
+            leak_rate=_LEAK,
+            bias=False,
+            sparse=self.sparse if sparse is None else sparse,
+            topology=lambda *_: weight.cpu().numpy(),
+            feedback_initializer=lambda *_: projection.cpu().numpy(),
+        ).to(self.device)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            layer.reset_state()
+            states: Tensor = layer(inputs)
+            return states
+
+        return run
+
+    def _require_one_sequence_forward(self) -> None:
         for limit, reason in (
             (self.direction == "backward", "has no gradients"),
             (self.batch > 1, "runs one sequence at a time"),
@@ -116,11 +178,6 @@ class ReservoirBenchmark(Workload):
         ):
             if limit:
                 raise Unavailable(reason)
-        from reservoirpy.nodes import Reservoir
-
-        node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0)
-        steps = self._tensors()[0][0].double().numpy()
-        return lambda: node.run(steps)
 
 
 @torch.no_grad()
@@ -146,3 +203,16 @@ def _plain_loop(inputs: Tensor, weight: Tensor, projection: Tensor) -> Tensor:
         state = torch.lerp(state, torch.addmm(drive, state, weight.t()).tanh(), _LEAK)
         states.append(state)
     return torch.stack(states, 1)
+
+
+@torch.no_grad()
+def _loop_csr(weight: Tensor, inputs: Tensor, projection: Tensor) -> Tensor:
+    """`_loop` with W as CSR: states are columns, as torch's sparse products want them."""
+    drive = (inputs @ projection.T).permute(1, 2, 0).contiguous()
+    out = torch.empty_like(drive)
+    state = drive.new_zeros(drive.shape[1:])
+    for t in range(drive.shape[0]):
+        z = torch.addmm(drive[t], weight, state).tanh_()
+        state = torch.lerp(state, z, _LEAK)
+        out[t] = state
+    return out

@@ -33,15 +33,15 @@ def scan_by_loop(gates: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-def scan_by_association(gates: Tensor, tokens: Tensor) -> Tensor:
-    """torch's own parallel scan."""
+def scan_by_association(gates: Tensor, tokens: Tensor, dim: int = 1) -> Tensor:
+    """torch's own parallel scan, over the axis `dim`."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
     def combine(left: Any, right: Any) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
     every = gates.expand(tokens.shape)
-    _, states = associative_scan(combine, (every, tokens), dim=1, combine_mode="generic")
+    _, states = associative_scan(combine, (every, tokens), dim=dim, combine_mode="generic")
     found: Tensor = states
     return found
 
@@ -55,12 +55,17 @@ def scan_by_fla(gates: Tensor, tokens: Tensor) -> Tensor:
 
 
 def scan_by_acceleration(gates: Tensor, tokens: Tensor) -> Tensor:
-    """accelerated-scan's kernel, which wants time last."""
+    """accelerated-scan's kernel, on tensors with time last, (B, N, T)."""
     from accelerated_scan.warp import scan
 
-    turned = (x.transpose(1, 2).contiguous() for x in (gates.expand(tokens.shape), tokens))
-    states: Tensor = scan(*turned).transpose(1, 2)
+    states: Tensor = scan(gates, tokens)
     return states
+
+
+def time_last(gates: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as contiguous (B, N, T), the layout of users whose time is last."""
+    gates, tokens = (x.transpose(1, 2).contiguous() for x in (gates.expand(tokens.shape), tokens))
+    return gates, tokens
 
 
 _SCANS = {
@@ -130,7 +135,8 @@ class ScanBenchmark(Workload):
                 raise Unavailable(f"{module} runs on CUDA tensors alone")
             if self.dtype.is_complex:
                 raise Unavailable(f"{module} knows no complex numbers")
-        return self.call(_SCANS[name], self.arguments())
+        given = self.arguments()
+        return self.call(_SCANS[name], time_last(*given) if name == ACCELERATED else given)
 
     def arguments(self) -> tuple[Tensor, Tensor]:
         """Gates and tokens."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,16 @@ from benchmarks.workloads.decode import (
 )
 from benchmarks.workloads.device import FA3, FLEX
 from benchmarks.workloads.model import DYNAMIC, STATIC, ModelBenchmark
-from benchmarks.workloads.reservoir import CUDA, LOOP, RESERVOIRPY, RNN, ReservoirBenchmark
+from benchmarks.workloads.reservoir import (
+    CUDA,
+    JAX,
+    LOOP,
+    LOOP_CSR,
+    RESDAG,
+    RESERVOIRPY,
+    RNN,
+    ReservoirBenchmark,
+)
 from benchmarks.workloads.scan import ACCELERATED, ASSOCIATIVE, FLA, ScanBenchmark
 from resformer_kernels.bench.timing import OURS, Benchmark, Unavailable
 
@@ -104,12 +115,14 @@ def test_scans_of_other_packages_are_called_as_they_want(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "accelerated_scan.warp", warp)
     gates, tokens = torch.rand(2, 16, 3), torch.randn(2, 16, 3)
     expected = scan_workloads.scan_by_loop(gates, tokens)
-    for scan in (
-        scan_workloads.scan_by_fla,
-        scan_workloads.scan_by_acceleration,
-        scan_workloads.scan_by_association,
-    ):
+    for scan in (scan_workloads.scan_by_fla, scan_workloads.scan_by_association):
         torch.testing.assert_close(scan(gates, tokens), expected)
+    turned = scan_workloads.time_last(gates, tokens)
+    for found in (
+        scan_workloads.scan_by_acceleration(*turned),
+        scan_workloads.scan_by_association(*turned, dim=2),
+    ):
+        torch.testing.assert_close(found.transpose(1, 2), expected)
     constant = gates[0, 0]
     torch.testing.assert_close(
         scan_workloads.scan_by_fla(constant, tokens),
@@ -157,6 +170,28 @@ def test_reservoirpy_steps_one_sequence_forward() -> None:
     assert states.shape == (9, 6)
     absent(case, RESERVOIRPY, "one sequence", batch=2)
     absent(case, RESERVOIRPY, "no gradients", direction="backward")
+
+
+@pytest.mark.parametrize(("name", "package"), [(JAX, "jax"), (RESDAG, "resdag")])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_other_libraries_step_our_weights(name: str, package: str, sparse: bool) -> None:
+    case = ReservoirBenchmark(60, 1, 9, sparse=sparse)
+    if importlib.util.find_spec(package) is None:
+        absent(case, name, f"{package} is not installed")
+        return
+    found: Any = case.makers()[name]()()
+    ours: Any = case.makers()[OURS]()()
+    # JAX's arrays have one sequence; torch reads them through numpy.
+    torch.testing.assert_close(torch.as_tensor(np.array(found)).view(1, 9, 60), ours)
+    absent(case, name, "has no gradients|are frozen", direction="backward")
+
+
+def test_the_loop_on_csr_agrees() -> None:
+    case = ReservoirBenchmark(60, 2, 9, sparse=True)
+    found: Any = case.makers()[LOOP_CSR]()()
+    ours: Any = case.makers()[OURS]()()
+    torch.testing.assert_close(found.permute(2, 0, 1), ours)
+    absent(case, LOOP_CSR, "forward alone", direction="backward")
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="peak memory is not to be had here")
