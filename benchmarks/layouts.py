@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.workloads import attention, decode, epilogue, reservoir, scan
 from benchmarks.workloads.common import COMPILED, compiled
-from benchmarks.workloads.mix import STACKED, MixBenchmark
+from benchmarks.workloads.mix import MixBenchmark
 from resformer_kernels.bench.attention import mix_and_sdpa
 from resformer_kernels.bench.fresh_pages import freed_memory_kept
 from resformer_kernels.bench.timing import Benchmark, Call, Unavailable, alternate
@@ -115,11 +115,12 @@ def _loop_time_first(gates: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _mix(case: MixBenchmark) -> list[Alternative]:
-    def in_one_pass() -> Call:
-        return case._peer(compiled(type(case).peers["sum of products"]))
+    def heads_first() -> Call:
+        values, coefficients = case.arguments()
+        turned = [value.transpose(1, 2).contiguous() for value in values]
+        return case.call(compiled(type(case).peers["sum of products"]), (turned, coefficients))
 
-    plain = ("sum of products", "addcmul", "stack and einsum", STACKED)
-    return [Alternative((*plain, COMPILED), "compiled", in_one_pass)]
+    return [Alternative((COMPILED,), "(B,H,T,D)", heads_first)]
 
 
 def slower_than_elsewhere(

@@ -92,11 +92,13 @@ def mix(
     head_dim: int = 64,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     device: str = "cpu",
+    *,
+    compiles: bool = True,
 ) -> list[Benchmark]:
     """`mix_values` of two and eight sources, and `mix_value_embedding`, by PyTorch expressions."""
     sizes = (1, length, 16, head_dim)
     return [
-        kind(count, *sizes, dtype, direction, device=device)
+        kind(count, *sizes, dtype, direction, device=device, compiles=compiles)
         for direction, dtype in product(DIRECTIONS, dtypes)
         for kind, count in ((MixBenchmark, 2), (MixBenchmark, 8), (EmbeddingBenchmark, 32768))
     ]
@@ -161,7 +163,7 @@ def cases(*, quick: bool = False) -> list[Benchmark]:
         return [
             *attention(QUICK_SHAPES, QUICK),
             *exclusive(QUICK_SHAPES[1:]),
-            *mix(1024),
+            *mix(1024, compiles=False),
             *(DecodeBenchmark(1, 16, 8, 1024, 64, dtype) for dtype in DTYPES),
             *scan(QUICK_SCAN_SHAPE, SCAN_PEERS),
             *reservoirs(4096),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,7 +139,7 @@ class ReservoirBenchmark(Workload):
         require_package("jax")
         require_package("reservoirpy")
         self._require_one_sequence_forward()
-        import jax.numpy as jnp
+        jnp: Any = importlib.import_module("jax.numpy")
         from reservoirpy.jax.nodes import Reservoir
 
         inputs, weight, projection = (jnp.asarray(x.numpy()) for x in self._tensors())
@@ -150,10 +151,9 @@ class ReservoirBenchmark(Workload):
         require_package("resdag")
         if self.direction == "backward":
             raise Unavailable("its reservoirs are frozen")
-        from resdag.layers import ESNLayer
-
+        layers: Any = importlib.import_module("resdag.layers")
         inputs, weight, projection = self._tensors()
-        layer: Any = ESNLayer(
+        layer = layers.ESNLayer(
             *(self.units, 1),
             leak_rate=_LEAK,
             bias=False,

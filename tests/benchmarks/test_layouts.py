@@ -15,12 +15,12 @@ from benchmarks.workloads.decode import DecodeBenchmark
 from benchmarks.workloads.mix import MixBenchmark
 from benchmarks.workloads.reservoir import ReservoirBenchmark
 from benchmarks.workloads.scan import ASSOCIATIVE, LOOP, ScanBenchmark
-from resformer_kernels.bench.timing import Benchmark, Unavailable
+from resformer_kernels.bench.timing import Benchmark, Call, Unavailable
 
 SMALL: tuple[Benchmark, ...] = (
     CPUAttention(1, 2, 2, 12, 8, torch.float32, "forward", peers=(COMPILED,)),
     DecodeBenchmark(2, 4, 2, 16, 8, torch.float32, layers=2),
-    MixBenchmark(2, 1, 16, 2, 8, torch.float32, "forward"),
+    MixBenchmark(2, 1, 16, 2, 8, torch.float32, "forward", compiles=True),
     ReservoirBenchmark(60, 1, 9),
     ScanBenchmark(2, 16, 3, torch.float32, "forward", peers=(LOOP, ASSOCIATIVE)),
 )
@@ -77,5 +77,5 @@ def test_a_quicker_layout_is_found() -> None:
     assert found[f"{LOOP}: nothing to do"] > 1 + layouts.MOST_GAIN
 
 
-def _absent() -> layouts.Call:
+def _absent() -> Call:
     raise Unavailable("not here")

@@ -91,7 +91,8 @@ def test_filter_and_list(printed_by: Bench) -> None:
     printed = printed_by("--list", "--filter", "attention backward", "--filter", "mix")
     names = printed.splitlines()
     assert [name.split()[0] for name in names] == ["attention", "mix_values"]
-    assert names[1].endswith("[sum of products, stack and einsum]")
+    peers = "sum of products, addcmul, stack and einsum, einsum of stacked values"
+    assert names[1].endswith(f"[{peers}]")
     for refused in (["--filter", "no such case"], ["--peer", "no such peer"]):
         assert "--list prints the names" in printed_by(*refused, code=2)
 

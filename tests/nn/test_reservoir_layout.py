@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from resformer_kernels import explain
 from resformer_kernels.distributed import context_parallel
@@ -195,7 +196,7 @@ def test_a_stream_and_a_folded_forecast_run() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_it_runs_across_ranks() -> None:
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,))
     inputs = drive(1, 600)
     for layout in ("auto", "csr"):
         with context_parallel(mesh, length=600):
