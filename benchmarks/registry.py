@@ -125,6 +125,7 @@ def reservoirs(length: int) -> list[Benchmark]:
         ReservoirBenchmark(1024, 1, length),
         ReservoirBenchmark(1024, 1, length, torch.bfloat16),
         ReservoirBenchmark(1024, 1, length, sparse=True),
+        ReservoirBenchmark(1024, 1, length, sparse=True, module=True),
         ReservoirBenchmark(1024, 32, length // 32),
         ReservoirBenchmark(256, 1, length // 4, direction="backward"),
         ReservoirBenchmark(1024, 8, length // 16, direction="backward"),

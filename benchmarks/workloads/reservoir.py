@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.workloads.common import Makers, Workload, require_package
 from resformer_kernels.bench.timing import OURS, Call, Unavailable, timed_call
+from resformer_kernels.nn import Reservoir
 from resformer_kernels.reservoir import reservoir_scan
 from resformer_kernels.testing.inputs import dtype_name
 
@@ -48,10 +49,14 @@ class ReservoirBenchmark(Workload):
     mode: str = "auto"
     """The mode of ours."""
     device: str = "cpu"
+    module: bool = False
+    """Ours is `nn.Reservoir`, with a tenth of the weights and its own choice of layout."""
 
     @property
     def name(self) -> str:
         """Form, shape and dtype of the weights; the mode where it was asked for."""
+        if self.module:
+            return f"nn.Reservoir B{self.batch} T{self.length} N{self.units} float32"
         form = "sparse" if self.sparse else "dense"
         direction = "" if self.direction == "forward" else f"{self.direction} "
         mode = "" if self.mode == "auto" else f" {self.mode}"
@@ -76,6 +81,9 @@ class ReservoirBenchmark(Workload):
 
     def makers(self) -> Makers:
         """Ours, and what else steps through such a reservoir, all on the same weights."""
+        if self.module:
+            peers = {LOOP: self._loop, LOOP_CSR: self._loop_csr, RESERVOIRPY: self._reservoirpy}
+            return {OURS: self._module, **peers, JAX: self._jax, RESDAG: self._resdag}
         ours: Makers = {OURS: lambda: self._ours(self.dtype)}
         if self.device != "cpu" and self.mode != "chunked":
             ours[CUDA] = lambda: self._ours(self.dtype, "native")
@@ -105,6 +113,12 @@ class ReservoirBenchmark(Workload):
         options = {"input_weight": projection, "leak": _LEAK, "mode": self.mode, "backend": backend}
         return self.ours(reservoir_scan, (inputs, given), options)
 
+    def _module(self) -> Call:
+        if self.direction == "backward":
+            raise Unavailable("is timed forward alone")
+        made = Reservoir(self.units, 1, lr=_LEAK, sr=_RADIUS, input_connectivity=1.0)
+        return self.call(made.to(self.device), self._tensors()[:1])
+
     def _loop(self) -> Call:
         return self.call(_loop if self.direction == "forward" else _plain_loop, self._tensors())
 
@@ -126,9 +140,9 @@ class ReservoirBenchmark(Workload):
     def _reservoirpy(self, dtype: str = "float64", *, dense: bool = False) -> Call:
         require_package("reservoirpy")
         self._require_one_sequence_forward()
-        from reservoirpy.nodes import Reservoir
+        from reservoirpy import nodes
 
-        node = Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=dtype)
+        node = nodes.Reservoir(units=self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=dtype)
         steps = self._tensors()[0][0].numpy().astype(dtype)
         if dense:
             node.run(steps[:1])
@@ -140,11 +154,11 @@ class ReservoirBenchmark(Workload):
         require_package("reservoirpy")
         self._require_one_sequence_forward()
         jnp: Any = importlib.import_module("jax.numpy")
-        from reservoirpy.jax.nodes import Reservoir
+        from reservoirpy.jax import nodes
 
         inputs, weight, projection = (jnp.asarray(x.numpy()) for x in self._tensors())
         given: dict[str, Any] = {} if own_sparse else {"W": weight, "Win": projection}
-        node = Reservoir(self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=jnp.float32, **given)
+        node = nodes.Reservoir(self.units, lr=_LEAK, sr=_RADIUS, seed=0, dtype=jnp.float32, **given)
         return lambda: node.run(inputs[0]).block_until_ready()
 
     def _resdag(self, *, sparse: bool | None = None) -> Call:

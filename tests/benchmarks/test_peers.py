@@ -186,6 +186,14 @@ def test_other_libraries_step_our_weights(name: str, package: str, sparse: bool)
     absent(case, name, "has no gradients|are frozen", direction="backward")
 
 
+def test_a_module_steps_as_its_op() -> None:
+    case = ReservoirBenchmark(60, 2, 9, sparse=True, module=True)
+    assert case.name == "nn.Reservoir B2 T9 N60 float32"
+    states: Any = case.makers()[OURS]()()
+    assert states.shape == (2, 9, 60)
+    absent(case, OURS, "forward alone", direction="backward")
+
+
 def test_the_loop_on_csr_agrees() -> None:
     case = ReservoirBenchmark(60, 2, 9, sparse=True)
     found: Any = case.makers()[LOOP_CSR]()()
