@@ -63,7 +63,8 @@ class ChoosesLayout(HoldsMatrix):
         mode, offsets = options.get("mode", self.mode), options.get("cu_seqlens")
         if mode == "chunked" or (mode == "auto" and inputs.shape[-2] >= SPLIT_STEPS):
             return True
-        return (inputs if offsets is None else offsets).shape[0] >= FEWEST_ROWS
+        sequences = inputs.shape[0] if offsets is None else offsets.shape[0] - 1
+        return sequences >= FEWEST_ROWS
 
     def _sparse_weight(self) -> Tensor | None:
         """W as CSR; None where it runs dense."""
