@@ -144,7 +144,8 @@ class CacheAttend {
   // Few rows: all heads of a token, then the next token.
   template <int R>
   void stream(const CacheGroup& g, const Block<C>& block, const Following<C>& then, Own& own) const {
-    const int64_t width = stream_width(g), from = lane_floor(own.lo[0]), to = smaller(own.hi[R - 1], block.count);
+    const int64_t width = stream_width(g), from = lane_floor(own.lo[0]),
+                  to = smaller(own.hi[R - 1], block.count);
     float* s = own.scores.get();
     stream_keys<R>(g, block, then, width, own);
     if (own.lo[0] >= own.hi[R - 1]) return;

@@ -1,9 +1,9 @@
-// The softmax of a streamed block (stream.h), on its scores as they come out: by token, with a lane for each row
-// of each head. Maxima, exponentials and sums then need neither a transposition nor a sum over lanes, and little
-// time passes in which nothing is prefetched: memory idles while scores become probabilities.
+// The softmax of a streamed block (stream.h), on its scores as they come out: by token, with a lane for each
+// row of each head. Maxima, exponentials and sums then need neither a transposition nor a sum over lanes, and
+// little time passes in which nothing is prefetched: memory idles while scores become probabilities.
 //
-// Sums over keys are kept for each position modulo kLanes and added by halves at the end, as reduce_add adds the
-// lanes of softmax_rows, so that both give the same bits.
+// Sums over keys are kept for each position modulo kLanes and added by halves at the end, as reduce_add adds
+// the lanes of softmax_rows, so that both give the same bits.
 #pragma once
 
 #include "common/softmax.h"
@@ -11,7 +11,8 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// State of `width` rows: their maxima, what is subtracted from their scores, and kLanes partial sums for each.
+// State of `width` rows: their maxima, what is subtracted from their scores, and kLanes partial sums for
+// each.
 class StreamState {
  public:
   static int64_t floats(int64_t width) { return width * (2 + kLanes); }
@@ -55,7 +56,8 @@ static inline void mask_stream(float* s, int64_t width, int64_t heads, int64_t f
   }
 }
 
-// Moves the maxima of the lanes in which `top` exceeds them by the slack (softmax.h), and scales what was summed.
+// Moves the maxima of the lanes in which `top` exceeds them by the slack (softmax.h), and scales what was
+// summed.
 template <Precision precision>
 static void raise_maxima(Vec top, int64_t lane, int64_t rows, const StreamState& state, float* acc,
                          int64_t columns) {
@@ -74,7 +76,8 @@ static void raise_maxima(Vec top, int64_t lane, int64_t rows, const StreamState&
   }
 }
 
-// Turns the scores of `rows` rows, tokens [from, to) of a block, into words of P in place: word w at s + w * width.
+// Turns the scores of `rows` rows, tokens [from, to) of a block, into words of P in place: word w at s + w *
+// width.
 template <class M, Precision precision>
 static void softmax_stream(float* s, int64_t width, int64_t rows, int64_t from, int64_t to,
                            const StreamState& state, float* acc, int64_t columns) {
