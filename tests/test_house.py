@@ -116,7 +116,7 @@ def test_nothing_imports_upward() -> None:
 def _backend(module: str) -> str | None:
     """Which backend of an op a module is part of."""
     parts = module.split(".")
-    known = ("native", "reference", "triton", "flash_attn")
+    known = ("native", "reference", "triton", "flash_attn", "sdpa")
     op = parts[1:2] and parts[1] in ("attention", "kvcache", "mix", "scan", "reservoir")
     return next((part for part in parts[2:3] if part in known), None) if op else None
 

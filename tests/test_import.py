@@ -57,6 +57,8 @@ import resformer_kernels as rk
 q = torch.randn(1, 5, 2, 8)
 assert rk.value_residual_attention(q, q, q).shape == q.shape
 found = rk.explain(rk.value_residual_attention, q, q, q)
+assert found.backend == "sdpa", found
+found = rk.explain(rk.value_residual_attention, q, q, q, softcap=3.0)
 assert found.backend == "reference", found
 assert "native" in found.reasons and found.reasons["native"], found
 """

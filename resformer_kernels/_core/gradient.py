@@ -7,7 +7,8 @@ order; or, where there are many, `Parts`. A leaf is found by its field's name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -59,6 +60,18 @@ def refuse_forward_mode(function: str, leaves: Iterable[Tensor | None]) -> None:
 def wants_gradient(leaves: Iterable[Tensor | None]) -> bool:
     """Whether autograd would record a call on these leaves."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within it autograd records, in an op's kernel too: a TorchDispatchMode runs that one, and
+    what it calls, below autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def distinct(call: Record) -> Record:

@@ -3,15 +3,19 @@ another object, and so asks about a machine that need not be there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from resformer_kernels._core import extension
+from resformer_kernels._core import extension, processor
 from resformer_kernels._triton import arch, available
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_AMX = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+"""The flag of AMX tiles that multiply a dtype."""
 
 
 def _constant(method: F) -> F:
@@ -28,11 +32,29 @@ class Hardware:
     def __init__(self) -> None:
         self.packages: dict[str, Any] = {}
         """What `package` has loaded."""
+        self.cpu_flags: frozenset[str] | None = None
+        """Instruction sets of the CPU, once they were asked for."""
 
     @_constant
     def cpu_library_reason(self) -> str | None:
         """Why the native CPU library cannot be used."""
         return extension.unavailable_reason()
+
+    @_constant
+    def torch_multiplies_on_amx(self, dtype: torch.dtype) -> bool:
+        """Whether torch, by oneDNN, multiplies matrices of `dtype` on this CPU's AMX tiles: float16
+        from Granite Rapids on, whose tiles take it; before, it is widened to float32."""
+        wanted = _AMX.get(dtype)
+        if wanted is None or not torch.backends.mkldnn.is_available():
+            return False
+        if self.cpu_flags is None:
+            self.cpu_flags = processor.flags()
+        return {"amx_tile", wanted} <= self.cpu_flags
+
+    @_constant
+    def native_path_asked(self) -> bool:
+        """Whether RESFORMER_CPU asks for a path of the native kernels."""
+        return bool(os.environ.get("RESFORMER_CPU"))
 
     @_constant
     def cuda_library_reason(self, device: torch.device) -> str | None:

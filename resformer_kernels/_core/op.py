@@ -121,9 +121,14 @@ class Op:
         OPS[name] = self
         _libraries.extend((self.define(NATIVE), self.define(TRITON, triton)))
 
-    def define(self, namespace: str, launcher: str | None = None) -> torch.library.Library:
+    def define(
+        self,
+        namespace: str,
+        launcher: str | None = None,
+        keys: tuple[str, ...] = ("CPU", "CUDA"),
+    ) -> torch.library.Library:
         """Register the op in a namespace, `launcher` ("module:function", called with the record)
-        behind it. It goes when the library that is returned does."""
+        behind it on the dispatch keys named. It goes when the library that is returned does."""
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(self.schema)
         qualified = f"{namespace}::{self.name}"
@@ -135,7 +140,7 @@ class Op:
         elif self.composed is not None:
             made = self._lazy(self.composed, namespace)
         # CPU tensors are for Triton's interpreter, and for what stands in for a package in tests.
-        for key in ("CPU", "CUDA") if made is not None else ():
+        for key in keys if made is not None else ():
             library.impl(self.name, made, key)
         return library
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
-
 from resformer_kernels._core import across, dtensors
 from resformer_kernels._core.hardware import MACHINE, Hardware
 
@@ -180,8 +178,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     value_residual_attention: native
       not reference: native is preferred
     """
-    with torch.no_grad():
-        request = prepare(function, *args, **kwargs)
+    request = prepare(function, *args, **kwargs)
     chosen = None
     reasons: dict[str, str] = {}
     for candidate in request.backends:

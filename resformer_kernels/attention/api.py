@@ -8,16 +8,20 @@ from torch import Tensor
 
 from resformer_kernels._core.hardware import MACHINE
 from resformer_kernels._core.select import Backend, explainable, serve
-from resformer_kernels.attention import flash_attn, native, reference, triton
+from resformer_kernels.attention import flash_attn, native, reference, sdpa, triton
 from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall, check_call
 
-BACKENDS: tuple[Backend, ...] = (native, triton, flash_attn, reference)
-_FLASH_ATTENTION_FIRST: tuple[Backend, ...] = (native, flash_attn, triton, reference)
+BACKENDS: tuple[Backend, ...] = (native, triton, flash_attn, sdpa, reference)
+_FLASH_ATTENTION_FIRST: tuple[Backend, ...] = (native, flash_attn, triton, sdpa, reference)
+_SDPA_FIRST: tuple[Backend, ...] = (sdpa, native, triton, flash_attn, reference)
 
 
 def _by_preference(backend: str, call: AttentionCall) -> tuple[Backend, ...]:
-    first = backend == "auto" and flash_attn.preferred(call, MACHINE)
-    return _FLASH_ATTENTION_FIRST if first else BACKENDS
+    if backend == "auto" and flash_attn.preferred(call, MACHINE):
+        return _FLASH_ATTENTION_FIRST
+    if backend == "auto" and sdpa.preferred(call, MACHINE):
+        return _SDPA_FIRST
+    return BACKENDS
 
 
 def _asked_for(
@@ -94,7 +98,8 @@ def value_residual_attention(
         return_lse: also return the natural log of the softmax denominator, sink included,
             (B, Hq, Tq), float32 (float64 for float64 inputs). Differentiable.
         return_mixed_value: also return V', (B, Tk, Hkv, Dv) in v's dtype. Differentiable.
-        backend: "auto", "native", "triton", "flash_attn" or "reference". A name never falls back.
+        backend: "auto", "native", "triton", "flash_attn", "sdpa" or "reference". A name never
+            falls back.
 
     Returns:
         out (B, Tq, Hq, Dv) in q's dtype; or a tuple of out, then the LSE and the mixed value,

@@ -7,6 +7,7 @@ out and lse, and what `epilogue` says. V' is never saved: backward mixes it agai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -154,8 +155,13 @@ class ValueResidualAttention(torch.autograd.Function):
         raise RuntimeError(vmap_error(FIXED))
 
 
-def run(namespace: str, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, lse or None, mixed value or None) of `call`, by the ops of `namespace`."""
+def run(
+    namespace: str,
+    call: AttentionCall,
+    keep: Callable[[AttentionCall], AttentionCall] = keeping,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse or None, mixed value or None) of `call`, by the ops of `namespace`. `keep` says
+    what forward keeps for backward where something follows the softmax."""
     call = strides.with_unit_strides(call, (*_ROWS, *_OFFSETS))
     if torch.compiler.is_compiling():
         call = distinct(call)
@@ -163,7 +169,7 @@ def run(namespace: str, call: AttentionCall) -> tuple[Tensor, Tensor | None, Ten
     if not torch.compiler.is_compiling():
         refuse_forward_mode(FIXED, leaves)
     if wants_gradient(leaves):
-        call = call if call.plain else keeping(call)
+        call = call if call.plain else keep(call)
         out, lse, mixed, _, _ = ValueResidualAttention.apply(namespace, *_PARTS.split(call))
     else:
         out, lse, mixed, _, _ = FORWARD(namespace, call)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resformer_kernels._core.hardware import Hardware
 from resformer_kernels.attention.record import AttentionCall
+from resformer_kernels.attention.shared import allowed_positions as allowed_positions
 
 NAME = "reference"
 
@@ -130,24 +131,6 @@ def mix(call: AttentionCall, v: Tensor | None, v_first: Tensor | None) -> Tensor
     own = call.lambda_v_value if call.lambda_v is None else call.lambda_v.to(compute)
     first = call.lambda_first_value if call.lambda_first is None else call.lambda_first.to(compute)
     return (own * v.to(compute) + first * v_first.to(compute)).to(v.dtype)
-
-
-def allowed_positions(
-    call: AttentionCall, q_len: int | Tensor, k_len: int | Tensor, device: torch.device
-) -> Tensor:
-    """Which keys each query may see by length and window, broadcastable to (B, Hq, Tq, Tk).
-
-    Aligned bottom-right: query i sits at key i + k_len - q_len.
-    """
-    i = torch.arange(call.max_seqlen_q, device=device)[:, None]
-    j = torch.arange(call.max_seqlen_k, device=device)[None, :]
-    at = i + k_len - q_len
-    allowed = (i < q_len) & (j < k_len)
-    if call.window_left >= 0:
-        allowed = allowed & (j >= at - call.window_left)
-    if call.window_right >= 0:
-        allowed = allowed & (j <= at + call.window_right)
-    return allowed
 
 
 def placed(call: AttentionCall, y: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 import resformer_kernels
 from resformer_kernels._core import extension
+from resformer_kernels._core import processor as cpu
 
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
@@ -25,21 +26,13 @@ _FEATURES = (
 
 def processor() -> str:
     """The processor's name, as the system gives it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return cpu.entry("model name") or platform.processor() or platform.machine()
 
 
 def features() -> str:
     """Those of `_FEATURES` that the processor has."""
-    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
-    return " ".join(name for name in _FEATURES if name in flags) or "none known"
-
-
-def _cpuinfo(name: str) -> str | None:
-    """An entry of /proc/cpuinfo, where there is one."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else None
+    found = cpu.flags()
+    return " ".join(name for name in _FEATURES if name in found) or "none known"
 
 
 def usable_cores() -> int:

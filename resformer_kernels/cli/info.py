@@ -18,6 +18,8 @@ from torch import Tensor
 
 import resformer_kernels
 from resformer_kernels._core import extension
+from resformer_kernels._core.hardware import MACHINE
+from resformer_kernels.attention import sdpa
 from resformer_kernels.bench import machine
 from resformer_kernels.bench.tables import pivot, table
 from resformer_kernels.cli import COMMANDS, Subparsers
@@ -120,6 +122,9 @@ def _machine() -> Section:
         "cores": f"{machine.usable_cores()} usable of {os.cpu_count()}",
         "torch threads": f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)",
     }
+    amx = sdpa.amx_note(MACHINE)
+    if amx is not None:
+        section["AMX"] = amx
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         section[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"

@@ -21,7 +21,7 @@ from resformer_kernels.testing.verification import Check, Verdict, checks, refus
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-BACKENDS = ("native", "triton", "flash_attn")
+BACKENDS = ("native", "triton", "flash_attn", "sdpa")
 """Backends that "all" runs where they serve; the reference runs where none does."""
 
 

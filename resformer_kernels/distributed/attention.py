@@ -1,7 +1,8 @@
 """`value_residual_attention` on a sequence that is split across ranks.
 
 By the kernels of this package it is a ring. Backends that serve whole calls alone (the reference,
-FlashAttention) get the keys and values of every rank instead, in the order of positions.
+torch's SDPA, FlashAttention) get the keys and values of every rank instead, in the order of
+positions.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from resformer_kernels._core.gradient import seeing
 from resformer_kernels._core.op import NATIVE, TRITON
 from resformer_kernels._core.select import select
 from resformer_kernels.attention import epilogue_op
-from resformer_kernels.attention.flash_attn.rows import mixed
 from resformer_kernels.attention.record import FIXED, PACKED, AttentionCall
+from resformer_kernels.attention.shared import mixed
 from resformer_kernels.distributed import ring_op
 from resformer_kernels.distributed.ring_op import RingCall
 from resformer_kernels.distributed.split import Split
@@ -35,7 +36,7 @@ def serve(
     plain = call._replace(exclusive=None, exclusive_value=0.0, out_gate=None)
     asked = plain._replace(return_mixed_value=call.return_mixed_value or call.excludes)
     if backend == "auto":
-        backends = [x for x in backends if x.NAME != "flash_attn"]
+        backends = across_ranks(backends)
     chosen = select(FIXED, backend, backends, plain)
     namespace = _NAMESPACES.get(chosen.NAME)
     if namespace is None:
@@ -48,6 +49,13 @@ def serve(
     if not call.return_mixed_value:
         return y, lse, None
     return y, lse, value.clone() if value is call.value else value
+
+
+def across_ranks(backends: Sequence[Any]) -> list[Any]:
+    """The backends that `auto` takes, in order: ours first, wherever one process would take
+    another's, for they alone need no gathering."""
+    ours = [x for x in backends if x.NAME in _NAMESPACES]
+    return [*ours, *(x for x in backends if x.NAME in ("sdpa", "reference"))]
 
 
 def _check(split: Split, call: AttentionCall) -> None:
@@ -129,7 +137,9 @@ def _over_gathered(
         found.append(backend.run(part))
     if not found:
         # The other ranks' gradients pass through this one's backward too.
-        out = seeing(call.q.new_zeros((*call.q.shape[:-1], value.shape[-1])), (keys, values))
+        out = seeing(
+            call.q.new_zeros((*call.q.shape[:-1], value.shape[-1])), (call.q, keys, values)
+        )
         lse = out.new_zeros((out.shape[0], out.shape[2], 0)) if call.return_lse else None
         return out, lse, value if call.return_mixed_value else None
     out = torch.cat([x[0] for x in found], 1)

@@ -78,7 +78,12 @@ def test_without_the_library_the_reason_is_shown(
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["native"]["library"] == "not in use: it was not built"
-    assert {row["backend"] for row in report["served"]} == {"reference"}
+    backends = {(row["op"], row["dtype"]): row["backend"] for row in report["served"]}
+    assert backends.pop(("value_residual_attention", "bfloat16")) == "sdpa"
+    assert set(backends.values()) == {"sdpa", "reference"}
+    assert {op for (op, _), name in backends.items() if name == "sdpa"} == {
+        "value_residual_attention"
+    }
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -95,7 +100,9 @@ def test_a_reason_is_told_once_and_nothing_is_cut(
     assert printed.count("mix_value_embedding") == 1 + torch.cuda.is_available()
 
 
-def test_matrix_has_every_public_op_with_its_forms(capsys: pytest.CaptureFixture[str]) -> None:
+def test_matrix_has_every_public_op_with_its_forms(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["info", "--matrix", "--json"]) == 0
     answers = [support.Answer(**row) for row in json.loads(capsys.readouterr().out)]
     assert list(dict.fromkeys(answer.op for answer in answers)) == list(info._SAMPLES)
@@ -103,6 +110,7 @@ def test_matrix_has_every_public_op_with_its_forms(capsys: pytest.CaptureFixture
     refused = {a.feature for a in answers if a.backend == "native" and "float8" in a.feature}
     assert refused == {"float8 cache"}
     assert all(answer.reason is None for answer in answers if answer.backend == "reference")
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["info", "--matrix"]) == 0
     printed = capsys.readouterr().out
     assert "packed sequences" in printed

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from resformer_kernels import value_residual_attention
+from resformer_kernels.attention import api
 from resformer_kernels.distributed import ShardedSequence, context_parallel
+from resformer_kernels.distributed.attention import across_ranks
 from tests.distributed import ranks
 
 ALONG = {"q": 1, "k": 1, "v": 1, "v_first": 1, "out_gate": 1}
@@ -175,6 +177,54 @@ def test_results_and_gradients_are_those_of_the_whole(world: int, balanced: bool
                     atol=(1e-13 if wide else 3e-6) * max(scale, 1e-3) * 4,
                     msg=partial("{}, {}: {}".format, name, part),
                 )
+
+
+GATHERED = {
+    f"{name}, {length} tokens": make(
+        length, extra=None if drop else _per_token, drop=drop, causal=True, backend="sdpa", **more
+    )
+    for length in (3, 26)
+    for name, drop, more in (
+        ("resformer", (), {"exclusive": 0.7}),
+        ("svformer", SVFORMER, {"window": (9, 0)}),
+    )
+}
+
+
+def _by_torch(case: Case, inputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """out, and the gradients of a loss of it: the LSE has none there."""
+    leaves = leaves_of(inputs)
+    out = value_residual_attention(**{"v": None, **leaves}, **case.options)
+    (out * torch.cos(positions)[:, None, None]).sum().backward()
+    gradients = {f"d{n}": x.grad for n, x in leaves.items() if x.grad is not None}
+    return {"out": out.detach(), **gradients}
+
+
+def _gathered_on_a_rank() -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, case in GATHERED.items():
+        length = case.inputs["q"].shape[1]
+        with context_parallel(dist.group.WORLD, length=length) as sequence:
+            parts = {n: sequence.shard(x, 1) for n, x in case.inputs.items()}
+            results = _by_torch(case, parts, sequence.positions)
+            found[name] = {n: sequence.gather(x, 1) for n, x in results.items()}
+    return found
+
+
+def test_torchs_attention_gets_every_rank_s_keys() -> None:
+    every = ranks.run(4, _gathered_on_a_rank)
+    for name, case in GATHERED.items():
+        wanted = _by_torch(case, case.inputs, torch.arange(case.inputs["q"].shape[1]))
+        for found in every:
+            assert found[name].keys() == wanted.keys()
+            for part, x in wanted.items():
+                torch.testing.assert_close(found[name][part], x, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_prefers_the_ring() -> None:
+    names = [x.NAME for x in across_ranks(api._SDPA_FIRST)]
+    assert names == ["native", "triton", "sdpa", "reference"]
+    assert [x.NAME for x in across_ranks(api._FLASH_ATTENTION_FIRST)] == names
 
 
 HALF = {

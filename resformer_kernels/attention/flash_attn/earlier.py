@@ -18,12 +18,12 @@ from resformer_kernels.attention.flash_attn.rows import (
     after_last,
     closed,
     functions_of,
-    mixed,
     natural,
     ready,
     window,
 )
 from resformer_kernels.attention.record import FIXED, AttentionCall
+from resformer_kernels.attention.shared import mixed
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 """What FlashAttention 3 has kernels for; others are served by the next."""

@@ -22,12 +22,12 @@ from resformer_kernels.attention.flash_attn.rows import (
     after_last,
     closed,
     functions_of,
-    mixed,
     natural,
     ready,
     window,
 )
 from resformer_kernels.attention.record import LEAVES, AttentionCall
+from resformer_kernels.attention.shared import mixed
 
 NAMESPACE = "resformer_flash_attn_4"
 

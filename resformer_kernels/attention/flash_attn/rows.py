@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from resformer_kernels.attention.record import AttentionCall
-from resformer_kernels.mix import mix_values
 
 MULTIPLE = 8
 """Elements in 16 bytes: what their loads ask of strides and offsets."""
@@ -70,15 +69,6 @@ def after_last(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
 def closed(x: Tensor, after: Tensor | None) -> Tensor:
     """x with zeros where `after`."""
     return x if after is None else x.masked_fill(after.view(-1, 1, 1), 0)
-
-
-def mixed(call: AttentionCall) -> Tensor:
-    """V'; the source itself where there is one alone."""
-    if call.v is None or call.v_first is None:
-        return call.value
-    own = call.lambda_v_value if call.lambda_v is None else call.lambda_v
-    first = call.lambda_first_value if call.lambda_first is None else call.lambda_first
-    return mix_values([call.v, call.v_first], [own, first])
 
 
 def aligned(x: Tensor) -> bool:
