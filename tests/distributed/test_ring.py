@@ -194,7 +194,8 @@ GATHERED = {
 def _by_torch(case: Case, inputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
     """out, and the gradients of a loss of it: the LSE has none there."""
     leaves = leaves_of(inputs)
-    out = value_residual_attention(**{"v": None, **leaves}, **case.options)
+    given: dict[str, Any] = {"v": None, **leaves, **case.options}
+    out = value_residual_attention(**given)
     (out * torch.cos(positions)[:, None, None]).sum().backward()
     gradients = {f"d{n}": x.grad for n, x in leaves.items() if x.grad is not None}
     return {"out": out.detach(), **gradients}
