@@ -342,10 +342,6 @@ class CacheAttend {
     if (d < dim) value_tile<M, R, kLeast>(p, stride, values, offset + d, tokens, dim - d, acc + d, columns);
   }
 
-  // Maximum and sum of exponentials of a row whose unit has been attended.
-  struct RowSum {
-    float m, l;
-  };
   RowSum sum_of(const CacheGroup& g, int64_t h, int64_t r, const Own& own) const {
     const int64_t row = h * padded(g.rows) + r;
     if (!g.tiling.streams) return {own.state[row].m, reduce_add(load(own.state[row].l))};
@@ -380,30 +376,15 @@ class CacheAttend {
     }
   }
 
-  // Each split is a softmax over its own keys; weights of exp(its maximum - the highest) combine them.
   void merge(const CacheGroup& g, float* partial, Own& own) const {
     const int64_t columns = plan_.columns();
     float* acc = own.acc.get();
     for (int64_t h = 0; h < g.heads; ++h) {
       own.result.own.reset();
       for (int64_t r = 0; r < g.rows; ++r) {
-        float m = kMinusInf, l = 0.0f;
-        for (int64_t i = 0; i < g.splits; ++i) {
-          const float own_m = partial_of(g, i, h, r, partial)[columns];
-          m = own_m > m ? own_m : m;
-        }
-        memset(acc, 0, columns * sizeof(float));
-        for (int64_t i = 0; i < g.splits; ++i) {
-          const float* row = partial_of(g, i, h, r, partial);
-          const float own_m = row[columns], own_l = row[columns + 1];
-          // No maximum: the split saw no key, or saw NaN, which must propagate.
-          const float weight = own_m == kMinusInf ? (own_l == 0.0f ? 0.0f : 1.0f) : Unit::exp(own_m - m);
-          if (own_l == 0.0f) continue;
-          l += weight * own_l;
-          for (int64_t d = 0; d < columns; d += kLanes)
-            store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
-        }
-        result_.finish(g, h, r, m, l, acc, own.result);
+        const RowSum sum = merge_splits<Unit>(partial_of(g, 0, h, r, partial), g.splits,
+                                              g.heads * g.rows * plan_.partial_row(), columns, acc);
+        result_.finish(g, h, r, sum.m, sum.l, acc, own.result);
       }
     }
   }

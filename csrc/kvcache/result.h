@@ -8,6 +8,35 @@
 
 namespace resformer::RESFORMER_ISA {
 
+// Maximum of a row's scores, and the sum of their exponentials below it.
+struct RowSum {
+  float m, l;
+};
+
+// Each split is a softmax over its own keys: a row of `columns` sums, its maximum and its sum of
+// exponentials, the next split's `stride` floats on. Weights of exp(its maximum - the highest) combine them,
+// in order, into `acc`.
+template <class Unit>
+static RowSum merge_splits(const float* first, int64_t splits, int64_t stride, int64_t columns, float* acc) {
+  RowSum sum{kMinusInf, 0.0f};
+  for (int64_t i = 0; i < splits; ++i) {
+    const float m = first[i * stride + columns];
+    sum.m = m > sum.m ? m : sum.m;
+  }
+  memset(acc, 0, columns * sizeof(float));
+  for (int64_t i = 0; i < splits; ++i) {
+    const float* row = first + i * stride;
+    const float m = row[columns], l = row[columns + 1];
+    if (l == 0.0f) continue;
+    // No maximum: the split saw NaN, which must propagate.
+    const float weight = m == kMinusInf ? 1.0f : Unit::exp(m - sum.m);
+    sum.l += weight * l;
+    for (int64_t d = 0; d < columns; d += kLanes)
+      store(acc + d, fma(set1(weight), load(row + d), load(acc + d)));
+  }
+  return sum;
+}
+
 // T: dtype of q and out. C: elements of the cache.
 template <class T, class C>
 class CacheResult {
