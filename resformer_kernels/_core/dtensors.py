@@ -98,7 +98,7 @@ def _tensors(call: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(name, tensor) of all that a record holds, in nested records and in lists too."""
     if isinstance(call, Tensor):
         yield name, call
-    elif hasattr(call, "_fields"):
+    elif isinstance(call, tuple) and hasattr(call, "_fields"):  # torch.compile asks no SymInt
         for field, value in zip(call._fields, call, strict=True):
             yield from _tensors(value, field)
     elif isinstance(call, (list, tuple)):
