@@ -63,19 +63,18 @@ def _decode(case: decode.DecodeBenchmark) -> list[Alternative]:
     if case.shared:
         return []
 
-    def length_first(caches: list[Tensor]) -> list[Tensor]:
-        """(B, H, T, D) views of caches that lie as (T, B, H, D), as fairseq has them."""
-        return [cache.transpose(0, 1).contiguous().permute(1, 2, 0, 3) for cache in caches]
-
     def make(way: Callable[..., Call]) -> Call:
-        maker: Any = case.makers()[decode.GQA]
-        q, caches, _ = maker.args
-        return way(q, caches, length_first)
+        return way(case.query(), case.caches, length_first)
 
     return [
         Alternative((name, name + decode.TIME_FIRST), "(T,B,H,D)", partial(make, way))
         for name, way in ((decode.GQA, case._gqa), (decode.FOLDED, case._folded))
     ]
+
+
+def length_first(caches: list[Tensor]) -> list[Tensor]:
+    """(B, H, T, D) views, in memory (T, B, H, D), of caches (B, T, H, D)."""
+    return [cache.transpose(0, 1).contiguous().permute(1, 2, 0, 3) for cache in caches]
 
 
 def _reservoir(case: reservoir.ReservoirBenchmark) -> list[Alternative]:

@@ -69,8 +69,7 @@ class DecodeBenchmark:
     def makers(self) -> Makers:
         """Ours and the peers, over the same numbers, which the first of them draws; ours is
         `Unavailable` on a GPU where no kernel serves it."""
-        q = torch.randn(self.batch, 1, self.heads, self.head_dim, device=self.device).to(self.dtype)
-        caches = functools.cache(self._caches)
+        q, caches = self.query(), functools.cache(self.caches)
 
         if self.shared:
             return {
@@ -109,7 +108,12 @@ class DecodeBenchmark:
         folded = q.view(self.batch, self.kv_heads, -1, self.head_dim)
         return _through(partial(F.scaled_dot_product_attention, folded), *map(layout, caches()))
 
-    def _caches(self) -> tuple[list[Tensor], list[Tensor]]:
+    def query(self) -> Tensor:
+        """A new token a sequence, (B, 1, Hq, D)."""
+        q = torch.randn(self.batch, 1, self.heads, self.head_dim, device=self.device)
+        return q.to(self.dtype)
+
+    def caches(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of every layer, (B, T, Hkv, D)."""
         shape = (self.batch, self.length, self.kv_heads, self.head_dim)
         first = torch.empty(shape, dtype=self.dtype, device=self.device).normal_()

@@ -77,8 +77,7 @@ def _sum_of_products(values: list[Tensor], coefficients: list[Tensor]) -> Tensor
 
 
 def _stack_and_einsum(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:
-    stacked = torch.stack(values)
-    return torch.einsum("n,n...->...", torch.stack(coefficients).to(stacked.dtype), stacked)
+    return _einsum(torch.stack(values), coefficients)
 
 
 def _addcmul(values: list[Tensor], coefficients: list[Tensor]) -> Tensor:

@@ -79,7 +79,7 @@ Isa current_isa() {
     static const Isa isa = fastest();
     return isa;
   }
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(kNames) / sizeof(kNames[0])); ++i) {
     if (std::string_view(wanted) != kNames[i]) continue;
     STD_TORCH_CHECK(i <= static_cast<int>(best_isa()), "RESFORMER_CPU=", wanted,
                     " cannot run here: this machine and build go up to ",

@@ -69,8 +69,7 @@ class CacheAttend {
     const int64_t rows = padded(g.rows);
     for (int64_t h = 0; h < g.heads; ++h) {
       for (int64_t r = 0; r < rows; ++r) {
-        own.state[h * rows + r].m = kMinusInf;
-        store(own.state[h * rows + r].l, zero());
+        if (!g.tiling.streams) own.state[h * rows + r] = {kMinusInf, {}};
         float* q = q_of(g, h, own) + r * words();
         if (r < g.rows) {
           pack_row<Dot>(p_.q.row<T>(g.sequence, result_.time(g, result_.query(g, r)), result_.head(g, h, r)),
@@ -80,7 +79,7 @@ class CacheAttend {
         }
       }
     }
-    if (g.tiling.streams) stream_state(g, own).reset();
+    if (g.tiling.streams) stream_state(g, own).reset(g.heads * rows);
     memset(own.acc.get(), 0, g.heads * rows * plan_.columns() * sizeof(float));
     const CacheSequence& s = p_.sequences[g.sequence];
     for (int64_t r = 0; r < rows; ++r) {
@@ -203,15 +202,16 @@ class CacheAttend {
   template <int R>
   void scale_stream(const CacheGroup& g, const float* const* scales, const CacheSide& side, float* s,
                     int64_t width, int64_t from, int64_t to, Own& own) const {
-    float* repeated = own.scales.get();
+    // All tokens first: a vector load from under narrower stores waits for memory.
+    float* lanes = own.scales.get();
     for (int64_t t = from; t < to; ++t) {
       const float* scale = scales[t] + g.head * side.scale_stride[2];
       for (int64_t h = 0; h < g.heads; ++h) {
-        for (int r = 0; r < R; ++r) repeated[h * R + r] = scale[h * side.scale_stride[2]];
+        for (int r = 0; r < R; ++r) lanes[t * width + h * R + r] = scale[h * side.scale_stride[2]];
       }
-      for (int64_t i = 0; i < g.heads * R; i += kLanes)
-        store(s + t * width + i, mul(load(s + t * width + i), load(repeated + i)));
     }
+    for (int64_t i = from * width; i < to * width; i += kLanes)
+      store(s + i, mul(load(s + i), load(lanes + i)));
   }
 
   template <int R>

@@ -24,7 +24,7 @@ struct WorkerScratch {
         key_rows(kLanes * row_words<Dot>(p.keys.dim)),
         panels(plan.most([](const CacheTiling& t) { return t.streams ? 0 : t.tokens; }) *
                row_words<Dot>(p.keys.dim)),
-        scales(larger(kMostTokens, plan.most(score_rows))),
+        scales(p.quantised ? plan.most([](const CacheTiling& t) { return score_rows(t) * t.tokens; }) : 0),
         zeros(p.values.dim),
         states(rows * sizeof(RowState) / sizeof(float)),
         result(p) {

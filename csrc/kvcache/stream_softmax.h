@@ -1,6 +1,6 @@
 // The softmax of a streamed block (stream.h), on its scores as they come out: by token, with a lane for each
-// row of each head. Maxima, exponentials and sums then need neither a transposition nor a sum over lanes, and
-// little time passes in which nothing is prefetched: memory idles while scores become probabilities.
+// row of each head. Maxima, exponentials and sums then need neither a transposition nor a sum over lanes. The
+// less time this takes the better: nothing is prefetched meanwhile.
 //
 // Sums over keys are kept for each position modulo kLanes and added by halves at the end, as reduce_add adds
 // the lanes of softmax_rows, so that both give the same bits.
@@ -11,8 +11,8 @@
 
 namespace resformer::RESFORMER_ISA {
 
-// State of `width` rows: their maxima, what is subtracted from their scores, and kLanes partial sums for
-// each.
+// State of a unit's rows, a lane each: their maxima, what is subtracted from their scores, and kLanes partial
+// sums for each. `width` is whole vectors: lanes past the last row have no maximum to raise.
 class StreamState {
  public:
   static int64_t floats(int64_t width) { return width * (2 + kLanes); }
@@ -20,8 +20,8 @@ class StreamState {
   StreamState(float* memory, int64_t width)
       : max_(memory), base_(memory + width), sums_(memory + 2 * width), width_(width) {}
 
-  void reset() const {
-    for (int64_t i = 0; i < width_; ++i) max_[i] = kMinusInf;
+  void reset(int64_t rows) const {
+    for (int64_t i = 0; i < width_; ++i) max_[i] = i < rows ? kMinusInf : -kMinusInf;
     memset(base_, 0, width_ * (1 + kLanes) * sizeof(float));
   }
   float* max(int64_t lane) const { return max_ + lane; }
@@ -59,11 +59,10 @@ static inline void mask_stream(float* s, int64_t width, int64_t heads, int64_t f
 // Moves the maxima of the lanes in which `top` exceeds them by the slack (softmax.h), and scales what was
 // summed.
 template <Precision precision>
-static void raise_maxima(Vec top, int64_t lane, int64_t rows, const StreamState& state, float* acc,
-                         int64_t columns) {
+static void raise_maxima(Vec top, int64_t lane, const StreamState& state, float* acc, int64_t columns) {
   float tops[kLanes];
   store(tops, top);
-  for (int64_t i = lane; i < smaller(lane + kLanes, rows); ++i) {
+  for (int64_t i = lane; i < lane + kLanes; ++i) {
     float* m = state.max(i);
     if (!(tops[i - lane] > *m + kSlack)) continue;
     if (*m != kMinusInf) {
@@ -76,8 +75,8 @@ static void raise_maxima(Vec top, int64_t lane, int64_t rows, const StreamState&
   }
 }
 
-// Turns the scores of `rows` rows, tokens [from, to) of a block, into words of P in place: word w at s + w *
-// width.
+// Turns the scores of `rows` rows, tokens [from, to) of a block, into words of P, in place: word w of all
+// rows at s + w * width.
 template <class M, Precision precision>
 static void softmax_stream(float* s, int64_t width, int64_t rows, int64_t from, int64_t to,
                            const StreamState& state, float* acc, int64_t columns) {
@@ -87,7 +86,7 @@ static void softmax_stream(float* s, int64_t width, int64_t rows, int64_t from, 
     Vec top = load(s + from * width + lane);
     for (int64_t t = from + 1; t < to; ++t) top = max(top, load(s + t * width + lane));
     if (any_greater(top, add(load(state.max(lane)), set1(kSlack))))
-      raise_maxima<precision>(top, lane, rows, state, acc, columns);
+      raise_maxima<precision>(top, lane, state, acc, columns);
     const Vec base = load(state.base(lane));
     const auto exp = [&](int64_t t) {
       const Vec p = Unit::exp(sub(load(s + t * width + lane), base));

@@ -152,7 +152,8 @@ class Op:
         """The op's arguments: the record's fields, those of nested records in place."""
         if not self._nested:
             return tuple(call)
-        return tuple(y for x in call for y in (x if _is_record(x) else (x,)))
+        nested = {i for i, _ in self._nested}
+        return tuple(y for i, x in enumerate(call) for y in (x if i in nested else (x,)))
 
     def read(self, arguments: tuple[Any, ...]) -> Any:
         """The record of the op's arguments: the inverse of `flatten`."""

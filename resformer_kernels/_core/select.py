@@ -150,7 +150,7 @@ def explainable(function: F) -> F:
 def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Request:
     """What `function(*args, **kwargs)` asks for, checked and normalised; no backend runs.
 
-    TypeError where `function` is no public op of this package, and no `nn.Reservoir`.
+    TypeError where `function` is neither a public op of this package nor an `nn.Reservoir`.
     """
     if not getattr(function, "__resformer_explainable__", False):
         raise TypeError(
@@ -172,7 +172,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """Say which backend would serve `function(*args, **kwargs)` and why each other would not.
 
     Nothing is computed. The arguments are validated, so a bad one raises what the call raises.
-    TypeError where `function` is no public op of this package, and no `nn.Reservoir`.
+    TypeError where `function` is neither a public op of this package nor an `nn.Reservoir`.
 
     >>> print(explain(value_residual_attention, q, k, v, v_first, causal=True))  # doctest: +SKIP
     value_residual_attention: native

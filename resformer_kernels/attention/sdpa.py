@@ -30,10 +30,11 @@ NAMESPACE = "resformer_sdpa"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SOURCES = ("v", "v_first", "lambda_v", "lambda_first")
 
-# Times of torch's attention over ours with bfloat16 on AMX, two threads of an Emerald Rapids, from
+# Measured: times of the benchmark's peers (a mix in PyTorch and torch's attention) over ours, with
+# bfloat16 on AMX, two threads of an Emerald Rapids, from
 # benchmarks/results/intel-r-xeon-r-processor-2-threads-avx512-amx.json. Forward: T=256 1.03, 512
 # 0.66, 1024 0.66, 2048 0.55, 8192 0.47. Forward and backward: D64 T=1024 1.15, 2048 1.01, 4096
-# 0.90 to 1.00; D128 T=2048 0.64.
+# 0.90 to 1.00; D128 T=2048 0.64. Assumed: that this backend and float16 on its own tiles do alike.
 _AMX_HEAD_DIM = 64
 """The least head_dim, of keys and values alike, that was measured."""
 _AMX_FORWARD, _AMX_TRAINING, _AMX_TRAINING_WIDE = 512, 4096, 2048
@@ -57,7 +58,7 @@ def unsupported_reason(call: AttentionCall, _hardware: Hardware) -> str | None:
     if bias is not None and not on_cpu and bias.dtype not in (torch.bool, call.q.dtype):
         return f"it takes attn_bias as bool or {call.q.dtype} here, this is {bias.dtype}"
     if call.return_lse and not on_cpu:
-        return "torch says the LSE on a CPU alone"
+        return "torch returns the LSE on a CPU alone"
     if call.return_lse and wants_gradient(call.leaves):
         return "its LSE has no gradient: call it under torch.no_grad(), or without return_lse"
     return None
@@ -149,7 +150,7 @@ def _upright(call: AttentionCall) -> tuple[AttentionCall, float]:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, ...]:
-    """The results of the op; `ungated` is y. The LSE is NaN where torch does not say it."""
+    """The results of the op; `ungated` is y. The LSE is NaN where torch returns none."""
     value = mixed(call)
     y, lse = _attend(_upright(call)[0], value)
     out = y

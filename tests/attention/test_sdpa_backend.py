@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,13 +19,6 @@ from tests.attention.cases import TABLE, attention_cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-sweep = settings(
-    max_examples=16,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 SERVED: dict[str, Any] = {"softcap": 0.0, "sinks": False, "return_lse": False}
 ALLOWED = dict.fromkeys(("dv", "dv_first", "dlambda_v", "dlambda_first"), 2.0)
 """Times the budget in float32, at most: torch's backward multiplies q and k in other blocks than
@@ -53,7 +46,7 @@ def check(case: AttentionCase) -> None:
 
 @by_dtype
 @pytest.mark.parametrize("square", [False, True], ids=["any", "square"])
-@sweep
+@settings(max_examples=16)
 @given(data=st.data())
 def test_random_cases_stay_within_budget(
     dtype: torch.dtype, square: bool, data: st.DataObject

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from resformer_kernels import reservoir_scan
+from resformer_kernels._core import dtensors
+from resformer_kernels.distributed import sharding
 from tests.reservoir.checks import check_compiles_whole, check_op
 
 pytestmark = [
@@ -63,7 +65,12 @@ def test_opcheck() -> None:
         check_op("resformer", given, given[0])
 
 
-def test_compiles_whole_with_dynamic_length_and_batch() -> None:
+@pytest.mark.parametrize("beside_dtensors", [False, True])
+def test_compiles_whole_with_dynamic_length_and_batch(
+    beside_dtensors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a process whose ops were given DTensors before: calls are then looked through for them.
+    monkeypatch.setattr(dtensors, "_rules", [sharding] if beside_dtensors else [])
     torch._dynamo.reset()
     compiled = torch.compile(scan, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
