@@ -5,6 +5,7 @@ Names are stable: results are compared by them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -141,13 +142,18 @@ def shared_decode(device: str = "cpu") -> list[DecodeBenchmark]:
 
 
 def decode() -> list[Benchmark]:
-    """One token through 12 layers: a V a layer, against torch, and one V, against that; and through
-    models of transformers."""
+    """One token through 12 layers: a V a layer, against torch, in our layout and in that of a
+    `StaticCache`, and one V, against a V a layer; and through models of transformers."""
     return [
         *(
             DecodeBenchmark(*shape, dtype)
             for place, shape in enumerate(DECODE_SHAPES)
             for dtype in (DTYPES if place < 2 else DTYPES[:1])
+        ),
+        *(
+            replace(DecodeBenchmark(*shape, dtype), heads_first=True)
+            for shape in DECODE_SHAPES[:2]
+            for dtype in DTYPES
         ),
         *shared_decode(),
         *(

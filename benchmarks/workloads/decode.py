@@ -38,7 +38,8 @@ class DecodeBenchmark:
     read from memory. The peers are torch's two ways to decode a query group: `enable_gqa`, and the
     group folded into the axis of queries; each over contiguous caches (B, Hkv, T, D), as a
     `StaticCache` of transformers has them, and over ours, (B, T, Hkv, D). With `shared` every layer
-    reads one V (SVFormer), and the peer is this package's own attention over a V a layer.
+    reads one V (SVFormer), and the peer is this package's own attention over a V a layer. With
+    `heads_first` ours reads the caches of a `StaticCache` in place.
     """
 
     batch: int
@@ -52,12 +53,14 @@ class DecodeBenchmark:
     flops: int = 0
     group: str = "decode"
     device: str = "cpu"
+    heads_first: bool = False
 
     @property
     def name(self) -> str:
         """Shape, layers and dtype."""
         shape = f"B{self.batch} Hq{self.heads} Hkv{self.kv_heads} T{self.length} D{self.head_dim}"
         kind = "one V" if self.shared else "V a layer"
+        kind += ", caches (B,H,T,D)" if self.heads_first else ""
         return f"decode {shape}, {self.layers} layers, {kind}, {dtype_name(self.dtype)}"
 
     @property
@@ -88,6 +91,8 @@ class DecodeBenchmark:
 
     def _ours(self, q: Tensor, k: list[Tensor], v: list[Tensor], *, shared: bool) -> Call:
         lengths = torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
+        if self.heads_first:
+            k, v = ([x.transpose(1, 2) for x in _contiguous(caches)] for caches in (k, v))
 
         def attend(k: Tensor, v: Tensor) -> object:
             return attention_with_kvcache(q, k, v, cache_seqlens=lengths)

@@ -44,7 +44,8 @@ def test_the_shapes_that_speed_is_promised_for_are_there() -> None:
     assert "attention forward B1 H4 T16384 D64 causal window 512 bfloat16" in names
     for shape in ("B1 Hq32 Hkv8 T8192 D128", "B8 Hq16 Hkv8 T1024 D64"):
         for dtype in ("float32", "bfloat16"):
-            assert f"decode {shape}, 12 layers, V a layer, {dtype}" in names
+            for layout in ("", ", caches (B,H,T,D)"):
+                assert f"decode {shape}, 12 layers, V a layer{layout}, {dtype}" in names
     assert "decode B1 Hq16 Hkv8 T8192 D64, 12 layers, one V, bfloat16" in names
     assert max(registry.memory_lengths()) == 32768
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from resformer_kernels import attention_with_kvcache
 from resformer_kernels.kvcache.cache import pages
 from tests.integrations.tiny import (
     QUIET,
@@ -319,3 +321,26 @@ def test_what_the_cache_refuses() -> None:
         cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([False, True]))
     assert cache.batch_size == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_reads_and_fills_a_static_cache_in_place(dtype: torch.dtype) -> None:
+    config = stock("Llama", num_hidden_layers=1).config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    dim = config.hidden_size // heads
+    q = torch.randn(2, 1, heads, dim, dtype=dtype)
+    k, v = (torch.randn(2, kv_heads, 12, dim, dtype=dtype) for _ in range(2))
+    cache = transformers.StaticCache(config, 16)
+    cache.update(k[:, :, :11], v[:, :, :11], 0)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    last_k, last_v = (x[:, :, 11:].transpose(1, 2) for x in (k, v))
+    found = attention_with_kvcache(
+        q, keys.transpose(1, 2), values.transpose(1, 2), last_k, last_v, cache_seqlens=11
+    )
+    assert torch.equal(keys[:, :, :12], k)
+    assert torch.equal(values[:, :, :12], v)
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2).double(), k.double(), v.double(), enable_gqa=True
+    )
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), rtol=bound, atol=bound)

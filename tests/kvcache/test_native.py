@@ -53,6 +53,22 @@ def test_paged_equals_contiguous_bit_for_bit(dtype: torch.dtype, q_len: int) -> 
             assert same(outcome(paginated(inputs, page_size), num_splits=splits), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_len", [1, 9])
+@pytest.mark.usefixtures("native", "cpu_path")
+def test_heads_first_equals_time_first_bit_for_bit(dtype: torch.dtype, q_len: int) -> None:
+    for quantised in (None, torch.int8):
+        new = 0 if quantised else q_len
+        form = {"dtype": dtype, "q_len": q_len, "new_tokens": new, "quantised": quantised}
+        both = [
+            KVCacheCase(**{**vars(LONG), **form, "cache_layout": layout})
+            for layout in ("contiguous", "heads_first")
+        ]
+        plain, turned = map(kvcache_inputs, both)
+        assert turned.tensors["k_cache"].transpose(1, 2).is_contiguous()
+        assert same(outcome(turned), outcome(plain))
+
+
 @pytest.mark.usefixtures("native", "two_threads")
 def test_threads_and_neighbours_change_no_bit() -> None:
     inputs = kvcache_inputs(LONG)
