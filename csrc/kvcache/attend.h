@@ -120,7 +120,7 @@ class CacheAttend {
       own.lo[r] = block.before(own.from[r]);
       own.hi[r] = block.before(own.to[r]);
     }
-    const Following<C> then{next, owner.head - g.head};
+    const Following<C> then{next, owner.head - g.head, p_.alike()};
     switch (g.tiling.streams ? padded(g.rows) : 0) {
       case 1:
         return stream<1>(g, block, then, own);

@@ -48,25 +48,33 @@ struct Block {
   }
 };
 
-// The next block. Its row t is prefetched while row t of the current block is processed: one line for each
-// line that is read, in the order of memory. In bursts the processor drops prefetches that it has no buffer
-// for, and between bursts memory idles.
+// The next block, prefetched while the current one is processed: one line for each line that is read, in the
+// order of memory. In bursts the processor drops prefetches that it has no buffer for, and between bursts
+// memory idles. Rows of K and V alternate, so that memory is as busy while V is read, which may lie in a
+// cache where all layers share it, as while K is.
 template <class C>
 struct Following {
   const Block<C>& block;
   int64_t heads_on;  // its first head, relative to that of the current block
+  bool alternate;    // rows of K and V are of one shape
 
   // Bytes from row t of `now` to the row to prefetch; 0 without one.
   int64_t key(const Block<C>& now, int64_t t, int64_t head_stride) const {
-    return t < block.count ? distance(now.keys[t], block.keys[t], head_stride) : 0;
+    return alternate ? either(now.keys[t], t, head_stride) : ahead(now.keys[t], block.keys, t, head_stride);
   }
   int64_t value(const Block<C>& now, int64_t t, int64_t head_stride) const {
-    return t < block.count ? distance(now.values[t], block.values[t], head_stride) : 0;
+    return alternate ? either(now.values[t], now.count + t, head_stride)
+                     : ahead(now.values[t], block.values, t, head_stride);
   }
 
  private:
-  int64_t distance(const C* from, const C* to, int64_t head_stride) const {
-    return reinterpret_cast<const char*>(to + heads_on * head_stride) - reinterpret_cast<const char*>(from);
+  int64_t either(const C* from, int64_t i, int64_t head_stride) const {
+    return ahead(from, i % 2 ? block.values : block.keys, i / 2, head_stride);
+  }
+  int64_t ahead(const C* from, const C* const* rows, int64_t t, int64_t head_stride) const {
+    if (t >= block.count) return 0;
+    return reinterpret_cast<const char*>(rows[t] + heads_on * head_stride) -
+           reinterpret_cast<const char*>(from);
   }
 };
 

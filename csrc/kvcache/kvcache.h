@@ -63,6 +63,8 @@ struct CacheProblem {
   float* lse = nullptr;
   int64_t lse_stride[2] = {0, 0};  // of sequences and heads; queries are contiguous
 
+  // Whether rows of K and V are as long and as far from one head to the next.
+  bool alike() const { return keys.dim == values.dim && keys.cache.stride[2] == values.cache.stride[2]; }
   // Keys [lo, hi) that the window opens to a query: query i stands at key i + length - queries.
   RESFORMER_INLINE int64_t key_lo(const CacheSequence& s, int64_t i) const {
     const int64_t lo = window_left < 0 ? 0 : i + s.length - s.queries.count - window_left;
