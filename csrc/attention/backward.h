@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/grad_rows.h"
+#include "attention/turns.h"
 
 namespace resformer::RESFORMER_ISA {
 
@@ -17,15 +18,18 @@ class Backward {
     const WavePlan plan(p_, kGradRows, kGradKeys, 0, rows_.tile_words() / kGradRows + columns_k());
     const int64_t heads = out_.bias_shared ? 0 : plan.heads_a_thread();
     if (heads > 0) return run_whole(plan, heads);
+    Scratch packed{0}, sums{0};
     for (int64_t head = 0; head < plan.heads();) {
-      Wave wave = plan.shared_wave(head, out_.bias_shared);
+      Wave wave = plan.shared_wave(head, out_.bias_shared, kTilesAThread);
       head = wave.last;
-      run_shared(plan, wave);
+      run_shared(wave, packed, sums);
     }
   }
 
  private:
   static constexpr bool kPairs = Dot::kPack == 2;
+  // Enough that the last ones, which are the longest under a causal mask, are a small part of the time.
+  static constexpr int64_t kTilesAThread = 32;
   using RowScratch = typename GradRows<T, Dot, precision>::RowScratch;
 
   int64_t columns_k() const { return round_up(p_.dim_k, kLanes); }
@@ -39,38 +43,49 @@ class Backward {
                      Wave wave = plan.wave(unit * heads, smaller((unit + 1) * heads, plan.heads()));
                      wave.packed = s.packed.at_least(wave.row_tiles * rows_.tile_words());
                      wave.sums = s.sums.at_least(wave.row_tiles * kGradRows * columns_k());
-                     for (int64_t i = 0; i < wave.row_tiles; ++i) rows_.pack(wave, i, s.rows);
-                     for (int64_t head = wave.first; head < wave.last; ++head) run_head(wave, head, 0, 1, s);
-                     for (int64_t i = 0; i < wave.row_tiles; ++i) write_dq(wave, i, 1);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) start_rows(wave, i, s.rows);
+                     for (int64_t head = wave.first; head < wave.last; ++head) run_head(wave, head, s);
+                     for (int64_t i = 0; i < wave.row_tiles; ++i) write_dq(wave, i);
                    });
   }
 
-  void run_shared(const WavePlan& plan, Wave& wave) {
-    // Heads that add to the same entries of the bias gradient run in order inside one unit; units differ by
-    // their keys.
-    const int64_t groups = out_.bias_shared ? 1 : wave.last - wave.first;
-    const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
-    const int64_t splits = owns_columns ? plan.splits(wave, groups) : 1;
-    const Scratch rows(wave.row_tiles * rows_.tile_words()),
-        dq(wave.row_tiles * splits * kGradRows * columns_k());
-    wave.packed = rows.get();
-    wave.sums = dq.get();
+  void run_shared(Wave& wave, Scratch& packed, Scratch& sums) {
+    wave.packed = packed.at_least(wave.row_tiles * rows_.tile_words());
+    wave.sums = sums.at_least(wave.row_tiles * kGradRows * columns_k());
     parallel_units(
         wave.row_tiles, [&] { return RowScratch(p_); },
-        [&](int64_t unit, RowScratch& s) { rows_.pack(wave, unit, s); });
-    parallel_units(
-        groups * splits, [&] { return KeyScratch(p_); },
-        [&](int64_t unit, KeyScratch& s) {
-          const int64_t first = out_.bias_shared ? wave.first : wave.first + unit / splits;
-          const int64_t last = out_.bias_shared ? wave.last : first + 1;
-          for (int64_t head = first; head < last; ++head) run_head(wave, head, unit % splits, splits, s);
-        });
-    parallel_units(
-        wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { write_dq(wave, unit, splits); });
+        [&](int64_t unit, RowScratch& s) { start_rows(wave, unit, s); });
+    run_keys(wave);
+    parallel_units(wave.row_tiles, [] { return 0; }, [&](int64_t unit, int) { write_dq(wave, unit); });
   }
 
-  float* dq_tile(const Wave& wave, int64_t tile, int64_t split, int64_t splits) const {
-    return wave.sums + (tile * splits + split) * kGradRows * columns_k();
+  // A unit is a tile of keys; heads take turns, so that two threads seldom add to the same rows.
+  void run_keys(const Wave& wave) {
+    const auto make = [&] { return KeyScratch(p_); };
+    const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
+    // Heads that add to the same entries of the bias gradient run in order inside one unit.
+    const int64_t heads = wave.last - wave.first, together = out_.bias_shared ? heads : 1;
+    if (!owns_columns) {
+      return parallel_units(heads / larger(together, 1), make, [&](int64_t unit, KeyScratch& s) {
+        for (int64_t i = 0; i < together; ++i) run_head(wave, wave.first + unit * together + i, s);
+      });
+    }
+    const Turns turns(wave.row_tiles);
+    const int64_t groups = heads / larger(together, 1);
+    parallel_units(groups * wave.most_key_tiles(), make, [&](int64_t unit, KeyScratch& s) {
+      for (int64_t i = 0; i < together; ++i) {
+        const int64_t head = wave.first + unit % groups * together + i;
+        const int64_t tile = wave.key_tiles_of(head) - 1 - unit / groups;
+        if (tile >= 0) run_tile_of_keys(wave, head, tile, &turns, s);
+      }
+    });
+  }
+
+  float* dq_tile(const Wave& wave, int64_t tile) const { return wave.sums + tile * kGradRows * columns_k(); }
+
+  void start_rows(const Wave& wave, int64_t unit, RowScratch& s) const {
+    rows_.pack(wave, unit, s);
+    memset(dq_tile(wave, unit), 0, kGradRows * columns_k() * sizeof(float));
   }
 
   struct KeyScratch {
@@ -102,34 +117,40 @@ class Backward {
     Span queries[(kGradKeys + kTileRows - 1) / kTileRows];  // rows (in words) of each block of keys
   };
 
-  void run_head(const Wave& wave, int64_t head, int64_t split, int64_t splits, KeyScratch& s) {
+  void run_head(const Wave& wave, int64_t head, KeyScratch& s) {
+    for (int64_t tile = wave.key_tiles_of(head) - 1; tile >= 0; --tile)
+      run_tile_of_keys(wave, head, tile, nullptr, s);
+  }
+
+  // Tiles of keys go from the last to the first, and through rows from the first to the last: under a causal
+  // mask or a window a tile then starts at rows that the tile before it has left. `turns` is null where one
+  // thread runs all of them.
+  void run_tile_of_keys(const Wave& wave, int64_t head, int64_t tile, const Turns* turns, KeyScratch& s) {
     const int64_t sequence = head / p_.heads_kv, head_kv = head % p_.heads_kv;
     const Sequence& seq = p_.sequences[sequence];
     const int64_t row_tiles = wave.row_prefix[head + 1] - wave.row_prefix[head];
     const int64_t packed = wave.row_prefix[head] - wave.row_prefix[wave.first];
+    const int64_t key = tile * kGradKeys, keys = smaller(kGradKeys, seq.tk - key);
+    pack_keys(seq, head_kv, key, keys, s);
+    memset(s.dk.get(), 0, kGradKeys * columns_k() * sizeof(float));
+    memset(s.dv.get(), 0, kGradKeys * columns_v() * sizeof(float));
     for (int64_t i = 0; i < row_tiles; ++i) {
-      memset(dq_tile(wave, packed + i, split, splits), 0, kGradRows * columns_k() * sizeof(float));
+      const int64_t first = i * kGradRows;
+      const RowTile rows{&p_, &seq, head_kv, first, smaller(kGradRows, seq.tq * p_.group - first)};
+      const int64_t end = rows.hi(rows.count - 1);
+      if (rows.lo(0) >= key + keys || end <= key) continue;
+      s.bounds.read(rows);
+      const bool open = run_tile(rows, key, keys, rows_.at(wave, packed + i), s);
+      if (turns) turns->wait(packed + i, (end - 1) / kGradKeys - tile);
+      if (open) add_dq(rows.count, dq_tile(wave, packed + i), s);
+      if (turns) turns->pass(packed + i);
     }
-    for (int64_t j = split; j * kGradKeys < seq.tk; j += splits) {
-      const int64_t key = j * kGradKeys, keys = smaller(kGradKeys, seq.tk - key);
-      pack_keys(seq, head_kv, key, keys, s);
-      memset(s.dk.get(), 0, kGradKeys * columns_k() * sizeof(float));
-      memset(s.dv.get(), 0, kGradKeys * columns_v() * sizeof(float));
-      for (int64_t i = 0; i < row_tiles; ++i) {
-        const int64_t first = i * kGradRows;
-        const RowTile rows{&p_, &seq, head_kv, first, smaller(kGradRows, seq.tq * p_.group - first)};
-        if (rows.lo(0) >= key + keys || rows.hi(rows.count - 1) <= key) continue;
-        s.bounds.read(rows);
-        run_tile(rows, key, keys, rows_.at(wave, packed + i), dq_tile(wave, packed + i, split, splits), s);
-      }
-      if (p_.epilogue.excludes) add_own_gradients(wave, seq, head_kv, packed, key, keys, s);
-      for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
-      if (out_.lambda_v_partial == Partial::column)
-        write_column(seq, head_kv, key, keys, p_.v, out_.lambda_v, s);
-      if (out_.lambda_first_partial == Partial::column) {
-        write_column(seq, head_kv, key, keys, p_.v_first, out_.lambda_first, s);
-      }
-    }
+    if (p_.epilogue.excludes) add_own_gradients(wave, seq, head_kv, packed, key, keys, s);
+    for (int64_t n = 0; n < keys; ++n) write_key(seq, head_kv, key + n, n, s);
+    if (out_.lambda_v_partial == Partial::column)
+      write_column(seq, head_kv, key, keys, p_.v, out_.lambda_v, s);
+    if (out_.lambda_first_partial == Partial::column)
+      write_column(seq, head_kv, key, keys, p_.v_first, out_.lambda_first, s);
   }
 
   void pack_keys(const Sequence& seq, int64_t head, int64_t key, int64_t keys, KeyScratch& s) {
@@ -152,11 +173,11 @@ class Backward {
     }
   }
 
-  void run_tile(const RowTile& rows, int64_t key, int64_t keys, const RowPack& pack, float* dq,
-                KeyScratch& s) {
+  // Scores of rows and keys, and what they add to dK and dV'; false where a mask hides all of them.
+  bool run_tile(const RowTile& rows, int64_t key, int64_t keys, const RowPack& pack, KeyScratch& s) {
     const int64_t padded = lane_ceil(keys);
     block_spans(s.bounds, rows.count, key, keys, s.spans);
-    if (!tile_is_open(rows, key, keys, s.spans)) return;
+    if (!tile_is_open(rows, key, keys, s.spans)) return false;
     gemm_scores<Dot>(pack.q, words_k(), packed_panels(s.k_t.get(), words_k(), padded),
                      (p_.dim_k + Dot::kPack - 1) / Dot::kPack, rows.count, s.spans,
                      score_alpha<precision>(p_), s.p.get(), kGradKeys);
@@ -171,9 +192,13 @@ class Backward {
                          keys, s.queries, s.dv.get(), columns_v());
     gemm_accumulate<Dot>(ds_t, 1, kGradKeys, row_major(kPairs ? pack.q_pairs : pack.q, columns_k()), keys,
                          s.queries, s.dk.get(), columns_k());
+    return true;
+  }
+
+  void add_dq(int64_t rows, float* dq, KeyScratch& s) const {
     gemm_accumulate<Dot>(s.ds.get(), kGradKeys, 1,
-                         row_major(kPairs ? s.k_pairs.get() : s.k.get(), columns_k()), rows.count, s.words,
-                         dq, columns_k());
+                         row_major(kPairs ? s.k_pairs.get() : s.k.get(), columns_k()), rows, s.words, dq,
+                         columns_k());
   }
 
   // P = exp(S - LSE) and dS = P (dP - delta) for one row, zero outside the row's keys up to whole blocks of
@@ -348,18 +373,13 @@ class Backward {
     }
   }
 
-  void write_dq(const Wave& wave, int64_t unit, int64_t splits) {
+  void write_dq(const Wave& wave, int64_t unit) {
     if (!out_.dq.data) return;
     const RowTile rows = wave.row_tile(unit);
     const Sequence& seq = *rows.sequence;
-    const int64_t tile = wave.packed_rows(rows);
+    const float* sums = dq_tile(wave, wave.packed_rows(rows));
     for (int64_t r = 0; r < rows.count; ++r) {
-      float* sum = dq_tile(wave, tile, 0, splits) + r * columns_k();
-      for (int64_t i = 1; i < splits; ++i) {
-        const float* part = dq_tile(wave, tile, i, splits) + r * columns_k();
-        for (int64_t d = 0; d < columns_k(); d += kLanes) store(sum + d, add(load(sum + d), load(part + d)));
-      }
-      scale_row(sum, p_.scale, p_.dim_k,
+      scale_row(sums + r * columns_k(), p_.scale, p_.dim_k,
                 out_.dq.row<T>(seq.batch, seq.q_start + rows.query(r), rows.head(r)));
     }
   }

@@ -22,11 +22,11 @@ class Forward {
   void run() {
     const WavePlan plan(p_, kRows, kKeys, key_words(kKeys) / kKeys, 0);
     if (const int64_t heads = plan.heads_a_thread()) return run_whole(plan, heads);
+    Scratch packed{0};
     for (int64_t head = 0; head < plan.heads();) {
       Wave wave = plan.shared_wave(head);
       head = wave.last;
-      const Scratch packed(wave.key_tiles * key_words(kKeys));
-      wave.packed = packed.get();
+      wave.packed = packed.at_least(wave.key_tiles * key_words(kKeys));
       run_shared(wave, plan.splits(wave, wave.row_tiles));
     }
   }

@@ -39,6 +39,12 @@ struct Wave {
   int64_t key_units() const {
     return (tile_prefix[end_sequence()] - tile_prefix[first / problem->heads_kv]) * head_chunks;
   }
+  int64_t key_tiles_of(int64_t head) const { return key_prefix[head + 1] - key_prefix[head]; }
+  int64_t most_key_tiles() const {
+    int64_t most = 0;
+    for (int64_t head = first; head < last; ++head) most = larger(most, key_tiles_of(head));
+    return most;
+  }
   int64_t end_sequence() const {
     return last == first ? first / problem->heads_kv : (last - 1) / problem->heads_kv + 1;
   }
@@ -114,11 +120,15 @@ class WavePlan {
     return heads;
   }
 
-  // The wave from `first` on that all threads share.
-  Wave shared_wave(int64_t first, bool all = false) const {
+  // The wave from `first` on that all threads share. A head a thread is enough, and so are `key_tiles` a
+  // thread where tiles of keys are units.
+  Wave shared_wave(int64_t first, bool all = false, int64_t key_tiles = 1 << 30) const {
+    const auto enough = [&](int64_t last) {
+      return (last - first >= threads_ || key_prefix_[last] - key_prefix_[first] >= threads_ * key_tiles) &&
+             words(first, last) >= threads_ * kThreadWords;
+    };
     int64_t last = first;
-    while (last < heads_ && (all || last - first < threads_ || words(first, last) < threads_ * kThreadWords))
-      ++last;
+    while (last < heads_ && (all || !enough(last))) ++last;
     Wave wave = this->wave(first, last);
     const int64_t units = wave.key_units();
     if (threads_ > 1 && units > 0)
@@ -144,11 +154,7 @@ class WavePlan {
   // enough units.
   int64_t splits(const Wave& wave, int64_t units) const {
     if (threads_ == 1 || units == 0 || units >= 4 * threads_) return 1;
-    int64_t most = 1;
-    for (int64_t head = wave.first; head < wave.last; ++head) {
-      most = larger(most, key_prefix_[head + 1] - key_prefix_[head]);
-    }
-    return smaller((4 * threads_ + units - 1) / units, most);
+    return smaller((4 * threads_ + units - 1) / units, larger(wave.most_key_tiles(), 1));
   }
 
  private:

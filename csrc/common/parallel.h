@@ -33,6 +33,8 @@ class Scratch {
   float* at_least(int64_t floats) {
     if (floats <= floats_) return data_.get();
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    data_.reset();
+    floats_ = 0;
     data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
     floats_ = floats;
@@ -73,10 +75,9 @@ void parallel_units(int64_t units, const Make& make, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
   std::atomic<int64_t> next{0};
   parallel_workers(units < threads ? units : threads, [&](int64_t) {
-    int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
-    if (unit >= units) return;
-    auto scratch = make();
-    for (; unit < units; unit = next.fetch_add(1, std::memory_order_relaxed)) body(unit, scratch);
+    auto scratch = make();  // first: it may throw, and a unit that was taken must be run
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t unit = take(); unit < units; unit = take()) body(unit, scratch);
   });
 }
 

@@ -71,3 +71,22 @@ def test_bits_do_not_change_from_run_to_run(name: str) -> None:
     for later in runs[1:]:
         for first, again in zip(runs[0], later, strict=True):
             assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "decode"])
+def test_bits_of_gradients_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(mixing(name, dtype))
+    leaves = {
+        key: x.detach().clone().requires_grad_() if x.is_floating_point() else x
+        for key, x in inputs.tensors.items()
+    }
+    outputs = inputs.function(**leaves, **inputs.options, backend="native")
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    found = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        found.append(torch.autograd.grad(outputs, wanted, inputs.grads, retain_graph=True))
+    for others in found[1:]:
+        for first, other in zip(found[0], others, strict=True):
+            assert torch.equal(first, other)
