@@ -152,11 +152,14 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int, int]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = printed_by(tools.cuobjdump.path, "-res-usage", str(path))
+        found = _RESOURCES.search(usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump -res-usage printed no resources: {usage!r}")
+        registers, stack, local = (int(number) for number in found.groups())
+        if stack + local == 0:
+            # Nothing to access. To disassemble a small kernel takes longer than to compile it.
+            return registers, 0, 0
         code = printed_by(tools.nvdisasm.path, "-c", str(path))
-    found = _RESOURCES.search(usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no resources: {usage!r}")
-    registers, stack, local = (int(number) for number in found.groups())
     return registers, stack + local, len(_LOCAL_ACCESS.findall(code))
 
 
