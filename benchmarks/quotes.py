@@ -47,7 +47,7 @@ _SHAPES = 2
 _PASSES = [(way, dtype) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
 _ATTENTION = re.compile(r"attention (?:for|back)ward (.+) (?:bfloat16|float32)$")
 _SHORT = (
-    r"decode B1 Hq32 Hkv8 T8192 D128, .* a layer, ",
+    r"decode B1 Hq32 Hkv8 T8192 D128, .* a layer, [bf]",
     r"decode B1 Hq8 Hkv8 T8192 D64, .* one V",
     r"reservoir_scan dense B1 T16384 .* float32",
     r"linear_scan forward B4 T16384 N1024 gates by step float32",
