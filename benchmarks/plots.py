@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator
 
-from benchmarks.workloads import attention, common, decode, device, model, reservoir, scan
+from benchmarks.workloads import attention, common, decode, device, mix, model, reservoir, scan
 from resformer_kernels.bench.attention import SDPA
 from resformer_kernels.bench.timing import OURS, Result
 from resformer_kernels.testing.verification import Verdict
@@ -99,11 +99,18 @@ _LOOKS = {
     scan.LOOP: Look("Python loop", "muted", "D", "--"),
     scan.ASSOCIATIVE: Look("torch associative_scan", "orange", "s"),
     scan.COPY: Look("a copy of as many bytes", "green", "^"),
+    scan.FLA: Look(scan.FLA, "purple", "v"),
+    scan.ACCELERATED: Look(scan.ACCELERATED, "yellow", "P"),
     reservoir.LOOP: Look("torch loop", "orange", "s"),
+    reservoir.LOOP_CSR: Look(reservoir.LOOP_CSR, "orange", "D"),
+    reservoir.JAX: Look(reservoir.JAX, "ink", "<"),
+    reservoir.RESDAG: Look(reservoir.RESDAG, "yellow", "P"),
     reservoir.RNN: Look("torch.nn.RNN", "green", "^"),
     reservoir.RESERVOIRPY: Look("ReservoirPy", "purple", "v"),
     "sum of products": Look("sum of products", "orange", "s"),
-    "stack and einsum": Look("stack and einsum", "green", "^"),
+    "stack and einsum": Look("stack and einsum", "ink", "<"),
+    mix.STACKED: Look(mix.STACKED, "ink", ">"),
+    "addcmul": Look("addcmul", "muted", "D"),
     "indexing": Look("indexing", "yellow", "P"),
     "F.embedding": Look("F.embedding", "purple", "v"),
 }
@@ -204,6 +211,8 @@ _MARKS = {
     "of 2 ": "2 sources",
     "of 8 ": "8 sources",
     "one V": "one V",
+    "(B,H,T,D)": "heads first",
+    "nn.Reservoir": "module",
     "Llama": "Llama",
     "SVFormer": "SVFormer",
     "sparse": "sparse",

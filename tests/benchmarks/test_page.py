@@ -12,11 +12,13 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import curves, figures, page, record, registry
 from benchmarks.figures import Cases
-from benchmarks.plots import PALETTE
+from benchmarks.plots import PALETTE, look
 from benchmarks.runner import MemoryPoint, Run
 from resformer_kernels.bench.timing import OURS, Benchmark, Result, Timing
 from resformer_kernels.cli import main
 from resformer_kernels.testing.verification import Verdict
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def result(case: Benchmark) -> Result:
@@ -45,8 +47,13 @@ def whole() -> Run:
     )
 
 
-def test_every_figure_is_drawn(whole: Run) -> None:
-    drawings = {drawing.name: drawing for drawing in figures.draw([whole])}
+@pytest.fixture(scope="module")
+def drawings(whole: Run) -> dict[str, figures.Drawing]:
+    """Its figures, by name."""
+    return {drawing.name: drawing for drawing in figures.draw([whole])}
+
+
+def test_every_figure_is_drawn(drawings: dict[str, figures.Drawing]) -> None:
     kinds = ("attention-forward", "attention-backward", "mix", "decode", "scan", "reservoir")
     expected = {f"speed-{kind}" for kind in (*kinds, "decode-shared", "decode-models", "scan-copy")}
     for direction in ("forward", "backward"):
@@ -61,6 +68,21 @@ def test_every_figure_is_drawn(whole: Run) -> None:
         assert stray == set(), f"{drawing.name} has colours that no scheme changes"
     for told in ("bandwidth of reading", "ours, one V for all layers"):
         assert told in drawings["decode-group4"].svg
+
+
+def test_rows_of_a_panel_have_names_of_their_own(drawings: dict[str, figures.Drawing]) -> None:
+    for panel in (each for name, each in drawings.items() if name.startswith("speed-")):
+        texts = [text.text or "" for text in ElementTree.fromstring(panel.svg).iter(f"{SVG}text")]
+        rows = [text for text in texts if text.endswith(("bf16", "f32", "c64"))]
+        assert rows
+        assert len(set(rows)) == len(rows), f"{panel.name}: {rows}"
+
+
+def test_peers_of_a_panel_look_different(whole: Run) -> None:
+    for group in {result.group for result in whole.results}:
+        looks = {look(p) for r in whole.results if r.group == group for p in r.peers}
+        seen = [(each.colour, each.marker) for each in looks]
+        assert len(set(seen)) == len(seen), f"{group}: {sorted(looks)}"
 
 
 def test_the_page_needs_nothing_else(whole: Run, tmp_path: Path) -> None:
