@@ -99,6 +99,15 @@ def native() -> str:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads for torch and the native kernels; workers of the suite have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A gloo process group of this process alone."""
     if not dist.is_available() or not dist.is_gloo_available():

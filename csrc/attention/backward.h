@@ -64,14 +64,14 @@ class Backward {
     const auto make = [&] { return KeyScratch(p_); };
     const bool owns_columns = !out_.bias.wanted() || out_.bias.stride[3] != 0;
     // Heads that add to the same entries of the bias gradient run in order inside one unit.
-    const int64_t heads = wave.last - wave.first, together = out_.bias_shared ? heads : 1;
+    const int64_t heads = wave.last - wave.first, groups = out_.bias_shared ? 1 : heads,
+                  together = heads / groups;
     if (!owns_columns) {
-      return parallel_units(heads / larger(together, 1), make, [&](int64_t unit, KeyScratch& s) {
+      return parallel_units(groups, make, [&](int64_t unit, KeyScratch& s) {
         for (int64_t i = 0; i < together; ++i) run_head(wave, wave.first + unit * together + i, s);
       });
     }
     const Turns turns(wave.row_tiles);
-    const int64_t groups = heads / larger(together, 1);
     parallel_units(groups * wave.most_key_tiles(), make, [&](int64_t unit, KeyScratch& s) {
       for (int64_t i = 0; i < together; ++i) {
         const int64_t head = wave.first + unit % groups * together + i;

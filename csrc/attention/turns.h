@@ -18,8 +18,12 @@ class Turns {
   // Returns once `turn` units have passed the tile.
   void wait(int64_t tile, int64_t turn) const {
     constexpr int kSpins = 1024;
-    for (int i = 0; passed_[tile].load(std::memory_order_acquire) != turn; ++i) {
-      if (i >= kSpins) std::this_thread::yield();
+    for (int spins = 0; passed_[tile].load(std::memory_order_acquire) != turn;) {
+      if (spins < kSpins) {
+        ++spins;
+      } else {
+        std::this_thread::yield();
+      }
     }
   }
   void pass(int64_t tile) const { passed_[tile].fetch_add(1, std::memory_order_release); }

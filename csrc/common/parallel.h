@@ -29,17 +29,18 @@ class Scratch {
   explicit Scratch(int64_t floats) { at_least(floats); }
   float* get() const { return data_.get(); }
 
-  // Grows where needed; the contents are lost then.
+  // Grows where needed; the contents are lost.
   float* at_least(int64_t floats) {
-    if (floats <= floats_) return data_.get();
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    data_.reset();
-    floats_ = 0;
-    data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
-    floats_ = floats;
+    if (floats > floats_) {
+      const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+      data_.reset();  // before the new block is there: never two at a time
+      floats_ = 0;
+      data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+      floats_ = floats;
+    }
     if (poison_requested()) {
-      for (size_t i = 0; i < bytes / sizeof(float); ++i) data_.get()[i] = __builtin_nanf("");
+      for (int64_t i = 0; i < floats; ++i) data_.get()[i] = __builtin_nanf("");
     }
     return data_.get();
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from tests.kvcache.cases import opcheck
 LONG = KVCacheCase(
     lengths=(3000, 700), heads=8, kv_heads=4, head_dim=64, value_dim=64, return_lse=True
 )
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def outcome(inputs: KVCacheInputs, **options: Any) -> list[torch.Tensor]:
